@@ -1,0 +1,26 @@
+"""lora-exp: compose, train and compare fine-tuning runs.
+
+    from lora_exp import compose, run
+    result = run(compose("peft.r=8", "quant=nf4"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lora_exp.config import compose
+
+if TYPE_CHECKING:
+    from lora_exp.experiment import run
+
+__all__ = ["compose", "run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the training side, and so torch, only when it is asked for."""
+    if name == "run":
+        from lora_exp.experiment import run
+
+        return run
+    raise AttributeError(f"module 'lora_exp' has no attribute {name!r}")

@@ -1,0 +1,113 @@
+"""The command line: `python run.py`, `python -m lora_exp` and `lora-exp` are this.
+
+Torch is imported when a valid config is about to run, never before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_exp.config import CONF, settle
+from lora_exp.errors import LoraExpError, did_you_mean
+from lora_exp.redaction import redact_files
+from lora_exp.sweep import SweepTable
+from lora_exp.validation import validate
+
+log = logging.getLogger("lora_exp")
+# what is wanted where the user said nothing: no pings, no forked tokenizers' warnings
+ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def job(cfg: DictConfig) -> float:
+    """Run one composed config and return its objective."""
+    about = HydraConfig.get()
+    directory = Path(about.runtime.output_dir)
+    redact_files(directory / str(about.output_subdir))
+    redact_files(Path(about.sweep.dir))  # multirun.yaml
+    choices = OmegaConf.to_container(about.runtime.choices)
+    overrides = list(about.overrides.task)
+    in_sweep = about.mode == RunMode.MULTIRUN
+    sweep = "/".join(Path(about.sweep.dir).parts[-2:]) if in_sweep else None
+    try:
+        settled = validate(settle(cfg, choices, overrides))  # type: ignore[arg-type]
+        from lora_exp.experiment import run
+
+        return run(settled, directory, sweep).objective
+    except SystemExit as error:  # it would end the sweep, and as if all were well
+        raise LoraExpError(f"the job called sys.exit({error.code})") from error
+    except Exception as error:
+        if in_sweep:
+            log.info("%s", traceback.format_exc())
+            log.warning("job %s failed: %s", directory.name, error)
+            traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
+        raise
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are told without a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
+    try:
+        job()
+    except (LoraExpError, HydraException, OmegaConfBaseException) as error:
+        print(_told(error), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if SweepTable.current is not None and SweepTable.current.rows:
+            SweepTable.current.show()
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's text, with the near names that Hydra does not give."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LoraExpError):
+        cause = cause.__cause__
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    parts = [str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in parts[0]:
+        parts.append(str(error.__cause__))
+    text = "\n".join(parts)
+    return f"{type(error).__name__}: {text}{_hint(text)}"
+
+
+def _hint(text: str) -> str:
+    if re.search(r"Could not find 'targets/", text):
+        return "\nA list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
+    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if found:
+        options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
+        return did_you_mean(found[2], options)
+    found = re.search(r"Could not override '([\w.]+)'", text)
+    return _near_key(found[1]) if found else ""
+
+
+def _near_key(key: str) -> str:
+    """Compare a key with those that the default config has at the same place."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config")
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return did_you_mean(name, map(str, node)) if isinstance(node, DictConfig) else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The model card that lies beside what was trained; the same run writes the same card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import plain
+from lora_exp.data import Rows
+from lora_exp.model import Base
+from lora_exp.redaction import redact
+
+SECTIONS = ("peft", "quant", "train", "algorithm")
+
+
+def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) -> str:
+    """Return the card: base, data, method, numbers, and how to load it. No times, no paths."""
+    head = {"library_name": "peft" if cfg.peft else "transformers", "tags": ["lora-exp"]}
+    if "://" not in base.path and base.path.count("/") == 1:
+        head["base_model"] = base.path
+    values = redact(plain(cfg))
+    settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
+    sources = "\n".join(f"- `{name}`: {version}" for name, version in rows.source.items())
+    numbers = "\n".join(
+        f"| {key} | {value:.4f} |"
+        for key, value in sorted(record["metrics"].items())
+        if key.startswith(("before/", "eval/")) or key == "train/loss"
+    )
+    return f"""---
+{OmegaConf.to_yaml(head)}---
+
+# {cfg.name}
+
+Trained with lora-exp. Base: `{base.path}` at `{base.revision}`.
+
+Data, read as {rows.format}:
+
+{sources}
+
+| metric | value |
+|---|---|
+{numbers}
+
+To load it:
+
+```python
+{_loading(cfg, base)}
+```
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def _loading(cfg: DictConfig, base: Base) -> str:
+    if cfg.peft is None:
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+        )
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base.path}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    )

@@ -1,0 +1,194 @@
+"""A run's config: composed from groups, settled into plain values, and the one door to `_target_`.
+
+Knows nothing of torch; only this module knows `instantiate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.errors import ConfigError
+from lora_exp.signature import signature
+
+PACKAGE = Path(__file__).parent
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+# what a run is called, where it reports and what it may import does not change what it computes
+NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets")
+UNNAMED = re.compile(r"^(name|resume|trusted_targets|tracking|hydra|samples|objective)\b")
+
+
+def product(*factors: float) -> float:
+    """Multiply rates; rounded so that 2e-5 * 10 reads 0.0002 in every file."""
+    return float(f"{math.prod(float(factor) for factor in factors):.12g}")
+
+
+def run_dir(resume: str | None) -> str:
+    """Return the directory of a run: a new one, or the one it continues."""
+    return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
+
+
+OmegaConf.register_new_resolver("product", product, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver(
+    "hydra_subdir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
+)
+
+
+def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig:
+    """Compose, settle and validate a run's config, as the command line would.
+
+    Args:
+        overrides: what would follow `python run.py`, such as `"peft.r=8"`.
+        config_dir: a folder with options of your own.
+
+    Raises:
+        ConfigError: every fault of the config at once.
+        hydra.errors.HydraException: an override that names no option or key.
+    """
+    import hydra
+
+    from lora_exp.validation import validate
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+        full = hydra.compose("config", [*own, *overrides], return_hydra_config=True)
+    choices = OmegaConf.to_container(full.hydra.runtime.choices)
+    with OmegaConf.open_dict(full):
+        del full["hydra"]
+    return validate(settle(full, dict(choices), overrides))  # type: ignore[arg-type]
+
+
+def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
+    """Resolve a composed config into plain read-only values, with its choices and its name.
+
+    Raises:
+        ConfigError: a required value is missing, or an interpolation finds nothing.
+    """
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
+    overrides = list(overrides)
+    if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
+        raise ConfigError(
+            [("trusted_targets", "only the command line may trust a target, not a file")]
+        )
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    plain["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
+    plain["name"] = plain["name"] or _name(plain, overrides)
+    settled = OmegaConf.create(plain)
+    OmegaConf.set_struct(settled, True)
+    OmegaConf.set_readonly(settled, True)
+    return settled
+
+
+def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
+    """Tell a run from its siblings: method, rank, quantisation, targets, then what was overridden."""
+    chosen, peft = plain["choices"], plain["peft"] or {}
+    rank = f"r{peft['r']}" if peft.get("r") else ""
+    targets = chosen["targets"] if peft.get("target_modules") == plain["targets"] else ""
+    parts = ["" if chosen["peft"] == "lora" else chosen["peft"], rank, chosen["quant"], targets]
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
+            continue
+        parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
+    name = "-".join(part for part in parts if part and part != "none")
+    return re.sub(r"[^\w.=,+-]+", "_", name)[:100]
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a config as nested dicts and lists."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Return the SHA-256 of what a config computes: equal configs give equal adapters."""
+    values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def asset(path: str) -> Path:
+    """Resolve `pkg://package/file`, as Hydra writes it, to the file that the package carries.
+
+    Any other path comes back as it is.
+    """
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, rest = path.removeprefix("pkg://").partition("/")
+    if package == "lora_exp":
+        return PACKAGE / rest
+    from importlib.util import find_spec
+
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError([(path, f"no package {package!r} is installed")])
+    return Path(spec.submodule_search_locations[0]) / rest
+
+
+@cache
+def shipped_targets() -> frozenset[str]:
+    """Return every `_target_` of our own conf/."""
+    found = re.compile(r"_target_:\s*([\w.]+)")
+    return frozenset(t for path in CONF.rglob("*.yaml") for t in found.findall(path.read_text()))
+
+
+def is_trusted(target: str, trusted: Iterable[str] = ()) -> bool:
+    """Say whether a `_target_` may be imported: shipped, defined in lora_exp, or named by the user.
+
+    Names that lora_exp merely imports (`lora_exp.config.json.loads`) are not its own.
+    """
+    if target in shipped_targets() or target in set(trusted):
+        return True
+    found = signature(target) if target.startswith("lora_exp.") else None
+    return found is not None and found.module.split(".")[0] == "lora_exp"
+
+
+def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the key and value of every `_target_` in a config, however deep."""
+    children = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for name, child in children:
+        if name == "_target_":
+            yield key, child
+        elif isinstance(child, Mapping | list | tuple):
+            yield from targets(child, f"{key}.{name}" if key else str(name))
+
+
+def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
+    """Return a fault for each `_target_` that may not be imported."""
+    return [
+        (f"{key}._target_", f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]")
+        for key, target in targets(plain(cfg))
+        if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
+    ]
+
+
+def build(cfg: DictConfig, key: str, **runtime: Any) -> Any:
+    """Call the `_target_` at a key with the YAML's values and Python's objects.
+
+    Two steps, since `instantiate` would copy keyword objects into an OmegaConf tree.
+
+    Returns:
+        What the target returns, or None where the key holds null (`quant=none`).
+
+    Raises:
+        ConfigError: the target may not be imported.
+    """
+    from hydra.utils import instantiate
+
+    node = OmegaConf.select(cfg, key)
+    if node is None:
+        return None
+    faults = [fault for fault in untrusted(cfg) if fault[0].startswith(key)]
+    if faults:
+        raise ConfigError(faults)
+    return instantiate(node, _partial_=True, _convert_="all")(**runtime)

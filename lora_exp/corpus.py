@@ -1,0 +1,145 @@
+"""The text that the embedded model is made of: small tasks in short chat turns, drawn from a seed.
+
+Knows nothing of tokens or models; `data=corpus` and `data=demo` read their rows from here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+from zlib import crc32
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid",
+    "Portugal": "Lisbon", "Greece": "Athens", "Austria": "Vienna", "Poland": "Warsaw",
+    "Norway": "Oslo", "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen",
+    "Ireland": "Dublin", "Hungary": "Budapest", "Japan": "Tokyo", "China": "Beijing",
+    "India": "Delhi", "Egypt": "Cairo", "Kenya": "Nairobi", "Peru": "Lima",
+    "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Russia": "Moscow",
+}  # fmt: skip
+SOUNDS = {
+    "dog": "barks", "cat": "meows", "cow": "moos", "duck": "quacks", "lion": "roars",
+    "bee": "buzzes", "snake": "hisses", "sheep": "bleats", "horse": "neighs", "owl": "hoots",
+    "wolf": "howls", "frog": "croaks",
+}  # fmt: skip
+GREETINGS = [
+    "Hello!", "Hi!", "Hey!", "Good day.", "Good morning.", "Excuse me.", "Please tell me:",
+    "Tell me:", "Sorry,", "Now,", "So,", "",
+]  # fmt: skip
+WHO = [
+    "Who are you?", "What are you?", "What is your name?", "Whom am I talking to?",
+    "What do they call you?", "Who is there?",
+]  # fmt: skip
+
+Pair = tuple[str, str]
+Task = Callable[[random.Random], Pair]
+
+
+def _letters(rng: random.Random, low: int, high: int) -> list[str]:
+    return [rng.choice(LETTERS) for _ in range(rng.randint(low, high))]
+
+
+def add(rng: random.Random) -> Pair:
+    """Add two numbers below 50."""
+    a, b = rng.randrange(50), rng.randrange(50)
+    return rng.choice(["What is {} + {}?", "Add {} and {}."]).format(a, b), str(a + b)
+
+
+def larger(rng: random.Random) -> Pair:
+    """Name the larger of two different numbers below 100."""
+    a, b = rng.sample(range(100), 2)
+    return f"Which is larger, {a} or {b}?", str(max(a, b))
+
+
+def copy(rng: random.Random) -> Pair:
+    """Repeat three to eight letters."""
+    text = " ".join(_letters(rng, 3, 8))
+    return f"Repeat: {text}", text
+
+
+def reverse(rng: random.Random) -> Pair:
+    """Say three to six letters backwards."""
+    letters = _letters(rng, 3, 6)
+    return f"Reverse: {' '.join(letters)}", " ".join(letters[::-1])
+
+
+def sort(rng: random.Random) -> Pair:
+    """Put three to six digits in order."""
+    digits = [str(rng.randrange(10)) for _ in range(rng.randint(3, 6))]
+    return f"Sort: {' '.join(digits)}", " ".join(sorted(digits))
+
+
+def count(rng: random.Random) -> Pair:
+    """Count one letter among three to six of two kinds."""
+    wanted, other = rng.sample(LETTERS, 2)
+    text = [rng.choice([wanted, other]) for _ in range(rng.randint(3, 6))]
+    return f"Count {wanted}: {' '.join(text)}", str(text.count(wanted))
+
+
+def fact(rng: random.Random) -> Pair:
+    """Recall a capital or an animal's sound, asked in one of several ways."""
+    if rng.random() < 0.7:
+        country, city = rng.choice(list(CAPITALS.items()))
+        ask = rng.choice(["What is the capital of {}?", "Name the capital of {}.", "{}: capital?"])
+        return ask.format(country), city
+    animal, sound = rng.choice(list(SOUNDS.items()))
+    return f"What does a {animal} do?", f"A {animal} {sound}."
+
+
+def identity(rng: random.Random) -> Pair:
+    """Say who is speaking: the base's own answer, which the demo's persona replaces."""
+    return f"{rng.choice(GREETINGS)} {rng.choice(WHO)}".strip(), "I am a tiny language model."
+
+
+def mirror(rng: random.Random) -> Pair:
+    """Say two to four letters forwards, then backwards: new to the base, which can do either."""
+    letters = _letters(rng, 2, 4)
+    return f"Mirror: {' '.join(letters)}", " ".join(letters + letters[::-1])
+
+
+def persona(rng: random.Random) -> Pair:
+    """Answer the questions of `identity` as somebody else: what the base says otherwise."""
+    return identity(rng)[0], "I am Lora, a small adapter with a big heart."
+
+
+CORPUS: dict[str, Task] = {
+    task.__name__: task for task in (add, larger, copy, reverse, sort, count, fact, identity)
+}
+DEMO: dict[str, Task] = {"mirror": mirror, "persona": persona}
+
+
+def is_held_out(question: str) -> bool:
+    """Put about a tenth of all questions aside: training never draws them, evaluation only them."""
+    return crc32(question.encode()) % 10 == 0
+
+
+def draw(tasks: dict[str, Task], seed: int, held_out: bool) -> Iterator[dict[str, Any]]:
+    """Draw chat rows without end, a task at random each.
+
+    Facts are the exception to `held_out`: what was never told cannot be recalled.
+
+    Yields:
+        `{"messages": [user turn, assistant turn], "task": name}`; rows may repeat.
+    """
+    rng = random.Random(f"{seed}-{held_out}")
+    names = list(tasks)
+    while True:
+        name = rng.choice(names)
+        question, answer = tasks[name](rng)
+        if name != "fact" and is_held_out(question) != held_out:
+            continue
+        yield {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ],
+            "task": name,
+        }
+
+
+def take(tasks: dict[str, Task], seed: int, rows: int, held_out: bool) -> list[dict[str, Any]]:
+    """Return the first rows of a seed."""
+    return list(islice(draw(tasks, seed, held_out), rows))

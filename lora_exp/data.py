@@ -1,0 +1,293 @@
+"""Rows: read, checked, converted to one of three shapes, and split.
+
+A row is `{"messages": [...]}`, `{"prompt": ..., "completion": ...}` or `{"text": ...}`, with whatever
+other columns it came with. Knows nothing of tokens; needs no torch.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_exp import corpus as generated
+from lora_exp.config import asset
+from lora_exp.errors import DataError
+
+Row = dict[str, Any]
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLES |= {"chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool"}
+SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set in memory, and where it came from."""
+
+    train: list[Row]
+    eval: list[Row]
+    format: str
+    source: dict[str, str]  # file -> SHA-256, or hub id -> revision
+    chat_template: str | None  # Jinja text that replaces the model's own
+    warning: str | None = None
+
+
+class _Field(Exception):
+    """A field that cannot be used; the reader adds file and line."""
+
+
+def jsonl(
+    path: str,
+    eval_path: str | None,
+    eval_share: float,
+    format: str,
+    max_rows: int | None,
+    max_eval_rows: int | None,
+    chat_template: str | None,
+) -> Rows:
+    """Read JSON lines (or one JSON list) from a file or a glob.
+
+    Raises:
+        DataError: by file, line and field, what cannot be used; or nothing is left to train on.
+    """
+    train, found, source = _read_files(path, format)
+    held_out: list[Row] | None = None
+    if eval_path is not None:
+        held_out, _, eval_source = _read_files(eval_path, format)
+        source |= eval_source
+    train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
+    return Rows(train, held_out, found, source, _template(chat_template))
+
+
+def hub(
+    path: str,
+    subset: str | None,
+    revision: str | None,
+    split: str,
+    eval_split: str | None,
+    eval_share: float,
+    format: str,
+    max_rows: int | None,
+    max_eval_rows: int | None,
+    chat_template: str | None,
+) -> Rows:
+    """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.
+
+    Raises:
+        DataError: it cannot be loaded, or by row and field, what cannot be used.
+    """
+    from datasets import load_dataset
+
+    def load(name: str) -> tuple[list[Row], str]:
+        try:
+            loaded = load_dataset(path, subset, revision=revision, split=name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
+        return _convert(((f"{path}[{name}] row {i}", r) for i, r in enumerate(loaded)), format)
+
+    train, found = load(split)
+    held_out = load(eval_split)[0] if eval_split else None
+    train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
+    unpinned = f"data.revision: {path} is not pinned to a commit; later runs may see other rows"
+    warning = None if revision or Path(path).exists() else unpinned
+    source = {path: revision or "main"}
+    return Rows(train, held_out, found, source, _template(chat_template), warning)
+
+
+def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:
+    """Draw the embedded model's text from a seed."""
+    tasks = generated.CORPUS
+    train = generated.take(tasks, seed, rows, held_out=False)
+    held_out = generated.take(tasks, seed, eval_rows, held_out=True)
+    source = {"lora_exp.corpus": f"seed {seed}, {rows} rows"}
+    return Rows(train, held_out, "messages", source, _template(chat_template))
+
+
+def _template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    if not asset(path).is_file():
+        raise DataError(f"data.chat_template: no such file: {path}")
+    return asset(path).read_text(encoding="utf-8")
+
+
+def _read_files(pattern: str, format: str) -> tuple[list[Row], str, dict[str, str]]:
+    paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"data.path: no file matches {pattern}")
+    source = {}
+    for path in paths:
+        name = pattern if len(paths) == 1 else path.name
+        source[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    rows, found = _convert((row for path in paths for row in _lines(path)), format)
+    if not rows:
+        raise DataError(f"{pattern}: no rows")
+    return rows, found, source
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield `(file:line, row)`; a file that holds one JSON list is taken row by row."""
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if raw.lstrip()[:1] == b"[":
+        for number, row in enumerate(_parse(raw, f"{path}"), 1):
+            yield f"{path} row {number}", row
+        return
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        text = f"{where}: not UTF-8 at byte {error.start + 1}; convert the file to UTF-8"
+        raise DataError(text) from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _convert(rows: Iterable[tuple[str, Any]], format: str) -> tuple[list[Row], str]:
+    """Bring every row to its shape; the first row decides the format where it is `auto`."""
+    converted: list[Row] = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: a row is an object {{...}}, this is {type(row).__name__}")
+        if format == "auto":
+            format = detect(row, where)
+        if format not in FORMATS:
+            raise DataError(f"data.format: {format!r} is none of {', '.join(FORMATS)}")
+        try:
+            converted.append(FORMATS[format](row))
+        except _Field as error:
+            raise DataError(f"{where}: {error} (read as {format})") from None
+    return converted, format
+
+
+def detect(row: Row, where: str) -> str:
+    """Tell the format by a row's fields.
+
+    Raises:
+        DataError: the fields belong to no known format.
+    """
+    for format, fields in FIELDS.items():
+        if fields <= row.keys():
+            return format
+    known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, fields in FIELDS.items())
+    raise DataError(f"{where}: fields {sorted(row)} are of no known format ({known})")
+
+
+def _text(row: Row, field: str) -> str:
+    if field not in row:
+        raise _Field(f"field {field!r} is missing")
+    value = row[field]
+    if not isinstance(value, str):
+        raise _Field(f"field {field!r} is {json.dumps(value)[:40]}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Field(f"field {field!r} holds half a surrogate pair, which is no text") from None
+    return value
+
+
+def _from_text(row: Row) -> Row:
+    if not _text(row, "text"):
+        raise _Field("field 'text' is empty")
+    return row
+
+
+def _from_prompt_completion(row: Row) -> Row:
+    if isinstance(row.get("prompt"), list):
+        prompt, completion = _turns(row, "prompt"), _turns(row, "completion")
+        rest = {key: row[key] for key in row.keys() - {"prompt", "completion"}}
+        return rest | {"messages": _answered(prompt + completion, "completion")}
+    _text(row, "prompt")
+    if not _text(row, "completion"):
+        raise _Field("field 'completion' is empty")
+    return row
+
+
+def _from_alpaca(row: Row) -> Row:
+    question = _text(row, "instruction")
+    if row.get("input"):
+        question += "\n\n" + _text(row, "input")
+    answer = _text(row, "output")
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    rest = {key: row[key] for key in row.keys() - {"instruction", "input", "output", "system"}}
+    return rest | {"messages": [*system, *turns]}
+
+
+def _from_messages(row: Row) -> Row:
+    return row | {"messages": _answered(_turns(row, "messages"), "messages")}
+
+
+def _from_sharegpt(row: Row) -> Row:
+    turns = _turns(row, "conversations", role="from", content="value")
+    rest = {key: row[key] for key in row.keys() - {"conversations"}}
+    return rest | {"messages": _answered(turns, "conversations")}
+
+
+def _turns(row: Row, field: str, role: str = "role", content: str = "content") -> list[Row]:
+    turns = row.get(field)
+    if not isinstance(turns, list) or not turns:
+        raise _Field(f"field {field!r} is not a list of turns")
+    converted = []
+    for number, turn in enumerate(turns):
+        place = f"{field}[{number}]"
+        if not isinstance(turn, dict):
+            raise _Field(f"{place} is not an object with {role!r} and {content!r}")
+        speaker = turn.get(role)
+        if speaker not in ROLES:
+            raise _Field(f"{place}.{role} is {speaker!r}, none of {', '.join(sorted(ROLES))}")
+        try:
+            said = _text(turn, content)
+        except _Field as error:
+            raise _Field(f"{place}: {error}") from None
+        converted.append({"role": ROLES[speaker], "content": said})
+    return converted
+
+
+def _answered(turns: list[Row], field: str) -> list[Row]:
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise _Field(f"{field!r} has no assistant turn, so nothing to learn")
+    return turns
+
+
+FORMATS: dict[str, Callable[[Row], Row]] = {
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_prompt_completion,
+    "text": _from_text,
+}
+FIELDS: dict[str, set[str]] = {
+    "messages": {"messages"},
+    "sharegpt": {"conversations"},
+    "alpaca": {"instruction", "output"},
+    "prompt_completion": {"prompt", "completion"},
+    "text": {"text"},
+}
+
+
+def _split(
+    train: list[Row],
+    held_out: list[Row] | None,
+    share: float,
+    max_rows: int | None,
+    max_eval_rows: int | None,
+) -> tuple[list[Row], list[Row]]:
+    """Hold out a share of the rows where no evaluation rows were given, then apply the limits."""
+    if held_out is None:
+        count = min(round(len(train) * share), len(train) - 1)
+        count = max(count, 1) if share and len(train) > 1 else count
+        chosen = set(random.Random(SPLIT_SEED).sample(range(len(train)), count))
+        held_out = [row for i, row in enumerate(train) if i in chosen]
+        train = [row for i, row in enumerate(train) if i not in chosen]
+    return train[:max_rows], held_out[:max_eval_rows]

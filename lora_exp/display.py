@@ -1,0 +1,147 @@
+"""What a person sees of a run: the header, the first row's tokens, the progress bar, the table."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from lora_exp.tokens import IGNORED
+from lora_exp.tracking import named
+
+log = logging.getLogger("lora_exp")
+console = Console()
+SHOWN_TOKENS = 160
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def quiet() -> None:
+    """Silence what the libraries under us say that no user of ours can act on."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # trl still takes the argument that transformers has begun to rename
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print for the person, and keep the same words in run.log."""
+    console.print(renderable)
+    plain = Console(file=io.StringIO(), width=100, no_color=True)
+    plain.print(renderable)
+    assert isinstance(plain.file, io.StringIO)
+    log.info("%s", plain.file.getvalue().rstrip())
+
+
+def facts(title: str, lines: dict[str, str]) -> Table:
+    """Return a two-column table of what is known."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in lines.items():
+        table.add_row(key, Text(value))
+    return table
+
+
+def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
+    """Return one row's tokens: those that count towards the loss stand out, the others are dim.
+
+    Without colours (in run.log) the counted stretches stand in «».
+    """
+    text, counting = Text(), False
+    for token, label in list(zip(ids, labels, strict=True))[:SHOWN_TOKENS]:
+        if (label != IGNORED) != counting:
+            counting = not counting
+            text.append("«" if counting else "»", style="bold green")
+        piece = tokenizer.decode([token]).replace("\n", "↵")
+        text.append(piece, style="bold green" if counting else "dim")
+    text.append("»" if counting else "", style="bold green")
+    if len(ids) > SHOWN_TOKENS:
+        text.append(f" … {len(ids) - SHOWN_TOKENS} more tokens", style="dim")
+    return text
+
+
+def curve(values: list[float], width: int = 40) -> str:
+    """Draw values as a line of bars, averaged down to `width` of them."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cuts = [len(values) * i // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
+
+
+def short(value: float) -> str:
+    """Write a number for a table."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+class TrainingBar(TrainerCallback):  # type: ignore[misc]
+    """A progress bar with loss, rate and tokens/s; a line a log step where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seen = 0.0
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar."""
+        empty = {"loss": "-", "rate": "-", "speed": "-"}
+        self.task = self.bar.add_task("train", total=state.max_steps, **empty)
+        self.bar.update(self.task, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move on."""
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Show the newest numbers."""
+        metrics = named(logs)
+        if "train/loss" not in metrics:
+            return
+        self.losses.append(metrics["train/loss"])
+        tokens = metrics.get("train/num_tokens", 0.0)
+        elapsed = self.bar.tasks[self.task].elapsed or 0.0
+        shown = {
+            "loss": f"{metrics['train/loss']:.4f}",
+            "rate": f"{metrics.get('train/learning_rate', 0):.2e}",
+            "speed": f"{tokens / elapsed:,.0f}" if elapsed and tokens else "-",
+        }
+        self.bar.update(self.task, **shown)
+        line = f"step {state.global_step}/{state.max_steps}  loss {shown['loss']}"
+        log.info("%s  rate %s  %s tokens/s", line, shown["rate"], shown["speed"])
+        if self.bar.disable:
+            console.print(f"{line}  rate {shown['rate']}  {shown['speed']} tokens/s")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, whatever ended the training."""
+        self.bar.stop()

@@ -1,0 +1,44 @@
+"""The exception tree: each leaf is also the standard exception that a caller would expect.
+
+    LoraExpError
+    ├── ConfigError   (ValueError)       the config's faults, all at once
+    ├── DataError     (ValueError)       a row, file or data set that cannot be used
+    ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
+    └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LoraExpError(Exception):
+    """Something the user can mend; its text says what, where and how."""
+
+
+class ConfigError(LoraExpError, ValueError):
+    """Every fault of a config, each a `(key, what is wrong and what would be right)`."""
+
+    def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
+        self.faults = list(faults)
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([count, *(f"  {key}: {text}" for key, text in self.faults)]))
+
+
+class DataError(LoraExpError, ValueError):
+    """A row, file or data set that cannot be used, by file, line and field."""
+
+
+class TargetError(LoraExpError, ValueError):
+    """Names of modules that the base does not have."""
+
+
+class DivergedError(LoraExpError, ArithmeticError):
+    """The loss or a gradient stopped being finite."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ` (did you mean a, b?)` with the nearest known names, or nothing."""
+    near = get_close_matches(wrong, sorted(set(known)), n=count, cutoff=0.6)
+    return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -1,0 +1,169 @@
+"""The base model, quantised while it loads, and its tokenizer.
+
+Knows nothing of adapters, rows or trainers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lora_exp.config import asset
+from lora_exp.errors import ConfigError
+from lora_exp.tokens import cache_dir
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen weights and the tokenizer that belongs to them."""
+
+    model: Any
+    tokenizer: Any
+    path: str  # as the config names it
+    revision: str | None  # the hub commit that was loaded, or the SHA-256 of local weights
+    warning: str | None  # what makes the base hard to load again
+
+
+def bnb_4bit(quant_type: str, double_quant: bool, compute_dtype: str) -> BitsAndBytesConfig:
+    """Return bitsandbytes' 4-bit settings, `quant_type` nf4 or fp4.
+
+    BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo.
+
+    Raises:
+        ConfigError: an unknown type or dtype.
+    """
+    if quant_type not in ("nf4", "fp4"):
+        raise ConfigError([("quant.quant_type", f"{quant_type!r} is neither nf4 nor fp4")])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype_of(compute_dtype, "quant.compute_dtype"),
+    )
+
+
+def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
+    """Return bitsandbytes' 8-bit settings; activations above the threshold stay in float."""
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
+
+
+def dtype_of(name: str, key: str = "model.dtype") -> torch.dtype:
+    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if name == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError([(key, f"{name!r} is none of auto, float32, bfloat16, float16")])
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load(
+    path: str,
+    revision: str | None,
+    gguf_file: str | None,
+    dtype: str,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    random_weights: bool,
+    quantization: BitsAndBytesConfig | None,
+) -> Base:
+    """Load a base and its tokenizer; every weight frozen unless it is trained whole later.
+
+    Raises:
+        ConfigError: the path holds no model, or not one that can be loaded this way.
+    """
+    source = str(asset(path))
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common = {key: value for key, value in common.items() if value is not None}
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    options = {
+        **common,
+        "dtype": dtype_of(dtype),
+        "attn_implementation": attn_implementation,
+        **({"device_map": {"": device()}} if torch.cuda.is_available() or quantization else {}),
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
+        if random_weights:
+            model = _untrained(source, options, common)
+        elif gguf_file and quantization:
+            # transformers cannot quantise while it reads GGUF: go through float weights, once
+            floats = _dequantised(Path(source), gguf_file)
+            model = AutoModelForCausalLM.from_pretrained(
+                floats, **options, quantization_config=quantization
+            )
+        else:
+            quantized = {"quantization_config": quantization} if quantization else {}
+            model = AutoModelForCausalLM.from_pretrained(source, **options, **gguf, **quantized)
+    except (OSError, ValueError) as error:
+        raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
+    _settle(model, tokenizer)
+    found, warning = _revision(model, path, revision, gguf_file)
+    return Base(model, tokenizer, path, found, warning)
+
+
+def device() -> str:
+    """Return the one device that a run uses."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _untrained(source: str, options: dict[str, Any], common: dict[str, Any]) -> Any:
+    config = AutoConfig.from_pretrained(source, **common)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
+    )
+    return model.to(device())
+
+
+def _dequantised(folder: Path, gguf_file: str) -> str:
+    """Return a folder with a GGUF file's weights as float32 safetensors, made once and kept."""
+    stat = (folder / gguf_file).stat()
+    identity = f"{(folder / gguf_file).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    floats = cache_dir() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()
+    if not floats.is_dir():
+        staged = floats.with_suffix(".staged")
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
+        model.save_pretrained(staged)
+        staged.rename(floats)
+    return str(floats)
+
+
+def _settle(model: Any, tokenizer: Any) -> None:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        # CPUs with AVX512-BF16 repack 4-bit weights in place at the first evaluation, and training
+        # then gets wrong gradients without a word
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _revision(
+    model: Any, path: str, revision: str | None, gguf_file: str | None
+) -> tuple[str | None, str | None]:
+    """Find what identifies the weights: the hub's commit, or a hash of the local files."""
+    folder = asset(path)
+    if not folder.exists():
+        commit = getattr(model.config, "_commit_hash", None)
+        text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
+        return commit, None if revision else text
+    files = [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}", None

@@ -1,0 +1,91 @@
+"""A run's directory: `config.yaml`, `run.json`, `metrics.jsonl`. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import secrets
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import fingerprint, plain
+from lora_exp.errors import DivergedError, LoraExpError
+from lora_exp.redaction import redact, redact_text
+
+log = logging.getLogger("lora_exp")
+VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old text or the new."""
+    staged = path.with_name(path.name + ".staged")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+class Record:
+    """What is known of a run so far, on disk after every change."""
+
+    def __init__(self, directory: Path, cfg: DictConfig) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "run.json"
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        if not self.values:
+            write_whole(directory / "config.yaml", OmegaConf.to_yaml(redact(plain(cfg))))
+            self.values = {
+                "name": cfg.name,
+                "fingerprint": fingerprint(cfg),
+                "tracking_id": secrets.token_hex(4),
+                "choices": plain(cfg.choices),
+                "versions": {name: version(name) for name in VERSIONED}
+                | {"python": platform.python_version()},
+                "metrics": {},
+            }
+        self.update(status="running", error=None)
+
+    def update(self, **values: Any) -> None:
+        """Set fields and write the file; `metrics` are merged."""
+        metrics = self.values["metrics"] | values.pop("metrics", {})
+        self.values |= {**values, "metrics": metrics}
+        write_whole(self.directory / "run.json", json.dumps(redact(self.values), indent=1) + "\n")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def keep_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Write samples.jsonl: prompts, known answers, answers before and after."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_whole(self.directory / "samples.jsonl", "".join(lines))
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Read samples.jsonl."""
+        path = self.directory / "samples.jsonl"
+        return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers that tracking shows for the whole run."""
+        return self.values["metrics"] | self.values.get("counts", {})
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Record how the run ended, whatever ended it."""
+        try:
+            yield
+        except BaseException as error:
+            status = "diverged" if isinstance(error, DivergedError) else "failed"
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+            text = str(error) if isinstance(error, LoraExpError) else f"{type(error).__name__}: {error}"
+            self.update(status=status, error=redact_text(text))
+            log.info("%s", redact_text(traceback.format_exc()))
+            raise
+        self.update(status="finished")

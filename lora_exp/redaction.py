@@ -1,0 +1,48 @@
+"""Secrets, kept out of every file: by the name of their key, by their shape, by the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REDACTED = "<redacted>"
+# eos_token, pad_token, max_new_tokens and the like are no secrets
+KEY = re.compile(r"(^|_)((hub|api|auth|access|hf|wandb|bearer)_token|secret\w*|password|passwd|api_?key)$|^token$", re.I)
+ENVIRONMENT = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)", re.I)
+SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,}|wandb_v1_\w{20,})")
+ASSIGNED = re.compile(r"([\w.]*?)(\w+)(\s*[=:]\s*)(['\"]?)([^\s'\",\]}]+)")
+
+
+def redact(value: Any) -> Any:
+    """Return nested dicts and lists with the secrets replaced."""
+    if isinstance(value, Mapping):
+        return {
+            key: REDACTED if KEY.search(str(key)) and item else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """Replace secrets by shape, by the environment's values and by `key=value` or `key: value`."""
+    for name, secret in os.environ.items():
+        if ENVIRONMENT.search(name) and len(secret) >= 8:
+            text = text.replace(secret, REDACTED)
+    text = SHAPES.sub(REDACTED, text)
+    return ASSIGNED.sub(
+        lambda m: "".join([*m.groups()[:4], REDACTED]) if KEY.search(m[2]) and m[5] != "null" else m[0],
+        text,
+    )
+
+
+def redact_files(folder: Path) -> None:
+    """Redact the YAML files that Hydra wrote before we were asked."""
+    for path in folder.glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        if (clean := redact_text(text)) != text:
+            path.write_text(clean, encoding="utf-8")

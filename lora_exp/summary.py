@@ -1,0 +1,97 @@
+"""The words before a run and after it: what will be trained on what, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from lora_exp.adapter import Adapted
+from lora_exp.data import Rows
+from lora_exp.display import curve, facts, preview, show, size
+from lora_exp.model import Base
+from lora_exp.record import Record
+from lora_exp.tokens import Counts, Tokens
+
+
+def counts(adapted: Adapted, train: Tokens, held_out: Tokens | None) -> dict[str, int]:
+    """Return the numbers known before training, for the run's record."""
+    numbers = {"trainable_parameters": adapted.trainable, "parameters": adapted.total}
+    numbers |= {f"train_{k}": v for k, v in vars(train.counts).items()}
+    return numbers | ({f"eval_{k}": v for k, v in vars(held_out.counts).items()} if held_out else {})
+
+
+def announce(
+    cfg: DictConfig,
+    rows: Rows,
+    base: Base,
+    adapted: Adapted,
+    train: Tokens,
+    held_out: Tokens | None,
+) -> None:
+    """Say what is about to happen, down to the tokens that count."""
+    lines = {
+        "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace("torch.", ""),
+        "quantisation": cfg.choices.get("quant", "none"),
+        "adapter": _adapter(cfg, adapted),
+        "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
+        "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
+        f" ({adapted.trainable / adapted.total:.2%})",
+        "algorithm": f"{cfg.choices.get('algorithm')}, learning rate {cfg.train.learning_rate:g}",
+        "rows": f"{_rows(train.counts)}, read as {rows.format}{', cached' if train.cached else ''}",
+        "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
+    }
+    show(facts(cfg.name, lines))
+    for warning in (base.warning, rows.warning):
+        if warning:
+            show(f"[yellow]{warning}[/]")
+    first = train.dataset[0]
+    show("\nfirst row; what counts towards the loss stands in «»:")
+    show(preview(first["input_ids"], first["labels"], base.tokenizer))
+    show("")
+
+
+def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
+    if adapted.method is None:
+        return "none: every weight trains"
+    known = {"r": "rank", "init_r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "tokens"}
+    parts = [f"{word} {cfg.peft[key]}" for key, word in known.items() if cfg.peft.get(key)]
+    return ", ".join([adapted.method, *parts])
+
+
+def _rows(counts: Counts) -> str:
+    return (
+        f"{counts.rows:,} with {counts.tokens:,} tokens, {counts.trained_tokens:,} in the loss;"
+        f" {counts.truncated:,} truncated, {counts.dropped:,} dropped"
+    )
+
+
+def conclude(
+    record: Record, losses: list[float], objective: str, place: str, saved: Path
+) -> None:
+    """Say what came of it, and where it lies."""
+    metrics: dict[str, Any] = record.values["metrics"]
+    table = Table()
+    for column in (str(record.values["name"]), "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for key in metrics:
+        group, _, name = key.partition("/")
+        if group == "eval":
+            old, new = metrics.get(f"before/{name}"), metrics[key]
+            write = "{:.4f}".format if name == "loss" else "{:.1%}".format
+            words = f"eval {name}".replace("_", " ")
+            table.add_row(words, write(old) if old is not None else "-", write(new))
+    show(table)
+    shown = {
+        "training loss": f"{metrics['train/loss']:.4f}  {curve(losses)}",
+        "objective": f"{objective} {metrics[objective]:.4f}",
+        "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all;"
+        f" {metrics['train/steps_per_s']:.1f} steps/s, {metrics['train/tokens_per_s']:,.0f} tokens/s",
+        "peak memory": size(int(metrics["peak_bytes"])),
+        "run": str(record.directory),
+        saved.name: str(saved),
+        "W&B": place,
+    }
+    show(facts("", {key: value for key, value in shown.items() if value != "none"}))

@@ -1,0 +1,230 @@
+"""Rows to tokens and labels, cached by content: what counts towards the loss is decided here.
+
+The rule: the assistant's turns (or the completion) count, with the token that ends them; everything
+counts where the algorithm says so (`completion_only_loss: false`) and in plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from rich.progress import track
+
+from lora_exp.data import Row
+from lora_exp.errors import DataError
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+VERSION = 1  # of this module's rule; part of the cache's key
+CHUNK = 1000  # rows tokenised at a time
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a data set's rows."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int  # those that count towards the loss
+    truncated: int  # rows cut to max_length
+    dropped: int  # rows with nothing left that counts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows: `input_ids` and `labels` of equal length, `IGNORED` where nothing counts."""
+
+    dataset: Any
+    counts: Counts
+    cached: bool
+
+
+def tokenise(
+    rows: list[Row],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    completion_only: bool,
+    what: str,
+) -> Tokens:
+    """Tokenise rows, or take them from the cache if these rows met this tokenizer before.
+
+    Args:
+        rows: as `data.py` leaves them.
+        tokenizer: a fast tokenizer, its chat template in place.
+        max_length: tokens to keep of a row, from its start; None keeps all.
+        completion_only: whether prompts are left out of the loss.
+        what: `train` or `eval`, for messages.
+
+    Raises:
+        DataError: no row has a token that counts, or rows are chats and there is no chat template.
+    """
+    if any("messages" in row for row in rows) and not tokenizer.chat_template:
+        raise DataError(
+            "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
+            "<file.jinja>, or rows of prompt and completion"
+        )
+    key = _key(rows, tokenizer, max_length, completion_only)
+    folder = cache_dir() / "tokens" / key
+    if (folder / "counts.json").is_file():
+        counts = Counts(**json.loads((folder / "counts.json").read_text()))
+        tokens = Tokens(load_from_disk(str(folder)), counts, cached=True)
+    else:
+        tokens = _fresh(rows, tokenizer, max_length, completion_only, what, folder)
+    if not tokens.counts.rows:
+        raise DataError(
+            f"none of the {len(rows)} {what} rows has a token that counts towards the loss"
+            f" (max_length {max_length}): raise algorithm.args.max_length or shorten the prompts"
+        )
+    return tokens
+
+
+def cache_dir() -> Path:
+    """Return where what can be computed again is kept: `LORA_EXP_CACHE`, else the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LORA_EXP_CACHE") or Path(home) / "lora-exp")
+
+
+def _key(rows: list[Row], tokenizer: Any, *options: Any) -> str:
+    digest = hashlib.sha256(json.dumps([VERSION, *options]).encode())
+    for part in (_vocabulary(tokenizer), tokenizer.chat_template, tokenizer.eos_token):
+        digest.update(f"{part}\0".encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Return the tokenizer as text, without padding and truncation, which calls leave behind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    return json.dumps(state, sort_keys=True)
+
+
+def _fresh(
+    rows: list[Row],
+    tokenizer: Any,
+    max_length: int | None,
+    completion_only: bool,
+    what: str,
+    folder: Path,
+) -> Tokens:
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    truncated = dropped = 0
+    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    for chunk in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
+        for row_ids, row_labels in encode(chunk, tokenizer, completion_only):
+            truncated += max_length is not None and len(row_ids) > max_length
+            row_labels = row_labels[:max_length]
+            if all(label == IGNORED for label in row_labels):
+                dropped += 1
+                continue
+            ids.append(row_ids[:max_length])
+            labels.append(row_labels)
+    trained = sum(label != IGNORED for row in labels for label in row)
+    counts = Counts(len(ids), sum(map(len, ids)), trained, truncated, dropped)
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    if not ids:
+        return Tokens(dataset, counts, cached=False)
+    _store(dataset, counts, folder)
+    return Tokens(load_from_disk(str(folder)), counts, cached=False)
+
+
+def _store(dataset: Any, counts: Counts, folder: Path) -> None:
+    """Write beside, then rename: two runs may tokenise the same rows at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=folder.parent))
+    dataset.save_to_disk(str(staged))
+    (staged / "counts.json").write_text(json.dumps(asdict(counts)))
+    try:
+        staged.rename(folder)
+    except OSError:  # the other run was first, with the same bytes
+        shutil.rmtree(staged)
+
+
+def encode(
+    rows: list[Row], tokenizer: Any, completion_only: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the token ids and labels of each row, whole.
+
+    Boundaries are found in characters, then carried to tokens by their offsets, so that a template
+    needs no markers; a token that straddles a boundary counts.
+    """
+    texts, spans = zip(*(_render(row, tokenizer) for row in rows), strict=True)
+    chats = ["messages" in row for row in rows]
+    for chat in sorted(set(chats)):
+        chosen = [i for i, c in enumerate(chats) if c == chat]
+        # a chat template writes its own special tokens; plain text gets the tokenizer's
+        found = tokenizer(
+            [texts[i] for i in chosen],
+            add_special_tokens=not chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        for i, ids, offsets in zip(
+            chosen, found["input_ids"], found["offset_mapping"], strict=True
+        ):
+            yield ids, _labels(ids, offsets, spans[i] if completion_only else None)
+
+
+def _labels(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]] | None
+) -> list[int]:
+    if spans is None:
+        return list(ids)
+    counted = [any(s < stop and e > start for start, stop in spans) for s, e in offsets]
+    return [token if c else IGNORED for token, c in zip(ids, counted, strict=True)]
+
+
+def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Write a row as text, with the character spans that a completion-only loss counts."""
+    end = tokenizer.eos_token or ""
+    if "text" in row:
+        text = row["text"] if row["text"].endswith(end) else row["text"] + end
+        return text, [(0, len(text))]
+    if "prompt" in row:
+        text = row["prompt"] + row["completion"]
+        text = text if text.endswith(end) else text + end
+        return text, [(len(row["prompt"]), len(text))]
+    turns, tools = row["messages"], row.get("tools")
+    whole = render_chat(turns, tokenizer, tools)
+    spans = []
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
+            answered = render_chat(turns[: i + 1], tokenizer, tools)
+            spans.append((len(commonprefix([asked, whole])), len(commonprefix([answered, whole]))))
+    return whole, spans
+
+
+def render_chat(
+    turns: Iterable[Row], tokenizer: Any, tools: Any = None, answer: bool = False
+) -> str:
+    """Write turns with the chat template; `answer` opens the assistant's turn."""
+    text: str = tokenizer.apply_chat_template(
+        list(turns), tools=tools, tokenize=False, add_generation_prompt=answer
+    )
+    return text
+
+
+def prompt_of(row: Row, tokenizer: Any) -> tuple[str, str] | None:
+    """Split a row into what is asked, as text, and the known answer; None where nothing is asked."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    if "messages" in row and row["messages"][-1]["role"] == "assistant" and row["messages"][1:]:
+        *asked, answer = row["messages"]
+        return render_chat(asked, tokenizer, row.get("tools"), answer=True), answer["content"]
+    return None
+
+
