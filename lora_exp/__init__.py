@@ -1,17 +1,21 @@
 """lora-exp: compose, train and compare fine-tuning runs.
 
-    from lora_exp import compose, run
-    result = run(compose("peft.r=8", "quant=nf4"))
+from lora_exp import compose, run
+result = run(compose("peft.r=8", "quant=nf4"))
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import compose
 
 if TYPE_CHECKING:
     from lora_exp.experiment import run
+
+# it misses an optional kernel, aloud, and warns of a cast at every int8 product
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["compose", "run"]
 __version__ = "0.1.0"

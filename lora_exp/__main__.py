@@ -58,7 +58,6 @@ def job(cfg: DictConfig) -> float:
 
 def main() -> None:
     """Run the command line; errors that the user can mend are told without a traceback."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
@@ -90,14 +89,14 @@ def _told(error: BaseException) -> str:
 
 
 def _hint(text: str) -> str:
-    if re.search(r"Could not find 'targets/", text):
+    if re.search(r"Could not (find|load) 'targets/", text):
         return "\nA list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
     found = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if found:
         options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
-        return did_you_mean(found[2], options)
+        return "\n" + did_you_mean(found[2], options).strip()
     found = re.search(r"Could not override '([\w.]+)'", text)
-    return _near_key(found[1]) if found else ""
+    return "\n" + _near_key(found[1]).strip() if found else ""
 
 
 def _near_key(key: str) -> str:

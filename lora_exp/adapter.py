@@ -55,8 +55,13 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     config = build(cfg, "peft", **_runtime(base.model, cfg))
     try:
         model = peft.get_peft_model(base.model, config)
-    except ValueError as error:  # what only peft can tell, such as a block size that divides nothing
+    except (
+        ValueError
+    ) as error:  # what only peft can tell, such as a block size that divides nothing
         raise ConfigError([("peft", str(error))]) from error
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers
+            parameter.requires_grad_(False)
     adapted = getattr(model.base_model, "targeted_module_names", [])
     modules = Counter(name.rpartition(".")[2] for name in adapted)
     trainable, total = model.get_nb_trainable_parameters()
@@ -113,9 +118,13 @@ def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
             f"peft.target_modules: {wanted!r} is no role ({', '.join(ROLES)}){near};"
             f" names go in a list: peft.target_modules=[{wanted}]"
         )
-    members = {name for name, module in model.named_modules() if _plays(wanted, name, module, model)}
+    members = {
+        name for name, module in model.named_modules() if _plays(wanted, name, module, model)
+    }
     if not members:
-        raise TargetError(f"peft.target_modules: {wanted}: {type(model).__name__} has no such module")
+        raise TargetError(
+            f"peft.target_modules: {wanted}: {type(model).__name__} has no such module"
+        )
     by_last: dict[str, set[str]] = {}
     for name, _ in model.named_modules():
         by_last.setdefault(name.rpartition(".")[2], set()).add(name)
@@ -172,6 +181,7 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
     PiSSA and OLoRA are written as plain LoRA of twice the rank, which fits the original base.
     """
     if adapted.method is None:
+        adapted.model.config.use_cache = True  # trainers switch it off, and would save it so
         adapted.model.save_pretrained(str(folder))
     else:
         config = adapted.model.peft_config["default"]
@@ -201,7 +211,9 @@ class AdaLora(TrainerCallback):  # type: ignore[misc]
         """
         config = model.peft_config["default"]
         if config.tinit >= state.max_steps - config.tfinal:
-            text = f"no step is left between tinit and tfinal in {state.max_steps} steps; lower them"
+            text = (
+                f"no step is left between tinit and tfinal in {state.max_steps} steps; lower them"
+            )
             raise ConfigError([("peft.tinit", text)])
         model.base_model.rankallocator.set_total_step(state.max_steps)
 

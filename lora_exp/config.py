@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.signature import signature
 
 PACKAGE = Path(__file__).parent
@@ -33,7 +33,14 @@ def product(*factors: float) -> float:
 
 
 def run_dir(resume: str | None) -> str:
-    """Return the directory of a run: a new one, or the one it continues."""
+    """Return the directory of a run: a new one, or the one it continues.
+
+    Raises:
+        ConfigError: there is no run to continue.
+    """
+    if resume and not (Path(resume) / "config.yaml").is_file():
+        near = did_you_mean(Path(resume).name, (p.name for p in Path(resume).parent.glob("*")))
+        raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
 
 
@@ -63,7 +70,7 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig
         own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
         full = hydra.compose("config", [*own, *overrides], return_hydra_config=True)
     choices = OmegaConf.to_container(full.hydra.runtime.choices)
-    with OmegaConf.open_dict(full):
+    with open_dict(full):
         del full["hydra"]
     return validate(settle(full, dict(choices), overrides))  # type: ignore[arg-type]
 
@@ -74,10 +81,12 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     Raises:
         ConfigError: a required value is missing, or an interpolation finds nothing.
     """
+    overrides = list(overrides)
+    if cfg.resume:
+        return _freeze(_resumed(cfg, overrides))
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
-    overrides = list(overrides)
     if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
@@ -85,14 +94,32 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     plain["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     plain["name"] = plain["name"] or _name(plain, overrides)
-    settled = OmegaConf.create(plain)
+    return _freeze(plain)
+
+
+def _resumed(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, Any]:
+    """Take the config that a run was started with; only where it lies is new."""
+    allowed = ("resume", "trusted_targets", "hydra")
+    extra = [
+        o for o in overrides if re.split(r"[=./]", o.lstrip("+~"), maxsplit=1)[0] not in allowed
+    ]
+    if extra:
+        text = f"continues the run with its own config; drop {' '.join(extra)}, or start a new run"
+        raise ConfigError([("resume", text)])
+    saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
+    values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
+    return values | {"resume": cfg.resume, "trusted_targets": list(cfg.trusted_targets)}
+
+
+def _freeze(values: dict[str, Any]) -> DictConfig:
+    settled = OmegaConf.create(values)
     OmegaConf.set_struct(settled, True)
     OmegaConf.set_readonly(settled, True)
     return settled
 
 
 def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
-    """Tell a run from its siblings: method, rank, quantisation, targets, then what was overridden."""
+    """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides."""
     chosen, peft = plain["choices"], plain["peft"] or {}
     rank = f"r{peft['r']}" if peft.get("r") else ""
     targets = chosen["targets"] if peft.get("target_modules") == plain["targets"] else ""

@@ -1,7 +1,7 @@
 """Rows: read, checked, converted to one of three shapes, and split.
 
-A row is `{"messages": [...]}`, `{"prompt": ..., "completion": ...}` or `{"text": ...}`, with whatever
-other columns it came with. Knows nothing of tokens; needs no torch.
+A row is `{"messages": [...]}`, `{"prompt": ..., "completion": ...}` or `{"text": ...}`, with
+whatever other columns it came with. Knows nothing of tokens; needs no torch.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -43,7 +44,9 @@ def show(renderable: RenderableType) -> None:
 
 def facts(title: str, lines: dict[str, str]) -> Table:
     """Return a two-column table of what is known."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None
+    )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in lines.items():
@@ -75,7 +78,7 @@ def curve(values: list[float], width: int = 40) -> str:
         return ""
     width = min(width, len(values))
     cuts = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
 
@@ -110,8 +113,7 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar."""
-        empty = {"loss": "-", "rate": "-", "speed": "-"}
-        self.task = self.bar.add_task("train", total=state.max_steps, **empty)
+        self.task = self.bar.add_task("train", total=state.max_steps, loss="-", rate="-", speed="-")
         self.bar.update(self.task, completed=state.global_step)
         self.bar.start()
 
@@ -127,7 +129,7 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         self.losses.append(metrics["train/loss"])
         tokens = metrics.get("train/num_tokens", 0.0)
         elapsed = self.bar.tasks[self.task].elapsed or 0.0
-        shown = {
+        shown: dict[str, Any] = {
             "loss": f"{metrics['train/loss']:.4f}",
             "rate": f"{metrics.get('train/learning_rate', 0):.2e}",
             "speed": f"{tokens / elapsed:,.0f}" if elapsed and tokens else "-",

@@ -1,10 +1,10 @@
 """The exception tree: each leaf is also the standard exception that a caller would expect.
 
-    LoraExpError
-    ├── ConfigError   (ValueError)       the config's faults, all at once
-    ├── DataError     (ValueError)       a row, file or data set that cannot be used
-    ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
-    └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
+LoraExpError
+├── ConfigError   (ValueError)       the config's faults, all at once
+├── DataError     (ValueError)       a row, file or data set that cannot be used
+├── TargetError   (ValueError)       modules named for adaptation that the base does not have
+└── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
 """
 
 from __future__ import annotations

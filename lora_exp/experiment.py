@@ -19,13 +19,13 @@ import transformers
 from omegaconf import DictConfig
 from transformers import TrainerCallback, set_seed
 
-from lora_exp.adapter import Adapted, AdaLora, attach, save
+from lora_exp.adapter import AdaLora, Adapted, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
 from lora_exp.display import TrainingBar, quiet
 from lora_exp.errors import DivergedError
-from lora_exp.model import Base
+from lora_exp.model import Base, device
 from lora_exp.record import Record
 from lora_exp.redaction import redact
 from lora_exp.samples import Sample, answer, exact_match
@@ -72,15 +72,15 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
     set_seed(cfg.seed)
     adapted = attach(base, cfg, record.directory)
     train, held_out = _tokens(rows, base, cfg)
-    record.update(
-        counts=counts(adapted, train, held_out), base=base.revision, data=rows.source
-    )
+    record.update(counts=counts(adapted, train, held_out), base=base.revision, data=rows.source)
     announce(cfg, rows, base, adapted, train, held_out)
     tracker = _tracker(cfg, record, sweep)
     bar = TrainingBar()
     saved = None
     try:
-        trainer = _trainer(cfg, base, adapted, train, held_out, record, [Metrics(record, tracker), bar])
+        trainer = _trainer(
+            cfg, base, adapted, train, held_out, record, [Metrics(record, tracker), bar]
+        )
         samples = _before(cfg, trainer, base, rows, record)
         set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
         _train(trainer, cfg.resume, record)
@@ -104,7 +104,7 @@ def _tokens(rows: Rows, base: Base, cfg: DictConfig) -> tuple[Tokens, Tokens | N
     if rows.chat_template is not None:
         base.tokenizer.chat_template = rows.chat_template
     splits = args.packing and args.get("packing_strategy") in ("wrapped", "bfd_split")
-    options = {
+    options: dict[str, Any] = {
         "max_length": None if splits else args.max_length,
         "completion_only": bool(args.completion_only_loss),
     }
@@ -138,7 +138,8 @@ def _trainer(
         seed=cfg.seed,
         output_dir=str(record.directory / "checkpoints"),
         report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=device() == "cpu",
+        dataloader_pin_memory=device() != "cpu",
         disable_tqdm=True,
         logging_nan_inf_filter=False,  # it would log a loss of 0 where there is none
     )
@@ -155,6 +156,9 @@ def _trainer(
         callbacks=[FiniteLoss(), *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    for parameter in adapted.model.parameters():
+        if parameter.requires_grad:  # trl casts to bfloat16 on quantised bases: docs/decisions/0003
+            parameter.data = parameter.data.float()
     return trainer
 
 
@@ -200,13 +204,14 @@ def _measure(
     seen = named(trainer.evaluate()) if trainer.eval_dataset is not None else {}
     kept = ("loss", "mean_token_accuracy")
     metrics = {name: seen[f"eval/{name}"] for name in kept if f"eval/{name}" in seen}
-    answers = answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
+    with trainer.compute_loss_context_manager():  # in the precision that the loss is computed in
+        answers = answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
     return metrics | exact_match(answers), answers
 
 
 def _train(trainer: Any, resume: str | None, record: Record) -> None:
     started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=_newest(record.directory, resume))
+    output = trainer.train(resume_from_checkpoint=_newest(record, resume))
     seconds = time.perf_counter() - started
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
@@ -224,14 +229,16 @@ def _train(trainer: Any, resume: str | None, record: Record) -> None:
     )
 
 
-def _newest(directory: Path, resume: str | None) -> str | None:
+def _newest(record: Record, resume: str | None) -> str | None:
+    """Return the newest checkpoint of a run that goes on, its later log lines dropped."""
     if not resume:
         return None
-    found = list((directory / "checkpoints").glob("checkpoint-*"))
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if newest is None:
-        log.warning("resume: %s has no checkpoint yet; training starts anew", directory)
-    return str(newest) if newest else None
+    found = list((record.directory / "checkpoints").glob("checkpoint-*"))
+    steps = {int(path.name.rpartition("-")[2]): path for path in found}
+    if not steps:
+        log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
+    record.rewind(max(steps, default=0))
+    return str(steps[max(steps)]) if steps else None
 
 
 def peak_bytes() -> int:

@@ -62,6 +62,13 @@ class Record:
         with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **metrics}) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after a step that training goes back to."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+
     def keep_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, known answers, answers before and after."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
@@ -74,7 +81,7 @@ class Record:
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers that tracking shows for the whole run."""
-        return self.values["metrics"] | self.values.get("counts", {})
+        return {**self.values["metrics"], **self.values.get("counts", {})}
 
     @contextmanager
     def outcome(self) -> Iterator[None]:
@@ -84,7 +91,11 @@ class Record:
         except BaseException as error:
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
-            text = str(error) if isinstance(error, LoraExpError) else f"{type(error).__name__}: {error}"
+            text = (
+                str(error)
+                if isinstance(error, LoraExpError)
+                else f"{type(error).__name__}: {error}"
+            )
             self.update(status=status, error=redact_text(text))
             log.info("%s", redact_text(traceback.format_exc()))
             raise

@@ -10,9 +10,14 @@ from typing import Any
 
 REDACTED = "<redacted>"
 # eos_token, pad_token, max_new_tokens and the like are no secrets
-KEY = re.compile(r"(^|_)((hub|api|auth|access|hf|wandb|bearer)_token|secret\w*|password|passwd|api_?key)$|^token$", re.I)
+KEY = re.compile(
+    r"(^|_)((hub|api|auth|access|hf|wandb|bearer)_token|secret\w*|password|passwd|api_?key)$|^token$",
+    re.I,
+)
 ENVIRONMENT = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)", re.I)
-SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,}|wandb_v1_\w{20,})")
+SHAPES = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,}|wandb_v1_\w{20,})"
+)
 ASSIGNED = re.compile(r"([\w.]*?)(\w+)(\s*[=:]\s*)(['\"]?)([^\s'\",\]}]+)")
 
 
@@ -35,7 +40,9 @@ def redact_text(text: str) -> str:
             text = text.replace(secret, REDACTED)
     text = SHAPES.sub(REDACTED, text)
     return ASSIGNED.sub(
-        lambda m: "".join([*m.groups()[:4], REDACTED]) if KEY.search(m[2]) and m[5] != "null" else m[0],
+        lambda m: (
+            "".join([*m.groups()[:4], REDACTED]) if KEY.search(m[2]) and m[5] != "null" else m[0]
+        ),
         text,
     )
 

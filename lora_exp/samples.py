@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
         asked[i : i + settings.batch_size] for i in range(0, len(asked), settings.batch_size)
     ]
     answers = []
-    with _generating(model, tokenizer):
+    tokenizer = _left(tokenizer)
+    with _generating(model):
         for batch in track(batches, f"answers {what} training", transient=True):
             said = _generate(model, tokenizer, [prompt for _, (prompt, _) in batch], settings)
             answers += [
@@ -52,7 +54,7 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
 
 
 def exact_match(answers: list[Sample]) -> dict[str, float]:
-    """Return the share of answers equal to the known ones but for outer white space, by task too."""
+    """Return the share of answers equal to the known ones, outer white space aside; by task too."""
     if not answers:
         return {}
     right: dict[str, list[bool]] = {"exact_match": []}
@@ -65,17 +67,25 @@ def exact_match(answers: list[Sample]) -> dict[str, float]:
 
 
 @contextmanager
-def _generating(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Generate in evaluation mode with padding on the left, and leave everything as it was."""
-    training, side, cutting = model.training, tokenizer.padding_side, tokenizer.truncation_side
+def _generating(model: Any) -> Iterator[None]:
+    training = model.training
     model.eval()
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
     try:
         with torch.inference_mode():
             yield
     finally:
         model.train(training)
-        tokenizer.padding_side, tokenizer.truncation_side = side, cutting
+
+
+def _left(tokenizer: Any) -> Any:
+    """Return a copy that pads and cuts on the left.
+
+    A copy, since a fast tokenizer keeps the padding and truncation of its last call, saves them,
+    and whoever loads it gets cut prompts.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    return tokenizer
 
 
 def _generate(model: Any, tokenizer: Any, prompts: list[str], settings: Any) -> list[str]:

@@ -67,8 +67,10 @@ def _find(module: str, name: str) -> tuple[str, Definition] | None:
     for node in _tree(module).body:
         if isinstance(node, Definition) and node.name == name:
             return module, node
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
+    for node in ast.walk(_tree(module)):  # type: ignore[assignment]
+        if isinstance(node, ast.ImportFrom) and any(
+            (a.asname or a.name) == name for a in node.names
+        ):
             original = next(a.name for a in node.names if (a.asname or a.name) == name)
             source = _absolute(module, node)
             found = _find(source, original) if source != module and _file(source) else None
@@ -136,11 +138,15 @@ def fits(value: Any, annotation: ast.expr | None) -> bool:
         case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=options)):
             return any(fits(value, option) for option in options)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
-            return value in ast.literal_eval(inner if isinstance(inner, ast.Tuple) else _tuple(inner))
+            return value in ast.literal_eval(
+                inner if isinstance(inner, ast.Tuple) else _tuple(inner)
+            )
         case ast.Subscript(value=ast.Name(id=name)):
             return fits(value, ast.Name(name))
         case ast.Name(id=name) if name in TYPES:
-            return isinstance(value, TYPES[name]) and (name == "bool" or not isinstance(value, bool))
+            return isinstance(value, TYPES[name]) and (
+                name == "bool" or not isinstance(value, bool)
+            )
     return True
 
 

@@ -20,7 +20,9 @@ def counts(adapted: Adapted, train: Tokens, held_out: Tokens | None) -> dict[str
     """Return the numbers known before training, for the run's record."""
     numbers = {"trainable_parameters": adapted.trainable, "parameters": adapted.total}
     numbers |= {f"train_{k}": v for k, v in vars(train.counts).items()}
-    return numbers | ({f"eval_{k}": v for k, v in vars(held_out.counts).items()} if held_out else {})
+    return numbers | (
+        {f"eval_{k}": v for k, v in vars(held_out.counts).items()} if held_out else {}
+    )
 
 
 def announce(
@@ -33,7 +35,9 @@ def announce(
 ) -> None:
     """Say what is about to happen, down to the tokens that count."""
     lines = {
-        "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace("torch.", ""),
+        "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
+            "torch.", ""
+        ),
         "quantisation": cfg.choices.get("quant", "none"),
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
@@ -68,9 +72,7 @@ def _rows(counts: Counts) -> str:
     )
 
 
-def conclude(
-    record: Record, losses: list[float], objective: str, place: str, saved: Path
-) -> None:
+def conclude(record: Record, losses: list[float], objective: str, place: str, saved: Path) -> None:
     """Say what came of it, and where it lies."""
     metrics: dict[str, Any] = record.values["metrics"]
     table = Table()
@@ -87,8 +89,9 @@ def conclude(
     shown = {
         "training loss": f"{metrics['train/loss']:.4f}  {curve(losses)}",
         "objective": f"{objective} {metrics[objective]:.4f}",
-        "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all;"
-        f" {metrics['train/steps_per_s']:.1f} steps/s, {metrics['train/tokens_per_s']:,.0f} tokens/s",
+        "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
+        "speed": f"{metrics['train/steps_per_s']:.1f} steps/s,"
+        f" {metrics['train/tokens_per_s']:,.0f} tokens/s",
         "peak memory": size(int(metrics["peak_bytes"])),
         "run": str(record.directory),
         saved.name: str(saved),

@@ -36,7 +36,7 @@ class SweepTable(Callback):
         self.folder = Path(config.hydra.sweep.dir)
         directory = Path(config.hydra.runtime.output_dir)
         self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
-        self.rows.sort(key=lambda r: (math.inf if r["objective"] is None else r["objective"]))
+        self.rows.sort(key=lambda r: math.inf if r["objective"] is None else r["objective"])
         write_summary(self.folder, self.rows)
 
     def show(self) -> None:

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +203,16 @@ def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         if turn["role"] == "assistant":
             asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
             answered = render_chat(turns[: i + 1], tokenizer, tools)
-            spans.append((len(commonprefix([asked, whole])), len(commonprefix([answered, whole]))))
+            spans.append((_shared(asked, whole), _shared(answered, whole)))
     return whole, spans
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    if b.startswith(a):
+        return len(a)
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def render_chat(
@@ -219,12 +226,10 @@ def render_chat(
 
 
 def prompt_of(row: Row, tokenizer: Any) -> tuple[str, str] | None:
-    """Split a row into what is asked, as text, and the known answer; None where nothing is asked."""
+    """Split a row into what is asked, as text, and the known answer; None if nothing is."""
     if "prompt" in row:
         return row["prompt"], row["completion"]
     if "messages" in row and row["messages"][-1]["role"] == "assistant" and row["messages"][1:]:
         *asked, answer = row["messages"]
         return render_chat(asked, tokenizer, row.get("tools"), answer=True), answer["content"]
     return None
-
-

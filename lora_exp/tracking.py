@@ -1,4 +1,7 @@
-"""Numbers, samples and artifacts out to Weights & Biases, or nowhere. Only this module knows wandb."""
+"""Numbers, samples and artifacts out to Weights & Biases, or nowhere.
+
+Only this module knows wandb.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ class Wandb:
         self.wandb, self.name, self.log_adapter = wandb, name, log_adapter
         self.data_dir = directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        options = {
+        options: dict[str, Any] = {
             "project": project,
             "entity": entity,
             "dir": str(directory),
@@ -89,15 +92,15 @@ class Wandb:
             "reinit": "create_new",
             "settings": self._settings(),
         }
-        mode = _mode(mode, wandb)
+        place = _mode(mode, wandb)
         try:
-            self.run = wandb.init(mode=mode, **options)
+            self.run = wandb.init(mode=place, **options)
         except wandb.errors.CommError as error:
             log.warning("W&B cannot be reached (%s); this run is logged offline", error)
-            mode = "offline"
-            self.run = wandb.init(mode=mode, **options)
+            place = "offline"
+            self.run = wandb.init(mode="offline", **options)
         offline = f"offline; to send it: wandb sync {Path(self.run.dir).parent}"
-        self.place = str(self.run.url) if mode == "online" else offline
+        self.place = str(self.run.url) if place == "online" else offline
 
     def _settings(self) -> Any:
         return self.wandb.Settings(
@@ -152,7 +155,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _mode(mode: str, wandb: Any) -> str:
+def _mode(mode: str, wandb: Any) -> Any:
     """Decide without network and without a prompt: wandb.init would raise, or block for minutes."""
     if mode != "auto":
         return mode
@@ -163,7 +166,7 @@ def _mode(mode: str, wandb: Any) -> str:
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Carry a trainer's log lines to the run's record and to tracking, as `train/x` and `eval/x`."""
+    """Carry a trainer's log lines to the record and to tracking, as `train/x` and `eval/x`."""
 
     def __init__(self, record: Record, tracker: Tracker) -> None:
         self.record, self.tracker = record, tracker

@@ -22,7 +22,12 @@ from lora_exp.signature import fits, signature
 Fault = tuple[str, str]
 
 # method -> quantisation -> why the pair is refused; seen by running them
-REFUSED: dict[str, dict[str, str]] = {}
+FLOAT_BASE = "takes its start from the base's float weights and rewrites them; quant=none"
+REFUSED: dict[str, dict[str, str]] = {
+    "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
+    "pissa": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
+    "olora": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
+}
 
 
 def validate(cfg: DictConfig) -> DictConfig:
@@ -77,8 +82,9 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
         least = 0 if name == "r" and "oft_block_size" in peft else 1
         if name in peft and _is_number(peft[name]) and peft[name] < least:
             yield f"peft.{name}", f"{peft[name]} is no rank; give {least} or more"
-    if _is_number(peft.get("lora_alpha", 1)) and not 0 < peft.get("lora_alpha", 1) < math.inf:
-        yield "peft.lora_alpha", f"{peft.lora_alpha} scales the adapter away; give a number above 0"
+    alpha = peft.get("lora_alpha", 1)
+    if _is_number(alpha) and not 0 < alpha < math.inf:
+        yield "peft.lora_alpha", f"{alpha} scales the adapter away; give a number above 0"
     for name in (name for name in peft if name.endswith("dropout")):
         if _is_number(peft[name]) and not 0 <= peft[name] < 1:
             yield f"peft.{name}", f"{peft[name]} is no share; give 0 or more and below 1"
@@ -86,7 +92,10 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
         text = f"{train.learning_rate} trains nothing; give a rate above 0 (LoRA 1e-4 to 5e-4)"
         yield "train.learning_rate", text
     if _is_number(train.max_steps) and train.max_steps != -1 and train.max_steps < 1:
-        yield "train.max_steps", f"{train.max_steps} trains nothing; give 1 or more, or -1 for epochs"
+        yield (
+            "train.max_steps",
+            f"{train.max_steps} trains nothing; give 1 or more, or -1 for epochs",
+        )
     if train.max_steps == -1 and not 0 < _number(train.num_train_epochs) < math.inf:
         yield "train.num_train_epochs", f"{train.num_train_epochs} trains nothing; give above 0"
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -1,0 +1,49 @@
+"""What every test stands on: no network, a cache of its own, and a run of a few steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false"}
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "data.max_rows=64"]
+QUICK += ["data.max_eval_rows=16"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["LORA_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def quick_run(tmp_path: Path) -> Callable[..., Any]:
+    """Compose and run a few steps into tmp_path, without W&B unless asked for."""
+    from lora_exp import compose, run
+
+    def go(*overrides: str, name: str = "run") -> Any:
+        return run(compose("tracking=none", *QUICK, *overrides), tmp_path / name)
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def base() -> Any:
+    """The embedded model; tests must not change it."""
+    from lora_exp.model import load
+
+    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
+
+
+@pytest.fixture
+def fresh_base() -> Any:
+    """The embedded model, to change as the test likes."""
+    from lora_exp.model import load
+
+    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)

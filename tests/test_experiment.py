@@ -1,0 +1,225 @@
+"""Whole runs of a few steps: every method, every quantisation, what is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_exp import compose, run
+from lora_exp.config import CONF, asset
+from lora_exp.errors import DivergedError
+from lora_exp.validation import REFUSED
+
+METHODS = sorted(path.stem for path in (CONF / "peft").glob("*.yaml"))
+PAIRS = [
+    (method, quant)
+    for method in METHODS
+    for quant in ("none", "nf4", "int8")
+    if quant not in REFUSED.get(method, {}) and (method != "none" or quant == "none")
+]  # fmt: skip
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def rows_of(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.path={path}"
+
+
+@pytest.mark.parametrize(("method", "quant"), PAIRS)
+def test_every_method_trains_on_every_quantisation(
+    quick_run: Callable[..., Any], method: str, quant: str
+) -> None:
+    result = quick_run(f"peft={method}", f"quant={quant}")
+    weights = load_file(next(result.saved.glob("*.safetensors")))
+    assert weights
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    assert result.metrics["eval/loss"] != result.metrics["before/loss"]
+    assert result.objective == result.metrics["eval/loss"]
+
+
+def test_a_run_leaves_what_the_design_promises(quick_run: Callable[..., Any]) -> None:
+    result = quick_run("train.logging_steps=1")
+    record = json.loads((result.directory / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["counts"]["trainable_parameters"] == 233_472
+    assert record["base"].startswith("sha256:")
+    assert set(record["data"]) == {
+        "pkg://lora_exp/assets/demo_train.jsonl",
+        "pkg://lora_exp/assets/demo_eval.jsonl",
+    }
+    assert {"train/seconds", "train/tokens_per_s", "peak_bytes", "seconds"} <= set(
+        record["metrics"]
+    )
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").open()]
+    losses = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in losses] == [1, 2, 3]
+    assert all(line["train/tokens_per_s"] > 0 for line in losses)
+    samples = [json.loads(line) for line in (result.directory / "samples.jsonl").open()]
+    assert len(samples) == 4
+    assert all(sample["after"] is not None for sample in samples)
+    assert {path.name for path in result.saved.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    tokenizer = "tokenizer.json"
+    shipped = json.loads((asset("pkg://lora_exp/assets/tiny") / tokenizer).read_text())
+    assert json.loads((result.saved / tokenizer).read_text()) == shipped
+    config = json.loads((result.saved / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "pkg://lora_exp/assets/tiny"
+    assert "r: 16" in (result.saved / "README.md").read_text()
+
+
+def test_the_same_config_twice_gives_the_same_bytes(quick_run: Callable[..., Any]) -> None:
+    overrides = ["peft.lora_dropout=0.1", "train.save_strategy=no"]
+    one, two = (quick_run(*overrides, name=name) for name in ("one", "two"))
+    assert digest(one.saved) == digest(two.saved)
+    other = quick_run(*overrides, "seed=1", name="three")
+    assert digest(other.saved) != digest(one.saved)
+
+
+def test_what_is_measured_does_not_change_what_is_trained(quick_run: Callable[..., Any]) -> None:
+    dropout = "peft.lora_dropout=0.1"
+    one = quick_run(dropout, name="one")
+    two = quick_run(dropout, "samples.rows=0", "train.eval_strategy=no", name="two")
+    weights = "adapter_model.safetensors"
+    assert digest(one.saved)[weights] == digest(two.saved)[weights]
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "olora"])
+def test_the_saved_adapter_answers_on_the_original_base_as_the_trained_one(
+    quick_run: Callable[..., Any], method: str
+) -> None:
+    result = quick_run(f"peft={method}", "train.max_steps=5")
+    path = asset("pkg://lora_exp/assets/tiny")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, result.saved).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.saved)
+    from lora_exp import corpus
+    from lora_exp.tokens import encode
+
+    rows = corpus.take(corpus.DEMO, 0, 16, held_out=True)
+    losses = tokens = 0.0
+    for ids, labels in encode(rows, tokenizer, True):
+        count = sum(label != -100 for label in labels)
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        losses += loss.item() * count
+        tokens += count
+    assert losses / tokens == pytest.approx(result.metrics["eval/loss"], abs=2e-3)
+
+
+def test_full_fine_tuning_saves_a_model_that_loads_alone(quick_run: Callable[..., Any]) -> None:
+    result = quick_run("peft=none")
+    assert result.saved.name == "model"
+    trained = AutoModelForCausalLM.from_pretrained(result.saved)
+    base = AutoModelForCausalLM.from_pretrained(asset("pkg://lora_exp/assets/tiny"))
+    assert not torch.equal(trained.model.norm.weight, base.model.norm.weight)
+
+
+def test_pretraining_counts_every_token_and_needs_no_base(quick_run: Callable[..., Any]) -> None:
+    result = quick_run(
+        "algorithm=pretrain", "model.random_weights=true", "peft=none", "train.learning_rate=1e-3"
+    )
+    counts = json.loads((result.directory / "run.json").read_text())["counts"]
+    assert counts["train_tokens"] == counts["train_trained_tokens"]
+    assert result.metrics["before/loss"] == pytest.approx(6.24, abs=0.3)  # ln 512
+
+
+def test_packing_trains_on_the_same_tokens_in_fewer_rows(quick_run: Callable[..., Any]) -> None:
+    result = quick_run(
+        "algorithm.args.packing=true", "algorithm.args.max_length=128", "train.max_steps=-1",
+        "train.num_train_epochs=1", "train.per_device_train_batch_size=1",
+    )  # fmt: skip
+    record = json.loads((result.directory / "run.json").read_text())
+    assert record["counts"]["train_rows"] == 64
+    assert record["steps"] < 32
+
+
+def test_rows_of_ones_own_train_with_a_local_model(
+    quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = [{"instruction": f"say {i}", "output": f"{i}"} for i in range(20)]
+    result = quick_run(
+        "data=jsonl", rows_of(tmp_path / "rows.jsonl", *rows), "model=local",
+        f"model.path={asset('pkg://lora_exp/assets/tiny')}",
+    )  # fmt: skip
+    assert json.loads((result.directory / "run.json").read_text())["counts"]["train_rows"] == 18
+
+
+def test_without_held_out_rows_the_training_loss_is_the_objective(
+    quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = rows_of(tmp_path / "rows.jsonl", *({"text": f"row {i}"} for i in range(8)))
+    result = quick_run("data=jsonl", path, "data.eval_share=0", "algorithm=pretrain")
+    assert result.objective == result.metrics["train/loss"]
+
+
+def test_the_first_rows_mask_is_printed_before_training(
+    quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick_run("peft.r=4", "targets=qv")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "lora, rank 4, alpha 32" in said
+    assert "q_proj x4, v_proj x4" in said
+    assert "24,576 of 1,894,080 parameters (1.30%)" in said
+    assert "64 with" in said
+    assert "assistant↵«I am Lora" in said
+    assert said.index("«I am Lora") < said.index("training loss")
+
+
+def test_a_run_that_diverges_stops_and_says_so(
+    quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+; try a lower"):
+        quick_run(
+            "train.learning_rate=1e30", "train.max_steps=20", "train.logging_steps=1",
+            "train.max_grad_norm=0", "train.warmup_steps=0",
+        )  # fmt: skip
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "diverged"
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = ["train.max_steps=6", "train.save_strategy=steps", "train.save_steps=3"]
+    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
+    whole = quick_run(*settings, name="whole")
+    cut = quick_run(*settings, name="cut")
+    for name in ("checkpoint-6",):  # as if it had been killed after the first checkpoint
+        for path in sorted((cut.directory / "checkpoints" / name).rglob("*"), reverse=True):
+            path.unlink()
+        (cut.directory / "checkpoints" / name).rmdir()
+    resumed = run(compose(f"resume={cut.directory}"))
+    assert resumed.directory == cut.directory
+    assert digest(resumed.saved) == digest(whole.saved)
+    lines = [json.loads(line) for line in (cut.directory / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    before = [json.loads(line)["before"] for line in (cut.directory / "samples.jsonl").open()]
+    assert before == [
+        json.loads(line)["before"] for line in (whole.directory / "samples.jsonl").open()
+    ]
+
+
+def test_adalora_moves_its_ranks(quick_run: Callable[..., Any]) -> None:
+    result = quick_run("peft=adalora", "peft.init_r=6", "peft.target_r=2", "train.max_steps=12")
+    weights = load_file(result.saved / "adapter_model.safetensors")
+    lines = [weight for name, weight in weights.items() if name.endswith("lora_E")]
+    ranks = {int((line != 0).sum()) for line in lines}
+    assert sum(int((line != 0).sum()) for line in lines) <= 28 * 2 + 28
+    assert max(ranks) <= 6

@@ -1,0 +1,118 @@
+"""The command line as a person types it, in a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICK, ROOT
+
+
+def cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    program = [str(ROOT / "run.py")] if cwd == ROOT else ["-m", "lora_exp"]
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_showing_the_config_takes_no_torch_and_no_time() -> None:
+    code = (
+        "import sys; sys.argv = ['run.py', '--cfg', 'job']\nfrom lora_exp.__main__ import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'wandb', 'rich'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lora_alpha: 32" in done.stdout
+
+
+def test_help_shows_commands_groups_and_values() -> None:
+    said = cli("--help").stdout
+    assert "python run.py -m peft.r=8,16,32" in said
+    assert "quant: fp4, int8, nf4, none" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["peft.r=0", "+peft.lora_alpa=1"], "ConfigError: 2 faults\n  peft.lora_alpa: "),
+        (["peft=lroa"], "did you mean lora"),
+        (["peft.lora_alpa=1"], "did you mean lora_alpha"),
+        (["sead=1"], "did you mean seed"),
+        (["targets=[q_proj]"], "peft.target_modules=[q_proj,v_proj]"),
+        (["resume=nowhere"], "no run in nowhere"),
+    ],
+)
+def test_a_wrong_command_gets_one_clear_error(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    started = time.perf_counter()
+    done = cli(*arguments, f"hydra.run.dir={tmp_path}/run", "hydra.output_subdir=null")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.perf_counter() - started < 10  # a timed claim is in docs/benchmarks.md
+
+
+def test_a_run_in_an_empty_folder_is_the_same_runner(tmp_path: Path) -> None:
+    done = cli(*QUICK, "peft.r=4", "tracking=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (directory,) = (tmp_path / "outputs").glob("*/*")
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+    assert (directory / ".hydra" / "overrides.yaml").is_file()
+    assert "rank 4" in (directory / "run.log").read_text()
+
+
+def test_no_secret_of_the_command_line_reaches_a_file(tmp_path: Path) -> None:
+    secret = "canary-command-line"
+    done = cli(*QUICK, f"+train.hub_token={secret}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    holding = [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+    assert not holding
+
+
+def test_a_sweep_makes_a_directory_a_job_a_table_and_survives_a_failure(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,0,4", *QUICK, "tracking=wandb", cwd=tmp_path)
+    assert done.returncode == 1
+    (sweep,) = (tmp_path / "multirun").glob("*/*")
+    summary = json.loads((sweep / "summary.json").read_text())
+    assert [row["status"] for row in summary] == ["finished", "finished", "failed"]
+    assert summary[0]["objective"] <= summary[1]["objective"]
+    assert "peft.r: 0 is no rank" in summary[2]["error"]
+    with (sweep / "summary.csv").open() as lines:
+        table = list(csv.DictReader(lines))
+    assert {row["name"][:2] for row in table[:2]} == {"r2", "r4"}
+    assert float(table[0]["eval/loss"]) == summary[0]["objective"]
+    assert all((sweep / n / "adapter" / "README.md").is_file() for n in ("0", "2"))
+    assert "peft.r: 0 is no rank" in (sweep / "1" / "run.log").read_text()
+    assert "ConfigError: 1 fault" in done.stderr
+    assert "summary.csv" in done.stdout
+    assert done.stdout.rindex("finished") < done.stdout.rindex("failed")
+
+
+def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
+    done = cli(
+        "experiment=module_sweep", "hydra.sweeper.params.targets='qv,mlp'", *QUICK,
+        "tracking=none", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "multirun").glob("*/*")
+    names = {row["name"].split("-")[1] for row in json.loads((sweep / "summary.json").read_text())}
+    assert names == {"qv", "mlp"}
+
+
+def test_simultaneous_launches_have_directories_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lora_exp", "peft.r=0"]
+    quiet = subprocess.DEVNULL
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=quiet, stderr=quiet) for _ in range(20)
+    ]
+    assert {process.wait() for process in started} == {1}
+    assert len(list((tmp_path / "outputs").glob("*/*"))) == 20

@@ -1,0 +1,62 @@
+"""A run's directory is whole at every moment."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.errors import DivergedError
+from lora_exp.record import Record, write_whole
+
+
+def test_every_ending_is_recorded(tmp_path: Path) -> None:
+    for error, status in [
+        (None, "finished"),
+        (ValueError("x"), "failed"),
+        (DivergedError("nan"), "diverged"),
+        (KeyboardInterrupt(), "interrupted"),
+    ]:
+        record = Record(tmp_path, compose())
+        expected = pytest.raises(type(error)) if error is not None else nullcontext()
+        with expected, record.outcome():
+            assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+            if error is not None:
+                raise error
+        assert json.loads((tmp_path / "run.json").read_text())["status"] == status
+
+
+def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = Record(tmp_path, compose())
+    first.update(metrics={"a": 1})
+    again = Record(tmp_path, compose())
+    again.update(metrics={"b": 2})
+    assert again.values["tracking_id"] == first.values["tracking_id"]
+    assert again.values["metrics"] == {"a": 1, "b": 2}
+
+
+def test_metrics_are_lines_and_can_be_rewound(tmp_path: Path) -> None:
+    record = Record(tmp_path, compose())
+    for step in (1, 2, 3):
+        record.log({"train/loss": 0.5}, step)
+    record.rewind(2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_record_names_versions_and_choices(tmp_path: Path) -> None:
+    values = Record(tmp_path, compose()).values
+    assert {"torch", "transformers", "peft", "trl", "lora-exp", "python"} <= set(values["versions"])
+    assert values["choices"]["peft"] == "lora"

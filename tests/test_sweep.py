@@ -1,0 +1,28 @@
+"""A sweep's rows, whatever became of the job."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from lora_exp.sweep import row, write_summary
+
+
+def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError("no")))
+    assert (found["job"], found["name"], found["status"]) == ("3", "peft.r=8", "failed")
+    assert (found["objective"], found["error"]) == (None, "no")
+
+
+def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
+    done = SimpleNamespace(_return_value=0.5)
+    for name, metrics in (("0", {"a": 1.0}), ("1", {"b": 2.0})):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"name": name, "status": "finished", "metrics": metrics, "error": None})
+        (tmp_path / name / "run.json").write_text(text)
+    write_summary(tmp_path, [row(tmp_path / name, [], done) for name in ("0", "1")])
+    with (tmp_path / "summary.csv").open() as lines:
+        table = list(csv.DictReader(lines))
+    assert [(r["a"], r["b"]) for r in table] == [("1.0", ""), ("", "2.0")]

@@ -1,0 +1,126 @@
+"""What counts towards the loss: exactly the answers, with the token that ends them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from lora_exp import corpus
+from lora_exp.errors import DataError
+from lora_exp.tokens import IGNORED, encode, prompt_of, tokenise
+
+
+def chat(*said: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": s} for i, s in enumerate(said)]}
+
+
+def counted(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
+    ((ids, labels),) = encode([row], tokenizer, completion_only)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    return tokenizer.decode([token for token in labels if token != IGNORED])
+
+
+def test_only_the_answer_counts_with_its_end(base: Any) -> None:
+    assert counted(chat("Hi!", "Yes."), base.tokenizer) == "Yes.<|im_end|>\n"
+
+
+def test_every_assistant_turn_counts_and_no_user_turn(base: Any) -> None:
+    row = chat("one", "two", "three", "four")
+    assert counted(row, base.tokenizer) == "two<|im_end|>\nfour<|im_end|>\n"
+
+
+def test_a_completion_counts_and_gets_its_end(base: Any) -> None:
+    row = {"prompt": "Q: a", "completion": " b"}
+    assert counted(row, base.tokenizer) == " b<|im_end|>"
+
+
+def test_text_counts_whole_and_gets_its_end_once(base: Any) -> None:
+    assert counted({"text": "abc"}, base.tokenizer) == "abc<|im_end|>"
+    assert counted({"text": "abc<|im_end|>"}, base.tokenizer) == "abc<|im_end|>"
+
+
+def test_everything_counts_where_the_algorithm_says_so(base: Any) -> None:
+    whole = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    assert counted(chat("Hi!", "Yes."), base.tokenizer, completion_only=False) == whole
+
+
+def test_a_template_that_rewrites_earlier_turns_counts_only_what_stays(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    # like reasoning models: earlier assistant turns lose their thoughts
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]"
+        "{{ m.content if loop.last or m.role == 'user' else m.content.split('|')[-1] }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    row = chat("q", "think|one", "r", "hm|two")
+    assert counted(row, tokenizer).endswith("hm|two\n")
+    assert "[user]" not in counted(row, tokenizer)
+
+
+def test_our_labels_equal_those_of_trl_on_prompt_and_answer(base: Any, tmp_path: Any) -> None:
+    rows = corpus.take(corpus.CORPUS, 5, 40, held_out=False)
+    rows += [chat("wide   spaces", "é ü\n\nnew"), chat("", "only an answer")]
+    pairs = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows]
+    args = SFTConfig(
+        output_dir=str(tmp_path), report_to=[], bf16=False, use_cpu=True, max_length=512,
+        gradient_checkpointing=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=copy.deepcopy(base.model), args=args, train_dataset=Dataset.from_list(pairs),
+        processing_class=copy.deepcopy(base.tokenizer),
+    )  # fmt: skip
+    theirs = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert list(encode(rows, base.tokenizer, True)) == theirs
+
+
+def test_rows_are_cut_and_counted_and_those_left_with_nothing_dropped(base: Any) -> None:
+    rows = [chat("short", "a b c"), chat("x " * 60, "never reached"), chat("ok", "y " * 60)]
+    tokens = tokenise(rows, base.tokenizer, max_length=40, completion_only=True, what="train")
+    counts = tokens.counts
+    assert (counts.rows, counts.truncated, counts.dropped) == (2, 2, 1)
+    assert [len(row["input_ids"]) for row in tokens.dataset] == [16, 40]
+    assert counts.tokens == 56
+    labels = [label for row in tokens.dataset for label in row["labels"]]
+    assert counts.trained_tokens == sum(label != IGNORED for label in labels)
+
+
+def test_rows_without_anything_to_learn_are_an_error(base: Any) -> None:
+    with pytest.raises(DataError, match=r"none of the 1 train rows .* max_length"):
+        tokenise(
+            [chat("x " * 60, "a")], base.tokenizer, max_length=8, completion_only=True, what="train"
+        )
+
+
+def test_chats_without_a_template_are_an_error_with_the_cure(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"data.chat_template="):
+        tokenise([chat("a", "b")], tokenizer, max_length=8, completion_only=True, what="train")
+
+
+def test_the_same_rows_come_from_the_cache_and_changed_ones_do_not(base: Any) -> None:
+    options: dict[str, Any] = {"max_length": 64, "completion_only": True, "what": "train"}
+    rows = [chat("cached?", "yes")]
+    first = tokenise(rows, base.tokenizer, **options)
+    base.tokenizer(["pad me", "a longer one"], padding=True)  # leaves padding in the tokenizer
+    again = tokenise(rows, base.tokenizer, **options)
+    assert (first.cached, again.cached) == (False, True)
+    assert first.counts == again.counts
+    assert first.dataset[:] == again.dataset[:]
+    other = copy.deepcopy(base.tokenizer)
+    other.chat_template = other.chat_template.replace("<|im_end|>", "<|im_end|> ")
+    assert not tokenise(rows, other, **options).cached
+    assert not tokenise([chat("cached?", "no")], base.tokenizer, **options).cached
+    assert not tokenise(rows, base.tokenizer, **{**options, "max_length": 63}).cached
+
+
+def test_a_prompt_opens_the_answer_and_text_asks_nothing(base: Any) -> None:
+    asked = prompt_of(chat("Hi!", "Yes."), base.tokenizer)
+    assert asked == ("<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n", "Yes.")
+    assert prompt_of({"prompt": "p", "completion": "c"}, base.tokenizer) == ("p", "c")
+    assert prompt_of({"text": "t"}, base.tokenizer) is None

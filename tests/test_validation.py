@@ -1,0 +1,125 @@
+"""Every fault at once, each with its place and its cure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.errors import ConfigError
+from lora_exp.validation import REFUSED
+
+
+def faults(*overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(*overrides)
+    return dict(caught.value.faults)
+
+
+def test_all_faults_are_told_together() -> None:
+    found = faults(
+        "+peft.lora_alpa=3", "peft.r=0", "train.learning_rate=0", "data.eval_share=1", "seed=-1"
+    )
+    keys = {"peft.lora_alpa", "peft.r", "train.learning_rate", "data.eval_share", "seed"}
+    assert set(found) == keys
+    assert found["peft.lora_alpa"].startswith("peft.LoraConfig has no such argument (did you mean")
+    assert "lora_alpha" in found["peft.lora_alpa"]
+
+
+def test_the_error_reads_as_a_list() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("peft.r=0")
+    assert str(caught.value) == "1 fault\n  peft.r: 0 is no rank; give 1 or more"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "peft.r=-1",
+        "peft.lora_alpha=0",
+        "peft.lora_alpha=-2",
+        "peft.lora_dropout=1",
+        "peft.lora_dropout=-0.1",
+        "peft.r=abc",
+        "train.learning_rate=0",
+        "train.learning_rate=-1",
+        "train.learning_rate=.nan",
+        "train.learning_rate=.inf",
+        "train.learning_rate=fast",
+        "train.max_steps=0",
+        "train.max_steps=abc",
+        "train.num_train_epochs=0",
+        "train.per_device_train_batch_size=0",
+        "train.gradient_accumulation_steps=0",
+        "samples.rows=-1",
+        "samples.max_new_tokens=0",
+        "data.max_rows=0",
+        "data.eval_share=1.0",
+        "algorithm.args.max_length=0",
+        "algorithm.args.max_length=513",
+        "algorithm.args.packing=maybe",
+        "+algorithm.args.learning_rate=1",
+        "+train.learning_rat=1",
+        "model.path=/nowhere/at/all",
+        "model.gguf_file=none.gguf",
+        "data.path=nowhere.jsonl",
+        "data.eval_path=nowhere.jsonl",
+        "name=../../x",
+        "name=/absolute",
+        "seed=1.5",
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
+    key = override.lstrip("+").partition("=")[0]
+    assert list(faults(override)) == [key]
+
+
+def test_a_name_of_300_characters_is_refused() -> None:
+    assert list(faults(f"name={'x' * 300}")) == ["name"]
+
+
+def test_a_target_that_swallows_arguments_is_refused() -> None:
+    found = faults(
+        "quant=nf4",
+        "quant._target_=transformers.BitsAndBytesConfig",
+        "trusted_targets=[transformers.BitsAndBytesConfig]",
+    )
+    assert "a misspelt one would vanish" in found["quant._target_"]
+
+
+def test_a_target_that_does_not_exist_is_named() -> None:
+    found = faults("peft._target_=peft.LoraConfigg", "trusted_targets=[peft.LoraConfigg]")
+    assert found == {"peft._target_": "no class or function is called peft.LoraConfigg"}
+
+
+def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
+    assert "cannot be trained" in faults("quant=nf4", "peft=none")["peft"]
+    assert "model.random_weights" in faults("quant=int8", "model.random_weights=true")
+
+
+@pytest.mark.parametrize(
+    ("method", "quant"), [(m, q) for m, pairs in REFUSED.items() for q in pairs]
+)
+def test_a_pair_known_not_to_work_is_refused_with_the_reason(method: str, quant: str) -> None:
+    assert faults(f"peft={method}", f"quant={quant}")["peft"] == (
+        f"{method} on {quant}: {REFUSED[method][quant]}"
+    )
+
+
+def test_near_names_are_offered_for_a_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    found = faults("data=jsonl", f"data.path={tmp_path}/row.jsonl")
+    assert "did you mean rows.jsonl" in found["data.path"]
+
+
+def test_composing_and_validating_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom lora_exp import compose\nfrom lora_exp.errors import ConfigError\n"
+        "compose('quant=nf4', 'peft=dora')\n"
+        "try: compose('peft.r=0')\nexcept ConfigError: pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'wandb'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
