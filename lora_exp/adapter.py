@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,10 +55,11 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         return Adapted(base.model, None, {}, total, total, None)
     config = build(cfg, "peft", **_runtime(base.model, cfg))
     try:
-        model = peft.get_peft_model(base.model, config)
-    except (
-        ValueError
-    ) as error:  # what only peft can tell, such as a block size that divides nothing
+        with warnings.catch_warnings():
+            # peft would take another block size than the one that was asked for
+            warnings.filterwarnings("error", "Invalid `oft_block_size`")
+            model = peft.get_peft_model(base.model, config)
+    except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers

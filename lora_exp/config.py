@@ -123,7 +123,8 @@ def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
     chosen, peft = plain["choices"], plain["peft"] or {}
     rank = f"r{peft['r']}" if peft.get("r") else ""
     targets = chosen["targets"] if peft.get("target_modules") == plain["targets"] else ""
-    parts = ["" if chosen["peft"] == "lora" else chosen["peft"], rank, chosen["quant"], targets]
+    method = {"lora": "", "none": "full"}.get(chosen["peft"], chosen["peft"])
+    parts = [method, rank, chosen["quant"], targets]
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):

@@ -23,14 +23,22 @@ log = logging.getLogger("lora_exp")
 console = Console()
 SHOWN_TOKENS = 160
 BARS = "▁▂▃▄▅▆▇█"
+HARMLESS = (
+    "`(is_)?gradient_checkpointing` is deprecated",  # trl still takes transformers' older name
+    "Position ids are not supported for parameter efficient tuning",  # prompts carry their own
+    "Unsupported layer type .*Norm",  # ln_tuning says so of the very layers it is made for
+    "(PiSSA|OLoRA) changes the base weights",  # adapter.save converts them, as it asks
+    "Could not find a config file in pkg://",  # peft looks for it while it converts those two
+    "Adapter 'default': .* invalid shape",  # AdaLoRA pruned a module to rank 0
+)
 
 
 def quiet() -> None:
     """Silence what the libraries under us say that no user of ours can act on."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # trl still takes the argument that transformers has begun to rename
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message)
 
 
 def show(renderable: RenderableType) -> None:

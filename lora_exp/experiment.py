@@ -216,11 +216,12 @@ def _train(trainer: Any, resume: str | None, record: Record) -> None:
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
     record.update(
         steps=trainer.state.global_step,
         metrics={
-            "train/loss": output.training_loss,
+            "train/loss": losses[-1] if losses else output.training_loss,
             "train/seconds": seconds,
             "train/steps_per_s": trainer.state.global_step / seconds,
             "train/tokens_per_s": tokens / seconds,

@@ -77,7 +77,8 @@ class Record:
     def samples(self) -> list[dict[str, Any]]:
         """Read samples.jsonl."""
         path = self.directory / "samples.jsonl"
-        return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines]
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers that tracking shows for the whole run."""

@@ -10,22 +10,23 @@ from typing import Any
 
 REDACTED = "<redacted>"
 # eos_token, pad_token, max_new_tokens and the like are no secrets
-KEY = re.compile(
-    r"(^|_)((hub|api|auth|access|hf|wandb|bearer)_token|secret\w*|password|passwd|api_?key)$|^token$",
-    re.I,
+NAME = (
+    r"(?:hub|api|auth|access|hf|wandb|bearer)_token|token"
+    r"|(?:\w+_)?(?:secret|password|passwd|api_?key)"
 )
-ENVIRONMENT = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)", re.I)
+KEY = re.compile(NAME, re.I)
+ASSIGNED = re.compile(rf"(?<!\w)((?:{NAME})\s*[=:]\s*['\"]?)(?!null\b)[^\s'\",\]}}]+", re.I)
+ENVIRONMENT = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.I)
 SHAPES = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,}|wandb_v1_\w{20,})"
 )
-ASSIGNED = re.compile(r"([\w.]*?)(\w+)(\s*[=:]\s*)(['\"]?)([^\s'\",\]}]+)")
 
 
 def redact(value: Any) -> Any:
     """Return nested dicts and lists with the secrets replaced."""
     if isinstance(value, Mapping):
         return {
-            key: REDACTED if KEY.search(str(key)) and item else redact(item)
+            key: REDACTED if KEY.fullmatch(str(key)) and item else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -38,13 +39,7 @@ def redact_text(text: str) -> str:
     for name, secret in os.environ.items():
         if ENVIRONMENT.search(name) and len(secret) >= 8:
             text = text.replace(secret, REDACTED)
-    text = SHAPES.sub(REDACTED, text)
-    return ASSIGNED.sub(
-        lambda m: (
-            "".join([*m.groups()[:4], REDACTED]) if KEY.search(m[2]) and m[5] != "null" else m[0]
-        ),
-        text,
-    )
+    return ASSIGNED.sub(rf"\1{REDACTED}", SHAPES.sub(REDACTED, text))
 
 
 def redact_files(folder: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lora_exp.redaction import redact
+
 
 class SweepTable(Callback):
     """Hydra's callback: one row a job; a failed job has its error for a result.
@@ -68,6 +70,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
     metrics = record.get("metrics", {})
     objective = result if isinstance(result, float) and math.isfinite(result) else None
+    overrides = redact(overrides)
     return {
         "job": directory.name,
         "name": record.get("name", " ".join(overrides)),

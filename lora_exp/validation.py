@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from lora_exp.config import asset, plain, targets, untrusted
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.redaction import redact
 from lora_exp.signature import fits, signature
 
 Fault = tuple[str, str]
@@ -36,7 +37,9 @@ def validate(cfg: DictConfig) -> DictConfig:
     Raises:
         ConfigError: one `(key, text)` for each fault.
     """
-    faults = [*untrusted(cfg), *_arguments(plain(cfg)), *_ranges(cfg), *_pairs(cfg), *_files(cfg)]
+    values = plain(cfg)
+    faults = [*untrusted(cfg), *_arguments(values), *_ranges(cfg), *_pairs(cfg), *_files(cfg)]
+    faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
     return cfg
@@ -151,6 +154,15 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
                 folder = asset(name).parent
                 near = did_you_mean(asset(name).name, (p.name for p in folder.glob("*")))
                 yield f"data.{key}", f"no file matches {name}{near}"
+
+
+def _secrets(values: Any, clean: Any, key: str = "") -> Iterator[Fault]:
+    """Refuse secrets: trainers pickle their arguments beside every checkpoint."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _secrets(value, clean[name], f"{key}.{name}".lstrip("."))
+    elif values != clean:
+        yield key, "is a secret, and configs are saved; export it instead (HF_TOKEN, WANDB_API_KEY)"
 
 
 def _is_number(value: Any) -> bool:

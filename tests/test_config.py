@@ -58,7 +58,7 @@ def test_every_preset_composes_validates_and_says_why_it_exists(preset: str) -> 
         (["peft.r=8", "quant=nf4", "targets=qv"], "r8-nf4-qv"),
         (["peft=dora", "peft.r=4"], "dora-r4-all_linear"),
         (["train.learning_rate=1e-4"], "r16-all_linear-learning_rate=1e-4"),
-        (["peft=none", "seed=7"], "seed=7"),
+        (["peft=none", "seed=7"], "full-seed=7"),
         (["peft.target_modules=[q_proj,v_proj]"], "r16-target_modules=_q_proj,v_proj_"),
         (["name=mine", "peft.r=2"], "mine"),
     ],

@@ -77,6 +77,23 @@ def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
     assert list(faults(override)) == [key]
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+train.hub_token=abc", "train.hub_token"),
+        ("tracking.project=canary-in-a-mine", "tracking.project"),
+        ("tracking.entity=hf_" + "a1B2" * 8, "tracking.entity"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(
+    override: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "canary-in-a-mine")
+    found = faults(override)
+    assert set(found) == {key}
+    assert override.partition("=")[2] not in found[key]
+
+
 def test_a_name_of_300_characters_is_refused() -> None:
     assert list(faults(f"name={'x' * 300}")) == ["name"]
 
