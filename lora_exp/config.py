@@ -24,7 +24,10 @@ PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # what a run is called, where it reports and what it may import does not change what it computes
 NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets")
-UNNAMED = re.compile(r"^(name|resume|trusted_targets|tracking|hydra|samples|objective)\b")
+UNNAMED = re.compile(
+    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|model\.gguf_file|data\.max_\w+)\b"
+    r"|train\.(eval|save|logging)_"
+)
 
 
 def product(*factors: float) -> float:
@@ -129,6 +132,7 @@ def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
             continue
+        value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
         parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
     name = "-".join(part for part in parts if part and part != "none")
     return re.sub(r"[^\w.=,+-]+", "_", name)[:100]

@@ -105,6 +105,7 @@ def load(
         else:
             quantized = {"quantization_config": quantization} if quantization else {}
             model = AutoModelForCausalLM.from_pretrained(source, **options, **gguf, **quantized)
+            model = _floats(model) if gguf_file else model
     except (OSError, ValueError) as error:
         raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
     _settle(model, tokenizer)
@@ -132,10 +133,17 @@ def _dequantised(folder: Path, gguf_file: str) -> str:
     floats = cache_dir() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()
     if not floats.is_dir():
         staged = floats.with_suffix(".staged")
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
-        model.save_pretrained(staged)
+        _floats(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)).save_pretrained(
+            staged
+        )
         staged.rename(floats)
     return str(floats)
+
+
+def _floats(model: Any) -> Any:
+    """Forget that the weights came from GGUF: they are plain floats now, and can be saved."""
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
 
 
 def _settle(model: Any, tokenizer: Any) -> None:

@@ -60,6 +60,8 @@ def test_every_preset_composes_validates_and_says_why_it_exists(preset: str) -> 
         (["train.learning_rate=1e-4"], "r16-all_linear-learning_rate=1e-4"),
         (["peft=none", "seed=7"], "full-seed=7"),
         (["peft.target_modules=[q_proj,v_proj]"], "r16-target_modules=_q_proj,v_proj_"),
+        (["model=local", "model.path=pkg://hydra/conf"], "r16-all_linear-local-path=conf"),
+        (["train.eval_strategy=no", "data.max_rows=9"], "r16-all_linear"),
         (["name=mine", "peft.r=2"], "mine"),
     ],
 )
