@@ -25,7 +25,7 @@ from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
 from lora_exp.display import TrainingBar, quiet
 from lora_exp.errors import DivergedError
-from lora_exp.model import Base, device
+from lora_exp.model import Base, device, dtype_of
 from lora_exp.record import Record
 from lora_exp.redaction import redact
 from lora_exp.samples import Sample, answer, exact_match
@@ -67,9 +67,11 @@ def run(cfg: DictConfig, directory: str | Path | None = None, sweep: str | None 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
     started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     rows: Rows = build(cfg, "data")
-    base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
     set_seed(cfg.seed)
+    base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
     adapted = attach(base, cfg, record.directory)
     train, held_out = _tokens(rows, base, cfg)
     record.update(counts=counts(adapted, train, held_out), base=base.revision, data=rows.source)
@@ -125,7 +127,7 @@ def _trainer(
     """Build the algorithm's own trainer from its own arguments; nothing of it is changed."""
     settings = plain(cfg.train)
     if settings["bf16"] is None:
-        settings["bf16"] = cfg.quant is not None or base.model.dtype == torch.bfloat16
+        settings["bf16"] = _bf16(cfg, base)
     if held_out is None:
         settings["eval_strategy"] = "no"
     known = signature(cfg.algorithm.args._target_)
@@ -157,9 +159,17 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in adapted.model.parameters():
-        if parameter.requires_grad:  # trl casts to bfloat16 on quantised bases: docs/decisions/0003
+        if (
+            adapted.method and parameter.requires_grad
+        ):  # trl casts to bfloat16 on quantised bases: docs/decisions/0003
             parameter.data = parameter.data.float()
     return trainer
+
+
+def _bf16(cfg: DictConfig, base: Base) -> bool:
+    """Compute in bfloat16 what is held in few bits, and whole float32 weights where a GPU can."""
+    whole = cfg.peft is None and dtype_of("auto") == torch.bfloat16
+    return whole or cfg.quant is not None or base.model.dtype == torch.bfloat16
 
 
 def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:

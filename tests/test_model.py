@@ -63,9 +63,14 @@ def test_auto_is_float32_without_a_gpu_and_names_are_checked() -> None:
 
 
 def test_random_weights_follow_the_seed_and_differ_from_the_trained(base: Any) -> None:
-    torch.manual_seed(1)
-    one = loaded("model.random_weights=true", "peft=none").model.model.norm.weight
-    assert not torch.equal(one, base.model.model.norm.weight)
+    def weight(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        layers = loaded("model.random_weights=true", "peft=none").model.model.layers
+        return layers[0].mlp.up_proj.weight
+
+    assert torch.equal(weight(1), weight(1))
+    assert not torch.equal(weight(1), weight(2))
+    assert not torch.equal(weight(1), base.model.model.layers[0].mlp.up_proj.weight)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Any) -> None:
