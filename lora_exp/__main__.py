@@ -105,7 +105,11 @@ def _near_key(key: str) -> str:
         cfg = hydra.compose("config")
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    return did_you_mean(name, map(str, node)) if isinstance(node, DictConfig) else ""
+    if not isinstance(node, DictConfig):
+        return ""
+    if name in node:
+        return f"{key} exists with another option of {key.partition('.')[0]}"
+    return did_you_mean(name, map(str, node))
 
 
 if __name__ == "__main__":

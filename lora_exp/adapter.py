@@ -5,6 +5,7 @@ Knows nothing of rows, trainers or tracking.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import warnings
@@ -24,6 +25,7 @@ from lora_exp.config import build
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
 from lora_exp.model import Base
 
+log = logging.getLogger("lora_exp")
 ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
 # separate query and value projections, and fused ones, as transformers' architectures name them
 QUERY_VALUE = re.compile(r"q|v|q_proj|v_proj|query|value|c_attn|query_key_value|qkv|qkv_proj|Wqkv")
@@ -200,6 +202,28 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
             shutil.rmtree(adapted.start)
     base.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+class GradientCheck(TrainerCallback):  # type: ignore[misc]
+    """Warn of trained tensors that no gradient reaches: some methods on some bases train nothing.
+
+    Looked at in the third step: what starts at zero, behind a warm-up that starts at zero, moves in
+    the second, and what it multiplies gets its gradient in the third.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any, **_: Any
+    ) -> None:
+        """Look once."""
+        if state.global_step != 2:
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        still = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
+        if still:
+            log.warning(
+                "%d of %d trained tensors get no gradient and stay as they are: %s",
+                len(still), len(trained), ", ".join(still[:3]),
+            )  # fmt: skip
 
 
 class AdaLora(TrainerCallback):  # type: ignore[misc]

@@ -19,7 +19,7 @@ import transformers
 from omegaconf import DictConfig
 from transformers import TrainerCallback, set_seed
 
-from lora_exp.adapter import AdaLora, Adapted, attach, save
+from lora_exp.adapter import AdaLora, Adapted, GradientCheck, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
@@ -155,7 +155,7 @@ def _trainer(
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
         processing_class=base.tokenizer,
-        callbacks=[FiniteLoss(), *callbacks],
+        callbacks=[FiniteLoss(), GradientCheck(), *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in adapted.model.parameters():

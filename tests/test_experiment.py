@@ -40,9 +40,10 @@ def rows_of(path: Path, *rows: Any) -> str:
 
 @pytest.mark.parametrize(("method", "quant"), PAIRS)
 def test_every_method_trains_on_every_quantisation(
-    quick_run: Callable[..., Any], method: str, quant: str
+    quick_run: Callable[..., Any], method: str, quant: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = quick_run(f"peft={method}", f"quant={quant}")
+    assert "get no gradient" not in caplog.text
     weights = load_file(next(result.saved.glob("*.safetensors")))
     assert weights
     assert all(torch.isfinite(weight).all() for weight in weights.values())

@@ -46,6 +46,7 @@ def test_help_shows_commands_groups_and_values() -> None:
         (["peft=lroa"], "did you mean lora"),
         (["peft.lora_alpa=1"], "did you mean lora_alpha"),
         (["sead=1"], "did you mean seed"),
+        (["peft=none", "peft.r=8"], "peft.r exists with another option of peft"),
         (["targets=[q_proj]"], "peft.target_modules=[q_proj,v_proj]"),
         (["resume=nowhere"], "no run in nowhere"),
     ],

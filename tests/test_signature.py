@@ -41,7 +41,7 @@ def test_reading_a_signature_imports_neither_torch_nor_peft() -> None:
         "assert signature('peft.LoraConfig');"
         "assert not {'torch', 'peft', 'trl'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -139,4 +139,4 @@ def test_composing_and_validating_imports_no_torch() -> None:
         "try: compose('peft.r=0')\nexcept ConfigError: pass\n"
         "assert not {'torch', 'transformers', 'peft', 'wandb'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
