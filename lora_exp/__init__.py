@@ -7,6 +7,7 @@ result = run(compose("peft.r=8", "quant=nf4"))
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import compose
@@ -14,6 +15,8 @@ from lora_exp.config import compose
 if TYPE_CHECKING:
     from lora_exp.experiment import run
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl would ping for every trainer
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # and forked tokenizers warn
 # it misses an optional kernel, aloud, and warns of a cast at every int8 product
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -21,13 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import CONF, settle
 from lora_exp.errors import LoraExpError, did_you_mean
-from lora_exp.redaction import redact_files
+from lora_exp.redaction import redact_files, redact_text
 from lora_exp.sweep import SweepTable
 from lora_exp.validation import validate
 
 log = logging.getLogger("lora_exp")
-# what is wanted where the user said nothing: no pings, no forked tokenizers' warnings
-ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -49,17 +47,17 @@ def job(cfg: DictConfig) -> float:
     except SystemExit as error:  # it would end the sweep, and as if all were well
         raise LoraExpError(f"the job called sys.exit({error.code})") from error
     except Exception as error:
+        log.info("%s", redact_text(traceback.format_exc()))  # into the job's own run.log
         if in_sweep:
-            log.info("%s", traceback.format_exc())
-            log.warning("job %s failed: %s", directory.name, error)
+            log.warning("job %s failed: %s", directory.name, redact_text(str(error)))
             traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
         raise
 
 
 def main() -> None:
     """Run the command line; errors that the user can mend are told without a traceback."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    if "LOCAL_RANK" not in os.environ:  # a run takes one GPU; trainers refuse to see several
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     try:
         job()

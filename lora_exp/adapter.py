@@ -42,6 +42,7 @@ class Adapted:
     trainable: int
     total: int
     start: Path | None  # the untrained adapter, where the method rewrites the base
+    callbacks: tuple[TrainerCallback, ...] = ()  # what the method asks of the training loop
 
 
 def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
@@ -70,11 +71,13 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     modules = Counter(name.rpartition(".")[2] for name in adapted)
     trainable, total = model.get_nb_trainable_parameters()
     start = None
-    if getattr(config, "init_lora_weights", None) in REWRITES_BASE:
+    if str(getattr(config, "init_lora_weights", "")).startswith(REWRITES_BASE):
         start = directory / "start"
         _save_start(model, config, start)
     method = str(cfg.choices.get("peft", config.peft_type.value.lower()))
-    return Adapted(model, method, dict(sorted(modules.items())), trainable, total, start)
+    ranks = [AdaLora()] if isinstance(config, peft.AdaLoraConfig) else []
+    callbacks = (GradientCheck(), *ranks)
+    return Adapted(model, method, dict(sorted(modules.items())), trainable, total, start, callbacks)
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
         if key in node:
             runtime[key] = dict(node[key] or {})
             check_names(model, f"peft.{key}", runtime[key])
-    if node._target_ == "peft.AdaLoraConfig":
+    if "init_r" in node:
         runtime["total_step"] = 10**9  # AdaLora sets the true one when training begins
     return runtime
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import plain
+from lora_exp.config import asset, plain
 from lora_exp.data import Rows
 from lora_exp.model import Base
 from lora_exp.redaction import redact
@@ -15,13 +16,16 @@ SECTIONS = ("peft", "quant", "train", "algorithm")
 
 
 def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) -> str:
-    """Return the card: base, data, method, numbers, and how to load it. No times, no paths."""
+    """Return the card: base, data, method, numbers, and how to load it.
+
+    No times, and no folders but the base's own as the config names it.
+    """
     head = {"library_name": "peft" if cfg.peft else "transformers", "tags": ["lora-exp"]}
-    if "://" not in base.path and base.path.count("/") == 1:
+    if not asset(base.path).exists() and base.path.count("/") == 1:
         head["base_model"] = base.path
     values = redact(plain(cfg))
     settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
-    sources = "\n".join(f"- `{name}`: {version}" for name, version in rows.source.items())
+    sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in rows.source.items())
     numbers = "\n".join(
         f"| {key} | {value:.4f} |"
         for key, value in sorted(record["metrics"].items())
@@ -55,14 +59,27 @@ To load it:
 """
 
 
+def _short(source: str) -> str:
+    """Leave out the folders of a local file."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def _loading(cfg: DictConfig, base: Base) -> str:
     if cfg.peft is None:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
             'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
         )
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base.path}")\n'
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+    packaged = base.path.startswith("pkg://")
+    path = f'asset("{base.path}")' if packaged else f'"{base.path}"'
+    options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
+    given = "".join(f', {name}="{value}"' for name, value in options.items() if value)
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines[:0] = ["from lora_exp.config import asset"] if packaged else []
+    return "\n".join(
+        [
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({path}{given})",
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        ]
     )

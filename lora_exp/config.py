@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.redaction import redact_text
 from lora_exp.signature import signature
 
 PACKAGE = Path(__file__).parent
@@ -25,7 +26,7 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 # what a run is called, where it reports and what it may import does not change what it computes
 NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets")
 UNNAMED = re.compile(
-    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|model\.gguf_file|data\.max_\w+)\b"
+    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
 
@@ -95,22 +96,36 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    _check_consent(plain, overrides)
     plain["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     plain["name"] = plain["name"] or _name(plain, overrides)
     return _freeze(plain)
 
 
+def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Let only the command line, never a file, allow code that came with a model."""
+    model = values.get("model") or {}
+    if model.get("trust_remote_code") and "model.trust_remote_code=true" not in overrides:
+        text = "runs code that came with the model; only the command line may say so"
+        raise ConfigError([("model.trust_remote_code", text)])
+
+
 def _resumed(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, Any]:
     """Take the config that a run was started with; only where it lies is new."""
+    overrides = list(overrides)
+    consent = "model.trust_remote_code=true"
     allowed = ("resume", "trusted_targets", "hydra")
     extra = [
-        o for o in overrides if re.split(r"[=./]", o.lstrip("+~"), maxsplit=1)[0] not in allowed
+        o
+        for o in overrides
+        if o != consent and re.split(r"[=./]", o.lstrip("+~"), maxsplit=1)[0] not in allowed
     ]
     if extra:
         text = f"continues the run with its own config; drop {' '.join(extra)}, or start a new run"
         raise ConfigError([("resume", text)])
     saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
+    _check_consent(values, overrides)
     return values | {"resume": cfg.resume, "trusted_targets": list(cfg.trusted_targets)}
 
 
@@ -131,6 +146,8 @@ def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
+            continue
+        if redact_text(override) != override:
             continue
         value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
         parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")

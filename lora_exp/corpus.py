@@ -129,7 +129,9 @@ def draw(tasks: dict[str, Task], seed: int, held_out: bool) -> Iterator[dict[str
     while True:
         name = rng.choice(names)
         question, answer = tasks[name](rng)
-        if name != "fact" and is_held_out(question) != held_out:
+        while held_out and name != "fact" and not is_held_out(question):
+            question, answer = tasks[name](rng)  # within the task, so that each has its share
+        if not held_out and name != "fact" and is_held_out(question):
             continue
         yield {
             "messages": [

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_exp import corpus as generated
 from lora_exp.config import asset
@@ -45,7 +45,7 @@ def jsonl(
     path: str,
     eval_path: str | None,
     eval_share: float,
-    format: str,
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"],
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
@@ -71,7 +71,7 @@ def hub(
     split: str,
     eval_split: str | None,
     eval_share: float,
-    format: str,
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"],
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
@@ -82,20 +82,27 @@ def hub(
         DataError: it cannot be loaded, or by row and field, what cannot be used.
     """
     from datasets import load_dataset
+    from huggingface_hub import HfApi
 
     def load(name: str) -> tuple[list[Row], str]:
         try:
             loaded = load_dataset(path, subset, revision=revision, split=name)
         except (OSError, ValueError) as error:
             raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
-        return _convert(((f"{path}[{name}] row {i}", r) for i, r in enumerate(loaded)), format)
+        numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
+        return _convert(numbered, format, f"{path}[{name}]")
 
     train, found = load(split)
     held_out = load(eval_split)[0] if eval_split else None
     train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
-    unpinned = f"data.revision: {path} is not pinned to a commit; later runs may see other rows"
-    warning = None if revision or Path(path).exists() else unpinned
-    source = {path: revision or "main"}
+    if Path(path).exists():
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        source = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        return Rows(train, held_out, found, source, _template(chat_template))
+    commit = HfApi().dataset_info(path, revision=revision).sha
+    unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
+    warning = None if revision == commit else unpinned
+    source = {path: str(commit)}
     return Rows(train, held_out, found, source, _template(chat_template), warning)
 
 
@@ -123,11 +130,9 @@ def _read_files(pattern: str, format: str) -> tuple[list[Row], str, dict[str, st
         raise DataError(f"data.path: no file matches {pattern}")
     source = {}
     for path in paths:
-        name = pattern if len(paths) == 1 else path.name
+        name = pattern if len(paths) == 1 else str(path)
         source[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    rows, found = _convert((row for path in paths for row in _lines(path)), format)
-    if not rows:
-        raise DataError(f"{pattern}: no rows")
+    rows, found = _convert((row for path in paths for row in _lines(path)), format, pattern)
     return rows, found, source
 
 
@@ -151,9 +156,11 @@ def _parse(raw: bytes, where: str) -> Any:
         raise DataError(text) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply") from error
 
 
-def _convert(rows: Iterable[tuple[str, Any]], format: str) -> tuple[list[Row], str]:
+def _convert(rows: Iterable[tuple[str, Any]], format: str, source: str) -> tuple[list[Row], str]:
     """Bring every row to its shape; the first row decides the format where it is `auto`."""
     converted: list[Row] = []
     for where, row in rows:
@@ -161,12 +168,12 @@ def _convert(rows: Iterable[tuple[str, Any]], format: str) -> tuple[list[Row], s
             raise DataError(f"{where}: a row is an object {{...}}, this is {type(row).__name__}")
         if format == "auto":
             format = detect(row, where)
-        if format not in FORMATS:
-            raise DataError(f"data.format: {format!r} is none of {', '.join(FORMATS)}")
         try:
             converted.append(FORMATS[format](row))
         except _Field as error:
             raise DataError(f"{where}: {error} (read as {format})") from None
+    if not converted:
+        raise DataError(f"{source}: no rows")
     return converted, format
 
 
@@ -244,13 +251,16 @@ def _turns(row: Row, field: str, role: str = "role", content: str = "content") -
         if not isinstance(turn, dict):
             raise _Field(f"{place} is not an object with {role!r} and {content!r}")
         speaker = turn.get(role)
-        if speaker not in ROLES:
+        if not isinstance(speaker, str) or speaker not in ROLES:
             raise _Field(f"{place}.{role} is {speaker!r}, none of {', '.join(sorted(ROLES))}")
+        rest = {key: turn[key] for key in turn.keys() - {role, content}}  # tool calls and the like
+        if turn.get("tool_calls") and not turn.get(content):
+            turn = turn | {content: ""}
         try:
             said = _text(turn, content)
         except _Field as error:
             raise _Field(f"{place}: {error}") from None
-        converted.append({"role": ROLES[speaker], "content": said})
+        converted.append(rest | {"role": ROLES[speaker], "content": said})
     return converted
 
 

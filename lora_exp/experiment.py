@@ -5,12 +5,11 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
-import resource
-import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ import transformers
 from omegaconf import DictConfig
 from transformers import TrainerCallback, set_seed
 
-from lora_exp.adapter import AdaLora, Adapted, GradientCheck, attach, save
+from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
 from lora_exp.display import TrainingBar, quiet
-from lora_exp.errors import DivergedError
-from lora_exp.model import Base, device, dtype_of
+from lora_exp.errors import ConfigError, DivergedError, did_you_mean
+from lora_exp.memory import peak_bytes, reset_peak
+from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
 from lora_exp.record import Record
 from lora_exp.redaction import redact
-from lora_exp.samples import Sample, answer, exact_match
+from lora_exp.samples import Answer, answer, exact_match, virtual_tokens
 from lora_exp.signature import signature
 from lora_exp.summary import announce, conclude, counts
 from lora_exp.tokens import Tokens, tokenise
@@ -61,19 +61,22 @@ def run(cfg: DictConfig, directory: str | Path | None = None, sweep: str | None 
     """
     quiet()
     record = Record(Path(directory or run_dir(cfg.resume)), cfg)
-    with record.outcome():
-        return _run(cfg, record, sweep)
+    try:
+        with record.outcome():
+            return _run(cfg, record, sweep)
+    finally:
+        gc.collect()  # trainers hold themselves in cycles, and with them the base's memory
+        torch.cuda.empty_cache()
 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
     started = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     rows: Rows = build(cfg, "data")
     set_seed(cfg.seed)
     base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
     adapted = attach(base, cfg, record.directory)
-    train, held_out = _tokens(rows, base, cfg)
+    train, held_out = _tokens(rows, base, adapted, cfg)
     record.update(counts=counts(adapted, train, held_out), base=base.revision, data=rows.source)
     announce(cfg, rows, base, adapted, train, held_out)
     tracker = _tracker(cfg, record, sweep)
@@ -84,6 +87,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
             cfg, base, adapted, train, held_out, record, [Metrics(record, tracker), bar]
         )
         samples = _before(cfg, trainer, base, rows, record)
+        objective = _objective(cfg.objective, record.values["metrics"], held_out)
         set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
         _train(trainer, cfg.resume, record)
         samples = _after(cfg, trainer, base, rows, record, samples)
@@ -96,18 +100,24 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
         bar.close()
         tracker.finish(record.summary(), saved)
     metrics = record.values["metrics"]
-    objective = cfg.objective if cfg.objective in metrics else "train/loss"
     conclude(record, bar.losses, objective, tracker.place, saved)
     return Result(metrics[objective], metrics, record.directory, saved)
 
 
-def _tokens(rows: Rows, base: Base, cfg: DictConfig) -> tuple[Tokens, Tokens | None]:
+def _tokens(
+    rows: Rows, base: Base, adapted: Adapted, cfg: DictConfig
+) -> tuple[Tokens, Tokens | None]:
     args = cfg.algorithm.args
+    context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
+    if (args.max_length or 0) > context:
+        text = f"{args.max_length} is longer than the model's context of {context} tokens"
+        raise ConfigError([("algorithm.args.max_length", text)])
     if rows.chat_template is not None:
         base.tokenizer.chat_template = rows.chat_template
     splits = args.packing and args.get("packing_strategy") in ("wrapped", "bfd_split")
+    room = min(args.max_length or math.inf, context - virtual_tokens(adapted.model))
     options: dict[str, Any] = {
-        "max_length": None if splits else args.max_length,
+        "max_length": None if splits or room == math.inf else int(room),
         "completion_only": bool(args.completion_only_loss),
     }
     train = tokenise(rows.train, base.tokenizer, what="train", **options)
@@ -127,7 +137,7 @@ def _trainer(
     """Build the algorithm's own trainer from its own arguments; nothing of it is changed."""
     settings = plain(cfg.train)
     if settings["bf16"] is None:
-        settings["bf16"] = _bf16(cfg, base)
+        settings |= _precision(cfg, base)
     if held_out is None:
         settings["eval_strategy"] = "no"
     known = signature(cfg.algorithm.args._target_)
@@ -145,8 +155,6 @@ def _trainer(
         disable_tqdm=True,
         logging_nan_inf_filter=False,  # it would log a loss of 0 where there is none
     )
-    if cfg.peft is not None and cfg.peft._target_ == "peft.AdaLoraConfig":
-        callbacks = [AdaLora(), *callbacks]
     trainer = build(
         cfg,
         "algorithm.trainer",
@@ -155,7 +163,7 @@ def _trainer(
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
         processing_class=base.tokenizer,
-        callbacks=[FiniteLoss(), GradientCheck(), *callbacks],
+        callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in adapted.model.parameters():
@@ -166,10 +174,13 @@ def _trainer(
     return trainer
 
 
-def _bf16(cfg: DictConfig, base: Base) -> bool:
-    """Compute in bfloat16 what is held in few bits, and whole float32 weights where a GPU can."""
-    whole = cfg.peft is None and dtype_of("auto") == torch.bfloat16
-    return whole or cfg.quant is not None or base.model.dtype == torch.bfloat16
+def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
+    """Compute in 16 bits what is held in few, and whole float32 weights where a GPU can."""
+    if cfg.quant is not None:
+        half = cfg.quant.get("compute_dtype") == "float16" or lacks_bfloat16()
+        return {"bf16": not half, "fp16": half}
+    whole = cfg.peft is None and has_bfloat16()
+    return {"bf16": whole or base.model.dtype == torch.bfloat16}
 
 
 def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
@@ -187,77 +198,104 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
     return tracker or Nowhere()
 
 
-def _before(cfg: DictConfig, trainer: Any, base: Base, rows: Rows, record: Record) -> list[Sample]:
+def _before(
+    cfg: DictConfig, trainer: Any, base: Base, rows: Rows, record: Record
+) -> list[dict[str, Any]]:
     """Measure the base's held-out loss and answers; a resumed run has them on file."""
     if cfg.resume and (samples := record.samples()):
-        return [Sample(**sample) for sample in samples]
+        return samples
     metrics, answers = _measure("before", cfg, trainer, base, rows)
     record.update(metrics={f"before/{name}": value for name, value in metrics.items()})
-    record.keep_samples([asdict(sample) for sample in answers])
-    return answers
+    samples = [
+        {
+            "prompt": a.prompt,
+            "expected": a.expected,
+            "task": a.task,
+            "before": a.said,
+            "after": None,
+        }
+        for a in answers
+    ]
+    record.keep_samples(samples)
+    return samples
+
+
+def _objective(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:
+    """Return the metric that the run is judged by.
+
+    Raises:
+        ConfigError: there is no such metric. Without held-out rows there is only the training loss.
+    """
+    known = [f"eval/{k.removeprefix('before/')}" for k in metrics if k.startswith("before/")]
+    if wanted in [*known, "train/loss"]:
+        return wanted
+    if held_out is None and wanted == "eval/loss":
+        return "train/loss"
+    text = f"{wanted!r} is none of {', '.join(['train/loss', *known])}{did_you_mean(wanted, known)}"
+    raise ConfigError([("objective", text)])
 
 
 def _after(
-    cfg: DictConfig, trainer: Any, base: Base, rows: Rows, record: Record, before: list[Sample]
-) -> list[Sample]:
+    cfg: DictConfig,
+    trainer: Any,
+    base: Base,
+    rows: Rows,
+    record: Record,
+    samples: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
     metrics, answers = _measure("after", cfg, trainer, base, rows)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
-    pairs = zip(before, answers, strict=True)
-    samples = [replace(old, after=new.before) for old, new in pairs]
-    record.keep_samples([asdict(sample) for sample in samples])
+    pairs = zip(samples, answers, strict=True)
+    samples = [sample | {"after": found.said} for sample, found in pairs]
+    record.keep_samples(samples)
     return samples
 
 
 def _measure(
     when: str, cfg: DictConfig, trainer: Any, base: Base, rows: Rows
-) -> tuple[dict[str, float], list[Sample]]:
+) -> tuple[dict[str, float], list[Answer]]:
     seen = named(trainer.evaluate()) if trainer.eval_dataset is not None else {}
     kept = ("loss", "mean_token_accuracy")
     metrics = {name: seen[f"eval/{name}"] for name in kept if f"eval/{name}" in seen}
-    with trainer.compute_loss_context_manager():  # in the precision that the loss is computed in
+    with trainer.accelerator.autocast():  # in the precision that the loss is computed in
         answers = answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
     return metrics | exact_match(answers), answers
 
 
 def _train(trainer: Any, resume: str | None, record: Record) -> None:
+    checkpoint, first = _newest(record, resume)
     started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=_newest(record, resume))
+    output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    tokens = max((entry.get("num_tokens", 0) for entry in history), default=0)
+    counted = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+    tokens = counted[-1] if counted else 0  # trl counts from the start of this process
     record.update(
         steps=trainer.state.global_step,
         metrics={
             "train/loss": losses[-1] if losses else output.training_loss,
             "train/seconds": seconds,
-            "train/steps_per_s": trainer.state.global_step / seconds,
+            "train/steps_per_s": (trainer.state.global_step - first) / seconds,
             "train/tokens_per_s": tokens / seconds,
             "peak_bytes": float(peak_bytes()),
         },
     )
 
 
-def _newest(record: Record, resume: str | None) -> str | None:
-    """Return the newest checkpoint of a run that goes on, its later log lines dropped."""
+def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
+    """Return the newest checkpoint of a run that goes on and its step; later log lines go."""
     if not resume:
-        return None
+        return None, 0
     found = list((record.directory / "checkpoints").glob("checkpoint-*"))
     steps = {int(path.name.rpartition("-")[2]): path for path in found}
+    step = max(steps, default=0)
     if not steps:
         log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
-    record.rewind(max(steps, default=0))
-    return str(steps[max(steps)]) if steps else None
-
-
-def peak_bytes() -> int:
-    """Return the most memory held so far: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    record.rewind(step)
+    return str(steps[step]) if steps else None, step
 
 
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]

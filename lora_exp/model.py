@@ -6,9 +6,11 @@ Knows nothing of adapters, rows or trainers.
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -29,21 +31,23 @@ class Base:
     warning: str | None  # what makes the base hard to load again
 
 
-def bnb_4bit(quant_type: str, double_quant: bool, compute_dtype: str) -> BitsAndBytesConfig:
+def bnb_4bit(
+    quant_type: Literal["nf4", "fp4"],
+    double_quant: bool,
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"],
+) -> BitsAndBytesConfig:
     """Return bitsandbytes' 4-bit settings, `quant_type` nf4 or fp4.
 
-    BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo.
-
-    Raises:
-        ConfigError: an unknown type or dtype.
+    BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo. Products run in
+    bfloat16, or in float16 on a GPU that has no bfloat16, unless `compute_dtype` says otherwise.
     """
-    if quant_type not in ("nf4", "fp4"):
-        raise ConfigError([("quant.quant_type", f"{quant_type!r} is neither nf4 nor fp4")])
+    if compute_dtype == "auto":
+        compute_dtype = "float16" if lacks_bfloat16() else "bfloat16"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=dtype_of(compute_dtype, "quant.compute_dtype"),
+        bnb_4bit_compute_dtype=dtype_of(compute_dtype),
     )
 
 
@@ -52,26 +56,29 @@ def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
 
 
-def dtype_of(name: str, key: str = "model.dtype") -> torch.dtype:
-    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32.
-
-    Raises:
-        ConfigError: no such dtype.
-    """
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bf16 else torch.float32
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError([(key, f"{name!r} is none of auto, float32, bfloat16, float16")])
+        return torch.bfloat16 if has_bfloat16() else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def has_bfloat16() -> bool:
+    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def lacks_bfloat16() -> bool:
+    """Say whether there is a GPU that would have to emulate bfloat16."""
+    return torch.cuda.is_available() and not has_bfloat16()
 
 
 def load(
     path: str,
     revision: str | None,
     gguf_file: str | None,
-    dtype: str,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
     attn_implementation: str,
     trust_remote_code: bool,
     random_weights: bool,
@@ -108,7 +115,7 @@ def load(
             model = _floats(model) if gguf_file else model
     except (OSError, ValueError) as error:
         raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
-    _settle(model, tokenizer)
+    settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
 
@@ -128,15 +135,19 @@ def _untrained(source: str, options: dict[str, Any], common: dict[str, Any]) -> 
 
 def _dequantised(folder: Path, gguf_file: str) -> str:
     """Return a folder with a GGUF file's weights as float32 safetensors, made once and kept."""
+    if not (folder / gguf_file).is_file():
+        text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
+        raise ConfigError([("model.gguf_file", text)])
     stat = (folder / gguf_file).stat()
     identity = f"{(folder / gguf_file).resolve()} {stat.st_size} {stat.st_mtime_ns}"
     floats = cache_dir() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()
     if not floats.is_dir():
-        staged = floats.with_suffix(".staged")
-        _floats(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)).save_pretrained(
-            staged
-        )
-        staged.rename(floats)
+        floats.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=floats.parent))  # two runs may do this at once
+        model = _floats(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file))
+        model.save_pretrained(staged)
+        with suppress(OSError):  # the other run was first, with the same weights
+            staged.rename(floats)
     return str(floats)
 
 
@@ -146,7 +157,8 @@ def _floats(model: Any) -> Any:
     return model
 
 
-def _settle(model: Any, tokenizer: Any) -> None:
+def settle(model: Any, tokenizer: Any) -> None:
+    """Freeze a model, give it a padding token, and keep its 4-bit weights as they are."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -169,7 +181,10 @@ def _revision(
         commit = getattr(model.config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
         return commit, None if revision else text
-    files = [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors"))
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [folder / gguf_file] if gguf_file else sorted(weights)
+    if not files:
+        return None, f"model.path: {path} holds no weights that could be told apart by a hash"
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import secrets
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,10 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import fingerprint, plain
-from lora_exp.errors import DivergedError, LoraExpError
+from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.redaction import redact, redact_text
 
-log = logging.getLogger("lora_exp")
 VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -34,9 +31,20 @@ class Record:
     """What is known of a run so far, on disk after every change."""
 
     def __init__(self, directory: Path, cfg: DictConfig) -> None:
+        """Begin a run's record, or take up that of the run that goes on.
+
+        Raises:
+            ConfigError: the directory holds another run, or not the one to resume.
+        """
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
         path = directory / "run.json"
+        goes_on = cfg.resume is not None and Path(cfg.resume).resolve() == directory.resolve()
+        if cfg.resume is not None and not goes_on:
+            raise ConfigError([("resume", f"{cfg.resume} goes on in place, not in {directory}")])
+        if path.is_file() and not goes_on:
+            text = f"{directory} holds a run already; resume={directory}, or another directory"
+            raise ConfigError([("hydra.run.dir", text)])
+        directory.mkdir(parents=True, exist_ok=True)
         self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         if not self.values:
             write_whole(directory / "config.yaml", OmegaConf.to_yaml(redact(plain(cfg))))
@@ -98,6 +106,5 @@ class Record:
                 else f"{type(error).__name__}: {error}"
             )
             self.update(status=status, error=redact_text(text))
-            log.info("%s", redact_text(traceback.format_exc()))
             raise
         self.update(status="finished")

@@ -6,27 +6,27 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from rich.progress import track
 
 from lora_exp.data import Row
-from lora_exp.tokens import prompt_of
+from lora_exp.tokens import Prompt, prompt_of
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One prompt, the known answer and what the model said before and after training."""
+class Answer:
+    """What the model said to a prompt, and what is known to be right."""
 
     prompt: str
     expected: str
+    said: str
     task: str | None
-    before: str
-    after: str | None = None
 
 
-def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str) -> list[Sample]:
+def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str) -> list[Answer]:
     """Answer the first rows that ask something.
 
     Args:
@@ -36,33 +36,35 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
         settings: the config's `samples`: rows, max_new_tokens, batch_size.
         what: `before` or `after`, for the progress bar.
     """
-    asked = [(row, found) for row in rows if (found := prompt_of(row, tokenizer)) is not None]
-    asked = asked[: settings.rows]
-    batches = [
-        asked[i : i + settings.batch_size] for i in range(0, len(asked), settings.batch_size)
-    ]
-    answers = []
     tokenizer = _left(tokenizer)
+    asking = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
+    asked = list(islice(asking, settings.rows))
+    prompts = [_ids(prompt, tokenizer, _room(model, settings)) for _, prompt in asked]
+    said: dict[int, str] = {}
     with _generating(model):
-        for batch in track(batches, f"answers {what} training", transient=True):
-            said = _generate(model, tokenizer, [prompt for _, (prompt, _) in batch], settings)
-            answers += [
-                Sample(prompt, expected, row.get("task"), text)
-                for (row, (prompt, expected)), text in zip(batch, said, strict=True)
-            ]
-    return answers
+        for batch in track(
+            _batches(prompts, model, settings.batch_size),
+            f"answers {what} training",
+            transient=True,
+        ):
+            texts = _generate(model, tokenizer, [prompts[i] for i in batch], settings)
+            said |= dict(zip(batch, texts, strict=True))
+    return [
+        Answer(prompt.text, prompt.answer, said[i], row.get("task"))
+        for i, (row, prompt) in enumerate(asked)
+    ]
 
 
-def exact_match(answers: list[Sample]) -> dict[str, float]:
+def exact_match(answers: list[Answer]) -> dict[str, float]:
     """Return the share of answers equal to the known ones, outer white space aside; by task too."""
     if not answers:
         return {}
     right: dict[str, list[bool]] = {"exact_match": []}
-    for sample in answers:
-        exact = sample.before.strip() == sample.expected.strip()
+    for found in answers:
+        exact = found.said.strip() == found.expected.strip()
         right["exact_match"].append(exact)
-        if sample.task:
-            right.setdefault(f"exact_match_{sample.task}", []).append(exact)
+        if found.task:
+            right.setdefault(f"exact_match_{found.task}", []).append(exact)
     return {name: sum(exact) / len(exact) for name, exact in sorted(right.items())}
 
 
@@ -78,26 +80,49 @@ def _generating(model: Any) -> Iterator[None]:
 
 
 def _left(tokenizer: Any) -> Any:
-    """Return a copy that pads and cuts on the left.
+    """Return a copy that pads on the left.
 
-    A copy, since a fast tokenizer keeps the padding and truncation of its last call, saves them,
-    and whoever loads it gets cut prompts.
+    A copy, since a fast tokenizer keeps the padding of its last call, saves it, and passes it on to
+    whoever loads it.
     """
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer.padding_side = "left"
     return tokenizer
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[str], settings: Any) -> list[str]:
+def _room(model: Any, settings: Any) -> int:
+    """Return how many prompt tokens fit beside the answer."""
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
-    inputs = tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        truncation=True,
-        max_length=max(1, context - settings.max_new_tokens),
-        add_special_tokens=not tokenizer.chat_template,
-    ).to(model.device)
+    return max(1, context - int(settings.max_new_tokens) - virtual_tokens(model))
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many trained tokens stand before every prompt."""
+    configs = getattr(model, "peft_config", {}).values()
+    return max((getattr(config, "num_virtual_tokens", 0) or 0 for config in configs), default=0)
+
+
+def _ids(prompt: Prompt, tokenizer: Any, room: int) -> list[int]:
+    ids: list[int] = tokenizer(prompt.text, add_special_tokens=not prompt.chat)["input_ids"]
+    return ids[-room:]
+
+
+def _batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
+    """Group prompts by their place in the list.
+
+    Behind virtual tokens only prompts of one length share a batch: padding would stand between the
+    two, where training never put it.
+    """
+    places = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [places]
+    if virtual_tokens(model):
+        lengths = sorted({len(prompt) for prompt in prompts})
+        groups = [[i for i in places if len(prompts[i]) == length] for length in lengths]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any) -> list[str]:
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     output = model.generate(

@@ -124,6 +124,15 @@ def _from_function(module: str, node: ast.FunctionDef, skip: int) -> Signature:
     return Signature(module, arguments, open=spec.kwarg is not None)
 
 
+@cache
+def members(target: str) -> frozenset[str]:
+    """Return the values of an enumeration of texts, read from its source."""
+    module, _, name = target.rpartition(".")
+    found = _find(module, name)
+    assigned = [n.value for n in found[1].body if isinstance(n, ast.Assign)] if found else []
+    return frozenset(str(v.value) for v in assigned if isinstance(v, ast.Constant))
+
+
 def fits(value: Any, annotation: ast.expr | None) -> bool:
     """Say whether a value may have this annotation; what is not plainly wrong fits."""
     match annotation:
@@ -138,9 +147,10 @@ def fits(value: Any, annotation: ast.expr | None) -> bool:
         case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=options)):
             return any(fits(value, option) for option in options)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
-            return value in ast.literal_eval(
-                inner if isinstance(inner, ast.Tuple) else _tuple(inner)
-            )
+            options = ast.literal_eval(inner if isinstance(inner, ast.Tuple) else _tuple(inner))
+            # peft writes a pattern as a member: "pissa_niter_[number of iters]"
+            patterns = [o.partition("[")[0] for o in options if isinstance(o, str) and "[" in o]
+            return value in options or any(str(value).startswith(p) for p in patterns)
         case ast.Subscript(value=ast.Name(id=name)):
             return fits(value, ast.Name(name))
         case ast.Name(id=name) if name in TYPES:

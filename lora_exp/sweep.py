@@ -54,7 +54,7 @@ class SweepTable(Callback):
         for r in self.rows:
             numbers = [short(r[k]) if r[k] is not None else "-" for k in NUMBERS]
             status = r["status"] if r["error"] is None else f"{r['status']}: {r['error']}"
-            table.add_row(str(r["job"]), r["name"], *numbers, Text(status))
+            table.add_row(str(r["job"]), Text(r["name"]), *numbers, Text(status))
         console.print(table)
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 

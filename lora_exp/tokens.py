@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
+from jinja2.exceptions import TemplateError
 from rich.progress import track
 
 from lora_exp.data import Row
 from lora_exp.errors import DataError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-VERSION = 1  # of this module's rule; part of the cache's key
+VERSION = 2  # of this module's rule; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
 
 
@@ -160,7 +161,7 @@ def encode(
     Boundaries are found in characters, then carried to tokens by their offsets, so that a template
     needs no markers; a token that straddles a boundary counts.
     """
-    texts, spans = zip(*(_render(row, tokenizer) for row in rows), strict=True)
+    texts, spans = zip(*(_rendered(row, tokenizer) for row in rows), strict=True)
     chats = ["messages" in row for row in rows]
     for chat in sorted(set(chats)):
         chosen = [i for i, c in enumerate(chats) if c == chat]
@@ -186,6 +187,14 @@ def _labels(
     return [token if c else IGNORED for token, c in zip(ids, counted, strict=True)]
 
 
+def _rendered(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    try:
+        return _render(row, tokenizer)
+    except TemplateError as error:
+        said = json.dumps(row, default=str)[:80]
+        raise DataError(f"the chat template refuses a row: {error}; the row: {said}") from error
+
+
 def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """Write a row as text, with the character spans that a completion-only loss counts."""
     end = tokenizer.eos_token or ""
@@ -196,15 +205,51 @@ def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         text = row["prompt"] + row["completion"]
         text = text if text.endswith(end) else text + end
         return text, [(len(row["prompt"]), len(text))]
+    whole, spans = _answers(row, tokenizer)
+    return whole, spans
+
+
+def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Render a chat and find its assistant turns, each from its opening to its end token.
+
+    A turn's end is where the chat so far and the whole chat part. Templates that rewrite earlier
+    turns (reasoning models drop their thoughts) part before the answer: then its text is looked up.
+
+    Raises:
+        DataError: an assistant turn cannot be found in the rendered chat.
+    """
     turns, tools = row["messages"], row.get("tools")
     whole = render_chat(turns, tokenizer, tools)
-    spans = []
+    spans, seen = [], 0
     for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
-            answered = render_chat(turns[: i + 1], tokenizer, tools)
-            spans.append((_shared(asked, whole), _shared(answered, whole)))
+        if turn["role"] != "assistant":
+            continue
+        asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
+        answered = render_chat(turns[: i + 1], tokenizer, tools)
+        start = max(seen, _shared(asked, whole))
+        stop = _shared(answered, whole)
+        text = turn["content"].rpartition("</think>")[2].strip()
+        found = whole.find(text, start) if text else start
+        if found < 0:
+            raise DataError(f"the chat template does not show assistant turn {i}: {text[:60]!r}")
+        if not asked:
+            start = found  # what the template writes before the first turn is not an answer
+        end = found + len(text)
+        if stop < end or answered[stop:].strip():
+            stop = _end_of_turn(whole, end, tokenizer)
+        spans.append((start, stop))
+        seen = stop
     return whole, spans
+
+
+def _end_of_turn(whole: str, end: int, tokenizer: Any) -> int:
+    """Return where the special token that directly follows an answer ends, or the answer itself."""
+    rest = whole[end:]
+    space = len(rest) - len(rest.lstrip())
+    for token in tokenizer.all_special_tokens:
+        if token and rest.lstrip().startswith(token):
+            return end + space + len(token)
+    return end
 
 
 def _shared(a: str, b: str) -> int:
@@ -225,11 +270,30 @@ def render_chat(
     return text
 
 
-def prompt_of(row: Row, tokenizer: Any) -> tuple[str, str] | None:
-    """Split a row into what is asked, as text, and the known answer; None if nothing is."""
+@dataclass(frozen=True)
+class Prompt:
+    """What a row asks, as text, and the known answer as greedy decoding would write it."""
+
+    text: str
+    answer: str
+    chat: bool  # the chat template wrote the special tokens, the tokenizer must not
+
+
+def prompt_of(row: Row, tokenizer: Any) -> Prompt | None:
+    """Split a row into prompt and known answer; None where nothing is asked.
+
+    The answer of a chat is what the template makes of it, so that it compares with what a model
+    trained on that template says.
+    """
     if "prompt" in row:
-        return row["prompt"], row["completion"]
-    if "messages" in row and row["messages"][-1]["role"] == "assistant" and row["messages"][1:]:
-        *asked, answer = row["messages"]
-        return render_chat(asked, tokenizer, row.get("tools"), answer=True), answer["content"]
-    return None
+        return Prompt(row["prompt"], row["completion"], chat=False)
+    if (
+        "messages" not in row
+        or row["messages"][-1]["role"] != "assistant"
+        or not row["messages"][1:]
+    ):
+        return None
+    whole, spans = _answers(row, tokenizer)
+    start, stop = spans[-1]
+    ids = tokenizer(whole[start:stop], add_special_tokens=False)["input_ids"]
+    return Prompt(whole[:start], tokenizer.decode(ids, skip_special_tokens=True), chat=True)

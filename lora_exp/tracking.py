@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers import TrainerCallback
 
 from lora_exp.record import Record
-from lora_exp.samples import Sample
 
 log = logging.getLogger("lora_exp")
 
@@ -29,7 +28,7 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Take the metrics of a step."""
 
-    def samples(self, samples: list[Sample], step: int) -> None:
+    def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Take the answers before and after training."""
 
     def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
@@ -44,7 +43,7 @@ class Nowhere:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Drop them: metrics.jsonl has them."""
 
-    def samples(self, samples: list[Sample], step: int) -> None:
+    def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Drop them: samples.jsonl has them."""
 
     def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
@@ -61,7 +60,7 @@ class Wandb:
         self,
         project: str,
         entity: str | None,
-        mode: str,
+        mode: Literal["auto", "online", "offline"],
         group: str | None,
         log_adapter: bool,
         *,
@@ -122,12 +121,13 @@ class Wandb:
         """Send the metrics of a step."""
         self.run.log(metrics, step=step)
 
-    def samples(self, samples: list[Sample], step: int) -> None:
+    def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Send the answers before and after training as a table."""
         if samples:
-            table = self.wandb.Table(columns=["prompt", "expected", "before", "after"])
+            columns = ["prompt", "expected", "before", "after"]
+            table = self.wandb.Table(columns=columns)
             for sample in samples:
-                table.add_data(sample.prompt, sample.expected, sample.before, sample.after)
+                table.add_data(*(sample[column] for column in columns))
             self.run.log({"samples": table}, step=step)
 
     def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
@@ -135,7 +135,7 @@ class Wandb:
         self.run.summary.update(summary)
         # artifacts are staged in the run's directory, so that it can be synced from elsewhere
         with _environment("WANDB_DATA_DIR", str(self.data_dir)):
-            if saved is not None and self.log_adapter:
+            if saved is not None and saved.name == "adapter" and self.log_adapter:
                 artifact = self.wandb.Artifact(f"{saved.name}-{self.run.id}", type="model")
                 for path in sorted(saved.iterdir()):  # add_dir would print
                     artifact.add_file(str(path))

@@ -13,21 +13,43 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import asset, plain, targets, untrusted
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact
-from lora_exp.signature import fits, signature
+from lora_exp.signature import fits, members, signature
 
 Fault = tuple[str, str]
 
-# method -> quantisation -> why the pair is refused; seen by running them
 FLOAT_BASE = "takes its start from the base's float weights and rewrites them; quant=none"
+# kind of adapter -> quantisation -> why the pair is refused; seen by running them
 REFUSED: dict[str, dict[str, str]] = {
     "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
     "pissa": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
     "olora": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
+}
+UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
+PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
+SECTIONS = ("model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples")
+NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
+# arguments of trainers that a run sets itself, and what to say instead
+OWNED = {
+    "output_dir": "hydra.run.dir=<directory>",
+    "seed": "seed=<number>",
+    "report_to": "tracking=wandb or tracking=none",
+    "disable_tqdm": "nothing: the run has its own progress bar",
+    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
+    "dataloader_pin_memory": "nothing: it is on where there is a GPU",
+    "logging_nan_inf_filter": "nothing: a run stops at the first number that is not finite",
+    "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
+}
+CHOICES = {
+    "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
+    "optim": "transformers.training_args.OptimizerNames",
+    "eval_strategy": "transformers.trainer_utils.IntervalStrategy",
+    "save_strategy": "transformers.trainer_utils.SaveStrategy",
+    "logging_strategy": "transformers.trainer_utils.IntervalStrategy",
 }
 
 
@@ -38,11 +60,26 @@ def validate(cfg: DictConfig) -> DictConfig:
         ConfigError: one `(key, text)` for each fault.
     """
     values = plain(cfg)
-    faults = [*untrusted(cfg), *_arguments(values), *_ranges(cfg), *_pairs(cfg), *_files(cfg)]
-    faults += _secrets(values, redact(values))
+    faults = list(_shape(cfg))
+    if not faults:
+        faults = [*untrusted(cfg), *_arguments(values), *_ranges(cfg), *_pairs(cfg), *_files(cfg)]
+        faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
     return cfg
+
+
+def _shape(cfg: DictConfig) -> Iterator[Fault]:
+    """Check that there is something to check."""
+    for key in SECTIONS:
+        if not isinstance(OmegaConf.select(cfg, key), DictConfig):
+            yield key, "is not a section; choose an option of its group, or leave it"
+            return
+    for key in ("model", "quant", "peft", "data", "tracking"):
+        node = cfg[key]
+        if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
+            text = f"is no option of conf/{key} (null is {key}=none); a preset may have set values"
+            yield key, f"{text} that the option {cfg.choices.get(key)} does not take"
 
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
@@ -57,7 +94,20 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             twice = sorted(node.keys() & values["train"].keys())
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
             given |= {f"train.{k}": v for k, v in values["train"].items()}
+            yield from _trainer_arguments(given)
+            given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
         yield from _against(target, key, given)
+
+
+def _trainer_arguments(given: dict[str, Any]) -> Iterator[Fault]:
+    for full, value in given.items():
+        name = full.rpartition(".")[2]
+        if name in OWNED:
+            yield full, f"belongs to the run; say {OWNED[name]}"
+        known = members(CHOICES[name]) if name in CHOICES else frozenset()
+        if known and value not in known:
+            near = did_you_mean(str(value), known)
+            yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
 
 
 def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
@@ -73,7 +123,7 @@ def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
         if name not in found.arguments:
             near = did_you_mean(name, found.arguments)
             yield full, f"{target} has no such argument{near}"
-        elif value is not None and not fits(value, found.arguments[name]):
+        elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
             annotation = found.arguments[name]
             wanted = ast.unparse(annotation) if annotation else ""
             yield full, f"{value!r} is not {wanted}"
@@ -99,61 +149,102 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
             "train.max_steps",
             f"{train.max_steps} trains nothing; give 1 or more, or -1 for epochs",
         )
-    if train.max_steps == -1 and not 0 < _number(train.num_train_epochs) < math.inf:
+    if train.max_steps == -1 and not 0 < _number(train.num_train_epochs, 1) < math.inf:
         yield "train.num_train_epochs", f"{train.num_train_epochs} trains nothing; give above 0"
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if _number(train[name]) < 1:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if _is_number(train[name]) and train[name] < 1:
             yield f"train.{name}", f"{train[name]} is below 1"
+    for name in ("gradient_accumulation_steps", "logging_steps", "save_steps"):
+        if _is_number(train[name]) and not train[name] > 0:
+            yield f"train.{name}", f"{train[name]} is not above 0"
     for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
-        if _number(cfg.samples[name], -1) < least:
+        if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
             yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
     for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
         if name in cfg.data and cfg.data[name] is not None and _number(cfg.data[name]) < 1:
             yield f"data.{name}", f"{cfg.data[name]!r} is not 1 or more; null takes all"
     if "eval_share" in cfg.data and not 0 <= _number(cfg.data.eval_share, -1) < 1:
         yield "data.eval_share", f"{cfg.data.eval_share!r} is no share; give 0 or more and below 1"
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0"
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
     if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
         yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
 
 
 def _pairs(cfg: DictConfig) -> Iterator[Fault]:
-    method, quant = cfg.choices.get("peft", "none"), cfg.choices.get("quant", "none")
+    """Refuse what is known not to work together, by the values and not by the options' names."""
+    quant = _quantisation(cfg)
     if cfg.quant is not None and cfg.peft is None:
         yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
     if cfg.quant is not None and cfg.model.random_weights:
         yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
-    if cfg.quant is not None and quant in REFUSED.get(method, {}):
-        yield "peft", f"{method} on {quant}: {REFUSED[method][quant]}"
-    if method == "prefix_tuning" and cfg.train.gradient_checkpointing:
+    if cfg.peft is None:
+        return
+    start = str(cfg.peft.get("init_lora_weights", ""))
+    kind = "dora" if cfg.peft.get("use_dora") else start.partition("_niter")[0]
+    if quant in REFUSED.get(kind, {}):
+        yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
+    if kind in UNSUPPORTED:
+        yield "peft.init_lora_weights", f"{kind} needs a preparation that a run does not make"
+    patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
+    if kind in ("pissa", "olora") and cfg.peft.get("use_rslora") and patterns:
+        yield "peft.use_rslora", f"{kind} with rank or alpha patterns cannot be saved as plain LoRA"
+    prompts = cfg.peft._target_ in PROMPTS
+    if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
         yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
+    if prompts and cfg.algorithm.args.get("packing"):
+        text = "behind trained virtual tokens packed rows would see each other; give false"
+        yield "algorithm.args.packing", text
+
+
+def _quantisation(cfg: DictConfig) -> str:
+    if cfg.quant is None:
+        return "none"
+    return str(cfg.quant.get("quant_type", "int8"))
 
 
 def _files(cfg: DictConfig) -> Iterator[Fault]:
     """Check what lies on this machine; what lies on a hub is checked when it is loaded."""
-    path = str(cfg.model.path)
-    folder = asset(path)
+    yield from _model_files(cfg)
+    if cfg.data._target_ != "lora_exp.data.jsonl":
+        return
+    for key in ("path", "eval_path", "chat_template"):
+        name = cfg.data[key]
+        if not isinstance(name, str):
+            continue  # null, or a fault already
+        try:
+            path = asset(name)
+        except ConfigError as error:
+            yield f"data.{key}", error.faults[0][1]
+            continue
+        if not glob.glob(str(path), recursive=True):  # noqa: PTH207
+            near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
+            yield f"data.{key}", f"no file matches {name}{near}"
+
+
+def _model_files(cfg: DictConfig) -> Iterator[Fault]:
+    path, gguf_file = str(cfg.model.path), cfg.model.gguf_file
+    try:
+        folder = asset(path)
+    except ConfigError as error:
+        yield "model.path", error.faults[0][1]
+        return
     if path.startswith(("/", ".", "~", "pkg://")) and not folder.exists():
         yield "model.path", f"no such folder: {path}"
-    if folder.is_dir() and cfg.model.gguf_file and not (folder / cfg.model.gguf_file).is_file():
-        near = did_you_mean(cfg.model.gguf_file, (p.name for p in folder.glob("*.gguf")))
+    if isinstance(gguf_file, str) and folder.is_dir() and not (folder / gguf_file).is_file():
+        near = did_you_mean(gguf_file, (p.name for p in folder.glob("*.gguf")))
         yield "model.gguf_file", f"no such file in {path}{near}"
-    length = cfg.algorithm.args.get("max_length")
-    if length is not None and _number(length) < 1:
+    args = cfg.algorithm.args
+    length = args.get("max_length")
+    if _is_number(length) and length < 1:
         yield "algorithm.args.max_length", f"{length!r} is not 1 or more"
-    elif length is not None and (folder / "config.json").is_file():
+    elif _is_number(length) and (folder / "config.json").is_file():
         context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
         if context and length > context:
             text = f"{length} is longer than the model's context of {context} tokens"
             yield "algorithm.args.max_length", text
-    if cfg.data.get("_target_") == "lora_exp.data.jsonl":
-        for key in ("path", "eval_path"):
-            name = cfg.data[key]
-            if name is not None and not glob.glob(str(asset(name)), recursive=True):  # noqa: PTH207
-                folder = asset(name).parent
-                near = did_you_mean(asset(name).name, (p.name for p in folder.glob("*")))
-                yield f"data.{key}", f"no file matches {name}{near}"
+    if args.get("packing") and length is None:
+        yield "algorithm.args.max_length", "packing fills sequences of this length; give a number"
 
 
 def _secrets(values: Any, clean: Any, key: str = "") -> Iterator[Fault]:

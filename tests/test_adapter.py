@@ -13,7 +13,6 @@ from lora_exp import compose
 from lora_exp.adapter import GradientCheck, attach, check_names, resolve
 from lora_exp.errors import ConfigError, TargetError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated")
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 MLP = ["down_proj", "gate_proj", "up_proj"]
 GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)

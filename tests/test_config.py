@@ -61,7 +61,7 @@ def test_every_preset_composes_validates_and_says_why_it_exists(preset: str) -> 
         (["peft=none", "seed=7"], "full-seed=7"),
         (["peft.target_modules=[q_proj,v_proj]"], "r16-target_modules=_q_proj,v_proj_"),
         (["model=local", "model.path=pkg://hydra/conf"], "r16-all_linear-local-path=conf"),
-        (["train.eval_strategy=no", "data.max_rows=9"], "r16-all_linear"),
+        (["train.eval_strategy=no", "data.max_rows=9"], "r16-all_linear-max_rows=9"),
         (["name=mine", "peft.r=2"], "mine"),
     ],
 )
@@ -201,6 +201,15 @@ def test_trust_comes_from_the_command_line_never_from_a_file(tmp_path: Path) -> 
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "evil.yaml").write_text("# @package _global_\ntrusted_targets: [os.system]\n")
+    with pytest.raises(ConfigError, match="only the command line"):
+        compose("experiment=evil", config_dir=tmp_path)
+
+
+def test_code_that_came_with_a_model_needs_the_command_line(tmp_path: Path) -> None:
+    assert compose("model.trust_remote_code=true").model.trust_remote_code
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "evil.yaml").write_text("# @package _global_\nmodel: {trust_remote_code: true}\n")
     with pytest.raises(ConfigError, match="only the command line"):
         compose("experiment=evil", config_dir=tmp_path)
 

@@ -86,6 +86,8 @@ def test_a_format_is_told_by_its_fields(
         ([{"messages": []}], r"field 'messages' is not a list of turns"),
         ([{"messages": ["x"]}], r"messages\[0\] is not an object"),
         ([{"messages": [{"role": "bot", "content": "x"}]}], r"messages\[0\].role is 'bot'"),
+        ([{"messages": [{"role": ["x"], "content": "x"}]}], r"messages\[0\].role is \['x'\]"),
+        (["[" * 100_000], r"rows.jsonl( row 1)?: (nested too deeply|not JSON)"),
         ([{"messages": [{"role": "user"}]}], r"messages\[0\]: field 'content' is missing"),
         ([{"messages": CHAT[:1]}], r"'messages' has no assistant turn"),
         ([], r"rows.jsonl: no rows"),
@@ -103,9 +105,20 @@ def test_latin_1_is_named_with_file_line_and_byte(tmp_path: Path) -> None:
         read(str(path))
 
 
-def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'csv' is none of messages, sharegpt"):
-        read(write(tmp_path / "rows.jsonl", {"text": "x"}), format="csv")
+def test_tool_calls_are_kept_and_need_no_content(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    rows = read(write(tmp_path / "rows.jsonl", {"messages": turns, "tools": []}))
+    assert rows.train[0]["messages"][1] == {
+        "role": "assistant", "content": "", "tool_calls": [call],
+    }  # fmt: skip
+
+
+def test_files_of_one_name_keep_a_hash_each(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", {"text": name})
+    assert len(read(f"{tmp_path}/*/rows.jsonl").source) == 2
 
 
 def test_a_json_list_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
@@ -119,7 +132,7 @@ def test_a_glob_reads_its_files_in_order_and_hashes_each(tmp_path: Path) -> None
     write(tmp_path / "a.jsonl", {"text": "1"})
     rows = read(str(tmp_path / "*.jsonl"))
     assert [row["text"] for row in rows.train] == ["1", "2"]
-    assert sorted(rows.source) == ["a.jsonl", "b.jsonl"]
+    assert sorted(rows.source) == [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     assert all(len(digest) == 64 for digest in rows.source.values())
 
 

@@ -9,33 +9,45 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose
-from lora_exp.errors import DivergedError
+from lora_exp.errors import ConfigError, DivergedError
 from lora_exp.record import Record, write_whole
 
 
 def test_every_ending_is_recorded(tmp_path: Path) -> None:
-    for error, status in [
-        (None, "finished"),
-        (ValueError("x"), "failed"),
-        (DivergedError("nan"), "diverged"),
-        (KeyboardInterrupt(), "interrupted"),
-    ]:
-        record = Record(tmp_path, compose())
+    for number, (error, status) in enumerate(
+        [
+            (None, "finished"),
+            (ValueError("x"), "failed"),
+            (DivergedError("nan"), "diverged"),
+            (KeyboardInterrupt(), "interrupted"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        record = Record(folder, compose())
         expected = pytest.raises(type(error)) if error is not None else nullcontext()
         with expected, record.outcome():
-            assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
+            assert json.loads((folder / "run.json").read_text())["status"] == "running"
             if error is not None:
                 raise error
-        assert json.loads((tmp_path / "run.json").read_text())["status"] == status
+        assert json.loads((folder / "run.json").read_text())["status"] == status
 
 
 def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
     first = Record(tmp_path, compose())
     first.update(metrics={"a": 1})
-    again = Record(tmp_path, compose())
+    again = Record(tmp_path, compose(f"resume={tmp_path}"))
     again.update(metrics={"b": 2})
     assert again.values["tracking_id"] == first.values["tracking_id"]
     assert again.values["metrics"] == {"a": 1, "b": 2}
+
+
+def test_a_directory_that_holds_a_run_takes_no_other(tmp_path: Path) -> None:
+    Record(tmp_path / "a", compose())
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Record(tmp_path / "a", compose())
+    with pytest.raises(ConfigError, match="goes on in place"):
+        Record(tmp_path / "b", compose(f"resume={tmp_path / 'a'}"))
+    assert not (tmp_path / "b").exists()
 
 
 def test_metrics_are_lines_and_can_be_rewound(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from lora_exp import corpus
-from lora_exp.samples import Sample, answer, exact_match
+import pytest
+
+from lora_exp import compose, corpus
+from lora_exp.adapter import attach
+from lora_exp.samples import Answer, answer, exact_match
 
 
 def settings(**values: int) -> Any:
@@ -19,11 +22,14 @@ def test_the_embedded_model_copies_letters_it_never_saw(base: Any) -> None:
     assert exact_match(answers)["exact_match"] >= 0.75
 
 
-def test_answers_do_not_depend_on_the_batch(base: Any) -> None:
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("method", ["none", "prompt_tuning", "prefix_tuning"])
+def test_answers_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Any, method: str) -> None:
+    model = attach(fresh_base, compose(f"peft={method}"), tmp_path).model
     rows = corpus.take(corpus.CORPUS, 2, 6, held_out=True)
-    one = answer(base.model, base.tokenizer, rows, settings(batch_size=1), "before")
-    six = answer(base.model, base.tokenizer, rows, settings(batch_size=6), "before")
-    assert [s.before for s in one] == [s.before for s in six]
+    one = answer(model, fresh_base.tokenizer, rows, settings(batch_size=1), "before")
+    six = answer(model, fresh_base.tokenizer, rows, settings(batch_size=6), "before")
+    assert [a.said for a in one] == [a.said for a in six]
 
 
 def test_everything_is_left_as_it_was(base: Any) -> None:
@@ -42,9 +48,9 @@ def test_no_rows_ask_nothing(base: Any) -> None:
 
 def test_exact_match_counts_by_task_too() -> None:
     answers = [
-        Sample("p", "a", "x", " a\n"),
-        Sample("p", "a", "y", "b"),
-        Sample("p", "a", None, "a"),
+        Answer("p", "a", " a\n", "x"),
+        Answer("p", "a", "b", "y"),
+        Answer("p", "a", "a", None),
     ]
     found = exact_match(answers)
     assert found == {"exact_match": 2 / 3, "exact_match_x": 1.0, "exact_match_y": 0.0}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from lora_exp import corpus
 from lora_exp.errors import DataError
-from lora_exp.tokens import IGNORED, encode, prompt_of, tokenise
+from lora_exp.tokens import IGNORED, Prompt, encode, prompt_of, tokenise
 
 
 def chat(*said: str) -> dict[str, Any]:
@@ -49,7 +51,46 @@ def test_everything_counts_where_the_algorithm_says_so(base: Any) -> None:
     assert counted(chat("Hi!", "Yes."), base.tokenizer, completion_only=False) == whole
 
 
-def test_a_template_that_rewrites_earlier_turns_counts_only_what_stays(base: Any) -> None:
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize(
+    ("template", "specials", "counted_text", "expected"),
+    [
+        ("qwen3", ["<|im_end|>", "<|im_start|>"],
+         "one<|im_end|>two<|im_end|><think>\n\n</think>\n\nthree<|im_end|>\n",
+         "<think>\n\n</think>\n\nthree\n"),
+        ("phi3", ["<|end|>", "<|endoftext|>"],
+         "one<|end|><think>t</think>\n\ntwo<|end|>three<|end|>\n<|end|>", "three\n"),
+        ("llama3_2", ["<|eot_id|>", "<|end_of_text|>"],
+         "one<|eot_id|><think>t</think>\n\ntwo<|eot_id|>three<|eot_id|>", "three"),
+        ("gemma", ["<end_of_turn>", "<eos>"],
+         "one<end_of_turn>\n<think>t</think>\n\ntwo<end_of_turn>\nthree<end_of_turn>\n", "three\n"),
+    ],
+)  # fmt: skip
+def test_every_turn_counts_under_the_templates_of_real_models(
+    base: Any, template: str, specials: list[str], counted_text: str, expected: str
+) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer.add_special_tokens({"eos_token": specials[0], "additional_special_tokens": specials})
+    tokenizer.bos_token = "<|endoftext|>"
+    row = chat("q1", "one", "q2", "<think>t</think>\n\ntwo", "q3", "three")
+    assert counted(row, tokenizer) == counted_text
+    found = prompt_of(row, tokenizer)
+    assert found is not None
+    assert found.answer == expected
+
+
+def test_a_template_that_refuses_a_row_is_told_with_the_row(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
+    row = {"messages": [{"role": "system", "content": "be"}, *chat("q", "a")["messages"]]}
+    with pytest.raises(DataError, match=r"the chat template refuses a row: System.*; the row: "):
+        counted(row, tokenizer)
+
+
+def test_a_turn_that_the_template_does_not_show_is_an_error(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     # like reasoning models: earlier assistant turns lose their thoughts
     tokenizer.chat_template = (
@@ -58,11 +99,10 @@ def test_a_template_that_rewrites_earlier_turns_counts_only_what_stays(base: Any
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     row = chat("q", "think|one", "r", "hm|two")
-    assert counted(row, tokenizer).endswith("hm|two\n")
-    assert "[user]" not in counted(row, tokenizer)
+    with pytest.raises(DataError, match=r"does not show assistant turn 1: 'think\|one'"):
+        counted(row, tokenizer)
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated")
 def test_our_labels_equal_those_of_trl_on_prompt_and_answer(base: Any, tmp_path: Any) -> None:
     rows = corpus.take(corpus.CORPUS, 5, 40, held_out=False)
     rows += [chat("wide   spaces", "é ü\n\nnew"), chat("", "only an answer")]
@@ -121,7 +161,8 @@ def test_the_same_rows_come_from_the_cache_and_changed_ones_do_not(base: Any) ->
 
 
 def test_a_prompt_opens_the_answer_and_text_asks_nothing(base: Any) -> None:
-    asked = prompt_of(chat("Hi!", "Yes."), base.tokenizer)
-    assert asked == ("<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n", "Yes.")
-    assert prompt_of({"prompt": "p", "completion": "c"}, base.tokenizer) == ("p", "c")
+    text = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_of(chat("Hi!", "Yes."), base.tokenizer) == Prompt(text, "Yes.\n", chat=True)
+    row = {"prompt": "p", "completion": "c"}
+    assert prompt_of(row, base.tokenizer) == Prompt("p", "c", chat=False)
     assert prompt_of({"text": "t"}, base.tokenizer) is None

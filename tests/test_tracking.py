@@ -56,7 +56,7 @@ def test_the_run_reaches_wandb_whole(tracked: Any) -> None:
 def test_nothing_is_sent_that_was_not_asked_for(tracked: Any) -> None:
     _, _, directory = tracked
     forbidden = ["canary-environment-1", "canary-argv-1", str(ROOT)]
-    forbidden += [socket.gethostname(), "def job("]
+    forbidden += ["def job(", *([host] if len(host := socket.gethostname()) > 4 else [])]
     for path in (directory / "wandb").rglob("*"):
         if path.is_file():
             data = path.read_bytes()
@@ -82,8 +82,9 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
         path.unlink()
     (tmp_path / "checkpoints" / "checkpoint-3").rmdir()
     run(compose(f"resume={first.directory}"))
-    runs = {path.name for path in tmp_path.rglob("run-*.wandb")}
-    assert len(runs) == 1  # the name holds the run's id
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len({path.name for path in files}) == 1  # the name holds the run's id
+    assert '"train/loss"' in json.dumps(read(tmp_path))
 
 
 def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]) -> None:

@@ -70,6 +70,28 @@ def test_the_error_reads_as_a_list() -> None:
         "name=../../x",
         "name=/absolute",
         "seed=1.5",
+        "seed=4294967296",
+        "seed=true",
+        "samples.rows=2.5",
+        "train.max_steps=null",
+        "train.learning_rate=null",
+        "peft.r=null",
+        "train.lr_scheduler_type=cosin",
+        "train.optim=adam",
+        "train.eval_strategy=epochs",
+        "train.per_device_eval_batch_size=0",
+        "train.logging_steps=0",
+        "model.dtype=fp32",
+        "tracking.mode=of",
+        "data.format=csv",
+        "data.chat_template=none.jinja",
+        "data.path=[a,b]",
+        "model.path=pkg://not_installed/x",
+        "+train.report_to=wandb",
+        "+train.seed=3",
+        "+algorithm.args.output_dir=x",
+        "+peft.init_lora_weights=loftq",
+        "samples=null",
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
@@ -115,6 +137,27 @@ def test_a_target_that_does_not_exist_is_named() -> None:
 def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
     assert "cannot be trained" in faults("quant=nf4", "peft=none")["peft"]
     assert "model.random_weights" in faults("quant=int8", "model.random_weights=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["+peft.use_dora=true", "quant=int8"], "dora on int8"),
+        (["+peft.init_lora_weights=pissa_niter_4", "quant=nf4"], "pissa on nf4"),
+        (["+peft.init_lora_weights=pissa_niter_4"], None),
+        (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is not Literal"),
+        (["peft=pissa", "peft.use_rslora=true", "peft.rank_pattern={q_proj:2}"], "cannot be saved"),
+        (["peft=prompt_tuning", "algorithm.args.packing=true"], "would see each other"),
+        (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
+        (["experiment=balanced", "peft=none"], "is no option of conf/peft"),
+        (["peft=prefix_tuning", "train.gradient_checkpointing=true"], "do not survive"),
+    ],
+)
+def test_pairs_are_judged_by_their_values(overrides: list[str], said: str | None) -> None:
+    if said is None:
+        assert compose(*overrides)
+    else:
+        assert said in " ".join(faults(*overrides).values())
 
 
 @pytest.mark.parametrize(

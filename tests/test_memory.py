@@ -1,0 +1,22 @@
+"""A run's peak is its own, not that of the run before it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from lora_exp.memory import peak_bytes, reset_peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_the_peak_is_forgotten_and_found_again() -> None:
+    reset_peak()
+    low = peak_bytes()
+    block = torch.ones(64, 2**20)
+    high = peak_bytes()
+    del block
+    reset_peak()
+    assert high - low > 200 * 2**20
+    assert peak_bytes() < high
