@@ -74,10 +74,11 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if str(getattr(config, "init_lora_weights", "")).startswith(REWRITES_BASE):
         start = directory / "start"
         _save_start(model, config, start)
-    method = str(cfg.choices.get("peft", config.peft_type.value.lower()))
     ranks = [AdaLora()] if isinstance(config, peft.AdaLoraConfig) else []
     callbacks = (GradientCheck(), *ranks)
-    return Adapted(model, method, dict(sorted(modules.items())), trainable, total, start, callbacks)
+    return Adapted(
+        model, cfg.choices.peft, dict(sorted(modules.items())), trainable, total, start, callbacks
+    )
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:

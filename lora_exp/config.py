@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact_text
@@ -95,11 +96,14 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    _check_consent(plain, overrides)
-    plain["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
-    plain["name"] = plain["name"] or _name(plain, overrides)
-    return _freeze(plain)
+    try:
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
+    _check_consent(values, overrides)
+    values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
+    values["name"] = values["name"] or _name(values, overrides)
+    return _freeze(values)
 
 
 def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
@@ -136,11 +140,11 @@ def _freeze(values: dict[str, Any]) -> DictConfig:
     return settled
 
 
-def _name(plain: Mapping[str, Any], overrides: Iterable[str]) -> str:
+def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
     """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides."""
-    chosen, peft = plain["choices"], plain["peft"] or {}
+    chosen, peft = values["choices"], values["peft"] or {}
     rank = f"r{peft['r']}" if peft.get("r") else ""
-    targets = chosen["targets"] if peft.get("target_modules") == plain["targets"] else ""
+    targets = chosen["targets"] if peft.get("target_modules") == values["targets"] else ""
     method = {"lora": "", "none": "full"}.get(chosen["peft"], chosen["peft"])
     parts = [method, rank, chosen["quant"], targets]
     for override in overrides:
@@ -170,6 +174,9 @@ def asset(path: str) -> Path:
     """Resolve `pkg://package/file`, as Hydra writes it, to the file that the package carries.
 
     Any other path comes back as it is.
+
+    Raises:
+        ConfigError: no such package is installed.
     """
     if not path.startswith("pkg://"):
         return Path(path).expanduser()
@@ -202,21 +209,21 @@ def is_trusted(target: str, trusted: Iterable[str] = ()) -> bool:
     return found is not None and found.module.split(".")[0] == "lora_exp"
 
 
-def targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the key and value of every `_target_` in a config, however deep."""
     children = node.items() if isinstance(node, Mapping) else enumerate(node)
     for name, child in children:
         if name == "_target_":
             yield key, child
         elif isinstance(child, Mapping | list | tuple):
-            yield from targets(child, f"{key}.{name}" if key else str(name))
+            yield from every_target(child, f"{key}.{name}" if key else str(name))
 
 
 def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     """Return a fault for each `_target_` that may not be imported."""
     return [
         (f"{key}._target_", f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]")
-        for key, target in targets(plain(cfg))
+        for key, target in every_target(plain(cfg))
         if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
     ]
 

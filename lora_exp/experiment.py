@@ -191,7 +191,7 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
         run_id=record.values["tracking_id"],
         name=cfg.name,
         sweep=sweep,
-        job_type=cfg.choices.get("algorithm", "run"),
+        job_type=cfg.choices.algorithm,
         tags=[f"{group}={option}" for group, option in cfg.choices.items()],
         config=redact(plain(cfg)),
     )

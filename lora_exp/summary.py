@@ -38,12 +38,12 @@ def announce(
         "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
             "torch.", ""
         ),
-        "quantisation": cfg.choices.get("quant", "none"),
+        "quantisation": cfg.choices.quant,
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
         "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
         f" ({adapted.trainable / adapted.total:.2%})",
-        "algorithm": f"{cfg.choices.get('algorithm')}, learning rate {cfg.train.learning_rate:g}",
+        "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
         "rows": f"{_rows(train.counts)}, read as {rows.format}{', cached' if train.cached else ''}",
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }

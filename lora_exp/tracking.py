@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from lora_exp.record import Record
 
 log = logging.getLogger("lora_exp")
+OWN_SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Tracker(Protocol):
@@ -190,10 +191,10 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
 
 def named(logs: dict[str, Any]) -> dict[str, float]:
-    """Rename a trainer's metrics to `group/name`."""
+    """Rename a trainer's numbers to `group/name`, without those about its own speed."""
     metrics = {}
     for key, value in logs.items():
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not key.endswith(OWN_SPEED):
             group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
             metrics[f"{group}/{name}"] = float(value)
     return metrics

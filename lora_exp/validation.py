@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import asset, plain, targets, untrusted
+from lora_exp.config import asset, every_target, plain, untrusted
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact
 from lora_exp.signature import fits, members, signature
@@ -84,7 +84,7 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
     """Compare each node with its target's signature."""
-    for key, target in targets(values):
+    for key, target in every_target(values):
         if not isinstance(target, str):
             yield f"{key}._target_", f"{target!r} is not a dotted name"
             continue

@@ -117,6 +117,11 @@ def test_a_missing_value_is_named_with_its_cure() -> None:
         compose("data=jsonl")
 
 
+def test_an_interpolation_that_finds_nothing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"peft\.r: Interpolation key 'nope' not found"):
+        compose("peft.r=${nope}")
+
+
 def test_a_run_directory_is_new_each_time_or_the_resumed_one(tmp_path: Path) -> None:
     assert run_dir(None) != run_dir(None)
     (tmp_path / "config.yaml").touch()

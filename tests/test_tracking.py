@@ -42,15 +42,38 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[st
 
 def test_the_run_reaches_wandb_whole(tracked: Any) -> None:
     result, records, _ = tracked
-    text = json.dumps(records)
-    assert '"day/time"' in text
-    for tag in ("peft=lora", "targets=qv", "quant=none"):
-        assert tag in text
-    assert "r4-qv" in text
-    assert "eval/exact_match" in text
-    assert (
-        f"adapter-{json.loads((result.directory / 'run.json').read_text())['tracking_id']}" in text
-    )
+    (about,) = (record["run"] for record in records if record["type"] == "run")
+    assert about["display_name"].startswith("r4-qv")
+    assert (about["run_group"], about["job_type"]) == ("day/time", "sft")
+    assert {"peft=lora", "targets=qv", "quant=none", "model=tiny"} <= set(about["tags"])
+    config = about["config"]["update"]
+    assert (config["peft"]["r"], config["peft"]["target_modules"]) == (4, "qv")
+    record = json.loads((result.directory / "run.json").read_text())
+    assert about["run_id"] == record["tracking_id"]
+    artifacts = [record["artifact"] for record in records if record["type"] == "artifact"]
+    assert f"adapter-{about['run_id']}" in {artifact["name"] for artifact in artifacts}
+
+
+def test_every_metric_has_its_step(tracked: Any) -> None:
+    result, records, _ = tracked
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    losses = {item["_step"]: item["train/loss"] for item in history if "train/loss" in item}
+    assert list(losses) == [1, 2, 3]
+    assert losses[3] == result.metrics["train/loss"]
+    assert history[0]["_step"] == 0  # the base, before training
+    assert history[0]["eval/loss"] == result.metrics["before/loss"]
+
+
+def test_the_summary_has_counts_times_and_memory(tracked: Any) -> None:
+    result, records, _ = tracked
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    assert summary["trainable_parameters"] == 12_288
+    wanted = {"before/exact_match", "eval/exact_match", "train/seconds", "peak_bytes", "seconds"}
+    assert wanted <= set(summary)
+    assert summary["eval/loss"] == result.metrics["eval/loss"]
 
 
 def test_nothing_is_sent_that_was_not_asked_for(tracked: Any) -> None:
@@ -92,5 +115,5 @@ def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]
 
 
 def test_metrics_are_named_by_group() -> None:
-    logs = {"loss": 1, "eval_loss": 2.0, "grad_norm": 0.5, "note": "x"}
+    logs = {"loss": 1, "eval_loss": 2.0, "grad_norm": 0.5, "note": "x", "eval_runtime": 3.0}
     assert named(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
