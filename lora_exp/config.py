@@ -89,17 +89,17 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     overrides = list(overrides)
     if cfg.resume:
         return _freeze(_resumed(cfg, overrides))
-    missing = OmegaConf.missing_keys(cfg)
+    try:
+        missing = OmegaConf.missing_keys(cfg)
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
     if missing:
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
     if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
-    try:
-        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
     _check_consent(values, overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or _name(values, overrides)

@@ -205,8 +205,7 @@ def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         text = row["prompt"] + row["completion"]
         text = text if text.endswith(end) else text + end
         return text, [(len(row["prompt"]), len(text))]
-    whole, spans = _answers(row, tokenizer)
-    return whole, spans
+    return _answers(row, tokenizer)
 
 
 def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -230,11 +229,11 @@ def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
         stop = _shared(answered, whole)
         text = turn["content"].rpartition("</think>")[2].strip()
         found = whole.find(text, start) if text else start
-        if found < 0:
+        if found < 0 and stop <= start:
             raise DataError(f"the chat template does not show assistant turn {i}: {text[:60]!r}")
+        end = found + len(text) if found >= 0 else stop
         if not asked:
-            start = found  # what the template writes before the first turn is not an answer
-        end = found + len(text)
+            start = end - len(text)  # what stands before the first turn is the template's
         if stop < end or answered[stop:].strip():
             stop = _end_of_turn(whole, end, tokenizer)
         spans.append((start, stop))
