@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -47,10 +48,12 @@ def job(cfg: DictConfig) -> float:
     except SystemExit as error:  # it would end the sweep, and as if all were well
         raise LoraExpError(f"the job called sys.exit({error.code})") from error
     except Exception as error:
-        log.info("%s", redact_text(traceback.format_exc()))  # into the job's own run.log
-        if in_sweep:
-            log.warning("job %s failed: %s", directory.name, redact_text(str(error)))
-            traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
+        known = isinstance(error, LoraExpError)
+        log.info("%s", redact_text(str(error) if known else traceback.format_exc()))  # to run.log
+        if known and not in_sweep:
+            print(_told(error), file=sys.stderr)
+            raise SystemExit(1) from None  # Hydra would print its own line before ours
+        traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
         raise
 
 
@@ -73,41 +76,40 @@ def main() -> None:
 
 
 def _told(error: BaseException) -> str:
-    """Return an error's text, with the near names that Hydra does not give."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, LoraExpError):
-        cause = cause.__cause__
-    if cause is not None:
-        return f"{type(cause).__name__}: {cause}"
-    parts = [str(error)]
-    if error.__cause__ is not None and str(error.__cause__) not in parts[0]:
-        parts.append(str(error.__cause__))
-    text = "\n".join(parts)
-    return f"{type(error).__name__}: {text}{_hint(text)}"
-
-
-def _hint(text: str) -> str:
+    """Return an error's text, Hydra's own made short and given the near names it lacks."""
+    if isinstance(error, LoraExpError):
+        return f"{type(error).__name__}: {error}"
+    text = str(error).partition("\nConfig search path")[0].strip()
+    ours = re.search(
+        r"ConfigError raised while resolving interpolation: (.*?)\n\s+full_key", text, re.S
+    )
+    if ours:
+        return f"ConfigError: {ours[1]}"
+    wrong = re.search(r"Could not override '([\w.]+)'", text)
+    if wrong:
+        return f"ConfigError: 1 fault\n  {wrong[1]}: {_no_such_key(wrong[1])}"
     if re.search(r"Could not (find|load) 'targets/", text):
-        return "\nA list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
-    found = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if found:
-        options = [path.stem for path in (CONF / found[1]).glob("*.yaml")]
-        return "\n" + did_you_mean(found[2], options).strip()
-    found = re.search(r"Could not override '([\w.]+)'", text)
-    return "\n" + _near_key(found[1]).strip() if found else ""
+        text += "\nA list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
+    option = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if option:
+        options = [path.stem for path in (CONF / option[1]).glob("*.yaml")]
+        text += "\n" + did_you_mean(option[2], options).strip()
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text += f"\n{error.__cause__}"
+    return f"{type(error).__name__}: {text}"
 
 
-def _near_key(key: str) -> str:
-    """Compare a key with those that the default config has at the same place."""
+def _no_such_key(key: str) -> str:
+    """Compare a key, part by part, with what the default config has at the same place."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config")
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
-    if not isinstance(node, DictConfig):
-        return ""
-    if name in node:
-        return f"{key} exists with another option of {key.partition('.')[0]}"
-    return did_you_mean(name, map(str, node))
+        node: Any = hydra.compose("config")
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            break
+        if part not in node:
+            return f"no such key{did_you_mean(part, map(str, node))}"
+        node = OmegaConf.select(node, part)
+    return f"exists with another option of {key.partition('.')[0]}"
 
 
 if __name__ == "__main__":

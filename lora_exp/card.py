@@ -38,7 +38,7 @@ def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) 
 
 Trained with lora-exp. Base: `{base.path}` at `{base.revision}`.
 
-Data, read as {rows.format}:
+Data, {_counted(record)}, read as {rows.format}:
 
 {sources}
 
@@ -57,6 +57,12 @@ To load it:
 ```yaml
 {settings}```
 """
+
+
+def _counted(record: dict[str, Any]) -> str:
+    counts = record["counts"]
+    held_out = counts.get("eval_rows", 0)
+    return f"{counts['train_rows']:,} rows to train on and {held_out:,} held out"
 
 
 def _short(source: str) -> str:

@@ -21,6 +21,8 @@ from lora_exp.tracking import named
 
 log = logging.getLogger("lora_exp")
 console = Console()
+if not console.is_terminal:
+    console = Console(width=140)  # a log: lines as long as its paths
 SHOWN_TOKENS = 160
 BARS = "▁▂▃▄▅▆▇█"
 HARMLESS = (
@@ -105,8 +107,6 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
     """A progress bar with loss, rate and tokens/s; a line a log step where there is no terminal."""
 
     def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seen = 0.0
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -134,7 +134,6 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         metrics = named(logs)
         if "train/loss" not in metrics:
             return
-        self.losses.append(metrics["train/loss"])
         tokens = metrics.get("train/num_tokens", 0.0)
         elapsed = self.bar.tasks[self.task].elapsed or 0.0
         shown: dict[str, Any] = {

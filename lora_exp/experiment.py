@@ -22,7 +22,7 @@ from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
-from lora_exp.display import TrainingBar, quiet
+from lora_exp.display import TrainingBar, quiet, show
 from lora_exp.errors import ConfigError, DivergedError, did_you_mean
 from lora_exp.memory import peak_bytes, reset_peak
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
@@ -95,12 +95,12 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
         save(adapted, base, folder, model_card(cfg, base, rows, record.values))
         saved = folder
         tracker.samples(samples, trainer.state.global_step)
-        record.update(metrics={"seconds": time.perf_counter() - started})
+        record.update(objective=objective, metrics={"seconds": time.perf_counter() - started})
     finally:
         bar.close()
         tracker.finish(record.summary(), saved)
     metrics = record.values["metrics"]
-    conclude(record, bar.losses, objective, tracker.place, saved)
+    conclude(record, objective, tracker.place, saved)
     return Result(metrics[objective], metrics, record.directory, saved)
 
 
@@ -295,6 +295,7 @@ def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
     if not steps:
         log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
     record.rewind(step)
+    show(f"goes on from step {step}")
     return str(steps[step]) if steps else None, step
 
 

@@ -46,6 +46,10 @@ class Record:
             raise ConfigError([("hydra.run.dir", text)])
         directory.mkdir(parents=True, exist_ok=True)
         self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        if self.values.get("status") == "finished":
+            raise ConfigError(
+                [("resume", f"{directory} is finished; there is nothing to go on with")]
+            )
         if not self.values:
             write_whole(directory / "config.yaml", OmegaConf.to_yaml(redact(plain(cfg))))
             self.values = {
@@ -76,6 +80,13 @@ class Record:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_whole(path, "".join(f"{line}\n" for line in kept))
+
+    def losses(self) -> list[float]:
+        """Return the training losses logged so far, the parts before a resume included."""
+        path = self.directory / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = (json.loads(line) for line in text.splitlines())
+        return [line["train/loss"] for line in lines if "train/loss" in line]
 
     def keep_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, known answers, answers before and after."""

@@ -72,7 +72,7 @@ def _rows(counts: Counts) -> str:
     )
 
 
-def conclude(record: Record, losses: list[float], objective: str, place: str, saved: Path) -> None:
+def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
     """Say what came of it, and where it lies."""
     metrics: dict[str, Any] = record.values["metrics"]
     table = Table()
@@ -87,14 +87,20 @@ def conclude(record: Record, losses: list[float], objective: str, place: str, sa
             table.add_row(words, write(old) if old is not None else "-", write(new))
     show(table)
     shown = {
-        "training loss": f"{metrics['train/loss']:.4f}  {curve(losses)}",
+        "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
         "objective": f"{objective} {metrics[objective]:.4f}",
         "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
-        "speed": f"{metrics['train/steps_per_s']:.1f} steps/s,"
-        f" {metrics['train/tokens_per_s']:,.0f} tokens/s",
+        "speed": _speed(metrics),
         "peak memory": size(int(metrics["peak_bytes"])),
         "run": str(record.directory),
         saved.name: str(saved),
         "W&B": place,
     }
     show(facts("", {key: value for key, value in shown.items() if value != "none"}))
+
+
+def _speed(metrics: dict[str, Any]) -> str:
+    """Write steps and, where the trainer has logged them, tokens per second."""
+    tokens = metrics["train/tokens_per_s"]
+    steps = f"{metrics['train/steps_per_s']:.1f} steps/s"
+    return f"{steps}, {tokens:,.0f} tokens/s" if tokens else steps

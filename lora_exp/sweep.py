@@ -42,24 +42,30 @@ class SweepTable(Callback):
         write_summary(self.folder, self.rows)
 
     def show(self) -> None:
-        """Print the jobs, the smallest objective first."""
+        """Print the jobs, the smallest objective first, and below them what went wrong."""
         from rich.table import Table
         from rich.text import Text
 
         from lora_exp.display import console, short
 
+        varying = varied(self.rows)
+        judged = {r["judged_by"] for r in self.rows if r["judged_by"]}
+        objective = judged.pop() if len(judged) == 1 else "objective"
+        columns = ["job", *(varying or ["name"]), objective, "exact match", "seconds", "status"]
         table = Table(title=f"{self.folder}", title_justify="left")
-        for column in ("job", "name", "objective", "exact match", "seconds", "status"):
+        for column in columns:
             table.add_column(column, overflow="fold")
         for r in self.rows:
-            numbers = [short(r[k]) if r[k] is not None else "-" for k in NUMBERS]
-            status = r["status"] if r["error"] is None else f"{r['status']}: {r['error']}"
-            table.add_row(str(r["job"]), Text(r["name"]), *numbers, Text(status))
+            chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
+            metrics = r["metrics"]
+            numbers = [r["objective"], metrics.get("eval/exact_match"), metrics.get("seconds")]
+            written = [short(n) if n is not None else "-" for n in numbers]
+            table.add_row(r["job"], *(Text(c) for c in chosen), *written, r["status"])
         console.print(table)
+        for r in self.rows:
+            if r["error"]:
+                console.print(Text(f"job {r['job']}: {r['error']}"))
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
-
-
-NUMBERS = ("objective", "exact_match", "seconds")
 
 
 def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
@@ -68,34 +74,40 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = job_return._return_value
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
-    metrics = record.get("metrics", {})
     objective = result if isinstance(result, float) and math.isfinite(result) else None
-    overrides = redact(overrides)
+    pairs = (override.lstrip("+~").partition("=") for override in redact(overrides))
     return {
         "job": directory.name,
-        "name": record.get("name", " ".join(overrides)),
+        "name": record.get("name", directory.name),
         "objective": objective,
-        "exact_match": metrics.get("eval/exact_match"),
-        "seconds": metrics.get("seconds"),
+        "judged_by": record.get("objective"),
         "status": record.get("status", "failed"),
-        "error": error,
-        "overrides": overrides,
+        "error": redact(error),
+        "overrides": {key: value for key, _, value in pairs},
         "fingerprint": record.get("fingerprint"),
-        "metrics": metrics,
+        "metrics": record.get("metrics", {}),
         "directory": str(directory),
     }
 
 
+def varied(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the overridden keys that are not the same in all jobs."""
+    keys = dict.fromkeys(key for r in rows for key in r["overrides"])
+    return [key for key in keys if len({r["overrides"].get(key) for r in rows}) > 1]
+
+
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write summary.json with everything, summary.csv with a column for each number."""
+    """Write summary.json with everything; summary.csv has a column for each override and metric."""
     from lora_exp.record import write_whole
 
     write_whole(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
-    names = sorted({name for r in rows for name in r["metrics"]})
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
+    keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
+    names = sorted({name for r in rows for name in r["metrics"]})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*kept, *names])
+    table.writerow([*kept, *keys, *names])
     for r in rows:
-        table.writerow([*(r[key] for key in kept), *(r["metrics"].get(n) for n in names)])
+        chosen = [r["overrides"].get(key) for key in keys]
+        table.writerow([*(r[k] for k in kept), *chosen, *(r["metrics"].get(n) for n in names)])
     write_whole(folder / "summary.csv", text.getvalue())

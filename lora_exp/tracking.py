@@ -99,7 +99,8 @@ class Wandb:
             log.warning("W&B cannot be reached (%s); this run is logged offline", error)
             place = "offline"
             self.run = wandb.init(mode="offline", **options)
-        offline = f"offline; to send it: wandb sync {Path(self.run.dir).parent}"
+        runs = directory / "wandb" / f"offline-run-*-{run_id}"  # a resumed run has several
+        offline = f"offline; to send it: wandb sync {runs}"
         self.place = str(self.run.url) if place == "online" else offline
 
     def _settings(self) -> Any:

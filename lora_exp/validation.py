@@ -32,6 +32,15 @@ REFUSED: dict[str, dict[str, str]] = {
 UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 SECTIONS = ("model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples")
+KEYS = {
+    "": (
+        "name", "seed", "resume", "objective", "trusted_targets", "train", "rate", "samples",
+        "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "choices",
+    ),
+    "rate": ("peft", "model"),
+    "samples": ("rows", "max_new_tokens", "batch_size"),
+    "algorithm": ("learning_rate", "task_type", "trainer", "args"),
+}  # fmt: skip
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
 # arguments of trainers that a run sets itself, and what to say instead
 OWNED = {
@@ -62,7 +71,8 @@ def validate(cfg: DictConfig) -> DictConfig:
     values = plain(cfg)
     faults = list(_shape(cfg))
     if not faults:
-        faults = [*untrusted(cfg), *_arguments(values), *_ranges(cfg), *_pairs(cfg), *_files(cfg)]
+        faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
+        faults += [*_ranges(cfg), *_pairs(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -80,6 +90,15 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
         if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
             text = f"is no option of conf/{key} (null is {key}=none); a preset may have set values"
             yield key, f"{text} that the option {cfg.choices.get(key)} does not take"
+
+
+def _keys(cfg: DictConfig) -> Iterator[Fault]:
+    """Refuse keys that nothing reads; those of targets are held against their signatures."""
+    for section, known in KEYS.items():
+        for key in map(str, OmegaConf.select(cfg, section) if section else cfg):
+            if key not in known:
+                full = f"{section}.{key}".lstrip(".")
+                yield full, f"nothing reads this key{did_you_mean(key, known)}"
 
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
@@ -124,9 +143,17 @@ def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
             near = did_you_mean(name, found.arguments)
             yield full, f"{target} has no such argument{near}"
         elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
-            annotation = found.arguments[name]
-            wanted = ast.unparse(annotation) if annotation else ""
-            yield full, f"{value!r} is not {wanted}"
+            yield full, f"{value!r} {_not(value, found.arguments[name])}"
+
+
+def _not(value: Any, annotation: ast.expr | None) -> str:
+    """Say what an annotation would have taken."""
+    wanted = ast.unparse(annotation) if annotation else ""
+    if wanted.startswith("Literal["):
+        options = [str(o) for o in ast.literal_eval(wanted.removeprefix("Literal"))]
+        return f"is none of {', '.join(options)}{did_you_mean(str(value), options)}"
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return f"is not {words.get(wanted, wanted)}"
 
 
 def _ranges(cfg: DictConfig) -> Iterator[Fault]:

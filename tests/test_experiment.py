@@ -33,6 +33,12 @@ def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def killed(directory: Path) -> None:
+    """Make a run's record that of one that was killed."""
+    path = directory / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+
+
 def rows_of(path: Path, *rows: Any) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.path={path}"
@@ -232,6 +238,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
         for path in sorted((cut.directory / "checkpoints" / name).rglob("*"), reverse=True):
             path.unlink()
         (cut.directory / "checkpoints" / name).rmdir()
+    with pytest.raises(ConfigError, match="is finished"):
+        run(compose(f"resume={cut.directory}"))
+    killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
     assert resumed.directory == cut.directory
     assert digest(resumed.saved) == digest(whole.saved)

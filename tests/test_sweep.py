@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from lora_exp.sweep import row, write_summary
+from lora_exp.sweep import row, varied, write_summary
 
 
 def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
     found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError("no")))
-    assert (found["job"], found["name"], found["status"]) == ("3", "peft.r=8", "failed")
+    assert (found["job"], found["name"], found["status"]) == ("3", "3", "failed")
     assert (found["objective"], found["error"]) == (None, "no")
+    assert found["overrides"] == {"peft.r": "8"}
 
 
 def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
@@ -22,7 +23,12 @@ def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         text = json.dumps({"name": name, "status": "finished", "metrics": metrics, "error": None})
         (tmp_path / name / "run.json").write_text(text)
-    write_summary(tmp_path, [row(tmp_path / name, [], done) for name in ("0", "1")])
+    rows = [row(tmp_path / n, [f"peft.r={n}", "seed=1"], done) for n in ("0", "1")]
+    assert varied(rows) == ["peft.r"]
+    write_summary(tmp_path, rows)
     with (tmp_path / "summary.csv").open() as lines:
         table = list(csv.DictReader(lines))
     assert [(r["a"], r["b"]) for r in table] == [("1.0", ""), ("", "2.0")]
+    assert [r["peft.r"] for r in table] == ["0", "1"]
+    header = (tmp_path / "summary.csv").read_text().splitlines()[0].split(",")
+    assert len(header) == len(set(header))

@@ -16,6 +16,7 @@ import pytest
 from lora_exp import compose, run
 from lora_exp.tracking import named
 from tests.conftest import QUICK, ROOT
+from tests.test_experiment import killed
 
 
 def offline_run(overrides: list[str], directory: Path, sweep: str | None = None) -> Any:
@@ -104,6 +105,7 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "checkpoints" / "checkpoint-3").rglob("*"), reverse=True):
         path.unlink()
     (tmp_path / "checkpoints" / "checkpoint-3").rmdir()
+    killed(first.directory)
     run(compose(f"resume={first.directory}"))
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({path.name for path in files}) == 1  # the name holds the run's id

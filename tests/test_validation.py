@@ -92,6 +92,8 @@ def test_the_error_reads_as_a_list() -> None:
         "+algorithm.args.output_dir=x",
         "+peft.init_lora_weights=loftq",
         "samples=null",
+        "+samples.row=3",
+        "+rate.pefft=3",
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
@@ -114,6 +116,11 @@ def test_a_secret_is_refused_and_not_repeated(
     found = faults(override)
     assert set(found) == {key}
     assert override.partition("=")[2] not in found[key]
+
+
+def test_a_section_that_nothing_reads_is_refused() -> None:
+    said = "nothing reads this key (did you mean train, tracking?)"
+    assert faults("+trian.max_steps=3") == {"trian": said}
 
 
 def test_a_name_of_300_characters_is_refused() -> None:
@@ -145,7 +152,7 @@ def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
         (["+peft.use_dora=true", "quant=int8"], "dora on int8"),
         (["+peft.init_lora_weights=pissa_niter_4", "quant=nf4"], "pissa on nf4"),
         (["+peft.init_lora_weights=pissa_niter_4"], None),
-        (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is not Literal"),
+        (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is none of nf4, fp4 (did you mean nf4?)"),
         (["peft=pissa", "peft.use_rslora=true", "peft.rank_pattern={q_proj:2}"], "cannot be saved"),
         (["peft=prompt_tuning", "algorithm.args.packing=true"], "would see each other"),
         (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
