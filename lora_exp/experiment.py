@@ -23,6 +23,7 @@ from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
 from lora_exp.display import TrainingBar, quiet, show
+from lora_exp.divergence import FiniteLoss
 from lora_exp.errors import ConfigError, DivergedError, did_you_mean
 from lora_exp.memory import peak_bytes, reset_peak
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
@@ -297,20 +298,3 @@ def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
     record.rewind(step)
     show(f"goes on from step {step}")
     return str(steps[step]) if steps else None, step
-
-
-class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stop at the first log line whose loss or gradient norm is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Check one line.
-
-        Raises:
-            DivergedError: naming the step and the number.
-        """
-        for name in ("loss", "grad_norm"):
-            if name in logs and not math.isfinite(logs[name]):
-                raise DivergedError(
-                    f"{name} is {logs[name]} at step {state.global_step}; try a lower"
-                    " train.learning_rate, more train.warmup_steps or another quant.compute_dtype"
-                )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import compose, run
 from lora_exp.config import CONF, asset
-from lora_exp.errors import ConfigError, DivergedError
+from lora_exp.errors import ConfigError
 from lora_exp.validation import REFUSED
 
 METHODS = sorted(path.stem for path in (CONF / "peft").glob("*.yaml"))
@@ -212,19 +212,6 @@ def test_the_first_rows_mask_is_printed_before_training(
     assert "64 with" in said
     assert "assistant↵«I am Lora" in said
     assert said.index("«I am Lora") < said.index("training loss")
-
-
-def test_a_run_that_diverges_stops_and_says_so(
-    quick_run: Callable[..., Any], tmp_path: Path
-) -> None:
-    with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+; try a lower"):
-        quick_run(
-            "train.learning_rate=1e30", "train.max_steps=20", "train.logging_steps=1",
-            "train.max_grad_norm=0", "train.warmup_steps=0",
-        )  # fmt: skip
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "diverged"
-    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
