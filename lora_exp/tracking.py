@@ -111,6 +111,7 @@ class Wandb:
             disable_code=True,
             disable_git=True,
             disable_job_creation=True,
+            label_disable=True,  # it would look for labels in the main script
             host="",
             program="",
             x_disable_meta=True,
