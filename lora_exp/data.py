@@ -82,7 +82,6 @@ def hub(
         DataError: it cannot be loaded, or by row and field, what cannot be used.
     """
     from datasets import load_dataset
-    from huggingface_hub import HfApi
 
     def load(name: str) -> tuple[list[Row], str]:
         try:
@@ -99,11 +98,22 @@ def hub(
         files = sorted(p for p in Path(path).rglob("*") if p.is_file())
         source = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
         return Rows(train, held_out, found, source, _template(chat_template))
-    commit = HfApi().dataset_info(path, revision=revision).sha
+    commit = _commit(path, revision)
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
     warning = None if revision == commit else unpinned
     source = {path: str(commit)}
     return Rows(train, held_out, found, source, _template(chat_template), warning)
+
+
+def _commit(path: str, revision: str | None) -> str:
+    """Ask the hub which commit a revision is; rows from the cache do without an answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return str(HfApi().dataset_info(path, revision=revision).sha)
+    except (OSError, HTTPError):
+        return revision or "an unknown commit (the hub did not answer)"
 
 
 def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:

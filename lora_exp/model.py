@@ -113,6 +113,8 @@ def load(
             quantized = {"quantization_config": quantization} if quantization else {}
             model = AutoModelForCausalLM.from_pretrained(source, **options, **gguf, **quantized)
             model = _floats(model) if gguf_file else model
+    except ConfigError:  # also a ValueError, and says its key already
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
     settle(model, tokenizer)

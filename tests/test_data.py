@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data import ROLES, corpus, hub, jsonl
+from lora_exp.data import ROLES, _commit, corpus, hub, jsonl
 from lora_exp.errors import DataError
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -164,6 +164,11 @@ def test_a_folder_of_rows_loads_as_a_hub_data_set_does(tmp_path: Path) -> None:
     assert (rows.format, len(rows.train), len(rows.eval)) == ("prompt_completion", 9, 1)
     with pytest.raises(DataError, match=r"data\.path"):
         hub(str(tmp_path), None, None, "nosplit", eval_share=0.1, chat_template=None, **options)
+
+
+def test_rows_from_the_cache_do_without_the_hubs_answer() -> None:
+    assert _commit("some/rows", "0123abc") == "0123abc"  # tests run offline
+    assert _commit("some/rows", None).startswith("an unknown commit")
 
 
 def test_a_chat_template_file_is_read_and_a_missing_one_named(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import AutoTokenizer
 
 from lora_exp import compose
-from lora_exp.config import build
+from lora_exp.config import asset, build
 from lora_exp.errors import ConfigError
-from lora_exp.model import bnb_4bit, dtype_of, has_bfloat16, lacks_bfloat16, settle
+from lora_exp.model import bnb_4bit, bnb_8bit, dtype_of, has_bfloat16, lacks_bfloat16, load, settle
 
 
 def loaded(*overrides: str) -> Any:
@@ -70,6 +71,13 @@ def test_random_weights_follow_the_seed_and_differ_from_the_trained(base: Any) -
     assert torch.equal(weight(1), weight(1))
     assert not torch.equal(weight(1), weight(2))
     assert not torch.equal(weight(1), base.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_an_error_of_ours_keeps_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = asset("pkg://lora_exp/assets/tiny")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match=r"^1 fault\n  model.gguf_file: x.gguf of a hub model"):
+        load(str(path), None, "x.gguf", "auto", "sdpa", False, False, bnb_8bit(6.0))
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Any) -> None:
