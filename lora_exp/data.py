@@ -108,7 +108,7 @@ def hub(
 def _commit(path: str, revision: str | None) -> str:
     """Ask the hub which commit a revision is; rows from the cache do without an answer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         return str(HfApi().dataset_info(path, revision=revision).sha)

@@ -82,8 +82,7 @@ def _generating(model: Any) -> Iterator[None]:
 def _left(tokenizer: Any) -> Any:
     """Return a copy that pads on the left.
 
-    A copy, since a fast tokenizer keeps the padding of its last call, saves it, and passes it on to
-    whoever loads it.
+    A copy, since the side would be saved with the adapter.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"

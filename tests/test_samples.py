@@ -9,7 +9,7 @@ import pytest
 
 from lora_exp import compose, corpus
 from lora_exp.adapter import attach
-from lora_exp.samples import Answer, answer, exact_match
+from lora_exp.samples import Answer, _batches, answer, exact_match
 
 
 def settings(**values: int) -> Any:
@@ -34,11 +34,21 @@ def test_answers_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Any, meth
 
 def test_everything_is_left_as_it_was(base: Any) -> None:
     base.model.train()
-    state = base.tokenizer.backend_tokenizer.to_str()
+    assert base.tokenizer.padding_side == "right"
+    state = (base.tokenizer.backend_tokenizer.to_str(), base.tokenizer.padding_side)
     answer(base.model, base.tokenizer, corpus.take(corpus.CORPUS, 2, 2, True), settings(), "x")
     assert base.model.training
-    assert base.tokenizer.backend_tokenizer.to_str() == state
+    assert (base.tokenizer.backend_tokenizer.to_str(), base.tokenizer.padding_side) == state
     base.model.eval()
+
+
+def test_behind_virtual_tokens_only_prompts_of_one_length_share_a_batch() -> None:
+    prompts = [[1] * length for length in (3, 2, 3, 2, 2)]
+    plain = SimpleNamespace()
+    assert _batches(prompts, plain, 3) == [[1, 3, 4], [0, 2]]
+    assert _batches(prompts, plain, 4) == [[1, 3, 4, 0], [2]]
+    prompted = SimpleNamespace(peft_config={"default": SimpleNamespace(num_virtual_tokens=4)})
+    assert _batches(prompts, prompted, 4) == [[1, 3, 4], [0, 2]]
 
 
 def test_no_rows_ask_nothing(base: Any) -> None:
