@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 import warnings
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import transformers
@@ -103,8 +104,24 @@ def size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-class TrainingBar(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with loss, rate and tokens/s; a line a log step where there is no terminal."""
+class Board(Protocol):
+    """Where a run's progress is shown."""
+
+    def begin(self, step: int, steps: int) -> None:
+        """Training begins, or goes on, at a step of so many."""
+
+    def move(self, step: int) -> None:
+        """A step is done."""
+
+    def write(self, line: str, shown: dict[str, str]) -> None:
+        """There are new numbers: loss, rate and tokens/s, and a line that holds them all."""
+
+    def close(self) -> None:
+        """Training is over, or given up."""
+
+
+class Bar:
+    """A progress bar; where there is no terminal, a line for each log step."""
 
     def __init__(self) -> None:
         self.bar = Progress(
@@ -119,15 +136,41 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
             disable=not console.is_terminal,
         )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def begin(self, step: int, steps: int) -> None:
         """Open the bar."""
-        self.task = self.bar.add_task("train", total=state.max_steps, loss="-", rate="-", speed="-")
-        self.bar.update(self.task, completed=state.global_step)
+        self.task = self.bar.add_task("train", total=steps, loss="-", rate="-", speed="-")
+        self.move(step)
         self.bar.start()
+
+    def move(self, step: int) -> None:
+        """Move the bar."""
+        self.bar.update(self.task, completed=step)
+
+    def write(self, line: str, shown: dict[str, str]) -> None:
+        """Show the newest numbers."""
+        self.bar.update(self.task, **shown)  # type: ignore[arg-type]
+        if self.bar.disable:
+            console.print(line)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
+
+
+class Progression(TrainerCallback):  # type: ignore[misc]
+    """Carry a trainer's steps and numbers to a board, and its log steps to run.log."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the board."""
+        self.started = time.perf_counter()
+        self.board.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move on."""
-        self.bar.update(self.task, completed=state.global_step)
+        self.board.move(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Show the newest numbers."""
@@ -135,22 +178,17 @@ class TrainingBar(TrainerCallback):  # type: ignore[misc]
         if "train/loss" not in metrics:
             return
         tokens = metrics.get("train/num_tokens", 0.0)
-        elapsed = self.bar.tasks[self.task].elapsed or 0.0
-        shown: dict[str, Any] = {
+        elapsed = time.perf_counter() - self.started
+        shown = {
             "loss": f"{metrics['train/loss']:.4f}",
             "rate": f"{metrics.get('train/learning_rate', 0):.2e}",
-            "speed": f"{tokens / elapsed:,.0f}" if elapsed and tokens else "-",
+            "speed": f"{tokens / elapsed:,.0f}" if tokens else "-",
         }
-        self.bar.update(self.task, **shown)
         line = f"step {state.global_step}/{state.max_steps}  loss {shown['loss']}"
-        log.info("%s  rate %s  %s tokens/s", line, shown["rate"], shown["speed"])
-        if self.bar.disable:
-            console.print(f"{line}  rate {shown['rate']}  {shown['speed']} tokens/s")
+        line += f"  rate {shown['rate']}  {shown['speed']} tokens/s"
+        log.info("%s", line)
+        self.board.write(line, shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back, whatever ended the training."""
-        self.bar.stop()
+        """Close the board."""
+        self.board.close()

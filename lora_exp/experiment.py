@@ -22,11 +22,12 @@ from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
 from lora_exp.data import Rows
-from lora_exp.display import TrainingBar, quiet, show
+from lora_exp.display import Progression, quiet, show
 from lora_exp.divergence import FiniteLoss
 from lora_exp.errors import ConfigError, DivergedError, did_you_mean
-from lora_exp.memory import peak_bytes, reset_peak
+from lora_exp.memory import peak_bytes
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
+from lora_exp.place import Alone, Place
 from lora_exp.record import Record
 from lora_exp.redaction import redact
 from lora_exp.samples import Answer, answer, exact_match, virtual_tokens
@@ -48,13 +49,19 @@ class Result:
     saved: Path
 
 
-def run(cfg: DictConfig, directory: str | Path | None = None, sweep: str | None = None) -> Result:
+def run(
+    cfg: DictConfig,
+    directory: str | Path | None = None,
+    sweep: str | None = None,
+    place: Place | None = None,
+) -> Result:
     """Train what a validated config describes, and save it.
 
     Args:
         cfg: from `compose`.
         directory: the run's; null makes one under outputs/, or takes the one that it resumes.
         sweep: the sweep's name, which groups its runs.
+        place: where it trains; alone in this process unless a pack gives it a seat.
 
     Raises:
         LoraExpError: what the user can mend, by name and place.
@@ -64,30 +71,31 @@ def run(cfg: DictConfig, directory: str | Path | None = None, sweep: str | None 
     record = Record(Path(directory or run_dir(cfg.resume)), cfg)
     try:
         with record.outcome():
-            return _run(cfg, record, sweep)
+            return _run(cfg, record, sweep, place or Alone())
     finally:
         gc.collect()  # trainers hold themselves in cycles, and with them the base's memory
         torch.cuda.empty_cache()
 
 
-def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
+def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
     started = time.perf_counter()
-    reset_peak()
     rows: Rows = build(cfg, "data")
     set_seed(cfg.seed)
-    base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
+    base = place.base(cfg)
     adapted = attach(base, cfg, record.directory)
     train, held_out = _tokens(rows, base, adapted, cfg)
     record.update(counts=counts(adapted, train, held_out), base=base.revision, data=rows.source)
     announce(cfg, rows, base, adapted, train, held_out)
     tracker = _tracker(cfg, record, sweep)
-    bar = TrainingBar()
+    board = place.board()
     saved = None
     try:
         trainer = _trainer(
-            cfg, base, adapted, train, held_out, record, [Metrics(record, tracker), bar]
-        )
-        samples = _before(cfg, trainer, base, rows, record)
+            cfg, base, adapted, train, held_out, record,
+            [Metrics(record, tracker), Progression(board)],
+        )  # fmt: skip
+        place.join(trainer)
+        samples = _before(cfg, trainer, base, rows, record, place)
         objective = _objective(cfg.objective, record.values["metrics"], held_out)
         set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
         _train(trainer, cfg.resume, record)
@@ -98,7 +106,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None) -> Result:
         tracker.samples(samples, trainer.state.global_step)
         record.update(objective=objective, metrics={"seconds": time.perf_counter() - started})
     finally:
-        bar.close()
+        board.close()
         tracker.finish(record.summary(), saved)
     metrics = record.values["metrics"]
     conclude(record, objective, tracker.place, saved)
@@ -200,12 +208,15 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
 
 
 def _before(
-    cfg: DictConfig, trainer: Any, base: Base, rows: Rows, record: Record
+    cfg: DictConfig, trainer: Any, base: Base, rows: Rows, record: Record, place: Place
 ) -> list[dict[str, Any]]:
     """Measure the base's held-out loss and answers; a resumed run has them on file."""
     if cfg.resume and (samples := record.samples()):
         return samples
-    metrics, answers = _measure("before", cfg, trainer, base, rows)
+    seen, answers = place.untrained(
+        cfg, trainer, lambda: _measure("before", cfg, trainer, base, rows)
+    )
+    metrics = _kept(seen, answers)
     record.update(metrics={f"before/{name}": value for name, value in metrics.items()})
     samples = [
         {
@@ -244,7 +255,8 @@ def _after(
     record: Record,
     samples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    metrics, answers = _measure("after", cfg, trainer, base, rows)
+    seen, answers = _measure("after", cfg, trainer, base, rows)
+    metrics = _kept(seen, answers)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
     pairs = zip(samples, answers, strict=True)
     samples = [sample | {"after": found.said} for sample, found in pairs]
@@ -255,12 +267,17 @@ def _after(
 def _measure(
     when: str, cfg: DictConfig, trainer: Any, base: Base, rows: Rows
 ) -> tuple[dict[str, float], list[Answer]]:
-    seen = named(trainer.evaluate()) if trainer.eval_dataset is not None else {}
-    kept = ("loss", "mean_token_accuracy")
-    metrics = {name: seen[f"eval/{name}"] for name in kept if f"eval/{name}" in seen}
+    seen = trainer.evaluate() if trainer.eval_dataset is not None else {}
     with trainer.accelerator.autocast():  # in the precision that the loss is computed in
-        answers = answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
-    return metrics | exact_match(answers), answers
+        return seen, answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
+
+
+def _kept(seen: dict[str, float], answers: list[Answer]) -> dict[str, float]:
+    """Return what is said of held-out rows: loss, token accuracy and exact match."""
+    numbers = named(seen)
+    kept = ("loss", "mean_token_accuracy")
+    metrics = {name: numbers[f"eval/{name}"] for name in kept if f"eval/{name}" in numbers}
+    return metrics | exact_match(answers)
 
 
 def _train(trainer: Any, resume: str | None, record: Record) -> None:

@@ -1,0 +1,153 @@
+"""The hub: every job a greenlet, served together once all of them wait.
+
+Knows nothing of models: what a request is, and how several are served as one, is the server's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from greenlet import getcurrent, greenlet
+
+from lora_exp.lockstep.state import ProcessState, RandomState
+
+log = logging.getLogger("lora_exp")
+
+
+@dataclass
+class Request:
+    """What a job waits for; requests with equal `kind` may be served as one."""
+
+    job: int
+    kind: Hashable
+    order: int  # the lower is served first: a backward waits until no forward does
+    payload: Any
+    random: RandomState  # the job's; what draws for the job while it waits moves it on
+
+
+class Server(Protocol):
+    """Answers requests of one kind, in one go."""
+
+    def serve(self, requests: list[Request]) -> list[Any]:
+        """Return an answer to each.
+
+        Raises:
+            Exception: whatever went wrong; nothing has changed then, and fewer may be asked for.
+        """
+
+
+class Hub:
+    """Runs jobs in turn until each waits, then serves them together.
+
+    Greenlets, not threads: jobs switch only where they ask, so a job's every other line runs as it
+    would alone, and torch keeps one team of threads instead of one for each job.
+    """
+
+    def __init__(self, server: Server, width: int, tick: Callable[[], None]) -> None:
+        self.server, self.width, self.tick = server, width, tick
+        self.fused: int | None = None  # the most requests served as one; shrinks without memory
+        self._live: dict[int, greenlet] = {}
+        self._waiting: dict[int, Request] = {}
+
+    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Run all jobs, at most `width` at once; as one ends the next takes its place.
+
+        A job's function must keep its own errors; it is told of those of its requests.
+        """
+        self._main, self._own = getcurrent(), (ProcessState.now(), RandomState.now())
+        queue = deque(enumerate(jobs))
+        try:
+            while queue or self._live:
+                while queue and len(self._live) < self.width:
+                    number, job = queue.popleft()
+                    self._live[number] = greenlet(job, self._main)
+                    self._switch(number)
+                self._serve()
+                self.tick()
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def ask(self, job: int, kind: Hashable, order: int, payload: Any) -> Any:
+        """Wait, as the running job, until the request is served."""
+        request = Request(job, kind, order, payload, RandomState.now())
+        state = ProcessState.now()
+        self._waiting[job] = request
+        try:
+            return self._main.switch()
+        finally:
+            state.restore()
+            request.random.restore()
+
+    def _serve(self) -> None:
+        if not self._waiting:
+            return
+        first = min(self._waiting.values(), key=lambda r: (r.order, r.job))
+        asked = [r for _, r in sorted(self._waiting.items()) if r.kind == first.kind]
+        size = self.fused or len(asked)
+        for start in range(0, len(asked), size):
+            self._answer(asked[start : start + size])
+
+    def _answer(self, requests: list[Request]) -> None:
+        """Serve some requests; if that fails, by halves, until the error has found its job."""
+        try:
+            answers = self.server.serve(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                self._go_on(requests[0].job, error=error)
+                return
+            half = len(requests) // 2
+            if out_of_memory(error):
+                self.fused = half
+                self._mine()
+                log.warning("out of memory: from here on %d jobs at once share a pass", half)
+            error.__traceback__ = None  # it holds the tensors of what failed
+            self._answer(requests[:half])
+            self._answer(requests[half:])
+            return
+        for request, answer in zip(requests, answers, strict=True):
+            self._go_on(request.job, answer)
+
+    def _go_on(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
+        del self._waiting[job]
+        self._switch(job, *answer, error=error)
+
+    def _switch(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
+        try:
+            if error is not None:
+                self._live[job].throw(error)
+            else:
+                self._live[job].switch(*answer)
+        finally:
+            if self._live[job].dead:
+                del self._live[job]
+                self._mine()
+
+    def _mine(self) -> None:
+        """Put the hub's own state back, where a job's would show."""
+        for state in self._own:
+            state.restore()
+
+    def _end(self, error: BaseException) -> None:
+        """Tell every job why it ends, so that each leaves its record in order."""
+        self._waiting.clear()
+        for job in list(self._live):
+            try:
+                self._switch(job, error=type(error)(*error.args))
+            except BaseException as again:
+                if not isinstance(again, type(error)):
+                    log.warning("job %d: %s while it ended", job, again)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is torch's word for too little memory, on a GPU or a CPU."""
+    import torch
+
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+    )

@@ -1,0 +1,313 @@
+"""A pack: jobs on one base, their trainers unmodified, their forwards and backwards made as one.
+
+A trainer meets the others at two points: where its model's body runs, and where `backward` is
+called. The graph is cut between them: a job's own loss goes back to its hidden states by itself, and
+from there on the pack goes back through the base for all jobs at once. So a pass that fails can be
+made again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lora_exp.config import build, plain
+from lora_exp.display import Board
+from lora_exp.lockstep.fuse import FusedBody, Mode, Segment, sharing_copy, unfusable
+from lora_exp.lockstep.hub import Hub, Request
+from lora_exp.lockstep.state import Precision
+from lora_exp.memory import reset_peak
+from lora_exp.model import Base
+
+Measured = tuple[dict[str, float], list[Any]]
+log = logging.getLogger("lora_exp")
+# what cannot change the numbers of a base whose adapter still is zero
+UNTRAINED = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "weight_decay", "max_grad_norm", "optim", "logging_steps", "eval_strategy", "eval_steps",
+    "save_strategy", "save_steps", "save_total_limit",
+)  # fmt: skip
+
+
+@dataclass
+class Tape:
+    """What leads back from a job's hidden states to its adapter."""
+
+    segment: Segment  # as it was before the pass drew random numbers
+    mode: Mode
+    hidden: Tensor | None  # None: the pass has to be made again
+    leaf: Tensor  # the same values for the job, which leaves its gradient there
+
+
+class Pack:
+    """Serves the jobs on one base."""
+
+    def __init__(
+        self,
+        mode: str,
+        width: int,
+        tick: Callable[[], None] = lambda: None,
+        base: Base | None = None,
+    ) -> None:
+        self.mode = mode
+        self.hub = Hub(self, width, tick)
+        self.tapes: dict[int, list[Tape]] = {}
+        self.trained: dict[int, list[nn.Parameter]] = {}
+        self.measured: dict[str, Measured] = {}
+        self.tokens = 0  # that went through training passes
+        self._base = base
+        self._fused: FusedBody | None = None
+
+    def base(self, cfg: DictConfig) -> Base:
+        """Return a copy of the base that shares its weights; the first job loads it."""
+        if self._base is None:
+            reset_peak()
+            self._base = build(cfg, "model", quantization=build(cfg, "quant"))
+        return share(self._base)
+
+    def join(self, job: int, trainer: Any) -> None:
+        """Put a trainer's body and backward in step with the others, if its adapter allows it."""
+        model = trainer.model.get_base_model()
+        body = model.base_model
+        why = unfusable(model) or foreign(model)
+        if why:
+            log.info("lockstep: this job shares the base but no pass: %s", why)
+            return
+        if self._fused is None:
+            assert self._base is not None
+            self._fused = FusedBody(self._base.model.base_model, self.mode)
+        self._fused.attach(job, body)
+        self.tapes[job] = []
+        self.trained[job] = [
+            p for m in body.modules() if isinstance(m, LoraLayer) for p in adapters(m)
+        ]
+        body.forward = self._meeting(job, body)
+        backward = trainer.accelerator.backward
+
+        def meet(loss: Tensor, **options: Any) -> None:
+            backward(loss, **options)
+            if self.tapes[job]:
+                self.hub.ask(job, "backward", 1, None)
+
+        trainer.accelerator.backward = meet
+
+    def leave(self, job: int) -> None:
+        """Forget a job."""
+        self.tapes.pop(job, None)
+        self.trained.pop(job, None)
+        if self._fused is not None:
+            self._fused.detach(job)
+
+    def _meeting(self, job: int, body: Any) -> Callable[..., Any]:
+        own = body.forward
+        layers = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
+
+        def forward(
+            input_ids: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            past_key_values: Any = None,
+            use_cache: bool | None = None,
+            **rest: Any,
+        ) -> Any:
+            given = {
+                "input_ids": input_ids, "attention_mask": attention_mask,
+                "position_ids": position_ids, "past_key_values": past_key_values,
+                "use_cache": use_cache, **rest,
+            }  # fmt: skip
+            if not simple(given):
+                return own(**given)
+            grad = torch.is_grad_enabled()
+            checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
+            mode = Mode(Precision.now(), body.training, checkpointing)
+            request = (input_ids, attention_mask, position_ids, past_key_values)
+            hidden = self.hub.ask(job, mode, 0, request)
+            if hidden is None:
+                return own(**given)
+            return BaseModelOutputWithPast(hidden, past_key_values)
+
+        return forward
+
+    def serve(self, requests: list[Request]) -> list[Any]:
+        """Answer requests of one kind; see `Server`."""
+        kind = requests[0].kind
+        if isinstance(kind, Mode):
+            return self._forward(requests, kind)
+        return self._backward(requests)
+
+    def _forward(self, requests: list[Request], mode: Mode) -> list[Any]:
+        """Return each job's hidden states, or None where it must run its body itself."""
+        assert self._fused is not None
+        if not self._fused.enter(mode):
+            return [None] * len(requests)
+        segments = [Segment(r.job, *r.payload, r.random) for r in requests]
+        drawn = [copy.copy(s) for s in segments]
+        places = self._distinct(drawn) if not mode.precision.grad else list(range(len(drawn)))
+        used = [drawn[place] for place in sorted(set(places))]
+        seen = [s.past.get_seq_length() if s.past is not None else 0 for s in used]
+        try:
+            found = dict(zip(sorted(set(places)), self._fused.forward(used)))
+        except BaseException:
+            for s, length in zip(used, seen, strict=True):
+                if s.past is not None:
+                    s.past.crop(length)
+            raise
+        finally:
+            torch.clear_autocast_cache()
+        answers = []
+        for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
+            hidden = found[place]
+            request.random = after.random
+            if hidden.requires_grad:
+                self.tokens += after.tokens
+                leaf = hidden.detach().requires_grad_()
+                self.tapes[request.job].append(Tape(before, mode, hidden, leaf))
+                hidden = leaf
+            answers.append(hidden if place == requests.index(request) else hidden.clone())
+        return answers
+
+    def _distinct(self, segments: list[Segment]) -> list[int]:
+        """Return, for each segment, the place of the first that asks the bare base the same."""
+        assert self._fused is not None
+        places: list[int] = []
+        for i, s in enumerate(segments):
+            same = (
+                j
+                for j in set(places)
+                if s.past is None and self._fused.is_bare(s.job) and s.asks(segments[j])
+                and self._fused.is_bare(segments[j].job)
+            )  # fmt: skip
+            places.append(min(same, default=i))
+        return places
+
+    def _backward(self, requests: list[Request]) -> list[None]:
+        """Bring each job's gradients from its hidden states to its adapter."""
+        jobs = [r.job for r in requests]
+        parameters = [p for job in jobs for p in self.trained[job]]
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        tapes = {job: [t for t in self.tapes[job] if t.leaf.grad is not None] for job in jobs}
+        try:
+            for turn in range(max(map(len, tapes.values()))):  # the last pass first, as autograd
+                self._back([own[-1 - turn] for own in tapes.values() if turn < len(own)])
+        except BaseException:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
+            for own in tapes.values():
+                for tape in own:
+                    tape.hidden = None
+            raise
+        for p, grad in zip(parameters, before, strict=True):
+            if grad is not None:
+                p.grad = grad if p.grad is None else grad.add_(p.grad)
+        for job in jobs:
+            self.tapes[job].clear()
+        return [None] * len(jobs)
+
+    def _back(self, tapes: list[Tape]) -> None:
+        assert self._fused is not None
+        again = [t for t in tapes if t.hidden is None]
+        for mode in {t.mode for t in again}:
+            some = [t for t in again if t.mode == mode]
+            self._fused.enter(mode)
+            found = self._fused.forward([copy.copy(t.segment) for t in some])
+            torch.clear_autocast_cache()
+            for tape, hidden in zip(some, found, strict=True):
+                tape.hidden = hidden
+        torch.autograd.backward([t.hidden for t in tapes], [t.leaf.grad for t in tapes])
+
+
+class Seat:
+    """A job's place in a pack."""
+
+    def __init__(self, pack: Pack, job: int, board: Board) -> None:
+        self.pack, self.job, self._board = pack, job, board
+
+    def base(self, cfg: DictConfig) -> Base:
+        """Return a copy of the pack's base that shares its weights."""
+        return self.pack.base(cfg)
+
+    def board(self) -> Board:
+        """Return the job's row of the pack's table."""
+        return self._board
+
+    def untrained(
+        self, cfg: DictConfig, trainer: Any, measure: Callable[[], Measured]
+    ) -> Measured:
+        """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
+        values = plain(cfg)
+        if (values["peft"] or {}).get("init_lora_weights", True) is not True:
+            return measure()
+        kept = ("model", "quant", "algorithm", "data", "samples")
+        train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
+        key = json.dumps([{k: values[k] for k in kept}, train], sort_keys=True)
+        if key in self.pack.measured:
+            seen, answers = self.pack.measured[key]
+            if seen:
+                trainer.log(dict(seen))  # as it does when it measures
+        else:
+            self.pack.measured[key] = seen, answers = measure()
+        return seen, answers
+
+    def join(self, trainer: Any) -> None:
+        """Train in step with the pack from here on."""
+        self.pack.join(self.job, trainer)
+
+
+def share(base: Base) -> Base:
+    """Return a base of its own tree and tokenizer over the same weights."""
+    return Base(
+        sharing_copy(base.model),
+        copy.deepcopy(base.tokenizer),
+        base.path,
+        base.revision,
+        base.warning,
+    )
+
+
+def adapters(layer: Any) -> list[nn.Parameter]:
+    """Return a LoRA layer's own parameters, of all its adapters."""
+    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+
+
+def foreign(model: Any) -> str | None:
+    """Say what of a model's adapter cannot take part in a pass; None where all can."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+            return f"{name} is adapted by {type(module).__name__}"
+        if isinstance(module, LoraLayer):
+            if not isinstance(module.get_base_layer(), nn.Linear):
+                return f"{name} is no linear layer"
+            if module.lora_variant:
+                return f"{name} has {type(next(iter(module.lora_variant.values()))).__name__}"
+    return None
+
+
+def simple(given: dict[str, Any]) -> bool:
+    """Say whether a call of the body asks for nothing but hidden states (and its cache filled)."""
+    given = {k: v for k, v in given.items() if v is not None and v is not False}
+    mask, past = given.get("attention_mask"), given.get("past_key_values")
+    known = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
+             "return_dict"}  # fmt: skip
+    return (
+        set(given) <= known
+        and "input_ids" in given
+        and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+        and (past is None or type(past) is DynamicCache)
+        and not (given.get("use_cache") and past is None)
+        and not torch.is_inference_mode_enabled()
+    )

@@ -1,0 +1,67 @@
+"""Where a run trains: alone in its process, or on a seat of a pack that shares one base.
+
+A run does not know which; it asks its place for what it would otherwise share with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+
+from omegaconf import DictConfig
+
+from lora_exp.config import build
+
+if TYPE_CHECKING:
+    from lora_exp.display import Board
+    from lora_exp.model import Base
+
+    from lora_exp.samples import Answer
+
+    Measured = tuple[dict[str, float], list[Answer]]
+    Measure = Callable[[], Measured]
+
+
+class Place(Protocol):
+    """What a run asks of where it trains."""
+
+    def base(self, cfg: DictConfig) -> Base:
+        """Return the base, which the run may put an adapter on."""
+
+    def board(self) -> Board:
+        """Return where the run's progress is shown."""
+
+    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
+        """Return what `measure` finds before training: the trainer's numbers, and answers."""
+
+    def join(self, trainer: Any) -> None:
+        """Take a trainer about to measure and train."""
+
+
+class Alone:
+    """A process of its own: nothing is shared."""
+
+    def base(self, cfg: DictConfig) -> Base:
+        """Load the base."""
+        from lora_exp.memory import reset_peak
+
+        reset_peak()
+        base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
+        return base
+
+    def board(self) -> Board:
+        """Return a progress bar."""
+        from lora_exp.display import Bar
+
+        return Bar()
+
+    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
+        """Measure."""
+        return measure()
+
+    def join(self, trainer: Any) -> None:
+        """Leave the trainer as it is."""
+
+
+here: ContextVar[Place] = ContextVar("here", default=Alone())  # noqa: B039 (it has no state)
