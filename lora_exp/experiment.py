@@ -5,7 +5,6 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ from lora_exp.record import Record
 from lora_exp.redaction import redact
 from lora_exp.samples import Answer, answer, exact_match, virtual_tokens
 from lora_exp.signature import signature
+from lora_exp.spare import spare
 from lora_exp.summary import announce, conclude, counts
 from lora_exp.tokens import Tokens, tokenise
 from lora_exp.tracking import Metrics, Nowhere, Tracker, named
@@ -68,13 +68,13 @@ def run(
         DivergedError: the loss stopped being finite.
     """
     quiet()
+    place = place or Alone()
     record = Record(Path(directory or run_dir(cfg.resume)), cfg)
     try:
         with record.outcome():
-            return _run(cfg, record, sweep, place or Alone())
+            return _run(cfg, record, sweep, place)
     finally:
-        gc.collect()  # trainers hold themselves in cycles, and with them the base's memory
-        torch.cuda.empty_cache()
+        place.leave()
 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
@@ -175,6 +175,7 @@ def _trainer(
         callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    spare(trainer.model)
     for parameter in adapted.model.parameters():
         if (
             adapted.method and parameter.requires_grad
@@ -267,9 +268,16 @@ def _after(
 def _measure(
     when: str, cfg: DictConfig, trainer: Any, base: Base, rows: Rows
 ) -> tuple[dict[str, float], list[Answer]]:
-    seen = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    seen = _latest(trainer) or (trainer.evaluate() if trainer.eval_dataset is not None else {})
     with trainer.accelerator.autocast():  # in the precision that the loss is computed in
         return seen, answer(trainer.model, base.tokenizer, rows.eval, cfg.samples, when)
+
+
+def _latest(trainer: Any) -> dict[str, float]:
+    """Return what was evaluated at this very step, if it was: nothing has changed since."""
+    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    step, trained = trainer.state.global_step, trainer.state.global_step > 0
+    return dict(history[-1]) if trained and history and history[-1]["step"] == step else {}
 
 
 def _kept(seen: dict[str, float], answers: list[Answer]) -> dict[str, float]:

@@ -5,6 +5,7 @@ A run does not know which; it asks its place for what it would otherwise share w
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +39,9 @@ class Place(Protocol):
     def join(self, trainer: Any) -> None:
         """Take a trainer about to measure and train."""
 
+    def leave(self) -> None:
+        """Forget the run: it is over, or failed."""
+
 
 class Alone:
     """A process of its own: nothing is shared."""
@@ -62,6 +66,13 @@ class Alone:
 
     def join(self, trainer: Any) -> None:
         """Leave the trainer as it is."""
+
+    def leave(self) -> None:
+        """Give memory back: trainers hold themselves in cycles, and with them the base."""
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 here: ContextVar[Place] = ContextVar("here", default=Alone())  # noqa: B039 (it has no state)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ class Request:
 
     job: int
     kind: Hashable
+    size: int  # how much of the hub's room it takes
     order: int  # the lower is served first: a backward waits until no forward does
     payload: Any
     random: RandomState  # the job's; what draws for the job while it waits moves it on
@@ -47,8 +48,8 @@ class Hub:
     would alone, and torch keeps one team of threads instead of one for each job.
     """
 
-    def __init__(self, server: Server, width: int, tick: Callable[[], None]) -> None:
-        self.server, self.width, self.tick = server, width, tick
+    def __init__(self, server: Server, width: int, room: int, tick: Callable[[], None]) -> None:
+        self.server, self.width, self.room, self.tick = server, width, room, tick
         self.fused: int | None = None  # the most requests served as one; shrinks without memory
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}
@@ -72,9 +73,9 @@ class Hub:
             self._end(error)
             raise
 
-    def ask(self, job: int, kind: Hashable, order: int, payload: Any) -> Any:
+    def ask(self, job: int, kind: Hashable, size: int, order: int, payload: Any) -> Any:
         """Wait, as the running job, until the request is served."""
-        request = Request(job, kind, order, payload, RandomState.now())
+        request = Request(job, kind, size, order, payload, RandomState.now())
         state = ProcessState.now()
         self._waiting[job] = request
         try:
@@ -88,9 +89,19 @@ class Hub:
             return
         first = min(self._waiting.values(), key=lambda r: (r.order, r.job))
         asked = [r for _, r in sorted(self._waiting.items()) if r.kind == first.kind]
-        size = self.fused or len(asked)
-        for start in range(0, len(asked), size):
-            self._answer(asked[start : start + size])
+        for some in self._shares(asked):
+            self._answer(some)
+
+    def _shares(self, asked: list[Request]) -> Iterator[list[Request]]:
+        """Cut requests into those that are served as one."""
+        some: list[Request] = []
+        for request in asked:
+            full = sum(r.size for r in some) + request.size > self.room
+            if some and (full or len(some) == self.fused):
+                yield some
+                some = []
+            some.append(request)
+        yield some
 
     def _answer(self, requests: list[Request]) -> None:
         """Serve some requests; if that fails, by halves, until the error has found its job."""

@@ -9,6 +9,7 @@ made again.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -29,8 +30,10 @@ from lora_exp.lockstep.fuse import FusedBody, Mode, Segment, sharing_copy, unfus
 from lora_exp.lockstep.hub import Hub, Request
 from lora_exp.lockstep.state import Precision
 from lora_exp.memory import reset_peak
-from lora_exp.model import Base
+from lora_exp.model import Base, device
 
+# tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
+ROOM = {"cpu": 2048, "cuda": 16384}
 Measured = tuple[dict[str, float], list[Any]]
 log = logging.getLogger("lora_exp")
 # what cannot change the numbers of a base whose adapter still is zero
@@ -63,7 +66,7 @@ class Pack:
         base: Base | None = None,
     ) -> None:
         self.mode = mode
-        self.hub = Hub(self, width, tick)
+        self.hub = Hub(self, width, ROOM[device().partition(":")[0]], tick)
         self.tapes: dict[int, list[Tape]] = {}
         self.trained: dict[int, list[nn.Parameter]] = {}
         self.measured: dict[str, Measured] = {}
@@ -73,6 +76,7 @@ class Pack:
 
     def base(self, cfg: DictConfig) -> Base:
         """Return a copy of the base that shares its weights; the first job loads it."""
+        gc.freeze()  # what is there stays; trainers collect garbage, and would walk over it
         if self._base is None:
             reset_peak()
             self._base = build(cfg, "model", quantization=build(cfg, "quant"))
@@ -100,7 +104,7 @@ class Pack:
         def meet(loss: Tensor, **options: Any) -> None:
             backward(loss, **options)
             if self.tapes[job]:
-                self.hub.ask(job, "backward", 1, None)
+                self.hub.ask(job, "backward", self.tapes[job][-1].segment.tokens, 1, None)
 
         trainer.accelerator.backward = meet
 
@@ -134,7 +138,7 @@ class Pack:
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             mode = Mode(Precision.now(), body.training, checkpointing)
             request = (input_ids, attention_mask, position_ids, past_key_values)
-            hidden = self.hub.ask(job, mode, 0, request)
+            hidden = self.hub.ask(job, mode, given["input_ids"].numel(), 0, request)
             if hidden is None:
                 return own(**given)
             return BaseModelOutputWithPast(hidden, past_key_values)
@@ -266,6 +270,10 @@ class Seat:
     def join(self, trainer: Any) -> None:
         """Train in step with the pack from here on."""
         self.pack.join(self.job, trainer)
+
+    def leave(self) -> None:
+        """Free the seat."""
+        self.pack.leave(self.job)
 
 
 def share(base: Base) -> Base:
