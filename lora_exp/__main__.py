@@ -17,14 +17,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp.config import CONF, settle
+from lora_exp.config import CONF
 from lora_exp.errors import LoraExpError, did_you_mean
+from lora_exp.place import here
+from lora_exp.record import objective, standing
 from lora_exp.redaction import redact_files, redact_text
 from lora_exp.sweep import SweepTable
-from lora_exp.validation import validate
+from lora_exp.validation import settled
 
 log = logging.getLogger("lora_exp")
 
@@ -36,15 +38,20 @@ def job(cfg: DictConfig) -> float:
     directory = Path(about.runtime.output_dir)
     redact_files(directory / str(about.output_subdir))
     redact_files(Path(about.sweep.dir))  # multirun.yaml
-    choices = OmegaConf.to_container(about.runtime.choices)
-    overrides = list(about.overrides.task)
     in_sweep = about.mode == RunMode.MULTIRUN
     sweep = "/".join(Path(about.sweep.dir).parts[-2:]) if in_sweep else None
     try:
-        settled = validate(settle(cfg, choices, overrides))  # type: ignore[arg-type]
+        ready = settled(cfg, about)  # type: ignore[arg-type]
+        status = standing(directory, ready) if in_sweep else None
+        if status == "finished":
+            log.info("finished before, not run again")
+            return objective(directory)
+        if status is not None:  # the same sweep again: what was begun goes on
+            with read_write(ready):
+                ready.resume = str(directory)
         from lora_exp.experiment import run
 
-        return run(settled, directory, sweep).objective
+        return run(ready, directory, sweep, here.get()).objective
     except SystemExit as error:  # it would end the sweep, and as if all were well
         raise LoraExpError(f"the job called sys.exit({error.code})") from error
     except Exception as error:

@@ -25,9 +25,9 @@ from lora_exp.signature import signature
 PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # what a run is called, where it reports and what it may import does not change what it computes
-NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets")
+NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets", "lockstep")
 UNNAMED = re.compile(
-    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|model\.gguf_file)\b"
+    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
 

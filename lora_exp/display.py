@@ -1,31 +1,24 @@
-"""What a person sees of a run: the header, the first row's tokens, the progress bar, the table."""
+"""What a person sees of a run as it trains: the first row's tokens, the progress."""
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
-from itertools import pairwise
 from typing import Any, Protocol
 
 import datasets
 import transformers
-from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from lora_exp.console import console
 from lora_exp.tokens import IGNORED
 from lora_exp.tracking import named
 
 log = logging.getLogger("lora_exp")
-console = Console()
-if not console.is_terminal:
-    console = Console(width=140)  # a log: lines as long as its paths
 SHOWN_TOKENS = 160
-BARS = "▁▂▃▄▅▆▇█"
 HARMLESS = (
     "`(is_)?gradient_checkpointing` is deprecated",  # trl still takes transformers' older name
     "Position ids are not supported for parameter efficient tuning",  # prompts carry their own
@@ -44,27 +37,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def show(renderable: RenderableType) -> None:
-    """Print for the person, and keep the same words in run.log."""
-    console.print(renderable)
-    plain = Console(file=io.StringIO(), width=100, no_color=True)
-    plain.print(renderable)
-    assert isinstance(plain.file, io.StringIO)
-    log.info("%s", plain.file.getvalue().rstrip())
-
-
-def facts(title: str, lines: dict[str, str]) -> Table:
-    """Return a two-column table of what is known."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in lines.items():
-        table.add_row(key, Text(value))
-    return table
-
-
 def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
     """Return one row's tokens: those that count towards the loss stand out, the others are dim.
 
@@ -81,27 +53,6 @@ def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
     if len(ids) > SHOWN_TOKENS:
         text.append(f" … {len(ids) - SHOWN_TOKENS} more tokens", style="dim")
     return text
-
-
-def curve(values: list[float], width: int = 40) -> str:
-    """Draw values as a line of bars, averaged down to `width` of them."""
-    if not values:
-        return ""
-    width = min(width, len(values))
-    cuts = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
-    low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
-
-
-def short(value: float) -> str:
-    """Write a number for a table."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def size(count: int) -> str:
-    """Write a number of bytes."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 class Board(Protocol):

@@ -25,6 +25,9 @@ class ConfigError(LoraExpError, ValueError):
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         super().__init__("\n".join([count, *(f"  {key}: {text}" for key, text in self.faults)]))
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[tuple[str, str]]]]:
+        return ConfigError, (self.faults,)  # a sweep's worker sends it to the launcher
+
 
 class DataError(LoraExpError, ValueError):
     """A row, file or data set that cannot be used, by file, line and field."""

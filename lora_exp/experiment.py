@@ -5,6 +5,7 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -20,8 +21,9 @@ from transformers import TrainerCallback, set_seed
 from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
 from lora_exp.config import build, plain, run_dir
+from lora_exp.console import show
 from lora_exp.data import Rows
-from lora_exp.display import Progression, quiet, show
+from lora_exp.display import Progression, quiet
 from lora_exp.divergence import FiniteLoss
 from lora_exp.errors import ConfigError, DivergedError, did_you_mean
 from lora_exp.memory import peak_bytes
@@ -84,7 +86,12 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     base = place.base(cfg)
     adapted = attach(base, cfg, record.directory)
     train, held_out = _tokens(rows, base, adapted, cfg)
-    record.update(counts=counts(adapted, train, held_out), base=base.revision, data=rows.source)
+    record.update(
+        place=place.name,
+        counts=counts(adapted, train, held_out),
+        base=base.revision,
+        data=rows.source,
+    )
     announce(cfg, rows, base, adapted, train, held_out)
     tracker = _tracker(cfg, record, sweep)
     board = place.board()
@@ -315,7 +322,7 @@ def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
     """Return the newest checkpoint of a run that goes on and its step; later log lines go."""
     if not resume:
         return None, 0
-    found = list((record.directory / "checkpoints").glob("checkpoint-*"))
+    found = filter(_whole, (record.directory / "checkpoints").glob("checkpoint-*"))
     steps = {int(path.name.rpartition("-")[2]): path for path in found}
     step = max(steps, default=0)
     if not steps:
@@ -323,3 +330,13 @@ def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
     record.rewind(step)
     show(f"goes on from step {step}")
     return str(steps[step]) if steps else None, step
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Say whether a checkpoint was written to its end: the trainer's state is its last file."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        log.warning("%s was cut off while it was written; an older one is taken", checkpoint)
+        return False
+    return True

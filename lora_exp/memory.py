@@ -1,13 +1,15 @@
-"""The most memory that a run held: the GPU's where there is one, else the process's."""
+"""Memory that a run held, needs or finds free: the GPU's where there is one, else the process's."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
 
 
 def reset_peak() -> None:
@@ -24,3 +26,31 @@ def peak_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
     return int(found[1]) * 1024 if found else 0
+
+
+def free_bytes() -> int:
+    """Return how much memory can still be taken: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    found = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
+    return int(found[1]) * 1024 if found else 2**33
+
+
+def training_bytes(trainer: Any) -> int:
+    """Estimate, from above, what a run takes beside its base while it trains.
+
+    Weights, gradients and Adam's two moments of what trains, 16 bytes each; what a layer keeps of a
+    token for going back: 16 times the hidden size and 6 times the inner one, 4 bytes each (of every
+    layer, or of one with gradient checkpointing and the hidden states of all); logits twice.
+    """
+    model, args = trainer.model, trainer.args
+    config = model.config
+    longest = max(map(len, trainer.train_dataset["input_ids"]), default=1)
+    tokens = longest * args.per_device_train_batch_size
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = 4 * (16 * config.hidden_size + 6 * inner)
+    layers = config.num_hidden_layers
+    kept = layer + 4 * layers * config.hidden_size
+    kept = kept if args.gradient_checkpointing else layer * layers
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return int(16 * trained + tokens * (kept + 8 * config.vocab_size))

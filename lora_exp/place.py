@@ -17,7 +17,6 @@ from lora_exp.config import build
 if TYPE_CHECKING:
     from lora_exp.display import Board
     from lora_exp.model import Base
-
     from lora_exp.samples import Answer
 
     Measured = tuple[dict[str, float], list[Answer]]
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 class Place(Protocol):
     """What a run asks of where it trains."""
+
+    name: str  # for the run's record
 
     def base(self, cfg: DictConfig) -> Base:
         """Return the base, which the run may put an adapter on."""
@@ -45,6 +46,8 @@ class Place(Protocol):
 
 class Alone:
     """A process of its own: nothing is shared."""
+
+    name = "alone"
 
     def base(self, cfg: DictConfig) -> Base:
         """Load the base."""

@@ -27,6 +27,36 @@ def write_whole(path: Path, text: str) -> None:
     staged.replace(path)
 
 
+def standing(directory: Path, cfg: DictConfig) -> str | None:
+    """Return the status of the same run in a directory, or None.
+
+    Raises:
+        ConfigError: the directory holds another run.
+    """
+    path = directory / "run.json"
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values["fingerprint"] != fingerprint(cfg):
+        text = f"{directory} holds another run ({values['name']}); take another directory"
+        raise ConfigError([("hydra.sweep.dir", text)])
+    return str(values["status"])
+
+
+def objective(directory: Path) -> float:
+    """Return what a finished run is judged by."""
+    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    return float(values["metrics"][values["objective"]])
+
+
+def mark(directory: Path, status: str, error: str) -> None:
+    """Write how a run ended that could not do so itself."""
+    path = directory / "run.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8")) | {"status": status, "error": error}
+        write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
 class Record:
     """What is known of a run so far, on disk after every change."""
 

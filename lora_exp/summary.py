@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from lora_exp.adapter import Adapted
+from lora_exp.console import curve, facts, show, size
 from lora_exp.data import Rows
-from lora_exp.display import curve, facts, preview, show, size
+from lora_exp.display import preview
 from lora_exp.model import Base
 from lora_exp.record import Record
 from lora_exp.tokens import Counts, Tokens

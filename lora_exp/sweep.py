@@ -46,7 +46,7 @@ class SweepTable(Callback):
         from rich.table import Table
         from rich.text import Text
 
-        from lora_exp.display import console, short
+        from lora_exp.console import console, short
 
         varying = varied(self.rows)
         judged = {r["judged_by"] for r in self.rows if r["judged_by"]}

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import asset, every_target, plain, untrusted
+from lora_exp.config import asset, every_target, plain, settle, untrusted
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact
 from lora_exp.signature import fits, members, signature
@@ -31,14 +31,18 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
-SECTIONS = ("model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples")
+SECTIONS = (
+    "model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples",
+    "lockstep",
+)  # fmt: skip
 KEYS = {
     "": (
         "name", "seed", "resume", "objective", "trusted_targets", "train", "rate", "samples",
-        "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "choices",
+        "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
+    "lockstep": ("max_jobs", "mode"),
     "algorithm": ("learning_rate", "task_type", "trainer", "args"),
 }  # fmt: skip
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
@@ -60,6 +64,20 @@ CHOICES = {
     "save_strategy": "transformers.trainer_utils.SaveStrategy",
     "logging_strategy": "transformers.trainer_utils.IntervalStrategy",
 }
+
+
+def settled(cfg: DictConfig, about: DictConfig) -> DictConfig:
+    """Return the settled config of a job that Hydra composed, or say all that is wrong with it.
+
+    Args:
+        cfg: the job's, without Hydra's own section.
+        about: that section.
+
+    Raises:
+        ConfigError: every fault of the config at once.
+    """
+    choices = OmegaConf.to_container(about.runtime.choices)
+    return validate(settle(cfg, choices, list(about.overrides.task)))  # type: ignore[arg-type]
 
 
 def validate(cfg: DictConfig) -> DictConfig:
@@ -187,6 +205,11 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
     for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
         if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
             yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
+    jobs, mode = cfg.lockstep.max_jobs, cfg.lockstep.mode
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
+    if mode not in ("exact", "bmm"):
+        yield "lockstep.mode", f"{mode!r} is neither exact nor bmm"
     for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
         if name in cfg.data and cfg.data[name] is not None and _number(cfg.data[name]) < 1:
             yield f"data.{name}", f"{cfg.data[name]!r} is not 1 or more; null takes all"

@@ -48,9 +48,11 @@ class Hub:
     would alone, and torch keeps one team of threads instead of one for each job.
     """
 
-    def __init__(self, server: Server, width: int, room: int, tick: Callable[[], None]) -> None:
-        self.server, self.width, self.room, self.tick = server, width, room, tick
+    def __init__(self, server: Server, width: int, room: int) -> None:
+        self.server, self.width, self.room = server, width, room
+        self.tick: Callable[[], None] = lambda: None  # called between passes
         self.fused: int | None = None  # the most requests served as one; shrinks without memory
+        self._queue: deque[tuple[int, Callable[[], None]]] = deque()
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}
 
@@ -60,11 +62,11 @@ class Hub:
         A job's function must keep its own errors; it is told of those of its requests.
         """
         self._main, self._own = getcurrent(), (ProcessState.now(), RandomState.now())
-        queue = deque(enumerate(jobs))
+        self._queue = deque(enumerate(jobs))
         try:
-            while queue or self._live:
-                while queue and len(self._live) < self.width:
-                    number, job = queue.popleft()
+            while self._queue or self._live:
+                while self._queue and len(self._live) < self.width:
+                    number, job = self._queue.popleft()
                     self._live[number] = greenlet(job, self._main)
                     self._switch(number)
                 self._serve()
@@ -72,6 +74,11 @@ class Hub:
         except BaseException as error:
             self._end(error)
             raise
+
+    @property
+    def queued(self) -> int:
+        """Return how many jobs wait for a place."""
+        return len(self._queue)
 
     def ask(self, job: int, kind: Hashable, size: int, order: int, payload: Any) -> Any:
         """Wait, as the running job, until the request is served."""

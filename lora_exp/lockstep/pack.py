@@ -1,8 +1,8 @@
 """A pack: jobs on one base, their trainers unmodified, their forwards and backwards made as one.
 
 A trainer meets the others at two points: where its model's body runs, and where `backward` is
-called. The graph is cut between them: a job's own loss goes back to its hidden states by itself, and
-from there on the pack goes back through the base for all jobs at once. So a pass that fails can be
+called. The graph is cut between them: a job's own loss goes back to its hidden states by itself,
+and from there the pack goes back through the base for all jobs at once. So a pass that fails can be
 made again.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,30 +18,22 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.config import build, plain
-from lora_exp.display import Board
-from lora_exp.lockstep.fuse import FusedBody, Mode, Segment, sharing_copy, unfusable
+from lora_exp.config import build
+from lora_exp.lockstep.body import FusedBody, sharing_copy
+from lora_exp.lockstep.exact import foreign, unfusable
 from lora_exp.lockstep.hub import Hub, Request
+from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import Precision
-from lora_exp.memory import reset_peak
+from lora_exp.memory import free_bytes, reset_peak, training_bytes
 from lora_exp.model import Base, device
 
 # tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
 ROOM = {"cpu": 2048, "cuda": 16384}
-Measured = tuple[dict[str, float], list[Any]]
 log = logging.getLogger("lora_exp")
-# what cannot change the numbers of a base whose adapter still is zero
-UNTRAINED = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "weight_decay", "max_grad_norm", "optim", "logging_steps", "eval_strategy", "eval_steps",
-    "save_strategy", "save_steps", "save_total_limit",
-)  # fmt: skip
 
 
 @dataclass
@@ -61,16 +52,22 @@ class Pack:
     def __init__(
         self,
         mode: str,
-        width: int,
-        tick: Callable[[], None] = lambda: None,
+        max_jobs: int | None,
         base: Base | None = None,
     ) -> None:
-        self.mode = mode
-        self.hub = Hub(self, width, ROOM[device().partition(":")[0]], tick)
+        """Make an empty pack.
+
+        Args:
+            mode: `exact` or `bmm`, see `FusedLinear`.
+            max_jobs: at once; None: as many as memory holds, told when the first job joins.
+            base: loaded already; None: by the first job.
+        """
+        self.mode, self.max_jobs = mode, max_jobs
+        self.hub = Hub(self, max_jobs or 1, ROOM[device().partition(":")[0]])
         self.tapes: dict[int, list[Tape]] = {}
         self.trained: dict[int, list[nn.Parameter]] = {}
-        self.measured: dict[str, Measured] = {}
-        self.tokens = 0  # that went through training passes
+        self.measured: dict[str, Any] = {}  # what jobs need not measure again
+        self.counted = [0]  # tokens of training passes; a list, for others to watch
         self._base = base
         self._fused: FusedBody | None = None
 
@@ -93,6 +90,8 @@ class Pack:
         if self._fused is None:
             assert self._base is not None
             self._fused = FusedBody(self._base.model.base_model, self.mode)
+        if self.max_jobs is None:
+            self.max_jobs = self.hub.width = fitting(trainer)
         self._fused.attach(job, body)
         self.tapes[job] = []
         self.trained[job] = [
@@ -137,7 +136,10 @@ class Pack:
             grad = torch.is_grad_enabled()
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             mode = Mode(Precision.now(), body.training, checkpointing)
-            request = (input_ids, attention_mask, position_ids, past_key_values)
+            request = {
+                "input_ids_BS": input_ids, "attention_mask": attention_mask,
+                "position_ids": position_ids, "past": past_key_values,
+            }  # fmt: skip
             hidden = self.hub.ask(job, mode, given["input_ids"].numel(), 0, request)
             if hidden is None:
                 return own(**given)
@@ -157,13 +159,13 @@ class Pack:
         assert self._fused is not None
         if not self._fused.enter(mode):
             return [None] * len(requests)
-        segments = [Segment(r.job, *r.payload, r.random) for r in requests]
+        segments = [Segment(job=r.job, random=r.random, **r.payload) for r in requests]
         drawn = [copy.copy(s) for s in segments]
         places = self._distinct(drawn) if not mode.precision.grad else list(range(len(drawn)))
         used = [drawn[place] for place in sorted(set(places))]
         seen = [s.past.get_seq_length() if s.past is not None else 0 for s in used]
         try:
-            found = dict(zip(sorted(set(places)), self._fused.forward(used)))
+            hidden_of = dict(zip(sorted(set(places)), self._fused.forward(used), strict=True))
         except BaseException:
             for s, length in zip(used, seen, strict=True):
                 if s.past is not None:
@@ -173,10 +175,10 @@ class Pack:
             torch.clear_autocast_cache()
         answers = []
         for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
-            hidden = found[place]
+            hidden = hidden_of[place]
             request.random = after.random
             if hidden.requires_grad:
-                self.tokens += after.tokens
+                self.counted[0] += after.tokens
                 leaf = hidden.detach().requires_grad_()
                 self.tapes[request.job].append(Tape(before, mode, hidden, leaf))
                 hidden = leaf
@@ -232,48 +234,7 @@ class Pack:
             torch.clear_autocast_cache()
             for tape, hidden in zip(some, found, strict=True):
                 tape.hidden = hidden
-        torch.autograd.backward([t.hidden for t in tapes], [t.leaf.grad for t in tapes])
-
-
-class Seat:
-    """A job's place in a pack."""
-
-    def __init__(self, pack: Pack, job: int, board: Board) -> None:
-        self.pack, self.job, self._board = pack, job, board
-
-    def base(self, cfg: DictConfig) -> Base:
-        """Return a copy of the pack's base that shares its weights."""
-        return self.pack.base(cfg)
-
-    def board(self) -> Board:
-        """Return the job's row of the pack's table."""
-        return self._board
-
-    def untrained(
-        self, cfg: DictConfig, trainer: Any, measure: Callable[[], Measured]
-    ) -> Measured:
-        """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
-        values = plain(cfg)
-        if (values["peft"] or {}).get("init_lora_weights", True) is not True:
-            return measure()
-        kept = ("model", "quant", "algorithm", "data", "samples")
-        train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
-        key = json.dumps([{k: values[k] for k in kept}, train], sort_keys=True)
-        if key in self.pack.measured:
-            seen, answers = self.pack.measured[key]
-            if seen:
-                trainer.log(dict(seen))  # as it does when it measures
-        else:
-            self.pack.measured[key] = seen, answers = measure()
-        return seen, answers
-
-    def join(self, trainer: Any) -> None:
-        """Train in step with the pack from here on."""
-        self.pack.join(self.job, trainer)
-
-    def leave(self) -> None:
-        """Free the seat."""
-        self.pack.leave(self.job)
+        torch.autograd.backward([t.hidden for t in tapes], [t.leaf.grad for t in tapes])  # type: ignore[arg-type]
 
 
 def share(base: Base) -> Base:
@@ -287,22 +248,14 @@ def share(base: Base) -> Base:
     )
 
 
+def fitting(trainer: Any) -> int:
+    """Return how many jobs like this one fit into four fifths of the memory that is free."""
+    return max(1, int(0.8 * free_bytes() / training_bytes(trainer)))
+
+
 def adapters(layer: Any) -> list[nn.Parameter]:
     """Return a LoRA layer's own parameters, of all its adapters."""
     return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
-
-
-def foreign(model: Any) -> str | None:
-    """Say what of a model's adapter cannot take part in a pass; None where all can."""
-    for name, module in model.base_model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
-            return f"{name} is adapted by {type(module).__name__}"
-        if isinstance(module, LoraLayer):
-            if not isinstance(module.get_base_layer(), nn.Linear):
-                return f"{name} is no linear layer"
-            if module.lora_variant:
-                return f"{name} has {type(next(iter(module.lora_variant.values()))).__name__}"
-    return None
 
 
 def simple(given: dict[str, Any]) -> bool:

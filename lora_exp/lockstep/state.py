@@ -26,7 +26,7 @@ class RandomState:
     @classmethod
     def now(cls) -> RandomState:
         """Note where they stand."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:

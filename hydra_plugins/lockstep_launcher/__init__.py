@@ -1,0 +1,1 @@
+"""Hydra's launcher for `-m`: a sweep trains in lockstep over one base."""

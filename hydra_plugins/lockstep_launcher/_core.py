@@ -1,0 +1,165 @@
+"""A launch: compose every job, plan, train in a worker, try again alone what the worker lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import (
+    JobReturn,
+    configure_log,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from lora_exp.errors import LoraExpError
+from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
+from lora_exp.lockstep.worker import Seats, Worker, failed
+from lora_exp.record import mark
+from lora_exp.validation import settled
+
+log = logging.getLogger(__name__)
+GROUPS = {"model", "quant", "peft", "algorithm", "lockstep"}
+
+
+def launch(
+    launcher: Any, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+) -> list[JobReturn]:
+    """Run the jobs of a sweep; see `LockstepLauncher`."""
+    setup_globals()
+    hydra = launcher.config.hydra
+    configure_log(hydra.hydra_logging, hydra.verbose)
+    Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+    ours = set(launcher.config) >= GROUPS
+    worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
+    try:
+        jobs = [
+            _composed(launcher, list(overrides), initial_job_idx + i, ours)
+            for i, overrides in enumerate(job_overrides)
+        ]
+        made = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
+        if ours:
+            show(made)
+        launched = _Launch(launcher, {job.number: job for job in jobs})
+        launched.run(made, worker)
+    finally:
+        worker.stop()
+        configure_log(hydra.hydra_logging, hydra.verbose)
+    return [launched.returns[job.number] for job in jobs]
+
+
+def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> Job:
+    """Compose a job as every launcher does, and settle it as it will settle itself."""
+    log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
+    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(
+        launcher.config, overrides
+    )
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
+        config.hydra.runtime.output_dir = str(directory.absolute())
+    try:
+        found = settled(_task(config), config.hydra) if ours else None
+    except LoraExpError:
+        found = None  # the job itself will say so, in its own directory
+    return Job(number, config, found, directory, tuple(overrides))
+
+
+def _task(config: DictConfig) -> DictConfig:
+    task = config.copy()
+    with read_write(task), open_dict(task):
+        del task["hydra"]
+    return task
+
+
+class _Launch:
+    """What is known so far of a launch's jobs."""
+
+    def __init__(self, launcher: Any, jobs: dict[int, Job]) -> None:
+        self.launcher, self.jobs = launcher, jobs
+        self.running: set[int] = set()
+        self.returns: dict[int, JobReturn] = {}
+
+    def run(self, made: Plan, worker: Worker) -> None:
+        """Carry a plan out, whatever the worker does."""
+        for job in made.at_once:
+            self.began(job.number)
+            self.ended(job.number, self._here(job))
+        work = [_seats(pack) for pack in made.packs]
+        work.append(_alone([job for job, _ in made.alone]))
+        self.train(work, worker)
+
+    def train(self, work: list[Seats], worker: Worker) -> None:
+        """Send work; what a dead worker lost is tried again alone, once, then the rest goes on."""
+        while work := [left for seats in work if (left := self._left(seats)).jobs]:
+            try:
+                worker.run(work, self.began, self.ended)
+                return
+            except LoraExpError as error:
+                lost = sorted(self.running) or [n for seats in work for n, _ in seats.jobs]
+                log.warning("%s; to be tried again, alone: jobs %s", error, lost)
+                for number in lost:
+                    mark(self.jobs[number].directory, "failed", str(error))
+                for number in lost:
+                    self._again(number)
+                worker.replace()
+
+    def _again(self, number: int) -> None:
+        job = self.jobs[number]
+        worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
+        try:
+            worker.run([_alone([job])], self.began, self.ended)
+        except LoraExpError as error:
+            text = f"{error}, also when it was tried again, alone"
+            mark(job.directory, "failed", text)
+            self.ended(number, failed(job.config, LoraExpError(text)))
+        finally:
+            worker.stop()
+
+    def _left(self, seats: Seats) -> Seats:
+        open_ = [n for n, _ in seats.jobs if n not in self.returns]
+        kept = [self.jobs[number] for number in open_]
+        return _alone(kept) if seats.mode is None else _seats(tuple(kept))
+
+    def _here(self, job: Job) -> JobReturn:
+        """Run a job that has nothing to train in this process."""
+        context = self.launcher.hydra_context
+        return run_job(
+            hydra_context=HydraContext(context.config_loader, Callbacks()),
+            task_function=self.launcher.task_function,
+            config=job.config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    def began(self, number: int) -> None:
+        """Tell Hydra's callbacks, which live in this process."""
+        self.running.add(number)
+        self.launcher.hydra_context.callbacks.on_job_start(
+            config=self.jobs[number].config, task_function=self.launcher.task_function
+        )
+
+    def ended(self, number: int, result: JobReturn) -> None:
+        """Keep a job's result and tell Hydra's callbacks."""
+        self.running.discard(number)
+        self.returns[number] = result
+        self.launcher.hydra_context.callbacks.on_job_end(
+            config=self.jobs[number].config, job_return=result
+        )
+
+
+def _seats(jobs: tuple[Job, ...]) -> Seats:
+    configs = tuple((job.number, job.config) for job in jobs)
+    lockstep: Any = jobs[0].config.lockstep if jobs else OmegaConf.create({"mode": "exact"})
+    return Seats(configs, lockstep.mode, lockstep.get("max_jobs"), tuple(labels(jobs).values()))
+
+
+def _alone(jobs: list[Job]) -> Seats:
+    return Seats(tuple((job.number, job.config) for job in jobs), None, None)

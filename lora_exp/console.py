@@ -1,0 +1,59 @@
+"""Words, tables and numbers for a person; what is shown stands in run.log too. Needs no torch."""
+
+from __future__ import annotations
+
+import io
+import logging
+from itertools import pairwise
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+log = logging.getLogger("lora_exp")
+console = Console()
+if not console.is_terminal:
+    console = Console(width=140)  # a log: lines as long as its paths
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def show(renderable: RenderableType) -> None:
+    """Print for the person, and keep the same words in run.log."""
+    console.print(renderable)
+    plain = Console(file=io.StringIO(), width=100, no_color=True)
+    plain.print(renderable)
+    assert isinstance(plain.file, io.StringIO)
+    log.info("%s", plain.file.getvalue().rstrip())
+
+
+def facts(title: str, lines: dict[str, str]) -> Table:
+    """Return a two-column table of what is known."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in lines.items():
+        table.add_row(key, Text(value))
+    return table
+
+
+def curve(values: list[float], width: int = 40) -> str:
+    """Draw values as a line of bars, averaged down to `width` of them."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cuts = [len(values) * i // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
+
+
+def short(value: float) -> str:
+    """Write a number for a table."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def size(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

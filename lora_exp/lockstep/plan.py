@@ -1,0 +1,149 @@
+"""Which jobs of a sweep train together, and why others do not.
+
+Needs no torch: a plan is made, and shown, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lora_exp.config import plain
+from lora_exp.record import standing
+from lora_exp.redaction import redact_text
+
+# a start that rewrites the base's weights, or reads data of its own
+STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell of a sweep."""
+
+    number: int
+    config: DictConfig  # as Hydra composed it, `hydra` included
+    settled: DictConfig | None  # null: not a run of ours, or one that will be refused
+    directory: Path
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each job."""
+
+    at_once: tuple[Job, ...]  # nothing to train: finished before, or refused
+    packs: tuple[tuple[Job, ...], ...]
+    alone: tuple[tuple[Job, str], ...]  # and why
+
+
+def plan(jobs: Iterable[Job]) -> Plan:
+    """Group jobs by what shapes their base; keep out those that would change it."""
+    at_once: list[Job] = []
+    packs: dict[str, list[Job]] = {}
+    alone: list[tuple[Job, str]] = []
+    for job in jobs:
+        if job.settled is None or standing(job.directory, job.settled) == "finished":
+            at_once.append(job)
+        elif why := solitary(job):
+            alone.append((job, why))
+        else:
+            packs.setdefault(_base(job.settled), []).append(job)
+    for key, members in list(packs.items()):
+        if len(members) == 1:
+            alone.append((packs.pop(key)[0], "no other job has its base"))
+    alone.sort(key=lambda pair: pair[0].number)
+    return Plan(tuple(at_once), tuple(map(tuple, packs.values())), tuple(alone))
+
+
+def solitary(job: Job) -> str | None:
+    """Say why a job must have base and process to itself; None where it can share them."""
+    assert job.settled is not None
+    cfg, peft = job.settled, job.settled.peft
+    if peft is None:
+        return "full fine-tuning changes the base"
+    if peft._target_ != "peft.LoraConfig":
+        return f"{cfg.choices.peft} is not LoRA"
+    start = peft.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(STARTS):
+        return f"{start} starts from weights of its own"
+    faults = {
+        "use_dora": "DoRA needs the norm of the weights that it changes",
+        "modules_to_save": "modules_to_save trains modules of the base",
+        "layer_replication": "layer_replication changes the base",
+        "target_parameters": "target_parameters adapts what is no layer",
+        "trainable_token_indices": "trainable_token_indices trains the embedding",
+    }
+    for key, why in faults.items():
+        if peft.get(key):
+            return why
+    if peft.get("bias", "none") != "none":
+        return "bias trains the base's own biases"
+    if cfg.model.random_weights:
+        return "random_weights makes a base of its own"
+    if cfg.lockstep.max_jobs == 1:
+        return "lockstep.max_jobs=1"
+    hydra = job.config.hydra.job
+    if hydra.chdir or hydra.env_set:
+        return "hydra.job.chdir and env_set need a process of their own"
+    return None
+
+
+def _base(cfg: DictConfig) -> str:
+    values = plain(cfg)
+    shaping = [values["model"], values["quant"], values["lockstep"], cfg.algorithm.task_type]
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def labels(jobs: Iterable[Job]) -> dict[int, str]:
+    """Return what tells each job from its siblings: the overrides that not all have."""
+    jobs = list(jobs)
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
+    own = {job.number: [o for o in job.overrides if o not in common] for job in jobs}
+    return {number: redact_text(" ".join(parts)) for number, parts in own.items()}
+
+
+def show(made: Plan) -> None:
+    """Print the plan."""
+    from rich.text import Text
+
+    from lora_exp.console import console
+
+    def say(jobs: list[Job], text: str) -> None:
+        numbers = _ranges([job.number for job in jobs])
+        console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
+
+    say_all: list[tuple[list[Job], str]] = []
+    finished = [job for job in made.at_once if job.settled is not None]
+    if finished:
+        say_all.append((finished, "finished before, not run again"))
+    refused = [job for job in made.at_once if job.settled is None]
+    if refused:
+        say_all.append((refused, "refused, see below"))
+    for pack in made.packs:
+        first: Any = pack[0].settled
+        where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
+        say_all.append((list(pack), f"in lockstep ({first.lockstep.mode}) on {where}"))
+    reasons: dict[str, list[Job]] = {}
+    for job, why in made.alone:
+        reasons.setdefault(why, []).append(job)
+    say_all += [(jobs, f"alone: {why}") for why, jobs in reasons.items()]
+    console.print(Text("     jobs", style="dim"))
+    for jobs, text in say_all:
+        say(jobs, text)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write 0, 1, 2, 5 as 0-2, 5."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

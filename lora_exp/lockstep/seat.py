@@ -1,0 +1,68 @@
+"""A job's place in a pack: what the run asks of where it trains."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from lora_exp.config import plain
+from lora_exp.display import Board
+from lora_exp.lockstep.pack import Pack
+from lora_exp.model import Base
+
+if TYPE_CHECKING:
+    from lora_exp.place import Measure, Measured
+
+# what cannot change the numbers of a base whose adapter still is zero
+UNTRAINED = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "weight_decay", "max_grad_norm", "optim", "logging_steps", "eval_strategy", "eval_steps",
+    "save_strategy", "save_steps", "save_total_limit",
+)  # fmt: skip
+
+
+class Seat:
+    """A job's place in a pack."""
+
+    def __init__(self, pack: Pack, job: int, board: Board) -> None:
+        self.pack, self.job, self._board = pack, job, board
+        self.name = f"lockstep, {pack.mode}"
+
+    def base(self, cfg: DictConfig) -> Base:
+        """Return a copy of the pack's base that shares its weights."""
+        return self.pack.base(cfg)
+
+    def board(self) -> Board:
+        """Return the job's row of the pack's table."""
+        return self._board
+
+    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
+        """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
+        values = plain(cfg)
+        if (values["peft"] or {}).get("init_lora_weights", True) is not True:
+            return measure()
+        kept = ("model", "quant", "algorithm", "data", "samples")
+        train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
+        key = json.dumps([{k: values[k] for k in kept}, train], sort_keys=True)
+        if key in self.pack.measured:
+            seen, answers = self.pack.measured[key]
+            if seen:
+                trainer.log(dict(seen))  # as it does when it measures
+        else:
+            self.pack.measured[key] = seen, answers = measure()
+        return seen, answers
+
+    def join(self, trainer: Any) -> None:
+        """Train in step with the pack from here on."""
+        self.pack.join(self.job, trainer)
+
+    def leave(self) -> None:
+        """Free the seat; only where others wait for it, what was left there is swept out."""
+        self.pack.leave(self.job)
+        if self.pack.hub.queued:
+            gc.unfreeze()
+            gc.collect()

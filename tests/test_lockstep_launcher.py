@@ -1,0 +1,172 @@
+"""Hydra's own contract for launchers, and what ours promises beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.test_utils.launcher_common_tests import (
+    BatchedSweeperTestSuite,
+    IntegrationTestSuite,
+    LauncherTestSuite,
+)
+
+from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
+from tests.conftest import QUICK
+from tests.test_main import cli
+
+# Hydra's tests leave version_base open, and Hydra warns of it
+pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")
+STEPS = ["tracking=none", *QUICK, "train.logging_steps=1", "train.save_strategy=no"]
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep", [])])
+class TestTheContract(LauncherTestSuite):
+    """Any task, not only ours, launched as the basic launcher would."""
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"),
+    [("lockstep", ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2"])],
+)
+class TestTheContractInBatches(BatchedSweeperTestSuite):
+    """A sweeper that launches several times."""
+
+
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"),
+    [({}, ["-m", "hydra/launcher=lockstep", "hydra/hydra_logging=disabled"])],
+)
+class TestTheContractInAProcess(IntegrationTestSuite):
+    """Scripts of others in processes of their own."""
+
+
+def test_hydra_finds_it() -> None:
+    assert LockstepLauncher.__name__ in [c.__name__ for c in Plugins.instance().discover(Launcher)]
+
+
+def summary(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    (sweep,) = (folder / "multirun").glob("*/*")
+    jobs = json.loads((sweep / "summary.json").read_text())
+    return sweep, {job["job"]: job for job in jobs}
+
+
+def adapters(sweep: Path) -> dict[str, str]:
+    paths = sorted(sweep.glob("*/adapter/adapter_model.safetensors"))
+    return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def test_the_default_launcher_leaves_what_the_basic_one_leaves(tmp_path: Path) -> None:
+    sweep = ["-m", "peft.r=2,4", "peft=lora,dora", "peft.lora_dropout=0.1", *STEPS]
+    for name, launcher in (("lockstep", []), ("basic", ["hydra/launcher=basic"])):
+        (tmp_path / name).mkdir()
+        done = cli(*sweep, *launcher, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    (ours, jobs), (theirs, other) = (summary(tmp_path / n) for n in ("lockstep", "basic"))
+    assert adapters(ours) == adapters(theirs)
+    assert len(set(adapters(ours).values())) == 4
+    kept = ("eval/loss", "eval/exact_match", "before/loss", "train/loss")
+    for n, job in jobs.items():
+        assert [job["metrics"][k] for k in kept] == [other[n]["metrics"][k] for k in kept]
+        assert job["fingerprint"] == other[n]["fingerprint"]
+        files = {
+            str(p.relative_to(root / n))
+            for root in (ours, theirs)
+            for p in (root / n).rglob("*")
+            if p.is_file()
+        }
+        assert all((root / n / name).is_file() for name in files for root in (ours, theirs))
+        logged = (ours / n / "run.log").read_text()
+        assert "step 3/3" in logged  # and nobody else's
+        assert logged.count("step 3/3") == 1
+        places = {
+            root: json.loads((root / n / "run.json").read_text())["place"]
+            for root in (ours, theirs)
+        }
+        assert places[theirs] == "alone"
+    places = [json.loads((ours / n / "run.json").read_text())["place"] for n in sorted(jobs)]
+    assert places == ["lockstep, exact", "alone", "lockstep, exact", "alone"]
+
+
+def test_the_plan_is_told_before_anything_loads(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4,0", "peft=lora,pissa", *STEPS, cwd=tmp_path)
+    said = " ".join(done.stdout.split())
+    assert "0, 2 in lockstep (exact) on pkg://lora_exp/assets/tiny" in said
+    assert "1, 3 alone: pissa starts from weights of its own" in said
+    assert "4-5 refused, see below" in said
+    assert "job 4: 1 fault" in said
+    assert done.returncode == 1
+
+
+def test_the_launcher_itself_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['run.py', '-m', 'peft.r=2,4', *sys.argv[1:]]\n"
+        "from lora_exp.__main__ import main\nmain()\n"
+        "assert not {'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *STEPS, "samples.rows=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(adapters(summary(tmp_path)[0])) == 2
+
+
+def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> None:
+    command = ["-m", "peft.r=2,4,8", "hydra.sweep.dir=multirun/a/b", *STEPS]
+    assert cli(*command, cwd=tmp_path).returncode == 0
+    sweep = tmp_path / "multirun/a/b"
+    first, kept = adapters(sweep), (sweep / "0" / "run.json").read_text()
+    record = json.loads((sweep / "1" / "run.json").read_text())
+    (sweep / "1" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (sweep / "1" / "adapter" / "adapter_model.safetensors").unlink()
+    done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0, 2  finished before, not run again" in done.stdout
+    assert adapters(sweep) == first
+    assert (sweep / "0" / "run.json").read_text() == kept
+    assert {job["status"] for job in summary(tmp_path)[1].values()} == {"finished"}
+    done = cli(*command, "seed=7", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert adapters(sweep) == first
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "peft.lora_dropout=0.1"]
+    (tmp_path / "calm").mkdir()
+    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+    arguments = [sys.executable, "-m", "lora_exp", *command]
+    with (tmp_path / "err").open("w") as said:
+        launched = subprocess.Popen(arguments, cwd=tmp_path, stdout=said, stderr=said)
+        while len(list(tmp_path.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
+            time.sleep(0.02)
+            assert launched.poll() is None
+        children = f"/proc/{launched.pid}/task/{launched.pid}/children"
+        os.kill(int(Path(children).read_text().split()[0]), signal.SIGKILL)
+        assert launched.wait() == 0
+    assert "killed by SIGKILL" in (tmp_path / "err").read_text()
+    sweep, jobs = summary(tmp_path)
+    assert {job["status"] for job in jobs.values()} == {"finished"}
+    assert adapters(sweep) == adapters(summary(tmp_path / "calm")[0])
+
+
+def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4", *STEPS[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep, _ = summary(tmp_path)
+    for number, r in (("0", 2), ("1", 4)):
+        (file,) = (sweep / number / "wandb").glob("offline-run-*/*.wandb")
+        command = ["wandb", "leet", "inspect", "--json", str(file)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = map(json.loads, (sweep / number / "metrics.jsonl").read_text().splitlines())
+        assert all(str(line["train/loss"])[:10] in said for line in lines if "train/loss" in line)
