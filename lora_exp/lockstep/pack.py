@@ -66,6 +66,7 @@ class Pack:
         self.hub = Hub(self, max_jobs or 1, ROOM[device().partition(":")[0]])
         self.tapes: dict[int, list[Tape]] = {}
         self.trained: dict[int, list[nn.Parameter]] = {}
+        self.passes = {"forward": 0, "backward": 0, "most jobs": 0}
         self.measured: dict[str, Any] = {}  # what jobs need not measure again
         self.counted = [0]  # tokens of training passes; a list, for others to watch
         self._base = base
@@ -83,12 +84,12 @@ class Pack:
         """Put a trainer's body and backward in step with the others, if its adapter allows it."""
         model = trainer.model.get_base_model()
         body = model.base_model
-        why = unfusable(model) or foreign(model)
+        assert self._base is not None
+        why = unfusable(self._base.model) or foreign(model)
         if why:
             log.info("lockstep: this job shares the base but no pass: %s", why)
             return
         if self._fused is None:
-            assert self._base is not None
             self._fused = FusedBody(self._base.model.base_model, self.mode)
         if self.max_jobs is None:
             self.max_jobs = self.hub.width = fitting(trainer)
@@ -173,6 +174,8 @@ class Pack:
             raise
         finally:
             torch.clear_autocast_cache()
+        self.passes["forward"] += 1
+        self.passes["most jobs"] = max(self.passes["most jobs"], len(used))
         answers = []
         for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
             hidden = hidden_of[place]
@@ -217,6 +220,7 @@ class Pack:
                 for tape in own:
                     tape.hidden = None
             raise
+        self.passes["backward"] += 1
         for p, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 p.grad = grad if p.grad is None else grad.add_(p.grad)
@@ -263,7 +267,7 @@ def simple(given: dict[str, Any]) -> bool:
     given = {k: v for k, v in given.items() if v is not None and v is not False}
     mask, past = given.get("attention_mask"), given.get("past_key_values")
     known = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
-             "return_dict"}  # fmt: skip
+             "return_dict", "num_items_in_batch"}  # fmt: skip
     return (
         set(given) <= known
         and "input_ids" in given
