@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def peak_bytes() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def keep_freed() -> None:
+    """Keep freed memory for the next pass, where the C library lets us (glibc, mallopt(3)).
+
+    It would give every large block back to the system, and take it again page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def free_bytes() -> int:
     """Return how much memory can still be taken: the GPU's where there is one."""
     if torch.cuda.is_available():
@@ -45,7 +57,9 @@ def training_bytes(trainer: Any) -> int:
     """
     model, args = trainer.model, trainer.args
     config = model.config
-    longest = max(map(len, trainer.train_dataset["input_ids"]), default=1)
+    rows = trainer.train_dataset
+    known = "input_ids" in (getattr(rows, "column_names", None) or ())
+    longest = max(map(len, rows["input_ids"])) if known else args.max_length or 1024
     tokens = longest * args.per_device_train_batch_size
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = 4 * (16 * config.hidden_size + 6 * inner)

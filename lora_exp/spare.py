@@ -20,6 +20,7 @@ def spare(model: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     every = list(model.parameters())
     walk, count = model.train, base.num_parameters
+    walk(model.training)  # a base is loaded in one mode and its adapter made in the other
 
     def train(mode: bool = True) -> Any:
         return model if model.training is mode else walk(mode)

@@ -160,13 +160,43 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert adapters(sweep) == adapters(summary(tmp_path / "calm")[0])
 
 
+def test_an_interrupted_sweep_says_so_and_is_completed_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
+    (tmp_path / "calm").mkdir()
+    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+    arguments = [sys.executable, "-m", "lora_exp", *command]
+    with (tmp_path / "err").open("w") as said:
+        launched = subprocess.Popen(
+            arguments, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+        while len(list(tmp_path.glob("multirun/a/b/[01]/checkpoints/checkpoint-20"))) < 2:
+            time.sleep(0.02)
+            assert launched.poll() is None
+        os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
+        assert launched.wait() == 130
+    sweep = tmp_path / "multirun/a/b"
+    records = [json.loads((sweep / n / "run.json").read_text()) for n in "01"]
+    assert [record["status"] for record in records] == ["interrupted"] * 2
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert cli(*command, cwd=tmp_path).returncode == 0
+    assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
+
+
 def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:
     done = cli("-m", "peft.r=2,4", *STEPS[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     sweep, _ = summary(tmp_path)
-    for number, r in (("0", 2), ("1", 4)):
+    others: list[str] = []
+    for number in ("0", "1"):
         (file,) = (sweep / number / "wandb").glob("offline-run-*/*.wandb")
         command = ["wandb", "leet", "inspect", "--json", str(file)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         lines = map(json.loads, (sweep / number / "metrics.jsonl").read_text().splitlines())
-        assert all(str(line["train/loss"])[:10] in said for line in lines if "train/loss" in line)
+        losses = [str(line["train/loss"])[:10] for line in lines if "train/loss" in line]
+        assert len(losses) == 3
+        assert all(loss in said for loss in losses[1:])  # the first is everybody's
+        assert not any(loss in said for loss in others)
+        others = losses[1:]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
 from lora_exp.model import Base
-from tests.conftest import QUICK
+from tests.conftest import QUICK, ROOT
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]
 COMMON += ["train.save_strategy=no", "train.per_device_train_batch_size=4", "samples.rows=2"]
@@ -104,9 +108,10 @@ def test_four_unlike_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -> N
 )
 def test_they_do_so_under_every_setting(tmp_path: Path, setting: list[str]) -> None:
     jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8", "targets=attention"]]
-    results, _ = packed(jobs, tmp_path / "pack", *setting)
+    results, pack = packed(jobs, tmp_path / "pack", *setting)
     for ours, theirs in zip(results, alone(jobs, tmp_path, *setting), strict=True):
         assert seen(ours) == seen(theirs)
+    assert pack.passes["most jobs"] == 2
 
 
 def test_stacked_adapters_are_near_and_say_so(tmp_path: Path) -> None:
@@ -322,3 +327,48 @@ def test_a_base_that_cannot_be_fused_is_shared_all_the_same(tmp_path: Path) -> N
     assert pack.passes["most jobs"] == 0
     for ours, theirs in zip(results, alone(jobs, tmp_path, eager), strict=True):
         assert seen(ours) == seen(theirs)
+
+
+MEMORY = """
+import resource, sys, warnings
+from pathlib import Path
+from lora_exp.lockstep.pack import Pack
+from tests.test_lockstep_pack import alone, packed, seen
+
+folder, jobs = Path(sys.argv[1]), [[f"seed={n}", "peft.lora_dropout=0.1"] for n in range(4)]
+large = ["train.per_device_train_batch_size=64", "train.max_steps=3", "samples.rows=0",
+         "train.eval_strategy=no"]
+whole = alone(jobs, folder / "alone", *large)
+forward = Pack._forward
+
+def tightened(self, requests, mode):
+    if mode.training and len(requests) > 2 and not hasattr(self, "tight"):
+        self.tight = True
+        status = Path("/proc/self/status").read_text()
+        held = int(status.split("VmSize:")[1].split()[0]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * 2**20, -1))
+    return forward(self, requests, mode)
+
+Pack._forward = tightened
+results, pack = packed(jobs, folder / "pack", *large)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+for ours, theirs in zip(results, whole):
+    if isinstance(ours, Exception):
+        raise ours
+    assert seen(ours) == seen(theirs)
+print("shared by", pack.hub.fused, "most", pack.passes["most jobs"])
+"""
+
+
+def test_too_little_memory_makes_passes_smaller_and_changes_nothing(tmp_path: Path) -> None:
+    """The limit is the system's own: allocations fail in whatever line they happen."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for room in (60, 30, 90, 15):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / str(room)), str(room)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0 and "shared by None" not in done.stdout:
+            break
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"shared by [123] ", done.stdout)

@@ -118,12 +118,13 @@ class Hub:
             if len(requests) == 1:
                 self._go_on(requests[0].job, error=error)
                 return
-            half = len(requests) // 2
+            answers = None
             if out_of_memory(error):
-                self.fused = half
+                self.fused = len(requests) // 2
                 self._mine()
-                log.warning("out of memory: from here on %d jobs at once share a pass", half)
-            error.__traceback__ = None  # it holds the tensors of what failed
+                log.warning("out of memory: from here on %d jobs share a pass", self.fused)
+        if answers is None:  # here, where nothing holds the tensors of what failed any more
+            half = len(requests) // 2
             self._answer(requests[:half])
             self._answer(requests[half:])
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_exp.lockstep.segment import Segment
 from lora_exp.lockstep.state import RandomState
-
-if TYPE_CHECKING:
-    from lora_exp.lockstep.body import FusedBody
 
 
 def split(x_1NC: Tensor, sizes: list[int], dim: int = 1) -> list[Tensor]:
@@ -73,12 +70,12 @@ class FusedLinear(nn.Module):
     adapters are stacked too, ranks and tokens padded with zeros; about 1e-6 off.
     """
 
-    def __init__(self, base: nn.Module, body: FusedBody) -> None:
+    def __init__(self, base: nn.Module, body: Any) -> None:
+        """Stand in for a layer of a `FusedBody`."""
         super().__init__()
         self.base = base
         self.layers: dict[int, Adapter] = {}  # the jobs' modules, not ours
-        self.body: Any
-        object.__setattr__(self, "body", body)  # not a submodule of ours
+        self.body = body  # no nn.Module, so not ours either
         weight: Any = base.weight
         self.shape = (type(base), base.in_features, base.out_features, weight.dtype)
 

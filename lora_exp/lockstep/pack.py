@@ -63,7 +63,8 @@ class Pack:
             base: loaded already; None: by the first job.
         """
         self.mode, self.max_jobs = mode, max_jobs
-        self.hub = Hub(self, max_jobs or 1, ROOM[device().partition(":")[0]])
+        # the first job measures the base for all; the others begin when it has
+        self.hub = Hub(self, 1, ROOM[device().partition(":")[0]])
         self.tapes: dict[int, list[Tape]] = {}
         self.trained: dict[int, list[nn.Parameter]] = {}
         self.passes = {"forward": 0, "backward": 0, "most jobs": 0}
@@ -92,7 +93,7 @@ class Pack:
         if self._fused is None:
             self._fused = FusedBody(self._base.model.base_model, self.mode)
         if self.max_jobs is None:
-            self.max_jobs = self.hub.width = fitting(trainer)
+            self.max_jobs = fitting(trainer)
         self._fused.attach(job, body)
         self.tapes[job] = []
         self.trained[job] = [
@@ -103,10 +104,15 @@ class Pack:
 
         def meet(loss: Tensor, **options: Any) -> None:
             backward(loss, **options)
+            self.widen()
             if self.tapes[job]:
                 self.hub.ask(job, "backward", self.tapes[job][-1].segment.tokens, 1, None)
 
         trainer.accelerator.backward = meet
+
+    def widen(self) -> None:
+        """Let as many jobs begin as may."""
+        self.hub.width = self.max_jobs or 1
 
     def leave(self, job: int) -> None:
         """Forget a job."""

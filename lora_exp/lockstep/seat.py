@@ -54,6 +54,7 @@ class Seat:
                 trainer.log(dict(seen))  # as it does when it measures
         else:
             self.pack.measured[key] = seen, answers = measure()
+        self.pack.widen()
         return seen, answers
 
     def join(self, trainer: Any) -> None:

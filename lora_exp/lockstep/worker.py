@@ -165,8 +165,10 @@ def _pack(seats: Seats, report: _Report) -> None:
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table
+    from lora_exp.memory import keep_freed
     from lora_exp.place import here
 
+    keep_freed()
     launcher = os.getppid()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
     pack = Pack(seats.mode or "exact", seats.max_jobs)

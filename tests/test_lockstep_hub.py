@@ -1,0 +1,140 @@
+"""Jobs as greenlets: who waits for whom, and whose the errors are."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from lora_exp.lockstep.hub import Hub, Request, out_of_memory
+
+
+class Adder:
+    """Answers each number with itself plus one, and remembers what it was asked together."""
+
+    def __init__(self, fails: Any = lambda numbers: None) -> None:
+        self.served: list[tuple[Any, list[int]]] = []
+        self.fails = fails
+
+    def serve(self, requests: list[Request]) -> list[int]:
+        numbers = [request.payload for request in requests]
+        self.served.append((requests[0].kind, numbers))
+        if error := self.fails(numbers):
+            raise error
+        return [number + 1 for number in numbers]
+
+
+def asking(hub: Hub, results: dict[int, Any], job: int, *asked: tuple[str, int, int]) -> Any:
+    def run() -> None:
+        try:
+            results[job] = [hub.ask(job, kind, 1, order, n) for kind, order, n in asked]
+        except Exception as error:
+            results[job] = error
+
+    return run
+
+
+def test_what_waits_together_is_served_together_forwards_first() -> None:
+    server, results = Adder(), {}
+    hub = Hub(server, 9, 99)
+    hub.run(
+        [
+            asking(hub, results, 0, ("f", 0, 1), ("b", 1, 2)),
+            asking(hub, results, 1, ("f", 0, 10), ("f", 0, 20), ("b", 1, 30)),
+        ]
+    )
+    assert server.served == [("f", [1, 10]), ("f", [20]), ("b", [2, 30])]
+    assert results == {0: [2, 3], 1: [11, 21, 31]}
+
+
+def test_places_are_taken_again_and_room_is_kept() -> None:
+    server, results = Adder(), {}
+    hub = Hub(server, 3, 2)
+    hub.run([asking(hub, results, job, ("f", 0, job)) for job in range(5)])
+    assert results == {job: [job + 1] for job in range(5)}
+    assert max(len(numbers) for _, numbers in server.served) == 2
+
+
+def test_an_error_finds_its_own_job() -> None:
+    server = Adder(lambda numbers: ValueError("no") if 3 in numbers else None)
+    results: dict[int, Any] = {}
+    hub = Hub(server, 9, 99)
+    hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(5)])
+    assert isinstance(results.pop(3), ValueError)
+    assert results == {job: [job + 1, 10] for job in (0, 1, 2, 4)}
+    assert hub.fused is None
+
+
+def test_too_little_memory_halves_what_is_served_at_once_for_good() -> None:
+    full = MemoryError()
+    server, results = Adder(lambda numbers: full if len(numbers) > 2 else None), {}
+    hub = Hub(server, 9, 99)
+    hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(6)])
+    assert results == {job: [job + 1, 10] for job in range(6)}
+    assert hub.fused is not None
+    assert hub.fused <= 2
+
+
+def test_an_interrupt_reaches_every_job() -> None:
+    def interrupted(numbers: list[int]) -> Any:
+        raise KeyboardInterrupt
+
+    hub, ended = Hub(Adder(interrupted), 9, 99), []
+
+    def job(n: int) -> Any:
+        def run() -> None:
+            try:
+                hub.ask(n, "f", 1, 0, n)
+            except KeyboardInterrupt:
+                ended.append(n)
+                raise
+
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.run([job(0), job(1)])
+    assert ended == [0, 1]
+
+
+def test_each_job_has_its_own_random_numbers_and_modes() -> None:
+    def draw() -> tuple[float, float]:
+        return torch.rand(1).item(), random.random()
+
+    def alone(seed: int) -> list[tuple[float, float]]:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        return [draw(), draw()]
+
+    hub, found = Hub(Adder(), 9, 99), {}
+
+    def job(seed: int) -> Any:
+        def run() -> None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            first = draw()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=seed == 1):
+                hub.ask(seed, "f", 1, 0, 0)
+                assert not torch.is_grad_enabled()
+                assert torch.is_autocast_enabled("cpu") is (seed == 1)
+            assert torch.is_grad_enabled()
+            found[seed] = [first, draw()]
+
+        return run
+
+    hub.run([job(0), job(1)])
+    assert found == {0: alone(0), 1: alone(1)}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_out_of_memory_is_known_by_its_word(error: BaseException, expected: bool) -> None:
+    assert out_of_memory(error) is expected

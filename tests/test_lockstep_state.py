@@ -1,0 +1,58 @@
+"""What a process has only one of."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from accelerate.state import GradientState
+from torch import nn
+
+from lora_exp.lockstep.state import ProcessState, nest
+
+
+@pytest.fixture(autouse=True)
+def _unchanged() -> object:
+    before = ProcessState.now()
+    yield
+    before.restore()
+
+
+def test_a_state_taken_leaves_the_modes_of_a_fresh_process_and_comes_back() -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        state = ProcessState.now()
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        state.restore()
+        assert not torch.is_grad_enabled()
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_accumulation_and_log_handlers_are_a_jobs_own() -> None:
+    GradientState()._set_sync_gradients(False)
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    mine = ProcessState.now()
+    GradientState()._set_sync_gradients(True)
+    logging.getLogger().removeHandler(handler)
+    mine.restore()
+    assert GradientState().sync_gradients is False
+    assert handler in logging.getLogger().handlers
+
+
+def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
+    layer, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
+    waiting = torch.autocast("cpu", torch.bfloat16)
+    waiting.__enter__()
+    depth = nest(0)  # as a job that waits in it leaves the process
+    assert depth == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(layer(x), before)
+    nest(depth)
+    waiting.__exit__(None, None, None)
