@@ -183,6 +183,14 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     spare(trainer.model)
+    evaluate = trainer.evaluate
+
+    def unnoticed(*arguments: Any, **options: Any) -> Any:
+        """Evaluate without moving the random streams: loaders draw a seed that they never use."""
+        with torch.random.fork_rng():
+            return evaluate(*arguments, **options)
+
+    trainer.evaluate = unnoticed
     for parameter in adapted.model.parameters():
         if (
             adapted.method and parameter.requires_grad

@@ -35,8 +35,7 @@ def keep_freed() -> None:
     It would give every large block back to the system, and take it again page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    if mallopt is not None and mallopt(-3, 2**30):  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 

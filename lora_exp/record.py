@@ -36,11 +36,16 @@ def standing(directory: Path, cfg: DictConfig) -> str | None:
     path = directory / "run.json"
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values["fingerprint"] != fingerprint(cfg):
-        text = f"{directory} holds another run ({values['name']}); take another directory"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = values["fingerprint"], str(values["status"]), values["name"]
+    except (ValueError, KeyError) as error:
+        text = f"{path} cannot be read ({error}); move {directory} away to run the job anew"
+        raise ConfigError([("hydra.sweep.dir", text)]) from error
+    if known[0] != fingerprint(cfg):
+        text = f"{directory} holds another run ({known[2]}); take another directory"
         raise ConfigError([("hydra.sweep.dir", text)])
-    return str(values["status"])
+    return known[1]
 
 
 def objective(directory: Path) -> float:
@@ -50,11 +55,11 @@ def objective(directory: Path) -> float:
 
 
 def mark(directory: Path, status: str, error: str) -> None:
-    """Write how a run ended that could not do so itself."""
+    """Write how a run ended that could not do so itself; one that finished stays finished."""
     path = directory / "run.json"
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8")) | {"status": status, "error": error}
-        write_whole(path, json.dumps(values, indent=1) + "\n")
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if values and values["status"] != "finished":
+        write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
 
 
 class Record:

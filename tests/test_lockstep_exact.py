@@ -41,11 +41,11 @@ class Mixing(nn.Linear):
 
 
 def test_a_layer_whose_rows_see_each_other_is_never_alike() -> None:
-    assert rows_alike(Mixing(32, 48), torch.float32) == math.inf
+    assert rows_alike(Mixing(32, 48), torch.float32, True) == math.inf
 
 
 def test_an_ordinary_layer_is_alike_from_some_rows_on() -> None:
-    assert rows_alike(nn.Linear(64, 96, bias=False), torch.float32) <= 64
+    assert rows_alike(nn.Linear(64, 96, bias=False), torch.float32, True) <= 64
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
     record = {"status": "finished", "fingerprint": fingerprint(done.settled), "name": "x"}
     (done.directory / "run.json").write_text(json.dumps(record))
     made = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
-    assert [j.number for j in made.at_once] == [0, 1]
+    assert [(j.number, why.split(",")[0]) for j, why in made.at_once] == [
+        (0, "finished before"),
+        (1, "refused"),
+    ]
     assert not made.packs
     assert not made.alone
 

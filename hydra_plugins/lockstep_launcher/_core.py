@@ -86,12 +86,15 @@ class _Launch:
         self.launcher, self.jobs = launcher, jobs
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
+        self.deaths = 0  # of workers that no running job can have caused
 
     def run(self, made: Plan, worker: Worker) -> None:
         """Carry a plan out, whatever the worker does."""
-        for job in made.at_once:
+        for job, _ in made.at_once:
             self.began(job.number)
             self.ended(job.number, self._here(job))
+        hydra = self.launcher.config.hydra
+        configure_log(hydra.hydra_logging, hydra.verbose)  # those jobs have set their own
         work = [_seats(pack) for pack in made.packs]
         work.append(_alone([job for job, _ in made.alone]))
         self.train(work, worker)
@@ -103,7 +106,11 @@ class _Launch:
                 worker.run(work, self.began, self.ended)
                 return
             except LoraExpError as error:
-                lost = sorted(self.running) or [n for seats in work for n, _ in seats.jobs]
+                lost = sorted(self.running)
+                if not lost:  # it died before or between jobs: none of them is to blame
+                    self.deaths += 1
+                if self.deaths > 1:
+                    raise
                 log.warning("%s; to be tried again, alone: jobs %s", error, lost)
                 for number in lost:
                     mark(self.jobs[number].directory, "failed", str(error))

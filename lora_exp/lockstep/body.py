@@ -44,6 +44,10 @@ def sharing_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(x): x for x in kept})
 
 
+# rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
+SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
+
+
 class FusedBody:
     """A copy of the base's body that runs the rows of several jobs in one pass."""
 
@@ -54,6 +58,7 @@ class FusedBody:
         self.kind = kind
         self.segments: list[Segment] = []
         self.rows: dict[Any, float] = {}  # for each shape of layer, see `rows_alike`
+        self.mode: Mode | None = None
         self.proven: dict[Mode, dict[Any, float] | None] = {}
         self.linears: dict[str, FusedLinear] = {}
         for name, module in list(self.body.named_modules()):
@@ -79,19 +84,27 @@ class FusedBody:
         other; so nothing is assumed, and each mode is measured once.
         """
         mode.precision.restore()
-        for module in self.modules:  # 8-bit layers compute differently while they train
-            module.training = mode.training
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = mode.checkpointing
+        self._set(mode)
         if mode not in self.proven:
             self.rows = {}
             with torch.no_grad(), keeping_random():
                 for linear in self.linears.values():
                     if linear.shape not in self.rows and self.kind == "exact":
-                        self.rows[linear.shape] = rows_alike(linear.base, self._dtype())
+                        self.rows[linear.shape] = rows_alike(
+                            linear.base, self._dtype(), mode.precision.grad
+                        )
                 self.proven[mode] = self.rows if self._is_exact() else None
         self.rows = self.proven[mode] or {}
         return self.proven[mode] is not None
+
+    def _set(self, mode: Mode) -> None:
+        if mode == self.mode:
+            return
+        self.mode, self.rows = mode, self.proven.get(mode) or {}
+        for module in self.modules:  # 8-bit layers compute differently while they train
+            module.training = mode.training
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = mode.checkpointing
 
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.body.get_input_embeddings().weight.dtype
@@ -102,7 +115,7 @@ class FusedBody:
         device = self.body.device
         self.own.train(self.body.training)
         segments = []
-        for job, (b, length, padding) in enumerate([(2, 9, 3), (1, 40, 0), (3, 21, 5)]):
+        for job, (b, length, padding) in enumerate(SHAPES):
             ids = torch.randint(self.own_config.vocab_size, (b, length), device=device)
             mask = torch.ones_like(ids)
             mask[0, length - padding :] = 0
@@ -170,10 +183,16 @@ class FusedBody:
 
     def _recomputing(self) -> tuple[Any, Any]:
         """Return checkpoint's two contexts: a layer is recomputed in the pass that it ran in."""
-        return nullcontext(), self._again(self.segments, [s.random for s in self.segments])
+        assert self.mode is not None
+        return nullcontext(), self._again(
+            self.mode, self.segments, [s.random for s in self.segments]
+        )
 
     @contextmanager
-    def _again(self, segments: list[Segment], randoms: list[RandomState]) -> Iterator[None]:
+    def _again(
+        self, mode: Mode, segments: list[Segment], randoms: list[RandomState]
+    ) -> Iterator[None]:
+        self._set(mode)  # another may have been entered since
         after = [s.random for s in segments]
         for s, random in zip(segments, randoms, strict=True):
             s.random = random

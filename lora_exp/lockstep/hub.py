@@ -28,6 +28,7 @@ class Request:
     order: int  # the lower is served first: a backward waits until no forward does
     payload: Any
     random: RandomState  # the job's; what draws for the job while it waits moves it on
+    age: int = 0  # the lower asked earlier
 
 
 class Server(Protocol):
@@ -37,7 +38,7 @@ class Server(Protocol):
         """Return an answer to each.
 
         Raises:
-            Exception: whatever went wrong; nothing has changed then, and fewer may be asked for.
+            Exception: whatever went wrong; the same requests can be made again, or some of them.
         """
 
 
@@ -55,6 +56,7 @@ class Hub:
         self._queue: deque[tuple[int, Callable[[], None]]] = deque()
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}
+        self._asked = 0
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
         """Run all jobs, at most `width` at once; as one ends the next takes its place.
@@ -67,6 +69,7 @@ class Hub:
             while self._queue or self._live:
                 while self._queue and len(self._live) < self.width:
                     number, job = self._queue.popleft()
+                    self._mine()  # it begins as the first did
                     self._live[number] = greenlet(job, self._main)
                     self._switch(number)
                 self._serve()
@@ -82,7 +85,8 @@ class Hub:
 
     def ask(self, job: int, kind: Hashable, size: int, order: int, payload: Any) -> Any:
         """Wait, as the running job, until the request is served."""
-        request = Request(job, kind, size, order, payload, RandomState.now())
+        self._asked += 1
+        request = Request(job, kind, size, order, payload, RandomState.now(), self._asked)
         state = ProcessState.now()
         self._waiting[job] = request
         try:
@@ -92,12 +96,20 @@ class Hub:
             request.random.restore()
 
     def _serve(self) -> None:
+        """Serve what waits: forwards before backwards, unless memory is short, then the reverse."""
         if not self._waiting:
             return
-        first = min(self._waiting.values(), key=lambda r: (r.order, r.job))
+        short = self.fused is not None
+        first = min(
+            self._waiting.values(), key=lambda r: (-r.order, r.age) if short else (r.order, r.age)
+        )
         asked = [r for _, r in sorted(self._waiting.items()) if r.kind == first.kind]
+        if short:  # what leads back is held for one share at a time
+            asked.sort(key=lambda r: r.age)
         for some in self._shares(asked):
             self._answer(some)
+            if short or self.fused is not None:
+                return
 
     def _shares(self, asked: list[Request]) -> Iterator[list[Request]]:
         """Cut requests into those that are served as one."""
@@ -111,25 +123,33 @@ class Hub:
         yield some
 
     def _answer(self, requests: list[Request]) -> None:
-        """Serve some requests; if that fails, by halves, until the error has found its job."""
+        """Serve some requests; if that fails, by halves, until the error has found its job.
+
+        Without memory they go on waiting, for smaller shares and for what the others hold.
+        """
+        half = len(requests) // 2
         try:
             answers = self.server.serve(requests)
         except Exception as error:
-            if len(requests) == 1:
+            if out_of_memory(error) and (half or self._held(requests[0])):
+                self.fused = max(1, min(self.fused or half, half))
+                self._mine()
+                log.warning("out of memory: from here on %d jobs share a pass", self.fused)
+                return
+            if not half:
                 self._go_on(requests[0].job, error=error)
                 return
             answers = None
-            if out_of_memory(error):
-                self.fused = len(requests) // 2
-                self._mine()
-                log.warning("out of memory: from here on %d jobs share a pass", self.fused)
         if answers is None:  # here, where nothing holds the tensors of what failed any more
-            half = len(requests) // 2
             self._answer(requests[:half])
             self._answer(requests[half:])
             return
         for request, answer in zip(requests, answers, strict=True):
             self._go_on(request.job, answer)
+
+    def _held(self, request: Request) -> bool:
+        """Say whether others hold memory that serving them first would free."""
+        return any(r.order > request.order for r in self._waiting.values())
 
     def _go_on(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
         del self._waiting[job]

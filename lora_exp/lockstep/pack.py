@@ -36,10 +36,11 @@ ROOM = {"cpu": 2048, "cuda": 16384}
 log = logging.getLogger("lora_exp")
 
 
-@dataclass
+@dataclass(eq=False)
 class Tape:
     """What leads back from a job's hidden states to its adapter."""
 
+    made: list[Tape]  # the tapes of the same pass, whose graph they share
     segment: Segment  # as it was before the pass drew random numbers
     mode: Mode
     hidden: Tensor | None  # None: the pass has to be made again
@@ -67,6 +68,8 @@ class Pack:
         self.hub = Hub(self, 1, ROOM[device().partition(":")[0]])
         self.tapes: dict[int, list[Tape]] = {}
         self.trained: dict[int, list[nn.Parameter]] = {}
+        self.held: dict[int, int] = {}  # bytes that each job takes beside the base, estimated
+        self.free, self.wide = 0, False
         self.passes = {"forward": 0, "backward": 0, "most jobs": 0}
         self.measured: dict[str, Any] = {}  # what jobs need not measure again
         self.counted = [0]  # tokens of training passes; a list, for others to watch
@@ -75,10 +78,11 @@ class Pack:
 
     def base(self, cfg: DictConfig) -> Base:
         """Return a copy of the base that shares its weights; the first job loads it."""
-        gc.freeze()  # what is there stays; trainers collect garbage, and would walk over it
         if self._base is None:
             reset_peak()
             self._base = build(cfg, "model", quantization=build(cfg, "quant"))
+        self.free = self.free or free_bytes()
+        gc.freeze()  # what is there stays; trainers collect garbage, and would walk over it
         return share(self._base)
 
     def join(self, job: int, trainer: Any) -> None:
@@ -87,13 +91,16 @@ class Pack:
         body = model.base_model
         assert self._base is not None
         why = unfusable(self._base.model) or foreign(model)
+        if getattr(trainer.args, "activation_offloading", False):
+            why = "activation_offloading moves what a pass keeps"
         if why:
             log.info("lockstep: this job shares the base but no pass: %s", why)
             return
         if self._fused is None:
             self._fused = FusedBody(self._base.model.base_model, self.mode)
-        if self.max_jobs is None:
-            self.max_jobs = fitting(trainer)
+        self.held[job] = training_bytes(trainer)
+        if self.wide:
+            self.widen()
         self._fused.attach(job, body)
         self.tapes[job] = []
         self.trained[job] = [
@@ -103,19 +110,38 @@ class Pack:
         backward = trainer.accelerator.backward
 
         def meet(loss: Tensor, **options: Any) -> None:
-            backward(loss, **options)
             self.widen()
-            if self.tapes[job]:
-                self.hub.ask(job, "backward", self.tapes[job][-1].segment.tokens, 1, None)
+            try:
+                backward(loss, **options)
+                tapes = self.tapes[job]
+                if tapes:  # those of the same passes go back together
+                    kind = ("backward", *(id(tape.made) for tape in tapes))
+                    self.hub.ask(job, kind, tapes[-1].segment.tokens, 1, None)
+            finally:
+                self._drop(job)
 
         trainer.accelerator.backward = meet
 
     def widen(self) -> None:
-        """Let as many jobs begin as may."""
-        self.hub.width = self.max_jobs or 1
+        """Let as many jobs begin as may: by memory, as many as the largest would fit so far."""
+        self.wide = True
+        fitting = int(0.8 * self.free / max(self.held.values(), default=self.free))
+        self.hub.width = self.max_jobs or max(1, fitting)
+
+    def _drop(self, job: int) -> None:
+        """Forget what led back to a job's adapter."""
+        for tape in self.tapes[job]:
+            tape.made.remove(tape)
+        self.tapes[job].clear()
 
     def leave(self, job: int) -> None:
         """Forget a job."""
+        if self.tapes.get(job):
+            for tape in self.tapes[job]:
+                if tape.mode.checkpointing:  # the pass cannot be recomputed without its adapter
+                    unmade(tape.made)
+            self._drop(job)
+        self.held.pop(job, None)
         self.tapes.pop(job, None)
         self.trained.pop(job, None)
         if self._fused is not None:
@@ -182,6 +208,7 @@ class Pack:
             torch.clear_autocast_cache()
         self.passes["forward"] += 1
         self.passes["most jobs"] = max(self.passes["most jobs"], len(used))
+        made: list[Tape] = []
         answers = []
         for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
             hidden = hidden_of[place]
@@ -189,7 +216,8 @@ class Pack:
             if hidden.requires_grad:
                 self.counted[0] += after.tokens
                 leaf = hidden.detach().requires_grad_()
-                self.tapes[request.job].append(Tape(before, mode, hidden, leaf))
+                made.append(Tape(made, before, mode, hidden, leaf))
+                self.tapes[request.job].append(made[-1])
                 hidden = leaf
             answers.append(hidden if place == requests.index(request) else hidden.clone())
         return answers
@@ -211,30 +239,28 @@ class Pack:
     def _backward(self, requests: list[Request]) -> list[None]:
         """Bring each job's gradients from its hidden states to its adapter."""
         jobs = [r.job for r in requests]
-        parameters = [p for job in jobs for p in self.trained[job]]
+        parameters = [p for job in jobs for p in self.trained[job] if p.requires_grad]
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         tapes = {job: [t for t in self.tapes[job] if t.leaf.grad is not None] for job in jobs}
         try:
             for turn in range(max(map(len, tapes.values()))):  # the last pass first, as autograd
-                self._back([own[-1 - turn] for own in tapes.values() if turn < len(own)])
+                own = [own[-1 - turn] for own in tapes.values() if turn < len(own)]
+                self._back(own, parameters)
         except BaseException:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
             for own in tapes.values():
-                for tape in own:
-                    tape.hidden = None
+                unmade(own)
             raise
         self.passes["backward"] += 1
         for p, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 p.grad = grad if p.grad is None else grad.add_(p.grad)
-        for job in jobs:
-            self.tapes[job].clear()
         return [None] * len(jobs)
 
-    def _back(self, tapes: list[Tape]) -> None:
+    def _back(self, tapes: list[Tape], parameters: list[nn.Parameter]) -> None:
         assert self._fused is not None
         again = [t for t in tapes if t.hidden is None]
         for mode in {t.mode for t in again}:
@@ -244,7 +270,18 @@ class Pack:
             torch.clear_autocast_cache()
             for tape, hidden in zip(some, found, strict=True):
                 tape.hidden = hidden
-        torch.autograd.backward([t.hidden for t in tapes], [t.leaf.grad for t in tapes])  # type: ignore[arg-type]
+        ends = [t.hidden for t in tapes if t.hidden is not None]
+        try:
+            torch.autograd.backward(ends, [t.leaf.grad for t in tapes], inputs=parameters)
+        finally:
+            for tape in tapes:  # the pass's graph is used up, for those not asked for too
+                unmade(tape.made)
+
+
+def unmade(tapes: list[Tape]) -> None:
+    """Let go of a graph that cannot be gone back through; the pass is made again when needed."""
+    for tape in tapes:
+        tape.hidden = None
 
 
 def share(base: Base) -> Base:
@@ -256,11 +293,6 @@ def share(base: Base) -> Base:
         base.revision,
         base.warning,
     )
-
-
-def fitting(trainer: Any) -> int:
-    """Return how many jobs like this one fit into four fifths of the memory that is free."""
-    return max(1, int(0.8 * free_bytes() / training_bytes(trainer)))
 
 
 def adapters(layer: Any) -> list[nn.Parameter]:

@@ -15,10 +15,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lora_exp.config import plain
+from lora_exp.errors import ConfigError
 from lora_exp.record import standing
 from lora_exp.redaction import redact_text
 
 # a start that rewrites the base's weights, or reads data of its own
+REFUSED = "refused, see below"
 STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
 
 
@@ -37,23 +39,23 @@ class Job:
 class Plan:
     """What becomes of each job."""
 
-    at_once: tuple[Job, ...]  # nothing to train: finished before, or refused
+    at_once: tuple[tuple[Job, str], ...]  # nothing to train, and why
     packs: tuple[tuple[Job, ...], ...]
     alone: tuple[tuple[Job, str], ...]  # and why
 
 
 def plan(jobs: Iterable[Job]) -> Plan:
     """Group jobs by what shapes their base; keep out those that would change it."""
-    at_once: list[Job] = []
+    at_once: list[tuple[Job, str]] = []
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
     for job in jobs:
-        if job.settled is None or standing(job.directory, job.settled) == "finished":
-            at_once.append(job)
+        if why := _settled(job):
+            at_once.append((job, why))
         elif why := solitary(job):
             alone.append((job, why))
         else:
-            packs.setdefault(_base(job.settled), []).append(job)
+            packs.setdefault(_base(job), []).append(job)
     for key, members in list(packs.items()):
         if len(members) == 1:
             alone.append((packs.pop(key)[0], "no other job has its base"))
@@ -61,8 +63,19 @@ def plan(jobs: Iterable[Job]) -> Plan:
     return Plan(tuple(at_once), tuple(map(tuple, packs.values())), tuple(alone))
 
 
+def _settled(job: Job) -> str | None:
+    """Say why there is nothing to train; None where there is."""
+    if job.settled is None:
+        return REFUSED
+    try:
+        status = standing(job.directory, job.settled)
+    except ConfigError:
+        return REFUSED
+    return "finished before, not run again" if status == "finished" else None
+
+
 def solitary(job: Job) -> str | None:
-    """Say why a job must have base and process to itself; None where it can share them."""
+    """Say why a job must have a base to itself; None where it can share one."""
     assert job.settled is not None
     cfg, peft = job.settled, job.settled.peft
     if peft is None:
@@ -90,11 +103,13 @@ def solitary(job: Job) -> str | None:
         return "lockstep.max_jobs=1"
     hydra = job.config.hydra.job
     if hydra.chdir or hydra.env_set:
-        return "hydra.job.chdir and env_set need a process of their own"
+        return "hydra.job.chdir and env_set change what a process has only one of"
     return None
 
 
-def _base(cfg: DictConfig) -> str:
+def _base(job: Job) -> str:
+    assert job.settled is not None
+    cfg = job.settled
     values = plain(cfg)
     shaping = [values["model"], values["quant"], values["lockstep"], cfg.algorithm.task_type]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
@@ -118,24 +133,22 @@ def show(made: Plan) -> None:
         numbers = _ranges([job.number for job in jobs])
         console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
 
-    say_all: list[tuple[list[Job], str]] = []
-    finished = [job for job in made.at_once if job.settled is not None]
-    if finished:
-        say_all.append((finished, "finished before, not run again"))
-    refused = [job for job in made.at_once if job.settled is None]
-    if refused:
-        say_all.append((refused, "refused, see below"))
+    say_all = [(jobs, why) for why, jobs in _by_reason(made.at_once).items()]
     for pack in made.packs:
         first: Any = pack[0].settled
         where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
         say_all.append((list(pack), f"in lockstep ({first.lockstep.mode}) on {where}"))
-    reasons: dict[str, list[Job]] = {}
-    for job, why in made.alone:
-        reasons.setdefault(why, []).append(job)
-    say_all += [(jobs, f"alone: {why}") for why, jobs in reasons.items()]
+    say_all += [(jobs, f"alone: {why}") for why, jobs in _by_reason(made.alone).items()]
     console.print(Text("     jobs", style="dim"))
     for jobs, text in say_all:
         say(jobs, text)
+
+
+def _by_reason(pairs: Iterable[tuple[Job, str]]) -> dict[str, list[Job]]:
+    reasons: dict[str, list[Job]] = {}
+    for job, why in pairs:
+        reasons.setdefault(why, []).append(job)
+    return reasons
 
 
 def _ranges(numbers: list[int]) -> str:

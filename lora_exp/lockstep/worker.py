@@ -6,14 +6,15 @@ are there, and nothing of a GPU is.
 
 from __future__ import annotations
 
+import ctypes
 import os
-import pickle
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus, run_job
@@ -23,6 +24,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from lora_exp.errors import LoraExpError
 
 Config = tuple[int, DictConfig]
+KNOWN = ("builtins", "lora_exp", "hydra", "omegaconf")  # whose errors the launcher can have
+
+
+def end_with(launcher: int) -> None:
+    """Have this process interrupted when the launcher is gone, however it went (prctl(2))."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:
+        raise SystemExit(130)
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class Worker:
         """Start a process, the first or one for another that died."""
         fork = get_context("fork")
         self.pipe, theirs = fork.Pipe()
-        arguments = (theirs, self.pipe, *self.arguments)
-        self.process = fork.Process(target=_work, args=arguments, daemon=True)
+        arguments = (theirs, self.pipe, os.getpid(), *self.arguments)
+        self.process = fork.Process(target=_work, args=arguments)
         self.process.start()
         theirs.close()
 
@@ -59,27 +70,32 @@ class Worker:
         Raises:
             LoraExpError: it died; what had begun and not ended was lost with it.
         """
-        self.pipe.send(work)
-        while True:
-            wait([self.pipe, self.process.sentinel])
-            try:
-                said, *about = self.pipe.recv() if self.pipe.poll() else (None,)
-            except EOFError:
-                said = None
-            if said is None:
-                self.process.join()
-                raise LoraExpError(f"the worker was {_ending(self.process.exitcode or 0)}")
-            if said == "over":
-                return
-            (began if said == "began" else ended)(*about)
+        try:
+            self.pipe.send(work)
+            while True:
+                wait([self.pipe, self.process.sentinel])
+                said, *about = self.pipe.recv() if self.pipe.poll() else ("gone",)
+                if said == "over":
+                    return
+                if said == "gone":
+                    break
+                (began if said == "began" else ended)(*about)
+        except (EOFError, OSError):
+            pass  # it died while it said something
+        self.process.join()
+        raise LoraExpError(f"the worker was {_ending(self.process.exitcode or 0)}")
 
     def stop(self) -> None:
-        """Let the process go; one that still works gets time to leave its records in order."""
+        """Let the process go; one that still works is asked to leave its records in order."""
         self.pipe.close()
-        self.process.join(timeout=30)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.process.join(timeout=3)  # Ctrl-C has reached it, too
+        for ask, patience in ((self._interrupt, 60), (self.process.kill, 60)):
+            if self.process.is_alive():
+                ask()
+                self.process.join(timeout=patience)
+
+    def _interrupt(self) -> None:
+        os.kill(self.process.pid or 0, signal.SIGINT)
 
 
 def _ending(code: int) -> str:
@@ -91,8 +107,14 @@ def _ending(code: int) -> str:
 
 
 def _work(
-    pipe: Connection, theirs: Connection, context: HydraContext, task: TaskFunction, warm: bool
+    pipe: Connection,
+    theirs: Connection,
+    launcher: int,
+    context: HydraContext,
+    task: TaskFunction,
+    warm: bool,
 ) -> None:
+    end_with(launcher)
     theirs.close()  # else the launcher's end would stay open in here when the launcher is gone
     # the launcher's callbacks stay with the launcher
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
@@ -107,6 +129,10 @@ def _work(
                     report.run(number, config)
             else:
                 _pack(seats, report)
+                import gc
+
+                gc.unfreeze()  # with the pack goes its base
+                gc.collect()
         pipe.send(("over",))
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(130)  # interrupted, or the launcher is gone: records are in order, say no more
@@ -118,9 +144,15 @@ class _Report:
     context: HydraContext
     task: TaskFunction
 
+    def _send(self, *said: Any) -> None:
+        try:
+            self.pipe.send(said)
+        except OSError as error:
+            raise KeyboardInterrupt from error  # nobody listens any more
+
     def run(self, number: int, config: DictConfig) -> JobReturn:
         """Run one job as every launcher does, and send what it returned."""
-        self.pipe.send(("began", number))
+        self._send("began", number)
         try:
             result = run_job(
                 hydra_context=self.context,
@@ -131,7 +163,7 @@ class _Report:
             )
         except Exception as error:  # Hydra's own, before or after the task
             result = failed(config, error)
-        self.pipe.send(("ended", number, portable(result)))
+        self._send("ended", number, portable(result))
         return result
 
 
@@ -149,19 +181,17 @@ def failed(config: DictConfig, error: Exception) -> JobReturn:
 
 
 def portable(result: JobReturn) -> JobReturn:
-    """Return a job's result as it can be sent: an error that cannot be pickled as its text."""
-    try:
-        pickle.loads(pickle.dumps(result))
-    except Exception:
-        value = result._return_value
-        text = f"{type(value).__name__}: {value}"
-        result._return_value = LoraExpError(text) if isinstance(value, Exception) else None
+    """Return a job's result as it can be sent: errors of other packages as their text.
+
+    The launcher would import torch to know one of torch's, and others may not be sent at all.
+    """
+    value = result._return_value
+    if isinstance(value, Exception) and type(value).__module__.split(".")[0] not in KNOWN:
+        result._return_value = LoraExpError(f"{type(value).__name__}: {value}")
     return result
 
 
 def _pack(seats: Seats, report: _Report) -> None:
-    import gc
-
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table
@@ -169,15 +199,9 @@ def _pack(seats: Seats, report: _Report) -> None:
     from lora_exp.place import here
 
     keep_freed()
-    launcher = os.getppid()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
     pack = Pack(seats.mode or "exact", seats.max_jobs)
     table = Table("in lockstep", rows, pack.counted)
-
-    def tick() -> None:
-        table.tick()
-        if os.getppid() != launcher:
-            raise KeyboardInterrupt  # nobody waits for the results
 
     def job(place: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:
@@ -188,8 +212,6 @@ def _pack(seats: Seats, report: _Report) -> None:
 
         return run
 
-    pack.hub.tick = tick
+    pack.hub.tick = table.tick
     with table.open():
         pack.hub.run(job(place, *about) for place, about in enumerate(seats.jobs))
-    gc.unfreeze()
-    gc.collect()
