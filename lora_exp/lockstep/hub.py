@@ -103,13 +103,16 @@ class Hub:
         first = min(
             self._waiting.values(), key=lambda r: (-r.order, r.age) if short else (r.order, r.age)
         )
-        asked = [r for _, r in sorted(self._waiting.items()) if r.kind == first.kind]
+        due = [r for _, r in sorted(self._waiting.items()) if r.order == first.order]
+        kinds = dict.fromkeys([first.kind, *(r.kind for r in due)])
         if short:  # what leads back is held for one share at a time
-            asked.sort(key=lambda r: r.age)
-        for some in self._shares(asked):
-            self._answer(some)
-            if short or self.fused is not None:
-                return
+            kinds = {first.kind: None}
+            due.sort(key=lambda r: r.age)
+        for kind in kinds:  # all in one round, else jobs that fell out of step would stay so
+            for some in self._shares([r for r in due if r.kind == kind]):
+                self._answer(some)
+                if self.fused is not None:
+                    return
 
     def _shares(self, asked: list[Request]) -> Iterator[list[Request]]:
         """Cut requests into those that are served as one."""
