@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import (
     BatchedSweeperTestSuite,
@@ -28,6 +31,18 @@ from tests.test_main import cli
 # Hydra's tests leave version_base open, and Hydra warns of it
 pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")
 STEPS = ["tracking=none", *QUICK, "train.logging_steps=1", "train.save_strategy=no"]
+
+
+FRESH = copy.deepcopy(Singleton.get_state())  # as it is before any test has composed a config
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hydra() -> Iterator[None]:
+    """Hydra's suite expects a version_base that nobody has set; other tests here set it."""
+    before = Singleton.get_state()
+    Singleton.set_state(copy.deepcopy(FRESH))
+    yield
+    Singleton.set_state(before)
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep", [])])
