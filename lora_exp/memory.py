@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -58,7 +59,8 @@ def training_bytes(trainer: Any) -> int:
     config = model.config
     rows = trainer.train_dataset
     known = "input_ids" in (getattr(rows, "column_names", None) or ())
-    longest = max(map(len, rows["input_ids"])) if known else args.max_length or 1024
+    lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids")) if known else None
+    longest = pyarrow.compute.max(lengths).as_py() if known else args.max_length or 1024
     tokens = longest * args.per_device_train_batch_size
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = 4 * (16 * config.hidden_size + 6 * inner)

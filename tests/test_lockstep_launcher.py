@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from hydra.core.plugins import Plugins
@@ -81,6 +81,18 @@ def adapters(sweep: Path) -> dict[str, str]:
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
+def in_training(command: list[str], folder: Path, said: TextIO) -> subprocess.Popen[bytes]:
+    """Start a sweep of two jobs in a session of its own, and return when both have a checkpoint."""
+    arguments = [sys.executable, "-m", "lora_exp", *command]
+    launched = subprocess.Popen(
+        arguments, cwd=folder, stdout=said, stderr=said, start_new_session=True
+    )
+    while len(list(folder.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
+        time.sleep(0.02)
+        assert launched.poll() is None
+    return launched
+
+
 def test_the_default_launcher_leaves_what_the_basic_one_leaves(tmp_path: Path) -> None:
     sweep = ["-m", "peft.r=2,4", "peft=lora,dora", "peft.lora_dropout=0.1", *STEPS]
     for name, launcher in (("lockstep", []), ("basic", ["hydra/launcher=basic"])):
@@ -135,6 +147,11 @@ def test_the_launcher_itself_imports_no_torch(tmp_path: Path) -> None:
     assert len(adapters(summary(tmp_path)[0])) == 2
 
 
+def test_jobs_may_have_loaders_in_processes_of_their_own(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4", *STEPS, "train.dataloader_num_workers=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> None:
     command = ["-m", "peft.r=2,4,8", "hydra.sweep.dir=multirun/a/b", *STEPS]
     assert cli(*command, cwd=tmp_path).returncode == 0
@@ -160,12 +177,8 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "peft.lora_dropout=0.1"]
     (tmp_path / "calm").mkdir()
     assert cli(*command, cwd=tmp_path / "calm").returncode == 0
-    arguments = [sys.executable, "-m", "lora_exp", *command]
     with (tmp_path / "err").open("w") as said:
-        launched = subprocess.Popen(arguments, cwd=tmp_path, stdout=said, stderr=said)
-        while len(list(tmp_path.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
-            time.sleep(0.02)
-            assert launched.poll() is None
+        launched = in_training(command, tmp_path, said)
         children = f"/proc/{launched.pid}/task/{launched.pid}/children"
         os.kill(int(Path(children).read_text().split()[0]), signal.SIGKILL)
         assert launched.wait() == 0
@@ -182,14 +195,8 @@ def test_an_interrupted_sweep_says_so_and_is_completed_by_the_same_command(
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
     (tmp_path / "calm").mkdir()
     assert cli(*command, cwd=tmp_path / "calm").returncode == 0
-    arguments = [sys.executable, "-m", "lora_exp", *command]
     with (tmp_path / "err").open("w") as said:
-        launched = subprocess.Popen(
-            arguments, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
-        )
-        while len(list(tmp_path.glob("multirun/a/b/[01]/checkpoints/checkpoint-20"))) < 2:
-            time.sleep(0.02)
-            assert launched.poll() is None
+        launched = in_training(command, tmp_path, said)
         os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
         assert launched.wait() == 130
     sweep = tmp_path / "multirun/a/b"

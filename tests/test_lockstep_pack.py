@@ -145,6 +145,16 @@ def test_memory_decides_how_many_train_at_once(tmp_path: Path) -> None:
     assert pack.hub.width > 2
 
 
+def test_the_largest_job_so_far_decides_how_many_fit() -> None:
+    pack = Pack("exact", None)
+    pack.free, pack.held = 1000, {0: 100}
+    pack.widen()
+    assert pack.hub.width == 8
+    pack.held[1] = 400
+    pack.widen()
+    assert pack.hub.width == 2
+
+
 class At(TrainerCallback):  # type: ignore[misc]
     """Do something at the third step."""
 

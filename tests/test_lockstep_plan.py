@@ -74,4 +74,4 @@ def test_a_label_is_what_tells_a_job_from_its_siblings() -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     code = "import sys, lora_exp.lockstep.plan; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

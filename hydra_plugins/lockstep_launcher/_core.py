@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lora_exp.errors import LoraExpError
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
-from lora_exp.lockstep.worker import Seats, Worker, failed
+from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
 from lora_exp.record import mark
 from lora_exp.validation import settled
 
@@ -66,17 +66,10 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(directory.absolute())
     try:
-        found = settled(_task(config), config.hydra) if ours else None
+        found = settled(without_hydra(config), config.hydra) if ours else None
     except LoraExpError:
         found = None  # the job itself will say so, in its own directory
     return Job(number, config, found, directory, tuple(overrides))
-
-
-def _task(config: DictConfig) -> DictConfig:
-    task = config.copy()
-    with read_write(task), open_dict(task):
-        del task["hydra"]
-    return task
 
 
 class _Launch:

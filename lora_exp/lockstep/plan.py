@@ -19,8 +19,8 @@ from lora_exp.errors import ConfigError
 from lora_exp.record import standing
 from lora_exp.redaction import redact_text
 
-# a start that rewrites the base's weights, or reads data of its own
 REFUSED = "refused, see below"
+# a start that rewrites the base's weights, or reads data of its own
 STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
 
 
@@ -129,19 +129,16 @@ def show(made: Plan) -> None:
 
     from lora_exp.console import console
 
-    def say(jobs: list[Job], text: str) -> None:
-        numbers = _ranges([job.number for job in jobs])
-        console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
-
-    say_all = [(jobs, why) for why, jobs in _by_reason(made.at_once).items()]
+    lines = list(_by_reason(made.at_once).items())
     for pack in made.packs:
         first: Any = pack[0].settled
         where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
-        say_all.append((list(pack), f"in lockstep ({first.lockstep.mode}) on {where}"))
-    say_all += [(jobs, f"alone: {why}") for why, jobs in _by_reason(made.alone).items()]
+        lines.append((f"in lockstep ({first.lockstep.mode}) on {where}", list(pack)))
+    lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(made.alone).items()]
     console.print(Text("     jobs", style="dim"))
-    for jobs, text in say_all:
-        say(jobs, text)
+    for text, jobs in lines:
+        numbers = _ranges([job.number for job in jobs])
+        console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
 
 
 def _by_reason(pairs: Iterable[tuple[Job, str]]) -> dict[str, list[Job]]:

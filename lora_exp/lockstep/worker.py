@@ -7,6 +7,7 @@ are there, and nothing of a GPU is.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -118,10 +119,10 @@ def _work(
     theirs.close()  # else the launcher's end would stay open in here when the launcher is gone
     # the launcher's callbacks stay with the launcher
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
-    if warm:
-        import lora_exp.experiment
-        import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
     try:
+        if warm:
+            import lora_exp.experiment
+            import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
         for seats in pipe.recv():
             report = _Report(pipe, context, task)
             if seats.mode is None:
@@ -129,8 +130,6 @@ def _work(
                     report.run(number, config)
             else:
                 _pack(seats, report)
-                import gc
-
                 gc.unfreeze()  # with the pack goes its base
                 gc.collect()
         pipe.send(("over",))
@@ -167,12 +166,18 @@ class _Report:
         return result
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Return a job's own part of what Hydra composed."""
+    task = config.copy()
+    with read_write(task), open_dict(task):
+        del task["hydra"]
+    return task
+
+
 def failed(config: DictConfig, error: Exception) -> JobReturn:
     """Return what Hydra would have returned of a job, had it been able to."""
     result = JobReturn()
-    result.cfg = config.copy()
-    with read_write(result.cfg), open_dict(result.cfg):
-        del result.cfg["hydra"]
+    result.cfg = without_hydra(config)
     result.hydra_cfg = OmegaConf.masked_copy(config, "hydra")
     result.overrides = list(config.hydra.overrides.task)
     result.working_dir, result.task_name = str(Path.cwd()), config.hydra.job.name
