@@ -118,7 +118,7 @@ class FusedBody:
         for job, (b, length, padding) in enumerate(SHAPES):
             ids = torch.randint(self.own_config.vocab_size, (b, length), device=device)
             mask = torch.ones_like(ids)
-            mask[0, length - padding :] = 0
+            mask[0, :padding] = 0  # on the left, where the mask decides what others see
             segments.append(Segment(-1 - job, ids, mask, None, None, RandomState.now()))
         for s, hidden in zip(segments, self.forward(segments), strict=True):
             own = self.own(
