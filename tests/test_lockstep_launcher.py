@@ -81,12 +81,18 @@ def adapters(sweep: Path) -> dict[str, str]:
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
+def heard() -> None:
+    """Take SIGINT as it comes: a shell's background jobs, and all they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def in_training(command: list[str], folder: Path, said: TextIO) -> subprocess.Popen[bytes]:
     """Start a sweep of two jobs in a session of its own, and return when both have a checkpoint."""
     arguments = [sys.executable, "-m", "lora_exp", *command]
     launched = subprocess.Popen(
-        arguments, cwd=folder, stdout=said, stderr=said, start_new_session=True
-    )
+        arguments, cwd=folder, stdout=said, stderr=said, start_new_session=True,
+        preexec_fn=heard,
+    )  # fmt: skip
     while len(list(folder.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
         time.sleep(0.02)
         assert launched.poll() is None
