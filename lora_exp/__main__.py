@@ -76,6 +76,9 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        if SweepTable.current is not None:
+            folder = SweepTable.current.folder
+            print(f"the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr)
         sys.exit(130)
     finally:
         if SweepTable.current is not None and SweepTable.current.rows:

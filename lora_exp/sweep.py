@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lora_exp.redaction import redact
+from lora_exp.redaction import redact, redact_text
 
 
 class SweepTable(Callback):
@@ -30,16 +30,16 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Take the place of an earlier sweep's table."""
         SweepTable.current = self
+        self.folder = Path(config.hydra.sweep.dir)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Take a job's result from its directory and write the summary anew."""
         if SweepTable.current is not self:
             return  # a run alone
-        self.folder = Path(config.hydra.sweep.dir)
         directory = Path(config.hydra.runtime.output_dir)
         self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
         self.rows.sort(key=lambda r: math.inf if r["objective"] is None else r["objective"])
-        write_summary(self.folder, self.rows)
+        write_summary(Path(config.hydra.sweep.dir), self.rows)
 
     def show(self) -> None:
         """Print the jobs, the smallest objective first, and below them what went wrong."""
@@ -73,6 +73,10 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     path = directory / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = job_return._return_value
+    if isinstance(result, BaseException) and redact_text(str(result)) not in str(
+        record.get("error")
+    ):
+        record = {}  # of another run, which has the directory; the job was refused
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
     objective = result if isinstance(result, float) and math.isfinite(result) else None
     pairs = (override.lstrip("+~").partition("=") for override in redact(overrides))

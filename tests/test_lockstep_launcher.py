@@ -136,7 +136,7 @@ def test_the_plan_is_told_before_anything_loads(tmp_path: Path) -> None:
     said = " ".join(done.stdout.split())
     assert "0, 2 in lockstep (exact) on pkg://lora_exp/assets/tiny" in said
     assert "1, 3 alone: pissa starts from weights of its own" in said
-    assert "4-5 refused, see below" in said
+    assert "4-5 refused, not run" in said
     assert "job 4: 1 fault" in said
     assert done.returncode == 1
 
@@ -208,9 +208,24 @@ def test_an_interrupted_sweep_says_so_and_is_completed_by_the_same_command(
     sweep = tmp_path / "multirun/a/b"
     records = [json.loads((sweep / n / "run.json").read_text()) for n in "01"]
     assert [record["status"] for record in records] == ["interrupted"] * 2
-    assert "Traceback" not in (tmp_path / "err").read_text()
+    said_at_the_end = (tmp_path / "err").read_text()
+    assert "Traceback" not in said_at_the_end
+    assert "the same command with hydra.sweep.dir=multirun/a/b goes on" in said_at_the_end
     assert cli(*command, cwd=tmp_path).returncode == 0
     assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
+
+
+def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
+    assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
+    held = tmp_path / "multirun/a/b/1"
+    before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
+    done = cli(*command, "peft.r=2,8", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "job 1: 1 fault" in done.stdout
+    assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
+    rows = {r["job"]: r for r in json.loads((tmp_path / "multirun/a/b/summary.json").read_text())}
+    assert (rows["1"]["status"], rows["1"]["metrics"]) == ("failed", {})
 
 
 def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
     ]  # fmt: skip
     made = plan(jobs)
     assert [[j.number for j in pack] for pack in made.packs] == [[0, 1], [2, 3]]
-    assert [(j.number, why) for j, why in made.alone] == [(4, "no other job has its base")]
+    assert [(j.number, why) for j, why in made.alone] == [(4, "no other job to train with it")]
 
 
 @pytest.mark.parametrize(

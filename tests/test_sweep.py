@@ -17,6 +17,15 @@ def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
     assert found["overrides"] == {"peft.r": "8"}
 
 
+def test_a_refused_job_does_not_show_the_run_that_has_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    other = {"name": "r8", "status": "finished", "error": None, "metrics": {"eval/loss": 1.0}}
+    (tmp_path / "3" / "run.json").write_text(json.dumps(other))
+    found = row(tmp_path / "3", ["peft.r=32"], SimpleNamespace(_return_value=ValueError("held")))
+    assert (found["name"], found["status"], found["metrics"]) == ("3", "failed", {})
+    assert found["error"] == "held"
+
+
 def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
     done = SimpleNamespace(_return_value=0.5)
     for name, metrics in (("0", {"a": 1.0}), ("1", {"b": 2.0})):

@@ -67,8 +67,8 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
         config.hydra.runtime.output_dir = str(directory.absolute())
     try:
         found = settled(without_hydra(config), config.hydra) if ours else None
-    except LoraExpError:
-        found = None  # the job itself will say so, in its own directory
+    except LoraExpError as error:  # the job itself will say so too, in its own directory
+        return Job(number, config, None, directory, tuple(overrides), error)
     return Job(number, config, found, directory, tuple(overrides))
 
 
@@ -85,7 +85,11 @@ class _Launch:
         """Carry a plan out, whatever the worker does."""
         for job, _ in made.at_once:
             self.began(job.number)
-            self.ended(job.number, self._here(job))
+            if job.error is not None and job.settled is not None:
+                # what another run left in the directory stays untouched
+                self.ended(job.number, failed(job.config, job.error))
+            else:
+                self.ended(job.number, self._here(job))
         hydra = self.launcher.config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)  # those jobs have set their own
         work = [_seats(pack) for pack in made.packs]

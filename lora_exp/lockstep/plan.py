@@ -8,18 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from lora_exp.config import plain
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.record import standing
 from lora_exp.redaction import redact_text
 
-REFUSED = "refused, see below"
 # a start that rewrites the base's weights, or reads data of its own
 STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
 
@@ -33,6 +32,7 @@ class Job:
     settled: DictConfig | None  # null: not a run of ours, or one that will be refused
     directory: Path
     overrides: tuple[str, ...] = ()
+    error: LoraExpError | None = None  # why it will be refused, if it is known
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,30 @@ def plan(jobs: Iterable[Job]) -> Plan:
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
     for job in jobs:
-        if why := _settled(job):
-            at_once.append((job, why))
+        job = replace(job, error=job.error or _occupied(job))
+        if job.error or job.settled is None:
+            at_once.append((job, "refused, not run"))
+        elif standing(job.directory, job.settled) == "finished":
+            at_once.append((job, "finished before, not run again"))
         elif why := solitary(job):
             alone.append((job, why))
         else:
             packs.setdefault(_base(job), []).append(job)
     for key, members in list(packs.items()):
         if len(members) == 1:
-            alone.append((packs.pop(key)[0], "no other job has its base"))
+            alone.append((packs.pop(key)[0], "no other job to train with it"))
     alone.sort(key=lambda pair: pair[0].number)
     return Plan(tuple(at_once), tuple(map(tuple, packs.values())), tuple(alone))
 
 
-def _settled(job: Job) -> str | None:
-    """Say why there is nothing to train; None where there is."""
-    if job.settled is None:
-        return REFUSED
+def _occupied(job: Job) -> ConfigError | None:
+    """Return the error of a directory that holds another run."""
     try:
-        status = standing(job.directory, job.settled)
-    except ConfigError:
-        return REFUSED
-    return "finished before, not run again" if status == "finished" else None
+        if job.settled is not None:
+            standing(job.directory, job.settled)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def solitary(job: Job) -> str | None:
@@ -139,6 +141,9 @@ def show(made: Plan) -> None:
     for text, jobs in lines:
         numbers = _ranges([job.number for job in jobs])
         console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
+    for job, _ in made.at_once:
+        if job.error is not None:
+            console.print(Text(f"job {job.number}: {job.error}"))
 
 
 def _by_reason(pairs: Iterable[tuple[Job, str]]) -> dict[str, list[Job]]:

@@ -22,7 +22,7 @@ from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lora_exp.errors import LoraExpError
+from lora_exp.errors import DivergedError, LoraExpError
 
 Config = tuple[int, DictConfig]
 KNOWN = ("builtins", "lora_exp", "hydra", "omegaconf")  # whose errors the launcher can have
@@ -212,11 +212,17 @@ def _pack(seats: Seats, report: _Report) -> None:
         def run() -> None:
             here.set(Seat(pack, place, rows[place]))
             result = report.run(number, config)
-            bad = isinstance(result._return_value, Exception)
-            table.ended(rows[place], "failed" if bad else "finished")
+            table.ended(rows[place], _status(result._return_value))
 
         return run
 
     pack.hub.tick = table.tick
     with table.open():
         pack.hub.run(job(place, *about) for place, about in enumerate(seats.jobs))
+
+
+def _status(returned: Any) -> str:
+    """Return how a job ended, in the words of its record."""
+    if isinstance(returned, DivergedError):
+        return "diverged"
+    return "failed" if isinstance(returned, Exception) else "finished"
