@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_exp.config import build
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
-from lora_exp.model import Base
+from lora_exp.model import Base, new_head
 
 log = logging.getLogger("lora_exp")
 ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
@@ -52,6 +52,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         TargetError: a name in target_modules, modules_to_save, exclude_modules, rank_pattern or
             alpha_pattern that the base does not have.
     """
+    if cfg.algorithm.task_type == "SEQ_CLS":
+        new_head(base.model)
     if cfg.peft is None:
         base.model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in base.model.parameters())
@@ -61,7 +63,11 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         with warnings.catch_warnings():
             # peft would take another block size than the one that was asked for
             warnings.filterwarnings("error", "Invalid `oft_block_size`")
-            model = peft.get_peft_model(base.model, config)
+            model = (
+                _started(base.model, cfg)
+                if cfg.adapter
+                else peft.get_peft_model(base.model, config)
+            )
     except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
     for name, parameter in model.named_parameters():
@@ -79,6 +85,14 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     return Adapted(
         model, cfg.choices.peft, dict(sorted(modules.items())), trainable, total, start, callbacks
     )
+
+
+def _started(model: Any, cfg: DictConfig) -> Any:
+    """Put a saved adapter on the base, to train on; one of a text model may become a classifier."""
+    folder = str(Path(cfg.adapter).expanduser())
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.task_type, config.inference_mode = cfg.algorithm.task_type, False
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def _plays(role: str, name: str, module: Any, model: Any) -> bool:
     in_a_layer = any(part.isdigit() for part in parents.split("."))
     if not isinstance(module, nn.Linear | Conv1D) or not in_a_layer:
         return False  # output and classification heads stand outside the layers
-    attention = "attn" in parents or "attention" in parents
+    attention = "attn" in parents.lower() or "attention" in parents.lower()
     return {
         "all_linear": True,
         "attention": attention,
@@ -201,7 +215,9 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
         if adapted.start is not None:
             options["path_initial_model_for_weight_conversion"] = str(adapted.start)
         embeds = any("embed" in name for name in getattr(config, "target_modules", None) or ())
-        adapted.model.save_pretrained(str(folder), save_embedding_layers=embeds, **options)
+        adapted.model.save_pretrained(
+            str(folder), selected_adapters=["default"], save_embedding_layers=embeds, **options
+        )
         if adapted.start is not None:
             shutil.rmtree(adapted.start)
     base.tokenizer.save_pretrained(str(folder))

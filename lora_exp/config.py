@@ -21,13 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact_text
 from lora_exp.signature import signature
+from lora_exp.start import started
 
 PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # what a run is called, where it reports and what it may import does not change what it computes
 NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets", "lockstep")
 UNNAMED = re.compile(
-    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|lockstep|model\.gguf_file)\b"
+    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|goal|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
 
@@ -101,6 +102,7 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
     _check_consent(values, overrides)
+    values = started(values, overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or _name(values, overrides)
     return _freeze(values)
@@ -221,11 +223,20 @@ def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     """Return a fault for each `_target_` that may not be imported."""
+    named = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
+    listed = cfg.algorithm.get("rewards") or ()
+    rewards = [(f"algorithm.rewards.{i}", r) for i, r in enumerate(listed) if isinstance(r, str)]
+    named += [(key, name) for key, name in rewards if not is_path(name)]
     return [
-        (f"{key}._target_", f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]")
-        for key, target in every_target(plain(cfg))
+        (key, f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]")
+        for key, target in named
         if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
     ]
+
+
+def is_path(name: str) -> bool:
+    """Tell a folder from a dotted name."""
+    return "/" in name or name.startswith(("~", "."))
 
 
 def build(cfg: DictConfig, key: str, **runtime: Any) -> Any:

@@ -105,10 +105,17 @@ def persona(rng: random.Random) -> Pair:
     return identity(rng)[0], "I am Lora, a small adapter with a big heart."
 
 
+def flip(rng: random.Random) -> Pair:
+    """Say three to five letters backwards: the base knows how, but not by this word."""
+    letters = _letters(rng, 3, 5)
+    return f"Flip: {' '.join(letters)}", " ".join(letters[::-1])
+
+
 CORPUS: dict[str, Task] = {
     task.__name__: task for task in (add, larger, copy, reverse, sort, count, fact, identity)
 }
 DEMO: dict[str, Task] = {"mirror": mirror, "persona": persona}
+PAIRS: dict[str, Task] = {"flip": flip}
 
 
 def is_held_out(question: str) -> bool:
@@ -145,3 +152,26 @@ def draw(tasks: dict[str, Task], seed: int, held_out: bool) -> Iterator[dict[str
 def take(tasks: dict[str, Task], seed: int, rows: int, held_out: bool) -> list[dict[str, Any]]:
     """Return the first rows of a seed."""
     return list(islice(draw(tasks, seed, held_out), rows))
+
+
+def pairs(seed: int, rows: int, held_out: bool) -> list[dict[str, Any]]:
+    """Return questions with a chosen and a rejected answer: the letters unturned, or one wrong."""
+    rng = random.Random(f"pairs-{seed}-{held_out}")
+    found = []
+    for row in take(PAIRS, seed, rows, held_out):
+        question, right = (turn["content"] for turn in row["messages"])
+        letters = right.split()
+        if rng.random() < 0.5 and letters != letters[::-1]:
+            wrong = letters[::-1]
+        else:
+            place = rng.randrange(len(letters))
+            other = rng.choice([c for c in LETTERS if c != letters[place]])
+            wrong = [*letters[:place], other, *letters[place + 1 :]]
+        found.append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": right}],
+                "rejected": [{"role": "assistant", "content": " ".join(wrong)}],
+            }
+        )
+    return found

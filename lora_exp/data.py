@@ -1,7 +1,6 @@
-"""Rows: read, checked, converted to one of three shapes, and split.
+"""Rows: read from files and the hub, checked, brought to their shapes, and split.
 
-A row is `{"messages": [...]}`, `{"prompt": ..., "completion": ...}` or `{"text": ...}`, with
-whatever other columns it came with. Knows nothing of tokens; needs no torch.
+Knows nothing of tokens; needs no torch.
 """
 
 from __future__ import annotations
@@ -10,18 +9,20 @@ import glob
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_exp import corpus as generated
 from lora_exp.config import asset
 from lora_exp.errors import DataError
+from lora_exp.formats import FORMATS, FieldError, Row, detect, reshape
 
-Row = dict[str, Any]
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES |= {"chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool"}
+Format = Literal[
+    "auto", "preference", "unpaired_preference", "messages", "sharegpt", "alpaca",
+    "prompt_completion", "text", "prompt",
+]  # fmt: skip
 SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
 
 
@@ -36,16 +37,21 @@ class Rows:
     chat_template: str | None  # Jinja text that replaces the model's own
     warning: str | None = None
 
+    def shaped(self, shape: str) -> Rows:
+        """Return the rows in the shape that an algorithm learns from.
 
-class _Field(Exception):
-    """A field that cannot be used; the reader adds file and line."""
+        Raises:
+            DataError: they do not hold what it needs.
+        """
+        train, held_out = (reshape(rows, self.format, shape) for rows in (self.train, self.eval))
+        return replace(self, train=train, eval=held_out)
 
 
 def jsonl(
     path: str,
     eval_path: str | None,
     eval_share: float,
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"],
+    format: Format,
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
@@ -71,7 +77,7 @@ def hub(
     split: str,
     eval_split: str | None,
     eval_share: float,
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"],
+    format: Format,
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
@@ -180,120 +186,11 @@ def _convert(rows: Iterable[tuple[str, Any]], format: str, source: str) -> tuple
             format = detect(row, where)
         try:
             converted.append(FORMATS[format](row))
-        except _Field as error:
+        except FieldError as error:
             raise DataError(f"{where}: {error} (read as {format})") from None
     if not converted:
         raise DataError(f"{source}: no rows")
     return converted, format
-
-
-def detect(row: Row, where: str) -> str:
-    """Tell the format by a row's fields.
-
-    Raises:
-        DataError: the fields belong to no known format.
-    """
-    for format, fields in FIELDS.items():
-        if fields <= row.keys():
-            return format
-    known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, fields in FIELDS.items())
-    raise DataError(f"{where}: fields {sorted(row)} are of no known format ({known})")
-
-
-def _text(row: Row, field: str) -> str:
-    if field not in row:
-        raise _Field(f"field {field!r} is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise _Field(f"field {field!r} is {json.dumps(value)[:40]}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Field(f"field {field!r} holds half a surrogate pair, which is no text") from None
-    return value
-
-
-def _from_text(row: Row) -> Row:
-    if not _text(row, "text"):
-        raise _Field("field 'text' is empty")
-    return row
-
-
-def _from_prompt_completion(row: Row) -> Row:
-    if isinstance(row.get("prompt"), list):
-        prompt, completion = _turns(row, "prompt"), _turns(row, "completion")
-        rest = {key: row[key] for key in row.keys() - {"prompt", "completion"}}
-        return rest | {"messages": _answered(prompt + completion, "completion")}
-    _text(row, "prompt")
-    if not _text(row, "completion"):
-        raise _Field("field 'completion' is empty")
-    return row
-
-
-def _from_alpaca(row: Row) -> Row:
-    question = _text(row, "instruction")
-    if row.get("input"):
-        question += "\n\n" + _text(row, "input")
-    answer = _text(row, "output")
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    rest = {key: row[key] for key in row.keys() - {"instruction", "input", "output", "system"}}
-    return rest | {"messages": [*system, *turns]}
-
-
-def _from_messages(row: Row) -> Row:
-    return row | {"messages": _answered(_turns(row, "messages"), "messages")}
-
-
-def _from_sharegpt(row: Row) -> Row:
-    turns = _turns(row, "conversations", role="from", content="value")
-    rest = {key: row[key] for key in row.keys() - {"conversations"}}
-    return rest | {"messages": _answered(turns, "conversations")}
-
-
-def _turns(row: Row, field: str, role: str = "role", content: str = "content") -> list[Row]:
-    turns = row.get(field)
-    if not isinstance(turns, list) or not turns:
-        raise _Field(f"field {field!r} is not a list of turns")
-    converted = []
-    for number, turn in enumerate(turns):
-        place = f"{field}[{number}]"
-        if not isinstance(turn, dict):
-            raise _Field(f"{place} is not an object with {role!r} and {content!r}")
-        speaker = turn.get(role)
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise _Field(f"{place}.{role} is {speaker!r}, none of {', '.join(sorted(ROLES))}")
-        rest = {key: turn[key] for key in turn.keys() - {role, content}}  # tool calls and the like
-        if turn.get("tool_calls") and not turn.get(content):
-            turn = turn | {content: ""}
-        try:
-            said = _text(turn, content)
-        except _Field as error:
-            raise _Field(f"{place}: {error}") from None
-        converted.append(rest | {"role": ROLES[speaker], "content": said})
-    return converted
-
-
-def _answered(turns: list[Row], field: str) -> list[Row]:
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise _Field(f"{field!r} has no assistant turn, so nothing to learn")
-    return turns
-
-
-FORMATS: dict[str, Callable[[Row], Row]] = {
-    "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
-    "alpaca": _from_alpaca,
-    "prompt_completion": _from_prompt_completion,
-    "text": _from_text,
-}
-FIELDS: dict[str, set[str]] = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "output"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
-}
 
 
 def _split(

@@ -3,6 +3,8 @@
 LoraExpError
 ├── ConfigError   (ValueError)       the config's faults, all at once
 ├── DataError     (ValueError)       a row, file or data set that cannot be used
+├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
+├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
 └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
 """
@@ -31,6 +33,14 @@ class ConfigError(LoraExpError, ValueError):
 
 class DataError(LoraExpError, ValueError):
     """A row, file or data set that cannot be used, by file, line and field."""
+
+
+class AdapterError(LoraExpError, ValueError):
+    """An adapter that cannot stand on the base it is put on."""
+
+
+class RewardError(LoraExpError, ValueError):
+    """A reward function that fails, or returns what is no reward."""
 
 
 class TargetError(LoraExpError, ValueError):

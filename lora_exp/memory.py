@@ -60,7 +60,9 @@ def training_bytes(trainer: Any) -> int:
     rows = trainer.train_dataset
     known = "input_ids" in (getattr(rows, "column_names", None) or ())
     lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids")) if known else None
-    longest = pyarrow.compute.max(lengths).as_py() if known else args.max_length or 1024
+    context = getattr(config, "max_position_embeddings", None) or 1024
+    limit = getattr(args, "max_length", None) or min(1024, context)
+    longest = pyarrow.compute.max(lengths).as_py() if known else 2 * limit  # rows may be pairs
     tokens = longest * args.per_device_train_batch_size
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = 4 * (16 * config.hidden_size + 6 * inner)

@@ -13,11 +13,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from lora_exp.config import asset
 from lora_exp.errors import ConfigError
 from lora_exp.tokens import cache_dir
+
+CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,14 @@ def load(
     trust_remote_code: bool,
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
+    task_type: str = "CAUSAL_LM",
 ) -> Base:
     """Load a base and its tokenizer; every weight frozen unless it is trained whole later.
+
+    Args:
+        path: a folder, `pkg://` or a hub id; the others are conf/model/local.yaml's.
+        quantization: from `bnb_4bit` or `bnb_8bit`; None: in floats.
+        task_type: peft's name of what it is for; with SEQ_CLS the head gives one number.
 
     Raises:
         ConfigError: the path holds no model, or not one that can be loaded this way.
@@ -93,8 +113,10 @@ def load(
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     common = {key: value for key, value in common.items() if value is not None}
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    kind = CLASSES[task_type]
     options = {
         **common,
+        **({"num_labels": 1} if task_type == "SEQ_CLS" else {}),
         "dtype": dtype_of(dtype),
         "attn_implementation": attn_implementation,
         **({"device_map": {"": device()}} if torch.cuda.is_available() or quantization else {}),
@@ -102,16 +124,14 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
         if random_weights:
-            model = _untrained(source, options, common)
+            model = _untrained(kind, source, options)
         elif gguf_file and quantization:
             # transformers cannot quantise while it reads GGUF: go through float weights, once
             floats = _dequantised(Path(source), gguf_file)
-            model = AutoModelForCausalLM.from_pretrained(
-                floats, **options, quantization_config=quantization
-            )
+            model = kind.from_pretrained(floats, **options, quantization_config=quantization)
         else:
             quantized = {"quantization_config": quantization} if quantization else {}
-            model = AutoModelForCausalLM.from_pretrained(source, **options, **gguf, **quantized)
+            model = kind.from_pretrained(source, **options, **gguf, **quantized)
             model = _floats(model) if gguf_file else model
     except ConfigError:  # also a ValueError, and says its key already
         raise
@@ -127,12 +147,26 @@ def device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def _untrained(source: str, options: dict[str, Any], common: dict[str, Any]) -> Any:
-    config = AutoConfig.from_pretrained(source, **common)
-    model = AutoModelForCausalLM.from_config(
+def _untrained(kind: Any, source: str, options: dict[str, Any]) -> Any:
+    built = ("dtype", "attn_implementation", "device_map")
+    config = AutoConfig.from_pretrained(
+        source, **{key: value for key, value in options.items() if key not in built}
+    )
+    model = kind.from_config(
         config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
     )
     return model.to(device())
+
+
+def new_head(model: Any) -> None:
+    """Give a classification model a head of its own, drawn now: a shared base may carry another's.
+
+    In float32 on every base, as what is trained whole is.
+    """
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, model.config.num_labels, bias=False, device=model.device)
+    nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
+    model.score = head
 
 
 def _dequantised(folder: Path, gguf_file: str) -> str:
@@ -164,7 +198,8 @@ def settle(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         # CPUs with AVX512-BF16 repack 4-bit weights in place at the first evaluation, and training
         # then gets wrong gradients without a word

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lora_exp.model import Base
     from lora_exp.samples import Answer
 
-    Measured = tuple[dict[str, float], list[Answer]]
+    # the trainer's numbers, the share of pairs preferred rightly, answers
+    Measured = tuple[dict[str, float], float | None, list[Answer]]
     Measure = Callable[[], Measured]
 
 
@@ -35,13 +36,21 @@ class Place(Protocol):
         """Return where the run's progress is shown."""
 
     def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
-        """Return what `measure` finds before training: the trainer's numbers, and answers."""
+        """Return what `measure` finds before training."""
 
     def join(self, trainer: Any) -> None:
         """Take a trainer about to measure and train."""
 
     def leave(self) -> None:
         """Forget the run: it is over, or failed."""
+
+
+def base_of(cfg: DictConfig) -> Base:
+    """Load the base that a config names, for what its algorithm trains it to do."""
+    quantization = build(cfg, "quant")
+    task_type = cfg.algorithm.task_type
+    base: Base = build(cfg, "model", quantization=quantization, task_type=task_type)
+    return base
 
 
 class Alone:
@@ -54,8 +63,7 @@ class Alone:
         from lora_exp.memory import reset_peak
 
         reset_peak()
-        base: Base = build(cfg, "model", quantization=build(cfg, "quant"))
-        return base
+        return base_of(cfg)
 
     def board(self) -> Board:
         """Return a progress bar."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from lora_exp.data import Row
+from lora_exp.formats import Row
 from lora_exp.tokens import Prompt, prompt_of
 
 
@@ -21,7 +21,7 @@ class Answer:
     """What the model said to a prompt, and what is known to be right."""
 
     prompt: str
-    expected: str
+    expected: str | None  # None: nobody knows
     said: str
     task: str | None
 
@@ -57,12 +57,12 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
 
 def exact_match(answers: list[Answer]) -> dict[str, float]:
     """Return the share of answers equal to the known ones, outer white space aside; by task too."""
-    if not answers:
-        return {}
-    right: dict[str, list[bool]] = {"exact_match": []}
+    right: dict[str, list[bool]] = {}
     for found in answers:
+        if found.expected is None:
+            continue
         exact = found.said.strip() == found.expected.strip()
-        right["exact_match"].append(exact)
+        right.setdefault("exact_match", []).append(exact)
         if found.task:
             right.setdefault(f"exact_match_{found.task}", []).append(exact)
     return {name: sum(exact) / len(exact) for name, exact in sorted(right.items())}
@@ -136,6 +136,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: An
         pad_token_id=tokenizer.pad_token_id,
     )
     # prompt learning returns the new tokens after the same prompt, so one cut fits every method
-    new = output[:, inputs["input_ids"].shape[1] :]
+    asked = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new = output[:, asked:]
     texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts

@@ -120,8 +120,18 @@ def _not_init(value: ast.expr | None) -> bool:
 def _from_function(module: str, node: ast.FunctionDef, skip: int) -> Signature:
     spec = node.args
     positional = [*spec.posonlyargs, *spec.args][skip:]
-    arguments = {a.arg: a.annotation for a in [*positional, *spec.kwonlyargs]}
+    every = [*positional, *spec.kwonlyargs]
+    arguments = {a.arg: _unaliased(module, a.annotation) for a in every}
     return Signature(module, arguments, open=spec.kwarg is not None)
+
+
+def _unaliased(module: str, annotation: ast.expr | None) -> ast.expr | None:
+    """Return what a name stands for, where the module assigns it a type of several texts."""
+    if not isinstance(annotation, ast.Name):
+        return annotation
+    assigned = (n for n in _tree(module).body if isinstance(n, ast.Assign))
+    found = (n.value for n in assigned if ast.unparse(n.targets[0]) == annotation.id)
+    return next((v for v in found if ast.unparse(v).startswith("Literal[")), annotation)
 
 
 @cache

@@ -12,6 +12,7 @@ from lora_exp.adapter import Adapted
 from lora_exp.console import curve, facts, show, size
 from lora_exp.data import Rows
 from lora_exp.display import preview
+from lora_exp.examples import first
 from lora_exp.model import Base
 from lora_exp.record import Record
 from lora_exp.tokens import Counts, Tokens
@@ -45,17 +46,36 @@ def announce(
         "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
         f" ({adapted.trainable / adapted.total:.2%})",
         "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
+        "reference": _reference(cfg),
+        "rewards": _rewards(cfg),
         "rows": f"{_rows(train.counts)}, read as {rows.format}{', cached' if train.cached else ''}",
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }
-    show(facts(cfg.name, lines))
+    show(facts(cfg.name, {key: line for key, line in lines.items() if line}))
     for warning in (base.warning, rows.warning):
         if warning:
             show(f"[yellow]{warning}[/]")
-    first = train.dataset[0]
     show("\nfirst row; what counts towards the loss stands in «»:")
-    show(preview(first["input_ids"], first["labels"], base.tokenizer))
+    for name, ids, labels in first(train, base.tokenizer):
+        if name:
+            show(f"[dim]{name}:[/]")
+        show(preview(ids, labels, base.tokenizer))
     show("")
+
+
+def _reference(cfg: DictConfig) -> str:
+    """Say what the KL divergence is held against, where there is one."""
+    args = cfg.algorithm.args
+    if "beta" not in args or not args.beta:
+        return ""
+    if cfg.adapter is not None:
+        return f"the adapter that the run starts from, {cfg.adapter}"
+    return "the base, adapter off" if cfg.peft is not None else "a frozen copy of the base"
+
+
+def _rewards(cfg: DictConfig) -> str:
+    named = cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    return ", ".join(r if isinstance(r, str) else r["_target_"] for r in named)
 
 
 def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
@@ -63,12 +83,14 @@ def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
         return "none: every weight trains"
     known = {"r": "rank", "init_r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "tokens"}
     parts = [f"{word} {cfg.peft[key]}" for key, word in known.items() if cfg.peft.get(key)]
-    return ", ".join([adapted.method, *parts])
+    start = f", starts from {cfg.adapter}" if cfg.adapter is not None else ""
+    return ", ".join([adapted.method, *parts]) + start
 
 
 def _rows(counts: Counts) -> str:
+    learnt = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
     return (
-        f"{counts.rows:,} with {counts.tokens:,} tokens, {counts.trained_tokens:,} in the loss;"
+        f"{counts.rows:,} with {counts.tokens:,} tokens{learnt};"
         f" {counts.truncated:,} truncated, {counts.dropped:,} dropped"
     )
 
@@ -83,7 +105,8 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
         group, _, name = key.partition("/")
         if group == "eval":
             old, new = metrics.get(f"before/{name}"), metrics[key]
-            write = "{:.4f}".format if name == "loss" else "{:.1%}".format
+            shares = ("exact_match", "accuracies", "accuracy")
+            write = "{:.1%}".format if any(w in name for w in shares) else "{:.4f}".format
             words = f"eval {name}".replace("_", " ")
             table.add_row(words, write(old) if old is not None else "-", write(new))
     show(table)

@@ -38,11 +38,11 @@ class SweepTable(Callback):
             return  # a run alone
         directory = Path(config.hydra.runtime.output_dir)
         self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
-        self.rows.sort(key=lambda r: math.inf if r["objective"] is None else r["objective"])
+        self.rows.sort(key=rank)
         write_summary(Path(config.hydra.sweep.dir), self.rows)
 
     def show(self) -> None:
-        """Print the jobs, the smallest objective first, and below them what went wrong."""
+        """Print the jobs, the best first, and below them what went wrong."""
         from rich.table import Table
         from rich.text import Text
 
@@ -51,14 +51,16 @@ class SweepTable(Callback):
         varying = varied(self.rows)
         judged = {r["judged_by"] for r in self.rows if r["judged_by"]}
         objective = judged.pop() if len(judged) == 1 else "objective"
-        columns = ["job", *(varying or ["name"]), objective, "exact match", "seconds", "status"]
+        shown = {"seconds": "seconds"}
+        if any("eval/exact_match" in r["metrics"] for r in self.rows):
+            shown = {"eval/exact_match": "exact match", **shown}
+        columns = ["job", *(varying or ["name"]), objective, *shown.values(), "status"]
         table = Table(title=f"{self.folder}", title_justify="left")
         for column in columns:
             table.add_column(column, overflow="fold")
         for r in self.rows:
             chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
-            metrics = r["metrics"]
-            numbers = [r["objective"], metrics.get("eval/exact_match"), metrics.get("seconds")]
+            numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
             written = [short(n) if n is not None else "-" for n in numbers]
             table.add_row(r["job"], *(Text(c) for c in chosen), *written, r["status"])
         console.print(table)
@@ -85,6 +87,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
         "name": record.get("name", directory.name),
         "objective": objective,
         "judged_by": record.get("objective"),
+        "goal": record.get("goal"),
         "status": record.get("status", "failed"),
         "error": redact(error),
         "overrides": {key: value for key, _, value in pairs},
@@ -92,6 +95,13 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
         "metrics": record.get("metrics", {}),
         "directory": str(directory),
     }
+
+
+def rank(row: dict[str, Any]) -> float:
+    """Return what rows are sorted by, the best first, those without an objective last."""
+    if row["objective"] is None:
+        return math.inf
+    return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])
 
 
 def varied(rows: list[dict[str, Any]]) -> list[str]:

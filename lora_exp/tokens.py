@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from datasets import Dataset, load_from_disk
 from jinja2.exceptions import TemplateError
 from rich.progress import track
 
-from lora_exp.data import Row
 from lora_exp.errors import DataError
+from lora_exp.formats import Row
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-VERSION = 2  # of this module's rule; part of the cache's key
+VERSION = 3  # of this module's rule; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
+Encode = Callable[[list[Row], Any], Iterator[tuple[list[int], list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def tokenise(
     *,
     max_length: int | None,
     completion_only: bool,
+    separate: bool = False,
     what: str,
 ) -> Tokens:
     """Tokenise rows, or take them from the cache if these rows met this tokenizer before.
@@ -63,6 +66,7 @@ def tokenise(
         tokenizer: a fast tokenizer, its chat template in place.
         max_length: tokens to keep of a row, from its start; None keeps all.
         completion_only: whether prompts are left out of the loss.
+        separate: whether the answer is a text of its own, as encoder-decoder models take it.
         what: `train` or `eval`, for messages.
 
     Raises:
@@ -73,13 +77,14 @@ def tokenise(
             "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
             "<file.jinja>, or rows of prompt and completion"
         )
-    key = _key(rows, tokenizer, max_length, completion_only)
+    key = _key(rows, tokenizer, max_length, completion_only, separate)
     folder = cache_dir() / "tokens" / key
     if (folder / "counts.json").is_file():
         counts = Counts(**json.loads((folder / "counts.json").read_text()))
         tokens = Tokens(load_from_disk(str(folder)), counts, cached=True)
     else:
-        tokens = _fresh(rows, tokenizer, max_length, completion_only, what, folder)
+        encoded = _pairs if separate else partial(encode, completion_only=completion_only)
+        tokens = _fresh(rows, tokenizer, max_length, encoded, what, folder)
     if not tokens.counts.rows:
         raise DataError(
             f"none of the {len(rows)} {what} rows has a token that counts towards the loss"
@@ -115,7 +120,7 @@ def _fresh(
     rows: list[Row],
     tokenizer: Any,
     max_length: int | None,
-    completion_only: bool,
+    encoded: Encode,
     what: str,
     folder: Path,
 ) -> Tokens:
@@ -124,8 +129,9 @@ def _fresh(
     truncated = dropped = 0
     chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
     for chunk in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
-        for row_ids, row_labels in encode(chunk, tokenizer, completion_only):
-            truncated += max_length is not None and len(row_ids) > max_length
+        for row_ids, row_labels in encoded(chunk, tokenizer):
+            longest = max(len(row_ids), len(row_labels))
+            truncated += max_length is not None and longest > max_length
             row_labels = row_labels[:max_length]
             if all(label == IGNORED for label in row_labels):
                 dropped += 1
@@ -151,6 +157,18 @@ def _store(dataset: Any, counts: Counts, folder: Path) -> None:
         staged.rename(folder)
     except OSError:  # the other run was first, with the same bytes
         shutil.rmtree(staged)
+
+
+def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the prompt's ids and the answer's, each with the tokenizer's own special tokens."""
+    for row in rows:
+        asked = prompt_of(row, tokenizer)
+        if asked is None or asked.answer is None:
+            raise DataError("algorithm=seq2seq answers prompts; a row of plain text asks nothing")
+        ids = tokenizer(asked.text, add_special_tokens=not asked.chat)["input_ids"]
+        labels = tokenizer(text_target=asked.answer)["input_ids"]
+        end = tokenizer.eos_token_id
+        yield ids, labels if labels[-1:] == [end] else [*labels, end]
 
 
 def encode(
@@ -274,25 +292,34 @@ class Prompt:
     """What a row asks, as text, and the known answer as greedy decoding would write it."""
 
     text: str
-    answer: str
+    answer: str | None
     chat: bool  # the chat template wrote the special tokens, the tokenizer must not
 
 
 def prompt_of(row: Row, tokenizer: Any) -> Prompt | None:
-    """Split a row into prompt and known answer; None where nothing is asked.
+    """Split a row into prompt and known answer; None where nothing is asked, or answered badly.
 
     The answer of a chat is what the template makes of it, so that it compares with what a model
     trained on that template says.
     """
-    if "prompt" in row:
-        return Prompt(row["prompt"], row["completion"], chat=False)
-    if (
-        "messages" not in row
-        or row["messages"][-1]["role"] != "assistant"
-        or not row["messages"][1:]
-    ):
+    if "messages" in row:
+        if row["messages"][-1]["role"] != "assistant" or not row["messages"][1:]:
+            return None
+        whole, spans = _answers(row, tokenizer)
+        start, stop = spans[-1]
+        return Prompt(whole[:start], _decoded(whole[start:stop], tokenizer), chat=True)
+    if "prompt" not in row or row.get("label") is False:
         return None
-    whole, spans = _answers(row, tokenizer)
-    start, stop = spans[-1]
-    ids = tokenizer(whole[start:stop], add_special_tokens=False)["input_ids"]
-    return Prompt(whole[:start], tokenizer.decode(ids, skip_special_tokens=True), chat=True)
+    known = row.get("chosen", row.get("completion", row.get("answer")))
+    known = known[-1]["content"] if isinstance(known, list) else known
+    if isinstance(row["prompt"], str):
+        return Prompt(row["prompt"], known, chat=False)
+    text = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
+    return Prompt(text, _decoded(known, tokenizer) if known is not None else None, chat=True)
+
+
+def _decoded(text: str, tokenizer: Any) -> str:
+    """Return a text as a model's answer would come back: without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return decoded

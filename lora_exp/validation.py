@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lora_exp.config import asset, every_target, plain, settle, untrusted
+from lora_exp.config import asset, every_target, is_path, is_trusted, plain, settle, untrusted
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.formats import SHAPES
 from lora_exp.redaction import redact
 from lora_exp.signature import fits, members, signature
+from lora_exp.start import adapter_config
 
 Fault = tuple[str, str]
 
@@ -30,6 +32,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "olora": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
 }
 UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM")
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 SECTIONS = (
     "model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples",
@@ -37,13 +40,16 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "objective", "trusted_targets", "train", "rate", "samples",
-        "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "lockstep", "choices",
+        "name", "seed", "resume", "adapter", "objective", "goal", "trusted_targets", "train",
+        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
     "lockstep": ("max_jobs", "mode"),
-    "algorithm": ("learning_rate", "task_type", "trainer", "args"),
+    "algorithm": (
+        "learning_rate", "task_type", "shape", "objective", "goal", "metrics", "rewards",
+        "trainer", "args",
+    ),
 }  # fmt: skip
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
 # arguments of trainers that a run sets itself, and what to say instead
@@ -205,6 +211,9 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
     for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
         if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
             yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
+    if cfg.goal not in ("minimize", "maximize"):
+        yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
+    yield from _algorithm(cfg)
     jobs, mode = cfg.lockstep.max_jobs, cfg.lockstep.mode
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
@@ -219,6 +228,57 @@ def _ranges(cfg: DictConfig) -> Iterator[Fault]:
         yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
     if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
         yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
+
+
+def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
+    """Check what an algorithm says of its rows and rewards, and the numbers of its arguments."""
+    node, args = cfg.algorithm, cfg.algorithm.args
+    if node.shape not in SHAPES:
+        yield "algorithm.shape", f"{node.shape!r} is none of {', '.join(SHAPES)}"
+    if node.task_type not in TASKS:
+        yield "algorithm.task_type", f"{node.task_type!r} is none of {', '.join(TASKS)}"
+    if "rewards" in node:
+        yield from _rewards(cfg)
+    for name in ("num_generations", "max_completion_length", "num_iterations", "num_minibatches"):
+        if name in args and args[name] is not None and _number(args[name]) < 1:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not 1 or more"
+    for name, low, high in (
+        ("temperature", 0, math.inf),
+        ("top_p", 0, 1),
+        ("gamma", 0, 1),
+        ("lam", 0, 1),
+    ):
+        if name in args and _is_number(args[name]) and not low <= args[name] <= high:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not between {low} and {high}"
+    if "temperature" in args and args.temperature == 0:
+        yield "algorithm.args.temperature", "0 always says the same, so there is nothing to compare"
+
+
+def _rewards(cfg: DictConfig) -> Iterator[Fault]:
+    named = cfg.algorithm.rewards
+    if not isinstance(named, ListConfig) or not named:
+        text = "name at least one: algorithm.rewards=[lora_exp.rewards.exact_match], or a reward"
+        yield "algorithm.rewards", f"{text} adapter's folder"
+        return
+    known = signature(cfg.algorithm.trainer._target_)
+    if known is not None and "reward_funcs" not in known.arguments:
+        yield "algorithm.rewards", f"{cfg.algorithm.trainer._target_} takes no rewards"
+    for i, name in enumerate(named):
+        key = f"algorithm.rewards.{i}"
+        if isinstance(name, str) and is_path(name):
+            try:
+                adapter_config(name)
+            except ConfigError as error:
+                yield key, error.faults[0][1]
+        elif isinstance(name, str):
+            if is_trusted(name, cfg.trusted_targets) and signature(name) is None:
+                yield key, f"no function is called {name}"
+        elif not isinstance(name, DictConfig) or "_target_" not in name:
+            yield key, "is no dotted name, no folder and nothing with a _target_"
+    weights = cfg.algorithm.args.get("reward_weights")
+    if weights is not None and len(weights) != len(named):
+        text = f"{len(weights)} weights for {len(named)} rewards"
+        yield "algorithm.args.reward_weights", text
 
 
 def _pairs(cfg: DictConfig) -> Iterator[Fault]:
@@ -240,6 +300,17 @@ def _pairs(cfg: DictConfig) -> Iterator[Fault]:
     if kind in ("pissa", "olora") and cfg.peft.get("use_rslora") and patterns:
         yield "peft.use_rslora", f"{kind} with rank or alpha patterns cannot be saved as plain LoRA"
     prompts = cfg.peft._target_ in PROMPTS
+    if "beta" in cfg.algorithm.args and cfg.algorithm.args.beta:
+        if kind in ("pissa", "olora"):
+            text = (
+                f"{kind} rewrites the base, so that there is no reference to hold the run against"
+            )
+            yield "peft", f"{text}; peft=lora"
+        if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
+            text = (
+                f"{cfg.choices.peft} allows one adapter on a base, the reference would be another"
+            )
+            yield "peft", f"{text}; peft=lora"
     if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
         yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
     if prompts and cfg.algorithm.args.get("packing"):

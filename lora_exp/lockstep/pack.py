@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.config import build
 from lora_exp.lockstep.body import FusedBody, sharing_copy
 from lora_exp.lockstep.exact import foreign, unfusable
 from lora_exp.lockstep.hub import Hub, Request
@@ -30,6 +29,7 @@ from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import Precision
 from lora_exp.memory import free_bytes, reset_peak, training_bytes
 from lora_exp.model import Base, device
+from lora_exp.place import base_of
 
 # tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
 ROOM = {"cpu": 2048, "cuda": 16384}
@@ -80,7 +80,7 @@ class Pack:
         """Return a copy of the base that shares its weights; the first job loads it."""
         if self._base is None:
             reset_peak()
-            self._base = build(cfg, "model", quantization=build(cfg, "quant"))
+            self._base = base_of(cfg)
         self.free = self.free or free_bytes()
         gc.freeze()  # what is there stays; trainers collect garbage, and would walk over it
         return share(self._base)

@@ -43,19 +43,22 @@ class Seat:
     def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
         """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
         values = plain(cfg)
-        if (values["peft"] or {}).get("init_lora_weights", True) is not True:
-            return measure()
-        kept = ("model", "quant", "algorithm", "data", "samples")
-        train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
-        key = json.dumps([{k: values[k] for k in kept}, train], sort_keys=True)
-        if key in self.pack.measured:
-            seen, answers = self.pack.measured[key]
-            if seen:
-                trainer.log(dict(seen))  # as it does when it measures
+        drawn = cfg.algorithm.shape == "prompt"  # its held-out answers are drawn, by each job's dice
+        if drawn or (values["peft"] or {}).get("init_lora_weights", True) is not True:
+            found = measure()
         else:
-            self.pack.measured[key] = seen, answers = measure()
+            kept = ("model", "quant", "algorithm", "data", "samples", "adapter")
+            train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
+            head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None
+            key = json.dumps([{k: values[k] for k in kept}, train, head], sort_keys=True)
+            if key in self.pack.measured:
+                found = self.pack.measured[key]
+                if found[0]:
+                    trainer.log(dict(found[0]))  # as it does when it measures
+            else:
+                self.pack.measured[key] = found = measure()
         self.pack.widen()
-        return seen, answers
+        return found
 
     def join(self, trainer: Any) -> None:
         """Train in step with the pack from here on."""

@@ -1,0 +1,104 @@
+"""What trainers learn from beside completions: pairs, marked answers, prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+from lora_exp.errors import DataError
+from lora_exp.formats import SHAPES, Row
+from lora_exp.tokens import IGNORED, Counts, Tokens
+
+Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
+
+
+def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
+    """Return a prompt's tokens, of a chat with the answer's turn opened."""
+    if isinstance(row["prompt"], str):
+        ids: list[int] = tokenizer(row["prompt"])["input_ids"]
+        return ids
+    chat: list[int] = tokenizer.apply_chat_template(
+        row["prompt"], tools=row.get("tools"), add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    return chat
+
+
+def prompts(rows: list[Row], tokenizer: Any, room: float, what: str) -> Tokens:
+    """Make prompt rows ready for trainers that answer them; the other columns stay for rewards.
+
+    Args:
+        rows: of shape `prompt`.
+        tokenizer: its chat template in place.
+        room: tokens that a prompt may have beside its answer; longer ones are dropped.
+        what: `train` or `eval`, for messages.
+
+    Raises:
+        DataError: no prompt is left.
+    """
+    lengths = [len(prompt_ids(row, tokenizer)) for row in rows]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    if not kept:
+        text = f"none of the {len(rows)} {what} prompts has at most {room:g} tokens"
+        raise DataError(f"{text}; lower algorithm.args.max_completion_length or shorten them")
+    tokens = sum(length for length in lengths if length <= room)
+    counts = Counts(len(kept), tokens, 0, 0, len(rows) - len(kept))
+    return Tokens(Dataset.from_list(kept), counts, cached=False)
+
+
+def raw(rows: list[Row], shape: str) -> Tokens:
+    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has."""
+    wanted = SHAPES[shape] | {"tools", "margin"}
+    columns = [{key: row[key] for key in row.keys() & wanted} for row in rows]
+    return Tokens(Dataset.from_list(columns), Counts(len(rows), 0, 0, 0, 0), cached=False)
+
+
+def seen(given: Tokens, dataset: Any, max_length: int | None, what: str) -> Tokens:
+    """Count what a trainer made of the rows that it was given.
+
+    Raises:
+        DataError: it has dropped all of them.
+    """
+    limit = max_length or float("inf")
+    total = trained = truncated = 0
+    for row in dataset:
+        prompt = len(row.get("prompt_ids", ()))
+        answers = [len(row[key]) for key in ANSWERS if key in row]
+        truncated += any(prompt + answer > limit for answer in answers)
+        total += sum(int(min(prompt + answer, limit)) for answer in answers)
+        # without a prompt of its own a row is a text that gets one score
+        trained += sum(
+            int(min(answer, limit - prompt)) if "prompt_ids" in row else 1 for answer in answers
+        )
+    counts = Counts(len(dataset), total, trained, truncated, given.counts.rows - len(dataset))
+    if not len(dataset):
+        text = f"each of the {given.counts.rows} {what} rows is longer than {max_length} tokens"
+        raise DataError(f"{text}; raise algorithm.args.max_length or shorten them")
+    return Tokens(dataset, counts, cached=False)
+
+
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
+
+
+def first(tokens: Tokens, tokenizer: Any) -> list[Marked]:
+    """Return the first row's texts as tokens and labels, each with what it is."""
+    row = tokens.dataset[0]
+    if "input_ids" in row:
+        ids, labels = row["input_ids"], row["labels"]
+        if len(ids) == len(labels):
+            return [("", ids, labels)]
+        return [("prompt", ids, [IGNORED] * len(ids)), ("answer", labels, labels)]
+    found: list[Marked] = []
+    for key in (key for key in ANSWERS if key in row):
+        name, prompt = key.removesuffix("_ids"), row.get("prompt_ids", [])
+        if "label" in row:
+            name = "wanted" if row["label"] else "unwanted"
+        ids = prompt + row[key]
+        labels = [IGNORED] * len(prompt) + row[key]
+        if "prompt_ids" not in row:  # the score is read at the last token
+            labels = [IGNORED] * (len(ids) - 1) + ids[-1:]
+        found.append((name, ids, labels))
+    if not found:
+        ids = prompt_ids(row, tokenizer)
+        found.append(("prompt; the answer is the model's own", ids, [IGNORED] * len(ids)))
+    return found

@@ -1,0 +1,266 @@
+"""Rewards: what an answer is worth, by functions named in the config or by a reward adapter.
+
+A reward function is TRL's: `f(prompts, completions, **columns) -> list[float | None]`, one number
+for each completion, None where it has nothing to say. `columns` are the rows' other columns, each a
+list. In chats a completion is a list of turns; `said` returns its text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import regex as patterns
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from lora_exp.config import build, is_path
+from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
+from lora_exp.formats import Row
+from lora_exp.model import Base
+from lora_exp.place import base_of
+from lora_exp.start import adapter_config
+from lora_exp.switch import add_saved, is_adapted, score, using
+
+Function = Callable[..., list[float | None]]
+# what a trainer hands to reward functions beside the rows' columns
+HANDED = {
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+}  # fmt: skip
+SECONDS = 1.0  # that a pattern may take on one completion
+BATCH = 64  # completions that a reward adapter scores at a time
+
+
+def said(completion: Any) -> str:
+    """Return a completion's text, of a chat the last turn's."""
+    text: str = completion if isinstance(completion, str) else completion[-1]["content"]
+    return text
+
+
+def exact_match(completions: list[Any], answer: list[str | None], **_: Any) -> list[float | None]:
+    """Give 1 for the known answer, outer white space aside, else 0."""
+    pairs = zip(completions, answer, strict=True)
+    return [None if a is None else float(said(c).strip() == a.strip()) for c, a in pairs]
+
+
+def similarity(completions: list[Any], answer: list[str | None], **_: Any) -> list[float | None]:
+    """Give the share of characters in common with the known answer, in order: 1 for the answer."""
+    pairs = zip(completions, answer, strict=True)
+    return [None if a is None else SequenceMatcher(None, said(c), a).ratio() for c, a in pairs]
+
+
+def regex(pattern: str) -> Function:
+    """Give 1 where a pattern is found in the completion, else 0.
+
+    Raises:
+        RewardError: a completion takes the pattern longer than a second (when called).
+    """
+    compiled = patterns.compile(pattern, patterns.DOTALL)
+
+    def regex(completions: list[Any], **_: Any) -> list[float | None]:
+        try:
+            return [float(bool(compiled.search(said(c), timeout=SECONDS))) for c in completions]
+        except TimeoutError as error:
+            raise RewardError(f"{pattern!r} takes more than {SECONDS:g} s") from error
+
+    return regex
+
+
+def format(tags: list[str]) -> Function:
+    """Give 1 for a completion that is these tagged sections in order and nothing else, else 0.
+
+    `tags=[think, answer]` wants `<think>...</think><answer>...</answer>` (arXiv 2501.12948).
+    """
+    section = "<{0}>((?!</?{0}>).)*</{0}>"
+    whole = regex(r"\A\s*" + r"\s*".join(section.format(t) for t in tags) + r"\s*\Z")
+
+    def format(completions: list[Any], **_: Any) -> list[float | None]:
+        return whole(completions)
+
+    return format
+
+
+def length(tokens: int) -> Function:
+    """Give 1 for up to so many tokens, then less, down to 0 at twice as many."""
+
+    def length(
+        completions: list[Any], completion_ids: list[list[int]], **_: Any
+    ) -> list[float | None]:
+        return [min(1.0, max(0.0, 2 - len(ids) / tokens)) for ids in completion_ids]
+
+    return length
+
+
+class Reward:
+    """A reward function under its name, held to what it promises."""
+
+    def __init__(self, function: Function, name: str) -> None:
+        self.function, self.__name__ = function, name
+        spec = inspect.signature(function).parameters.values()
+        self.open = any(p.kind is p.VAR_KEYWORD for p in spec)
+        self.taken = {p.name for p in spec if p.kind is not p.VAR_KEYWORD}
+        self.needed = {
+            p.name
+            for p in spec
+            if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Hold the rows' columns against what the function needs.
+
+        Raises:
+            DataError: a column that no row has.
+        """
+        columns = {key for row in rows for key in row} - {"prompt"}
+        if lost := sorted(self.needed - columns - HANDED):
+            text = f"needs the column {', '.join(lost)}; the rows have {', '.join(sorted(columns))}"
+            raise DataError(f"algorithm.rewards: {self.__name__} {text}")
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
+        """Return a reward for each completion.
+
+        Raises:
+            RewardError: the function fails, or returns what is no reward; by name and row.
+        """
+        given = {"prompts": prompts, "completions": completions, **columns}
+        given = given if self.open else {k: v for k, v in given.items() if k in self.taken}
+        try:
+            found = list(self.function(**given))
+        except Exception as error:
+            raise RewardError(self._blame(given, prompts, completions, error)) from error
+        if len(found) != len(completions):
+            text = f"returned {len(found)} rewards for {len(completions)} completions"
+            raise RewardError(f"reward {self.__name__} {text}")
+        for i, reward in enumerate(found):
+            if reward is not None and not (_is_number(reward) and math.isfinite(reward)):
+                row = _shown(prompts[i], completions[i])
+                raise RewardError(f"reward {self.__name__} returned {reward!r} for row {i}: {row}")
+        return found
+
+    def _blame(
+        self, given: dict[str, Any], prompts: list[Any], completions: list[Any], error: Exception
+    ) -> str:
+        """Find the row that fails by asking for each alone."""
+        where, count = "", len(completions)
+        for i in range(count):
+            alone = {
+                key: [value[i]] if isinstance(value, list) and len(value) == count else value
+                for key, value in given.items()
+            }
+            try:
+                self.function(**alone)
+            except Exception as own:
+                error = own
+                where = f" on row {i} of the batch: {_shown(prompts[i], completions[i])}"
+                break
+        return f"reward {self.__name__} fails{where}: {type(error).__name__}: {error}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (hasattr(value, "item") and value.ndim == 0)
+
+
+def _shown(prompt: Any, completion: Any) -> str:
+    return f"prompt {str(prompt)[-120:]!r}, completion {str(completion)[:120]!r}"
+
+
+class AdapterReward:
+    """A reward adapter's scores, on the base that trains, or on one of its own where it must."""
+
+    def __init__(self, path: str, cfg: DictConfig, model: Any, tokenizer: Any, name: str) -> None:
+        """Put the adapter on the base.
+
+        Raises:
+            ConfigError: there is none, or it is of another base.
+        """
+        self.tokenizer, self.__name__ = tokenizer, name
+        folder = Path(path).expanduser()
+        trained_on = str(adapter_config(path)["base_model_name_or_path"])
+        if Path(trained_on).name != Path(cfg.model.path).name:
+            text = f"{path} was trained on {trained_on}, not on {cfg.model.path}"
+            raise ConfigError([("algorithm.rewards", text)])
+        self.model, self.adapter = model, name
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, cfg.quant is not None)
+        try:
+            if not is_adapted(model):  # its base trains: the reward needs one that stays
+                self.model = _frozen(cfg)
+            self.head = add_saved(self.model, folder, name)
+        except AdapterError as error:
+            raise ConfigError([("algorithm.rewards", str(error))]) from error
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Scores need no column."""
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        """Return the scores of whole texts, written as the reward's own training wrote them."""
+        found: list[Tensor] = []
+        training = self.model.training
+        self.model.eval()
+        body = self.model.get_base_model().base_model
+        with using(self.model, self.adapter), self.autocast:
+            for i in range(0, len(prompts), BATCH):
+                ids = [
+                    self._ids(p, c)
+                    for p, c in zip(prompts[i : i + BATCH], completions[i : i + BATCH], strict=True)
+                ]
+                inputs = self.tokenizer.pad(
+                    {"input_ids": ids}, padding_side="right", return_tensors="pt"
+                ).to(self.model.device)
+                hidden = body(**inputs, use_cache=False).last_hidden_state
+                found.append(score(hidden, inputs["attention_mask"], self.head))
+        self.model.train(training)
+        scores: list[float] = torch.cat(found).tolist()
+        return scores
+
+    def _ids(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            text = prompt + completion + self.tokenizer.eos_token
+            ids: list[int] = self.tokenizer(text)["input_ids"]
+            return ids
+        turns = [*prompt, *completion]
+        whole: list[int] = self.tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        return whole
+
+
+def _frozen(cfg: DictConfig) -> Any:
+    """Load another base, wrapped so that an adapter can be put on it."""
+    import peft
+
+    base: Base = base_of(cfg)
+    return peft.get_peft_model(base.model, peft.LoraConfig(r=1, target_modules="all-linear"))
+
+
+def rewards(cfg: DictConfig, model: Any, tokenizer: Any, rows: list[Row]) -> list[Any]:
+    """Make what `algorithm.rewards` names: functions, factories with arguments, adapters by path.
+
+    Raises:
+        ConfigError: a name that leads nowhere.
+        DataError: a function needs a column that the rows do not have.
+    """
+    made: list[Any] = []
+    for i, entry in enumerate(cfg.algorithm.rewards):
+        if isinstance(entry, DictConfig):
+            function = build(cfg, f"algorithm.rewards.{i}")
+            made.append(Reward(function, _free(entry["_target_"].rpartition(".")[2], made)))
+        elif is_path(entry):
+            made.append(AdapterReward(entry, cfg, model, tokenizer, _free("reward_adapter", made)))
+        else:
+            module, _, name = entry.rpartition(".")
+            function = getattr(importlib.import_module(module), name)
+            made.append(Reward(function, _free(name, made)))
+    for reward in made:
+        reward.check(rows)
+    return made
+
+
+def _free(name: str, made: list[Any]) -> str:
+    """Return a name that no other reward has, for its metrics."""
+    taken = {reward.__name__ for reward in made}
+    return next(n for n in [name, *(f"{name}_{i}" for i in range(2, 100))] if n not in taken)

@@ -1,0 +1,111 @@
+"""PPO's formulas on plain tensors: divergence, advantages, clipped losses.
+
+Shapes: B completions, T tokens of the longest; `mask_BT` is 1 where a completion has a token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean over all tokens that are there."""
+    return (x_BT * mask_BT).sum() / mask_BT.sum()
+
+
+def divergence(logps_BT: Tensor, ref_logps_BT: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
+    """Estimate KL(policy, reference) token by token from the sampled tokens alone, [B, T].
+
+    `k1` is log(p/q), unbiased; `k3` is q/p - 1 - log(q/p), unbiased too, never negative and of less
+    variance (J. Schulman, "Approximating KL divergence", 2020).
+    """
+    log_ratio = ref_logps_BT - logps_BT
+    return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+
+
+def shaped(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
+    """Return each token's reward, [B, T]: minus beta times its KL, and the score at the last token.
+
+    Section 2.2 of Ziegler et al. (arXiv 1909.08593).
+    """
+    rewards = -beta * kl_BT * mask_BT
+    last = mask_BT.sum(1).long() - 1
+    return rewards.scatter_add(1, last[:, None], scores_B[:, None].to(rewards.dtype))
+
+
+def advantages(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Return generalised advantage estimates, [B, T] (arXiv 1506.02438, equation 16).
+
+    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lam A_(t+1); nothing follows the
+    last token.
+    """
+    values_BT = values_BT * mask_BT
+    found, later = [], torch.zeros_like(values_BT[:, 0])
+    for t in reversed(range(values_BT.shape[1])):
+        following = values_BT[:, t + 1] if t + 1 < values_BT.shape[1] else torch.zeros_like(later)
+        delta = rewards_BT[:, t] + gamma * following - values_BT[:, t]
+        later = (delta + gamma * lam * later) * mask_BT[:, t]
+        found.append(later)
+    return torch.stack(found[::-1], 1)
+
+
+def whitened(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
+    """Scale to variance 1 and mean 0 (or the old mean) over the tokens that are there."""
+    centre = mean(x_BT, mask_BT)
+    variance = mean((x_BT - centre) ** 2, mask_BT)
+    white = (x_BT - centre) * torch.rsqrt(variance + 1e-8)
+    return (white + centre if keep_mean else white) * mask_BT
+
+
+def policy_loss(
+    logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return the clipped surrogate (arXiv 1707.06347, equation 7), and the share of clipped tokens.
+
+    A token counts as clipped where the clipped term is the one that is taken.
+    """
+    ratio = (logps_BT - old_logps_BT).exp()
+    free = -advantages_BT * ratio
+    clipped = -advantages_BT * ratio.clamp(1 - epsilon, 1 + epsilon)
+    loss = mean(torch.max(free, clipped), mask_BT)
+    return loss, mean((clipped > free).float(), mask_BT)
+
+
+def value_loss(
+    values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return half the squared error, a value's step clipped to epsilon, and the share clipped.
+
+    The pessimistic of the two errors, as in the code that came with arXiv 1707.06347.
+    """
+    near = old_values_BT + (values_BT - old_values_BT).clamp(-epsilon, epsilon)
+    free, clipped = (values_BT - returns_BT) ** 2, (near - returns_BT) ** 2
+    loss = 0.5 * mean(torch.max(free, clipped), mask_BT)
+    return loss, mean((clipped > free).float(), mask_BT)
+
+
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return 1 - Var(returns - values) / Var(returns): 1 is foreseen, 0 no better than a mean."""
+    there = mask_BT.bool()
+    returns, error = returns_BT[there], (returns_BT - values_BT)[there]
+    return 1 - error.var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
+
+
+def controlled(beta: float, kl: float, target: float, share: float) -> float:
+    """Return the next coefficient: larger where the KL is above its target, smaller below.
+
+    beta (1 + clip(kl / target - 1, -0.2, 0.2) share), equation 2 of arXiv 1909.08593.
+
+    Args:
+        beta: the coefficient now.
+        kl: of the last rollout, summed over a completion, in nats.
+        target: what it should be.
+        share: of the horizon that the rollout was: its completions / horizon.
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return beta * (1 + error * share)

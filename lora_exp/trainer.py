@@ -1,0 +1,130 @@
+"""The algorithm's own trainer, from its own arguments; nothing of it is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import DictConfig
+from transformers import TrainerCallback
+
+from lora_exp.adapter import Adapted
+from lora_exp.config import build, plain
+from lora_exp.data import Rows
+from lora_exp.divergence import FiniteLoss
+from lora_exp.errors import ConfigError
+from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
+from lora_exp.record import Record
+from lora_exp.rewards import rewards
+from lora_exp.signature import signature
+from lora_exp.spare import spare
+from lora_exp.tokens import Tokens
+
+
+def trainer_of(
+    cfg: DictConfig,
+    base: Base,
+    adapted: Adapted,
+    rows: Rows,
+    data: tuple[Tokens, Tokens | None],
+    record: Record,
+    callbacks: list[TrainerCallback],
+) -> Any:
+    """Build the trainer and spare it what no step needs.
+
+    Args:
+        cfg: the run's.
+        base: what the adapter stands on.
+        adapted: what trains.
+        rows: as the algorithm learns from them; rewards read their columns.
+        data: the same, as the trainer takes them: to train on, and held out.
+        record: of the run; checkpoints go to its directory.
+        callbacks: beside ours and those of the adapter's method.
+
+    Raises:
+        ConfigError: the trainer refuses its arguments.
+    """
+    train, held_out = data
+    trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
+    given: dict[str, Any] = {}
+    known = signature(cfg.algorithm.trainer._target_)
+    takes = known.arguments if known else {}
+    if "rewards" in cfg.algorithm:
+        both = [*rows.train, *rows.eval]
+        given["reward_funcs"] = rewards(cfg, adapted.model, base.tokenizer, both)
+    if "ref_model" in takes and adapted.method is None:
+        given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    try:
+        trainer = build(
+            cfg,
+            "algorithm.trainer",
+            model=adapted.model,
+            args=_arguments(cfg, base, held_out, record),
+            train_dataset=train.dataset,
+            eval_dataset=held_out.dataset if held_out else None,
+            processing_class=base.tokenizer,
+            callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks],
+            **given,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([("algorithm", str(error))]) from error
+    trainer.remove_callback(transformers.PrinterCallback)
+    spare(trainer.model)
+    trainer.evaluate = _unnoticed(trainer.evaluate)
+    if adapted.method is not None:
+        # trl casts to bfloat16 on quantised bases: docs/decisions/0003
+        for parameter in adapted.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for parameter, data_before in trained:  # a start's own bits, not those of the cast
+            parameter.data = data_before.float()
+    return trainer
+
+
+def _unnoticed(evaluate: Any) -> Any:
+    """Evaluate without moving the random streams: loaders draw a seed that they never use."""
+
+    def unnoticed(*arguments: Any, **options: Any) -> Any:
+        with torch.random.fork_rng():
+            return evaluate(*arguments, **options)
+
+    return unnoticed
+
+
+def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Record) -> Any:
+    settings = plain(cfg.train)
+    if settings["bf16"] is None:
+        settings |= _precision(cfg, base)
+    if held_out is None:
+        settings["eval_strategy"] = "no"
+    known = signature(cfg.algorithm.args._target_)
+    if known and "dataset_kwargs" in known.arguments and not cfg.algorithm.args.packing:
+        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # tokens and labels are there
+    try:
+        return build(
+            cfg,
+            "algorithm.args",
+            **settings,
+            seed=cfg.seed,
+            output_dir=str(record.directory / "checkpoints"),
+            report_to=[],
+            use_cpu=device() == "cpu",
+            dataloader_pin_memory=device() != "cpu",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,  # it would log a loss of 0 where there is none
+        )
+    except ValueError as error:
+        raise ConfigError([("algorithm.args", str(error))]) from error
+
+
+def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
+    """Compute in 16 bits what is held in few, and whole float32 weights where a GPU can."""
+    if cfg.quant is not None:
+        half = cfg.quant.get("compute_dtype") == "float16" or lacks_bfloat16()
+        return {"bf16": not half, "fp16": half}
+    whole = cfg.peft is None and has_bfloat16()
+    return {"bf16": whole or base.model.dtype == torch.bfloat16}

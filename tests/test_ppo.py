@@ -1,0 +1,213 @@
+"""PPO's trainer: rollouts against a direct computation, one base, what is saved and used alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from lora_exp import compose, run
+from lora_exp.config import asset
+from lora_exp.model import Base, bnb_4bit, bnb_8bit, load
+from lora_exp.ppo import PPOConfig, PPOTrainer, save_value
+from tests.test_algorithms import words
+from tests.test_experiment import digest
+
+TINY = "pkg://lora_exp/assets/tiny"
+ROWS = [
+    {"prompt": [{"role": "user", "content": text}], "answer": text[-1]}
+    for text in ("Flip: a b", "Repeat: c d e f", "Who are you?", "Sort: 3 1 2")
+] * 2
+
+
+def characters(completions: list[Any], **_: Any) -> list[float]:
+    return [float(len(c[-1]["content"])) for c in completions]
+
+
+@pytest.fixture
+def make(fresh_base: Base, tmp_path: Path) -> Callable[..., PPOTrainer]:
+    def make(whole: bool = False, rewards: Any = (characters,), **options: Any) -> PPOTrainer:
+        model = fresh_base.model
+        if whole:
+            model.requires_grad_(True)
+        else:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        args = PPOConfig(
+            output_dir=str(tmp_path / "out"), use_cpu=True, report_to=[], disable_tqdm=True,
+            max_completion_length=6, **({"per_device_train_batch_size": 4} | options),
+        )  # fmt: skip
+        data = Dataset.from_list(ROWS)
+        return PPOTrainer(model, args, data, data, fresh_base.tokenizer, list(rewards))
+
+    return make
+
+
+def stirred(model: Any, name: str = "default") -> None:
+    """Give an untrained adapter something to say."""
+    torch.manual_seed(1)
+    for path, parameter in model.named_parameters():
+        if f"lora_B.{name}" in path:
+            parameter.data.normal_(std=0.05)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_and_divergence_equal_a_direct_computation(
+    make: Callable[..., PPOTrainer], temperature: float
+) -> None:
+    trainer = make(temperature=temperature)
+    stirred(trainer.model)
+    batch = trainer._rollout(ROWS[:4], "train")
+    model, length = trainer.model.eval(), batch["mask"].shape[1]
+
+    def direct() -> torch.Tensor:
+        found = torch.zeros_like(batch["logps"])
+        for b in range(4):  # each row alone, without its padding
+            ids = batch["ids"][b][batch["attention"][b].bool()]
+            logits = model(input_ids=ids[None]).logits[0, :-1] / temperature
+            own = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            count = int(batch["mask"][b].sum())
+            found[b, :count] = own[-count:]
+        return found
+
+    with torch.no_grad():
+        mask = batch["mask"]
+        torch.testing.assert_close(batch["logps"] * mask, direct(), atol=1e-5, rtol=1e-4)
+        with model.disable_adapter():
+            reference = direct()
+        torch.testing.assert_close(batch["ref_logps"] * mask, reference, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            batch["kl"], (batch["logps"] - reference) * mask, atol=2e-5, rtol=1e-4
+        )
+    assert batch["kl"].abs().sum() > 0.1
+    assert length <= 6
+
+
+def test_a_completion_ends_with_its_first_end_token_and_one_without_is_fined(
+    make: Callable[..., PPOTrainer],
+) -> None:
+    trainer = make(missing_eos_penalty=100.0)
+    batch = trainer._rollout(ROWS[:4], "train")
+    end, new = trainer.processing_class.eos_token_id, batch["ids"][:, -batch["mask"].shape[1] :]
+    for tokens, mask, score in zip(new, batch["mask"], batch["scores"], strict=True):
+        there = tokens[mask.bool()].tolist()
+        assert end not in there[:-1]
+        assert (there[-1] == end) == (score > -50)
+    assert (batch["scores"] < -50).any()
+    assert (batch["scores"] > -50).any()
+
+
+def test_weights_and_silent_rewards_make_the_score(make: Callable[..., PPOTrainer]) -> None:
+    def silent(completions: list[Any], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = make(rewards=(characters, silent), reward_weights=[0.5, 9.0])
+    batch = trainer._rollout(ROWS[:4], "train")
+    texts = [
+        trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
+        for ids, mask in zip(batch["ids"][:, -batch["mask"].shape[1] :], batch["mask"], strict=True)
+    ]
+    assert batch["scores"].tolist() == [0.5 * len(text) for text in texts]
+
+
+def test_each_pass_goes_through_every_row_once(make: Callable[..., PPOTrainer]) -> None:
+    trainer = make(per_device_train_batch_size=2, num_minibatches=2, num_iterations=3)
+    trainer.model.train()
+    parts = [trainer._prepare_inputs(ROWS[:4]) for _ in range(6)]
+    whole = trainer.buffer["logps"].sum(1).sort().values
+    for i in range(0, 6, 2):
+        seen = torch.cat([part["logps"].sum(1) for part in parts[i : i + 2]])
+        assert torch.equal(seen.sort().values, whole)
+    before = trainer.buffer
+    trainer._prepare_inputs(ROWS[4:])
+    assert trainer.buffer is not before
+
+
+@pytest.mark.parametrize("quantization", [None, bnb_4bit("nf4", True, "bfloat16"), bnb_8bit(6.0)])
+def test_policy_value_and_reference_hold_one_base(quantization: Any, tmp_path: Path) -> None:
+    base = load(TINY, None, None, "float32", "sdpa", False, False, quantization)
+    weights = {p.data_ptr() for p in base.model.parameters()}
+    model = get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear"))
+    stirred(model)  # so that the reference is an adapter too
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    data = Dataset.from_list(ROWS)
+    trainer = PPOTrainer(model, args, data, None, base.tokenizer, [characters])
+    assert trainer.ref == "ref"
+    own = {n for n, p in trainer.model.named_parameters() if p.data_ptr() not in weights}
+    assert {n for n in own if "lora_" not in n} == {"ppo_value.score.weight"}
+
+
+def test_the_value_is_usable_alone(
+    make: Callable[..., PPOTrainer], fresh_base: Base, tmp_path: Path
+) -> None:
+    trainer = make()
+    stirred(trainer.model, "value")
+    trainer.model.eval()
+    batch = trainer._rollout(ROWS[:4], "train")
+    with trainer._as_value(trainer.model), torch.no_grad():
+        values = trainer._values(batch)
+    base = Base(fresh_base.model, fresh_base.tokenizer, TINY, None, None)
+    save_value(trainer.model, base, tmp_path / "value")
+    scorer = AutoModelForSequenceClassification.from_pretrained(asset(TINY), num_labels=1)
+    scorer = PeftModel.from_pretrained(scorer, str(tmp_path / "value")).eval()
+    for b in range(4):  # the value before the second token is the score of what stands before it
+        ids = batch["ids"][b][batch["attention"][b].bool()]
+        count = int(batch["mask"][b].sum())
+        if count > 1:
+            with torch.no_grad():
+                found = scorer(input_ids=ids[None, : len(ids) - count + 1]).logits.item()
+            assert values[b, 1].item() == pytest.approx(found, abs=1e-5)
+
+
+def test_a_whole_value_is_usable_alone(tmp_path: Path) -> None:
+    result = run(compose(*words("ppo", "peft=none")), tmp_path / "run")
+    value = AutoModelForSequenceClassification.from_pretrained(result.directory / "value")
+    assert value.config.num_labels == 1
+    assert not any("ppo_value" in key for key in _keys(result.saved))
+
+
+def _keys(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:  # type: ignore[no-untyped-call]
+        return list(file.keys())
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    saved = []
+    for setting in ("false", "true"):
+        command = words("ppo", f"train.gradient_checkpointing={setting}")
+        result = run(compose(*command), tmp_path / setting)
+        saved.append({"policy": digest(result.saved), "value": digest(result.directory / "value")})
+    for part in ("policy", "value"):
+        first, second = (s[part]["adapter_model.safetensors"] for s in saved)
+        assert first == second
+
+
+def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    """Lengths differ, so that token means differ a little; two halves point where the whole does."""
+    moved = []
+    for size, parts in ((8, 1), (4, 2)):
+        batch = [f"train.per_device_train_batch_size={size}"]
+        batch += [f"train.gradient_accumulation_steps={parts}", "algorithm.args.num_minibatches=1"]
+        result = run(compose(*words("ppo", "train.max_steps=1", "train.warmup_steps=0", *batch)), tmp_path / str(size))
+        weights = peft.utils.load_peft_weights(str(result.saved), device="cpu")
+        moved.append(torch.cat([w.flatten() for k, w in weights.items() if "lora_B" in k]))
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
+def test_a_rollout_that_cannot_be_filled_is_said(make: Callable[..., PPOTrainer]) -> None:
+    with pytest.raises(ValueError, match="a rollout takes 16 prompts, but there are 8"):
+        make(num_minibatches=4)
+
+
+def test_each_reward_has_its_weight(make: Callable[..., PPOTrainer]) -> None:
+    with pytest.raises(ValueError, match="2 reward_weights for 1 rewards"):
+        make(reward_weights=[1.0, 2.0])
