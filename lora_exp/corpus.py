@@ -161,7 +161,7 @@ def pairs(seed: int, rows: int, held_out: bool) -> list[dict[str, Any]]:
     for row in take(PAIRS, seed, rows, held_out):
         question, right = (turn["content"] for turn in row["messages"])
         letters = right.split()
-        if rng.random() < 0.5 and letters != letters[::-1]:
+        if rng.random() < 0.75 and letters != letters[::-1]:
             wrong = letters[::-1]
         else:
             place = rng.randrange(len(letters))

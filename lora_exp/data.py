@@ -131,6 +131,14 @@ def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> R
     return Rows(train, held_out, "messages", source, _template(chat_template))
 
 
+def pairs(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:
+    """Draw questions with a right and a wrong answer from a seed; see `corpus.pairs`."""
+    train = generated.pairs(seed, rows, held_out=False)
+    held_out = generated.pairs(seed, eval_rows, held_out=True)
+    source = {"lora_exp.corpus": f"pairs, seed {seed}, {rows} rows"}
+    return Rows(train, held_out, "preference", source, _template(chat_template))
+
+
 def _template(path: str | None) -> str | None:
     if path is None:
         return None

@@ -78,9 +78,7 @@ def objective(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -
     raise ConfigError([("objective", text)])
 
 
-def _measure(
-    when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]
-) -> Measured:
+def _measure(when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]) -> Measured:
     seen = _latest(trainer)
     if seen is None:
         seen = {}

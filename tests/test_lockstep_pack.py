@@ -80,7 +80,10 @@ def alone(jobs: list[list[str]], folder: Path, *common: str) -> list[Any]:
 def seen(result: Any) -> tuple[Any, ...]:
     """Return all that a run computed: every logged number, every answer, every weight."""
     lines = (result.directory / "metrics.jsonl").read_text().splitlines()
-    logged = [{k: v for k, v in json.loads(line).items() if "per_s" not in k and "step_time" not in k} for line in lines]
+    logged = [
+        {k: v for k, v in json.loads(line).items() if "per_s" not in k and "step_time" not in k}
+        for line in lines
+    ]
     kept = {k: v for k, v in result.metrics.items() if k.startswith(("eval/", "before/"))}
     weights = (result.saved / "adapter_model.safetensors").read_bytes()
     return logged, kept, (result.directory / "samples.jsonl").read_text(), weights

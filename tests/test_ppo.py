@@ -196,8 +196,12 @@ def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     moved = []
     for size, parts in ((8, 1), (4, 2)):
         batch = [f"train.per_device_train_batch_size={size}"]
+        batch += ["train.optim=sgd", "train.learning_rate=1"]
         batch += [f"train.gradient_accumulation_steps={parts}", "algorithm.args.num_minibatches=1"]
-        result = run(compose(*words("ppo", "train.max_steps=1", "train.warmup_steps=0", *batch)), tmp_path / str(size))
+        result = run(
+            compose(*words("ppo", "train.max_steps=1", "train.warmup_steps=0", *batch)),
+            tmp_path / str(size),
+        )
         weights = peft.utils.load_peft_weights(str(result.saved), device="cpu")
         moved.append(torch.cat([w.flatten() for k, w in weights.items() if "lora_B" in k]))
     assert torch.cosine_similarity(*moved, dim=0) > 0.9

@@ -93,7 +93,7 @@ def test_ones_own_function_rewards_when_it_is_trusted(
     )
     monkeypatch.syspath_prepend(tmp_path)
     words = ["algorithm=grpo", "algorithm.rewards=[own_rewards.short]", "data=demo_pairs"]
-    words += ["train.max_steps=1", "train.per_device_train_batch_size=8", "data.max_eval_rows=8"]
+    words += ["train.max_steps=1", "train.per_device_train_batch_size=8", "data.eval_rows=8"]
     words += ["samples.rows=0", "tracking=none", "algorithm.args.max_completion_length=4"]
     cfg = compose(*words, "trusted_targets=[own_rewards.short]")
     assert run(cfg, tmp_path / "run").metrics["eval/reward"] == 1
@@ -103,9 +103,7 @@ def test_an_adapter_scores_as_the_classifier_that_it_was_trained_as(
     tmp_path: Path, fresh_base: Any
 ) -> None:
     words = ["algorithm=reward", "data=demo_pairs", "train.max_steps=8", "tracking=none"]
-    saved = run(
-        compose(*words, "data.max_rows=64", "train.learning_rate=1e-2"), tmp_path / "r"
-    ).saved
+    saved = run(compose(*words, "data.rows=64", "train.learning_rate=1e-2"), tmp_path / "r").saved
     scorer = AutoModelForSequenceClassification.from_pretrained(asset(TINY), num_labels=1)
     scorer = PeftModel.from_pretrained(scorer, str(saved)).eval()
     model = get_peft_model(fresh_base.model, LoraConfig(r=2, target_modules="all-linear"))

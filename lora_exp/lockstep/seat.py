@@ -43,7 +43,9 @@ class Seat:
     def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
         """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
         values = plain(cfg)
-        drawn = cfg.algorithm.shape == "prompt"  # its held-out answers are drawn, by each job's dice
+        drawn = (
+            cfg.algorithm.shape == "prompt"
+        )  # its held-out answers are drawn, by each job's dice
         if drawn or (values["peft"] or {}).get("init_lora_weights", True) is not True:
             found = measure()
         else:
