@@ -28,7 +28,6 @@ from lora_exp.measure import after, before, objective
 from lora_exp.memory import peak_bytes
 from lora_exp.model import Base
 from lora_exp.place import Alone, Place
-from lora_exp.ppo import save_value
 from lora_exp.record import Record
 from lora_exp.redaction import redact
 from lora_exp.samples import virtual_tokens
@@ -36,6 +35,7 @@ from lora_exp.summary import announce, conclude, counts
 from lora_exp.tokens import Tokens, tokenise
 from lora_exp.tracking import Metrics, Nowhere, Tracker
 from lora_exp.trainer import trainer_of
+from lora_exp.value import save_value
 
 log = logging.getLogger("lora_exp")
 PPO = "lora_exp.ppo.PPOTrainer"  # the one trainer that trains more than it is given

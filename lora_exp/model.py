@@ -101,10 +101,8 @@ def load(
 ) -> Base:
     """Load a base and its tokenizer; every weight frozen unless it is trained whole later.
 
-    Args:
-        path: a folder, `pkg://` or a hub id; the others are conf/model/local.yaml's.
-        quantization: from `bnb_4bit` or `bnb_8bit`; None: in floats.
-        task_type: peft's name of what it is for; with SEQ_CLS the head gives one number.
+    `task_type` is peft's name of what it is for: with SEQ_CLS the head gives one number. The others
+    are those of conf/model/local.yaml, and `quantization` from `bnb_4bit` or `bnb_8bit`.
 
     Raises:
         ConfigError: the path holds no model, or not one that can be loaded this way.

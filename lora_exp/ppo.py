@@ -20,17 +20,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from trl.trainer.utils import RepeatSampler, entropy_from_logits, selective_log_softmax
 
 from lora_exp.examples import prompt_ids
-from lora_exp.model import Base
 from lora_exp.surrogate import (
     advantages,
     controlled,
@@ -42,7 +35,8 @@ from lora_exp.surrogate import (
     value_loss,
     whitened,
 )
-from lora_exp.switch import add_copy, changes_nothing, is_adapted, save_classifier, using
+from lora_exp.switch import add_copy, changes_nothing, is_adapted, using
+from lora_exp.value import Value
 
 Batch = dict[str, Tensor]
 
@@ -76,16 +70,6 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward."})
     shuffle_dataset: bool = field(default=True, metadata={"help": "Prompts in a new order."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read columns."})
-
-
-class Value(nn.Module):
-    """A scalar head, on the policy's own body under an adapter, or on a body of its own."""
-
-    def __init__(self, body: Any, width: int, device: torch.device) -> None:
-        super().__init__()
-        self.body = body  # None: the policy's, with adapter "value"
-        self.score = nn.Linear(width, 1, bias=False, device=device)
-        nn.init.normal_(self.score.weight, std=1e-4)  # values begin near 0, and yet gradients pass
 
 
 class PPOTrainer(Trainer):  # type: ignore[misc]
@@ -135,7 +119,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             body = copy.deepcopy(model.base_model)
         width = model.config.get_text_config().hidden_size
         model.ppo_value = Value(body, width, model.device)
-        self.beta, self.micro_step, self.buffer = args.beta, 0, None
+        self.beta, self.micro_step = args.beta, 0
+        self.buffer: Batch = {}  # the rollout that is learnt from
         self._metrics: dict[str, dict[str, list[float]]] = {
             mode: defaultdict(list) for mode in ("train", "eval")
         }
@@ -177,7 +162,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Return the micro-batch to learn from; with the first one the rollout is made."""
         turn = self.micro_step % (self.parts * self.args.num_iterations)
-        if turn == 0 or self.buffer is None:
+        if turn == 0 or not self.buffer:
             self.buffer = self._learnable(self._rollout(inputs, "train"))
         if turn % self.parts == 0:  # every pass goes through the rollout in another order
             self.order = torch.randperm(self.rollout_size)
@@ -320,7 +305,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         """Return the log-probabilities of the completions' tokens, [B, T]."""
         logits = self._logits(batch, self.model if model is None else model)
         chosen = batch["ids"][:, -batch["mask"].shape[1] :]
-        return selective_log_softmax(logits, chosen)
+        found: Tensor = selective_log_softmax(logits, chosen)
+        return found
 
     def _values(self, batch: Batch) -> Tensor:
         """Return the value of the state before each completion token, [B, T], in float32."""
@@ -367,7 +353,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             "policy_loss": loss, "clip_ratio": clipped, "entropy": entropy,
             "approx_kl": mean(divergence(batch["logps"], logps, "k3"), mask),
         })  # fmt: skip
-        return loss - self.args.entropy_coef * entropy
+        bonus: Tensor = self.args.entropy_coef * entropy
+        return loss - bonus
 
     def _value_loss(self, batch: Batch) -> Tensor:
         values = self._values(batch)
@@ -423,7 +410,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the rollout with them: a checkpoint may fall between two of its passes."""
         super()._save_optimizer_and_scheduler(output_dir)
-        assert self.buffer is not None
         save_file(
             _whole(self.buffer | {"order": self.order}), Path(output_dir) / "rollout.safetensors"
         )
@@ -439,26 +425,6 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             state = json.loads((Path(checkpoint) / "ppo.json").read_text())
             self.micro_step, self.beta = state["micro_step"], state["beta"]
             self.num_tokens = state["num_tokens"]
-
-
-def save_value(model: Any, base: Base, folder: Path) -> None:
-    """Take the value off a trained policy and save it so that it can be used alone.
-
-    A classification adapter, or model, of one label: its score at a row's last token is the value
-    of the state after that token.
-    """
-    value = model.ppo_value
-    if is_adapted(model):
-        save_classifier(model, "value", value.score.weight, base, folder)
-    else:
-        config = copy.deepcopy(model.config)
-        config.num_labels = 1
-        whole = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-        whole.base_model.load_state_dict(value.body.state_dict())
-        whole.score.load_state_dict(value.score.state_dict())
-        whole.save_pretrained(str(folder))
-    base.tokenizer.save_pretrained(str(folder))
-    del model.ppo_value
 
 
 def _whole(tensors: Any) -> dict[str, Tensor]:

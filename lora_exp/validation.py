@@ -41,7 +41,8 @@ SECTIONS = (
 KEYS = {
     "": (
         "name", "seed", "resume", "adapter", "objective", "goal", "trusted_targets", "train",
-        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "lockstep", "choices",
+        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
+        "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),

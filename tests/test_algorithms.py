@@ -161,7 +161,7 @@ def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
     ("algorithm", "row", "said"),
     [
         ("dpo", {"messages": [{"role": "assistant", "content": "x"}]},
-         "needs rows of shape preference .chosen, prompt, rejected., but these were read as messages"),
+         "needs rows of shape preference .chosen, prompt, rejected., but these were read as mess"),
         ("grpo", {"text": "x"}, "needs rows of shape prompt .* read as text with the fields text"),
         ("kto", {"prompt": "a", "completion": "b"}, "needs rows of shape unpaired_preference"),
         ("sft", {"prompt": "a"}, "needs rows of shape completion"),

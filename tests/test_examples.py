@@ -61,7 +61,8 @@ def test_nothing_left_is_an_error() -> None:
     [
         ({"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]},
          [("chosen", [1, 2, 3], [IGNORED, 2, 3]), ("rejected", [1, 4], [IGNORED, 4])]),
-        ({"prompt_ids": [1], "completion_ids": [2], "label": True}, [("wanted", [1, 2], [IGNORED, 2])]),
+        ({"prompt_ids": [1], "completion_ids": [2], "label": True},
+         [("wanted", [1, 2], [IGNORED, 2])]),
         ({"prompt_ids": [1], "completion_ids": [2], "label": False},
          [("unwanted", [1, 2], [IGNORED, 2])]),
         ({"chosen_ids": [1, 2], "rejected_ids": [3, 4]},

@@ -92,7 +92,7 @@ def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
 
 
 def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> None:
-    with pytest.raises(DataError, match="shape preference .* read as text with the fields text"):
+    with pytest.raises(DataError, match=r"shape preference .* read as text with the fields text"):
         reshape([{"text": "x"}], "text", "preference")
     with pytest.raises(DataError, match="formats that would do: preference, messages"):
         reshape([{"text": "x"}], "text", "prompt")

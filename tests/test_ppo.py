@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from lora_exp import compose, run
 from lora_exp.config import asset
 from lora_exp.model import Base, bnb_4bit, bnb_8bit, load
-from lora_exp.ppo import PPOConfig, PPOTrainer, save_value
+from lora_exp.ppo import PPOConfig, PPOTrainer
+from lora_exp.value import save_value
 from tests.test_algorithms import words
 from tests.test_experiment import digest
 
@@ -192,7 +193,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    """Lengths differ, so that token means differ a little; two halves point where the whole does."""
+    """Token means of halves differ a little; the two point where the whole does."""
     moved = []
     for size, parts in ((8, 1), (4, 2)):
         batch = [f"train.per_device_train_batch_size={size}"]

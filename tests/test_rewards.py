@@ -67,9 +67,9 @@ def test_a_function_gets_only_what_it_asks_for() -> None:
     ("function", "text"),
     [
         (lambda completions: [1 / (c != "c1") for c in completions],
-         "reward mine fails on row 1 of the batch: prompt 'p1', completion 'c1': ZeroDivisionError"),
+         "reward mine fails on row 1 of the batch: prompt 'p1', completion 'c1': ZeroDiv"),
         (lambda completions: [1.0], "reward mine returned 1 rewards for 2 completions"),
-        (lambda completions: [1.0, float("nan")], "reward mine returned nan for row 1: prompt 'p1'"),
+        (lambda completions: [1.0, float("nan")], "reward mine returned nan for row 1: prompt 'p"),
         (lambda completions: [1.0, "good"], "reward mine returned 'good' for row 1"),
     ],
 )  # fmt: skip

@@ -73,5 +73,6 @@ def test_a_folder_that_is_no_adapter_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_start_is_read_without_torch(tmp_path: Path) -> None:
-    code = "import sys; from lora_exp import compose; compose(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from lora_exp import compose; compose(sys.argv[1])\n"
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, saved(tmp_path / "a")], check=True)
