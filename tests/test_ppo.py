@@ -167,20 +167,6 @@ def test_the_value_is_usable_alone(
             assert values[b, 1].item() == pytest.approx(found, abs=1e-5)
 
 
-def test_a_whole_value_is_usable_alone(tmp_path: Path) -> None:
-    result = run(compose(*words("ppo", "peft=none")), tmp_path / "run")
-    value = AutoModelForSequenceClassification.from_pretrained(result.directory / "value")
-    assert value.config.num_labels == 1
-    assert not any("ppo_value" in key for key in _keys(result.saved))
-
-
-def _keys(folder: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(next(folder.glob("*.safetensors")), "pt") as file:  # type: ignore[no-untyped-call]
-        return list(file.keys())
-
-
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     saved = []
     for setting in ("false", "true"):
