@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_exp.config import build
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
 from lora_exp.model import Base, new_head
+from lora_exp.start import adapter_config
 
 log = logging.getLogger("lora_exp")
 ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
@@ -89,6 +90,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
 
 def _started(model: Any, cfg: DictConfig) -> Any:
     """Put a saved adapter on the base, to train on; one of a text model may become a classifier."""
+    adapter_config(cfg.adapter)  # a resumed run's may be gone
     folder = str(Path(cfg.adapter).expanduser())
     config = peft.PeftConfig.from_pretrained(folder)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False

@@ -24,6 +24,9 @@ def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) 
     if not asset(base.path).exists() and base.path.count("/") == 1:
         head["base_model"] = base.path
     values = redact(plain(cfg))
+    if "rewards" in values["algorithm"]:
+        named = values["algorithm"]["rewards"]
+        values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in named]
     settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
     sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in rows.source.items())
     numbers = "\n".join(
@@ -36,7 +39,7 @@ def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) 
 
 # {cfg.name}
 
-Trained with lora-exp. Base: `{base.path}` at `{base.revision}`.
+Trained with lora-exp. Base: `{base.path}` at `{base.revision}`.{_start(cfg)}
 
 Data, {_counted(record)}, read as {rows.format}:
 
@@ -63,6 +66,15 @@ def _counted(record: dict[str, Any]) -> str:
     counts = record["counts"]
     held_out = counts.get("eval_rows", 0)
     return f"{counts['train_rows']:,} rows to train on and {held_out:,} held out"
+
+
+def _start(cfg: DictConfig) -> str:
+    return f" It started from the adapter `{_tail(cfg.adapter)}`." if cfg.adapter else ""
+
+
+def _tail(path: str) -> str:
+    """Leave out of a folder what only this machine knows; a dotted name stays."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _short(source: str) -> str:

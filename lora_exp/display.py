@@ -80,7 +80,7 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}"),
-            TextColumn("{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[reward]}{task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -89,7 +89,9 @@ class Bar:
 
     def begin(self, step: int, steps: int) -> None:
         """Open the bar."""
-        self.task = self.bar.add_task("train", total=steps, loss="-", rate="-", speed="-")
+        self.task = self.bar.add_task(
+            "train", total=steps, loss="-", rate="-", speed="-", reward=""
+        )
         self.move(step)
         self.bar.start()
 
@@ -134,9 +136,12 @@ class Progression(TrainerCallback):  # type: ignore[misc]
             "loss": f"{metrics['train/loss']:.4f}",
             "rate": f"{metrics.get('train/learning_rate', 0):.2e}",
             "speed": f"{tokens / elapsed:,.0f}" if tokens else "-",
+            "reward": f"reward {metrics['train/reward']:.3f}  "
+            if "train/reward" in metrics
+            else "",
         }
         line = f"step {state.global_step}/{state.max_steps}  loss {shown['loss']}"
-        line += f"  rate {shown['rate']}  {shown['speed']} tokens/s"
+        line += f"  rate {shown['rate']}  {shown['reward']}{shown['speed']} tokens/s"
         log.info("%s", line)
         self.board.write(line, shown)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_exp.errors import ConfigError, did_you_mean
 
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # peft_type -> the config class; shortened, the class is the type everywhere else
 CLASSES = {"P_TUNING": "PromptEncoderConfig"}
 KINDS = {"LORA": "lora", "P_TUNING": "p_tuning"}
@@ -20,7 +21,7 @@ def adapter_config(path: str) -> dict[str, Any]:
     """Read an adapter's `adapter_config.json`.
 
     Raises:
-        ConfigError: there is no adapter in the folder.
+        ConfigError: there is no adapter in the folder, or not all of it.
     """
     folder = Path(path).expanduser()
     file = folder / "adapter_config.json"
@@ -34,6 +35,8 @@ def adapter_config(path: str) -> dict[str, Any]:
         read["peft_type"], read["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError([("adapter", f"{file} cannot be read: {error!r}")]) from error
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ConfigError([("adapter", f"{path} has no weights: neither {' nor '.join(WEIGHTS)}")])
     config: dict[str, Any] = read
     return config
 

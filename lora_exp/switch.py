@@ -63,16 +63,25 @@ def add_copy(model: Any, name: str, trainable: bool) -> None:
     model.add_adapter(name, config)
     for parameter, flag in flags:
         parameter.requires_grad = flag
+    for _, parameter in _own(model, name):
+        parameter.requires_grad = trainable
+    if not trainable:
+        copy_to(model, name)
+
+
+def copy_to(model: Any, name: str) -> None:
+    """Give an adapter the weights, to the bit, of the one that trains."""
+    for path, parameter in _own(model, name):
+        parts = ["default" if part == name else part for part in path.split(".")]
+        source = model.get_parameter(".".join(parts))
+        parameter.data = source.data.clone()
+
+
+def _own(model: Any, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of one adapter: modules of its name, or parameters."""
     for path, parameter in model.named_parameters():
-        if f".{name}." in path or path.endswith(f".{name}"):
-            parameter.requires_grad = trainable
-            if not trainable:
-                source = model.get_parameter(_renamed(path, name, "default"))
-                parameter.data.copy_(source.data)
-
-
-def _renamed(path: str, name: str, other: str) -> str:
-    return ".".join(other if part == name else part for part in path.split("."))
+        if name in path.split("."):
+            yield path, parameter
 
 
 def add_saved(model: Any, path: Path, name: str) -> Tensor:
@@ -107,9 +116,8 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
     lost = [key for key in found.missing_keys if f".{name}." in key]
     if lost or found.unexpected_keys:
         raise AdapterError(f"{path} does not fit this base: {[*lost, *found.unexpected_keys][:3]}")
-    for key, parameter in model.named_parameters():
-        if f".{name}." in key:
-            parameter.requires_grad = False
+    for _, parameter in _own(model, name):
+        parameter.requires_grad = False
     return head.float().to(model.device)
 
 

@@ -20,6 +20,7 @@ from lora_exp.record import Record
 from lora_exp.rewards import rewards
 from lora_exp.signature import signature
 from lora_exp.spare import spare
+from lora_exp.switch import copy_to
 from lora_exp.tokens import Tokens
 
 
@@ -82,6 +83,8 @@ def trainer_of(
                 parameter.data = parameter.data.float()
         for parameter, data_before in trained:  # a start's own bits, not those of the cast
             parameter.data = data_before.float()
+        if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
+            copy_to(adapted.model, "ref")
     return trainer
 
 

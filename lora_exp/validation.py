@@ -251,6 +251,12 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
     ):
         if name in args and _is_number(args[name]) and not low <= args[name] <= high:
             yield f"algorithm.args.{name}", f"{args[name]!r} is not between {low} and {high}"
+    group = args.num_generations if "num_generations" in args else 1
+    batch = _number(cfg.train.per_device_train_batch_size)
+    batch *= _number(cfg.train.gradient_accumulation_steps)
+    if _is_number(group) and group > 0 and batch % group and "generation_batch_size" not in args:
+        text = f"{group} answers to a prompt do not divide a step's {batch:g} rows"
+        yield "algorithm.args.num_generations", f"{text}; train.per_device_train_batch_size={group}"
     if "temperature" in args and args.temperature == 0:
         yield "algorithm.args.temperature", "0 always says the same, so there is nothing to compare"
 

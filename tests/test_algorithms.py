@@ -69,6 +69,21 @@ def test_every_algorithm_trains(
     assert not names & {"ref", "value", "reward_adapter"}, "only what was trained is saved"
 
 
+@pytest.mark.parametrize("method", ["rslora", "ia3", "oft", "vera", "ln_tuning"])
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
+def test_other_methods_have_a_reference_and_a_value_too(
+    go: Callable[..., Any], algorithm: str, method: str, tmp_path: Path
+) -> None:
+    start = go(algorithm, f"peft={method}", name="start").saved
+    result = go(
+        algorithm, f"peft={method}", f"adapter={start}", "train.learning_rate=1e-9", name="next"
+    )
+    if algorithm == "dpo":  # the reference is the start, not the base
+        assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert result.metrics["before/kl"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("algorithm", OWN)
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     go: Callable[..., Any], algorithm: str
@@ -90,7 +105,7 @@ def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -
     jobs = [
         ["peft.r=4"],
         ["peft.r=8", "seed=7", "peft.lora_dropout=0.1"],
-        ["train.learning_rate=1e-3"],
+        ["train.learning_rate=1e-3" if algorithm == "reward" else "algorithm.args.beta=0.5"],
     ]
     common = words(algorithm, "train.logging_steps=1", "train.save_strategy=no")
     together, _ = packed(jobs, tmp_path / "packed", *common)
@@ -201,6 +216,10 @@ def test_rows_that_are_all_too_long_are_an_error(go: Callable[..., Any]) -> None
         (["algorithm=dpo", "peft=pissa"], "pissa rewrites the base, so that there is no reference"),
         (["algorithm=ppo", REWARDS, "peft=adalora"], "adalora allows one adapter on a base"),
         (["+algorithm.rewards=[lora_exp.rewards.similarity]"], "trl.SFTTrainer takes no rewards"),
+        (
+            ["algorithm=grpo", REWARDS, "algorithm.args.num_generations=5"],
+            "5 answers to a prompt do not divide a step's 16 rows",
+        ),
         (["goal=best"], "'best' is neither minimize nor maximize"),
     ],
 )

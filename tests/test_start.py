@@ -23,6 +23,7 @@ LORA = {
 def saved(folder: Path, **changes: Any) -> str:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(LORA | changes))
+    (folder / "adapter_model.safetensors").touch()
     return f"adapter={folder}"
 
 
@@ -67,6 +68,9 @@ def test_a_folder_that_is_no_adapter_is_said_so(tmp_path: Path) -> None:
         compose(f"adapter={tmp_path / 'run'}")
     with pytest.raises(ConfigError, match=r"no adapter in .*rum: .* \(did you mean run\?\)"):
         compose(f"adapter={tmp_path / 'rum'}")
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no weights: neither adapter_model"):
+        compose(f"adapter={tmp_path / 'run/adapter'}")
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         compose(f"adapter={tmp_path / 'run/adapter'}")
