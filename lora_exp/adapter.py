@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_exp.config import build
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
 from lora_exp.model import Base, new_head
-from lora_exp.start import adapter_config
+from lora_exp.start import adapter_config, check_base
 
 log = logging.getLogger("lora_exp")
 ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
@@ -59,6 +59,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         base.model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in base.model.parameters())
         return Adapted(base.model, None, {}, total, total, None)
+    if cfg.adapter:
+        check_base("adapter", cfg.adapter, base.revision)
     config = build(cfg, "peft", **_runtime(base.model, cfg))
     try:
         with warnings.catch_warnings():
@@ -93,7 +95,14 @@ def _started(model: Any, cfg: DictConfig) -> Any:
     adapter_config(cfg.adapter)  # a resumed run's may be gone
     folder = str(Path(cfg.adapter).expanduser())
     config = peft.PeftConfig.from_pretrained(folder)
+    same = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
+    if not same:  # the head is new, and peft would miss it among the weights
+        config.base_model_name_or_path = None  # peft would warn that it has another name here
+        made = peft.get_peft_model(model, config)
+        weights = {"base_model.model.score.weight": model.score.weight.detach()}
+        peft.set_peft_model_state_dict(made, weights | peft.load_peft_weights(folder, device="cpu"))
+        return made
     return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
 
 

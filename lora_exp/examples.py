@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow
 from datasets import Dataset
+from jinja2.exceptions import TemplateError
 
 from lora_exp.errors import DataError
 from lora_exp.formats import SHAPES, Row
@@ -36,21 +38,55 @@ def prompts(rows: list[Row], tokenizer: Any, room: float, what: str) -> Tokens:
     Raises:
         DataError: no prompt is left.
     """
-    lengths = [len(prompt_ids(row, tokenizer)) for row in rows]
+    _check_template(rows, tokenizer)
+    try:
+        lengths = [len(prompt_ids(row, tokenizer)) for row in rows]
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses a prompt: {error}") from error
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
     if not kept:
         text = f"none of the {len(rows)} {what} prompts has at most {room:g} tokens"
         raise DataError(f"{text}; lower algorithm.args.max_completion_length or shorten them")
     tokens = sum(length for length in lengths if length <= room)
     counts = Counts(len(kept), tokens, 0, 0, len(rows) - len(kept))
-    return Tokens(Dataset.from_list(kept), counts, cached=False)
+    return Tokens(table(kept), counts, cached=False)
 
 
-def raw(rows: list[Row], shape: str) -> Tokens:
-    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has."""
+def table(rows: list[Row]) -> Dataset:
+    """Return rows as a data set with the columns of all of them, None where a row has none.
+
+    Raises:
+        DataError: a column is of several types.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        try:
+            pyarrow.array(values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+            raise DataError(f"field {name!r} is not of one type in all rows: {error}") from error
+    return Dataset.from_dict(columns)
+
+
+def _check_template(rows: list[Row], tokenizer: Any) -> None:
+    chats = any(isinstance(row["prompt"], list) for row in rows)
+    if chats and not tokenizer.chat_template:
+        text = (
+            "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
+        )
+        raise DataError(f"{text}<file.jinja>, or rows of plain text")
+
+
+def raw(rows: list[Row], shape: str, tokenizer: Any) -> Tokens:
+    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has.
+
+    Raises:
+        DataError: chats without a template, or a column of several types.
+    """
+    _check_template(rows, tokenizer)
     wanted = SHAPES[shape] | {"tools", "margin"}
     columns = [{key: row[key] for key in row.keys() & wanted} for row in rows]
-    return Tokens(Dataset.from_list(columns), Counts(len(rows), 0, 0, 0, 0), cached=False)
+    return Tokens(table(columns), Counts(len(rows), 0, 0, 0, 0), cached=False)
 
 
 def seen(given: Tokens, dataset: Any, max_length: int | None, what: str) -> Tokens:
@@ -68,7 +104,8 @@ def seen(given: Tokens, dataset: Any, max_length: int | None, what: str) -> Toke
         total += sum(int(min(prompt + answer, limit)) for answer in answers)
         # without a prompt of its own a row is a text that gets one score
         trained += sum(
-            int(min(answer, limit - prompt)) if "prompt_ids" in row else 1 for answer in answers
+            int(max(0, min(answer, limit - prompt))) if "prompt_ids" in row else 1
+            for answer in answers
         )
     counts = Counts(len(dataset), total, trained, truncated, given.counts.rows - len(dataset))
     if not len(dataset):
@@ -85,7 +122,7 @@ def first(tokens: Tokens, tokenizer: Any) -> list[Marked]:
     row = tokens.dataset[0]
     if "input_ids" in row:
         ids, labels = row["input_ids"], row["labels"]
-        if len(ids) == len(labels):
+        if all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=False)):
             return [("", ids, labels)]
         return [("prompt", ids, [IGNORED] * len(ids)), ("answer", labels, labels)]
     found: list[Marked] = []

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ from lora_exp.trainer import trainer_of
 from lora_exp.value import save_value
 
 log = logging.getLogger("lora_exp")
-PPO = "lora_exp.ppo.PPOTrainer"  # the one trainer that trains more than it is given
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         callbacks = [Metrics(record, tracker), Progression(board)]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
         train, held_out = _seen(trainer, cfg, *data)
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        adapted = replace(adapted, trainable=trained)  # PPO adds a value
         record.update(
             place=place.name,
             counts=counts(adapted, train, held_out),
@@ -109,7 +110,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         _train(trainer, cfg.resume, record)
         samples = after(cfg, trainer, base, rows.eval, record, samples)
         folder = record.directory / ("adapter" if adapted.method else "model")
-        if cfg.algorithm.trainer._target_ == PPO:
+        if hasattr(trainer.model, "ppo_value"):
             save_value(trainer.model, base, record.directory / "value")
         save(adapted, base, folder, model_card(cfg, base, rows, record.values))
         saved = folder
@@ -144,7 +145,7 @@ def _tokens(
             what: prompts(some, base.tokenizer, room, what) for what, some in splits.items() if some
         }
     elif shape != "completion":
-        made = {what: raw(some, shape) for what, some in splits.items() if some}
+        made = {what: raw(some, shape, base.tokenizer) for what, some in splits.items() if some}
     else:
         cut = args.get("packing") and args.get("packing_strategy") in ("wrapped", "bfd_split")
         room = min(args.max_length or math.inf, context)

@@ -234,7 +234,7 @@ def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
     if found == shape:
         return rows
     convert = CONVERSIONS.get((found, shape))
-    if convert is None or (rows and shape == "prompt" and "text" in rows[0]):
+    if convert is None or (shape == "prompt" and format == "text"):
         fields = ", ".join(sorted(rows[0])) if rows else "nothing"
         near = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
         raise DataError(

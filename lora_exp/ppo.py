@@ -21,7 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
-from trl.trainer.utils import RepeatSampler, entropy_from_logits, selective_log_softmax
+from trl.trainer.utils import (
+    RepeatSampler,
+    disable_dropout_in_model,
+    entropy_from_logits,
+    selective_log_softmax,
+)
 
 from lora_exp.examples import prompt_ids
 from lora_exp.surrogate import (
@@ -68,6 +73,9 @@ class PPOConfig(TrainingArguments):  # type: ignore[misc]
         default=0.0, metadata={"help": "Taken from unended answers."}
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Ratios are of the policies then, not of the dropout."}
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Prompts in a new order."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read columns."})
 
@@ -102,7 +110,11 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             ValueError: no rollout can be filled, or weights and rewards do not pair.
             AdapterError: the method allows one adapter only.
         """
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end brings the policy back and not its value")
         set_seed(args.seed)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
         self.reward_funcs = reward_funcs
         self.weights = args.reward_weights or [1.0] * len(reward_funcs)
         if len(self.weights) != len(reward_funcs):
@@ -147,10 +159,10 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         """Return a loader whose every batch is a rollout's prompts, as often as it is used."""
         return self._get_dataloader(
             dataset=self.train_dataset, description="Training", batch_size=self.rollout_size,
-            sampler_fn=self._prompts, is_training=True,
+            sampler_fn=self._get_train_sampler, is_training=True,
         )  # fmt: skip
 
-    def _prompts(self, dataset: Any) -> Any:
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
         return RepeatSampler(
             dataset, mini_repeat_count=1, batch_size=self.rollout_size,
             repeat_count=self.parts * self.args.num_iterations,
@@ -183,11 +195,8 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         asked = [prompt_ids(row, tokenizer) for row in rows]
         inputs = tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(model.device)
-        with self.accelerator.autocast():
-            ids = model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                generation_config=self._sampling(model),
-            )  # fmt: skip
+        with self.accelerator.autocast(), self._sampling(model):
+            ids = model.generate(**inputs)
         new = ids[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(new, torch.tensor(self._ends(model), device=new.device))
         mask = (ended.cumsum(1) - ended.long() == 0).long()  # up to the first end, and with it
@@ -209,12 +218,21 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         })  # fmt: skip
         return batch
 
-    def _sampling(self, model: Any) -> GenerationConfig:
-        return GenerationConfig(
+    @contextmanager
+    def _sampling(self, model: Any) -> Iterator[None]:
+        """Sample from what the log-probs are of, without penalties of the model's own."""
+        whole = model.get_base_model() if is_adapted(model) else model
+        own = whole.generation_config
+        plainly = GenerationConfig(
             max_new_tokens=self.args.max_completion_length, do_sample=True,
             temperature=self.args.temperature, top_p=self.args.top_p, top_k=0,
-            eos_token_id=self._ends(model), pad_token_id=self.processing_class.pad_token_id,
+            eos_token_id=self._ends(whole), pad_token_id=self.processing_class.pad_token_id,
         )  # fmt: skip
+        try:
+            model.generation_config = whole.generation_config = plainly
+            yield
+        finally:
+            model.generation_config = whole.generation_config = own
 
     def _ends(self, model: Any) -> list[int]:
         known = model.generation_config.eos_token_id
@@ -230,16 +248,20 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        own = ("prompt", "completions", "completion_ids")
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in own}
         total = torch.zeros(len(rows))
         for function, weight in zip(self.reward_funcs, self.weights, strict=True):
             found = function(
                 prompts=prompts, completions=completions, completion_ids=ids,
-                trainer_state=self.state, **columns,
+                trainer_state=self.state, log_extra=_unheard,
+                log_metric=lambda key, number: self._note(mode, {key: number}), **columns,
             )  # fmt: skip
-            known = torch.tensor([float("nan") if r is None else r for r in found])
+            known = torch.tensor(
+                [float("nan") if r is None else r for r in found], dtype=torch.float32
+            )
             self._note(mode, {f"rewards/{function.__name__}/mean": known.nanmean()})
-            total += weight * known.nan_to_num(0.0).float()
+            total += weight * known.nan_to_num(0.0)
         self._note(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
         return total
 
@@ -261,7 +283,7 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
             "beta": self.beta, "explained_variance": explained_variance(values, returns, mask),
         })  # fmt: skip
         if self.args.kl_target is not None:
-            share = len(mask) / self.args.kl_horizon
+            share = min(1.0, len(mask) / self.args.kl_horizon)
             kl = batch["kl"].sum(1).mean().item()
             self.beta = controlled(self.beta, kl, self.args.kl_target, share)
         if self.args.whiten_advantages:
@@ -286,20 +308,16 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
 
     def _hidden(self, batch: Batch, body: Any) -> Tensor:
         """Return the states that each completion token was chosen from, [B, T, C]."""
-        positions = (batch["attention"].cumsum(1) - 1).clamp_min(0)
         with self.accelerator.autocast():
-            hidden = body(
-                input_ids=batch["ids"], attention_mask=batch["attention"], position_ids=positions,
-                use_cache=False,
-            ).last_hidden_state  # fmt: skip
+            hidden = body(**_inputs(batch), use_cache=False).last_hidden_state
         return hidden[:, -batch["mask"].shape[1] - 1 : -1]  # type: ignore[no-any-return]
 
     def _logits(self, batch: Batch, model: Any) -> Tensor:
         whole = model.get_base_model() if is_adapted(model) else model
-        hidden = self._hidden(batch, whole.base_model)
+        kept = batch["mask"].shape[1] + 1
         with self.accelerator.autocast():
-            logits = whole.get_output_embeddings()(hidden)
-        return logits.float() / self.args.temperature  # type: ignore[no-any-return]
+            logits = whole(**_inputs(batch), use_cache=False, logits_to_keep=kept).logits
+        return logits[:, :-1].float() / self.args.temperature  # type: ignore[no-any-return]
 
     def _logps(self, batch: Batch, model: Any = None) -> Tensor:
         """Return the log-probabilities of the completions' tokens, [B, T]."""
@@ -413,18 +431,34 @@ class PPOTrainer(Trainer):  # type: ignore[misc]
         save_file(
             _whole(self.buffer | {"order": self.order}), Path(output_dir) / "rollout.safetensors"
         )
-        state = {"micro_step": self.micro_step, "beta": self.beta, "num_tokens": self.num_tokens}
+        state = {
+            "micro_step": self.micro_step, "beta": self.beta, "num_tokens": self.num_tokens,
+            "metrics": self._metrics["train"],
+        }  # fmt: skip
         (Path(output_dir) / "ppo.json").write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None and (Path(checkpoint) / "ppo.json").is_file():
             buffer = load_file(Path(checkpoint) / "rollout.safetensors")
             self.order = buffer.pop("order")
             self.buffer = {key: value.to(self.model.device) for key, value in buffer.items()}
             state = json.loads((Path(checkpoint) / "ppo.json").read_text())
             self.micro_step, self.beta = state["micro_step"], state["beta"]
             self.num_tokens = state["num_tokens"]
+            self._metrics["train"] |= state["metrics"]
+
+
+def _inputs(batch: Batch) -> Batch:
+    """Return what a model reads of a rollout; padding on the left does not count as places."""
+    places = (batch["attention"].cumsum(1) - 1).clamp_min(0)
+    return {
+        "input_ids": batch["ids"], "attention_mask": batch["attention"], "position_ids": places,
+    }  # fmt: skip
+
+
+def _unheard(*_: Any) -> None:
+    """Take columns that a reward function wants to log: TRL's tables, which are not shown here."""
 
 
 def _whole(tensors: Any) -> dict[str, Tensor]:

@@ -20,12 +20,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lora_exp.config import build, is_path
+from lora_exp.config import build, is_path, untrusted
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
 from lora_exp.formats import Row
 from lora_exp.model import Base
 from lora_exp.place import base_of
-from lora_exp.start import adapter_config
+from lora_exp.start import adapter_config, check_base
 from lora_exp.switch import add_saved, is_adapted, score, using
 
 Function = Callable[..., list[float | None]]
@@ -237,7 +237,7 @@ def _frozen(cfg: DictConfig) -> Any:
     return peft.get_peft_model(base.model, peft.LoraConfig(r=1, target_modules="all-linear"))
 
 
-def rewards(cfg: DictConfig, model: Any, tokenizer: Any, rows: list[Row]) -> list[Any]:
+def rewards(cfg: DictConfig, base: Base, model: Any, rows: list[Row]) -> list[Any]:
     """Make what `algorithm.rewards` names: functions, factories with arguments, adapters by path.
 
     Raises:
@@ -245,12 +245,20 @@ def rewards(cfg: DictConfig, model: Any, tokenizer: Any, rows: list[Row]) -> lis
         DataError: a function needs a column that the rows do not have.
     """
     made: list[Any] = []
+    if faults := [fault for fault in untrusted(cfg) if fault[0].startswith("algorithm.rewards")]:
+        raise ConfigError(faults)
     for i, entry in enumerate(cfg.algorithm.rewards):
         if isinstance(entry, DictConfig):
-            function = build(cfg, f"algorithm.rewards.{i}")
+            try:
+                function = build(cfg, f"algorithm.rewards.{i}")
+            except Exception as error:
+                text = f"{entry['_target_']} makes no reward: {type(error).__name__}: {error}"
+                raise ConfigError([(f"algorithm.rewards.{i}", text)]) from error
             made.append(Reward(function, _free(entry["_target_"].rpartition(".")[2], made)))
         elif is_path(entry):
-            made.append(AdapterReward(entry, cfg, model, tokenizer, _free("reward_adapter", made)))
+            check_base("algorithm.rewards", entry, base.revision)
+            name = _free("reward_adapter", made)
+            made.append(AdapterReward(entry, cfg, model, base.tokenizer, name))
         else:
             module, _, name = entry.rpartition(".")
             function = getattr(importlib.import_module(module), name)

@@ -41,6 +41,24 @@ def adapter_config(path: str) -> dict[str, Any]:
     return config
 
 
+def check_base(key: str, path: str, revision: str | None) -> None:
+    """Compare the base that an adapter's own run loaded, where the record lies beside it.
+
+    Raises:
+        ConfigError: it was another one, whatever its folder is called.
+    """
+    record = Path(path).expanduser().parent / "run.json"
+    if not record.is_file():
+        return
+    try:
+        known = json.loads(record.read_text(encoding="utf-8")).get("base")
+    except (OSError, ValueError):
+        return
+    if known and revision and known != revision:
+        text = f"{path} was trained on a base of other weights ({known}, not {revision})"
+        raise ConfigError([(key, text)])
+
+
 def started(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Return a config whose `peft` section is that of the adapter it starts from.
 
@@ -50,13 +68,17 @@ def started(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     path, peft = values["adapter"], values["peft"]
     if path is None:
         return values
+    if not isinstance(path, str):
+        raise ConfigError([("adapter", f"{path!r} is no folder")])
     found = adapter_config(path)
-    faults = [*_unlike(path, found, values)]
+    faults = list(_unlike(path, found, values))
     if faults:
         raise ConfigError(faults)
     said = {o.lstrip("+~").partition("=")[0] for o in overrides}
     own = {key: found[key] for key in peft if key in found and key not in RUNTIME}
     own |= {key: found[key] for key in ("target_modules",) if key in peft}
+    if "init_lora_weights" in peft:
+        own["init_lora_weights"] = True  # it begins as saved, which is plain LoRA also for PiSSA
     for key in peft:
         if f"peft.{key}" in said and key in own and peft[key] != own[key]:
             text = f"{peft[key]!r}, but the adapter that the run starts from has {own[key]!r}"

@@ -59,29 +59,31 @@ def add_copy(model: Any, name: str, trainable: bool) -> None:
         raise AdapterError(f"{config.peft_type.value} allows one adapter on a base; peft=lora")
     if not trainable:
         config.inference_mode = True
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.add_adapter(name, config)
-    for parameter, flag in flags:
-        parameter.requires_grad = flag
-    for _, parameter in _own(model, name):
-        parameter.requires_grad = trainable
+    _add(model, name, config, trainable)
     if not trainable:
         copy_to(model, name)
 
 
+def _add(model: Any, name: str, config: Any, trainable: bool) -> None:
+    """Add an adapter that trains or does not, and leave all others as they are."""
+    before = {p: p.requires_grad for p in _every(model)}
+    model.add_adapter(name, config)
+    for parameter in _every(model):
+        parameter.requires_grad = before.get(parameter, trainable)
+
+
+def _every(model: Any) -> list[nn.Parameter]:
+    """Return all parameters as they are now; `spare` may have fixed what parameters() lists."""
+    return [parameter for _, parameter in model.named_parameters()]
+
+
 def copy_to(model: Any, name: str) -> None:
     """Give an adapter the weights, to the bit, of the one that trains."""
-    for path, parameter in _own(model, name):
-        parts = ["default" if part == name else part for part in path.split(".")]
-        source = model.get_parameter(".".join(parts))
-        parameter.data = source.data.clone()
-
-
-def _own(model: Any, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of one adapter: modules of its name, or parameters."""
-    for path, parameter in model.named_parameters():
-        if name in path.split("."):
-            yield path, parameter
+    every = dict(model.named_parameters())
+    for path, parameter in every.items():
+        twin = ".".join("default" if part == name else part for part in path.split("."))
+        if twin != path and twin in every:  # a base's own module may have the name too
+            parameter.data = every[twin].data.clone()
 
 
 def add_saved(model: Any, path: Path, name: str) -> Tensor:
@@ -108,16 +110,11 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
     head: Tensor = weights.pop(heads[0])
     config.modules_to_save, config.task_type = None, trained.task_type
     config.inference_mode = True
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.add_adapter(name, config)
-    for parameter, flag in flags:
-        parameter.requires_grad = flag
+    _add(model, name, config, trainable=False)
     found = set_peft_model_state_dict(model, weights, adapter_name=name)
     lost = [key for key in found.missing_keys if f".{name}." in key]
     if lost or found.unexpected_keys:
         raise AdapterError(f"{path} does not fit this base: {[*lost, *found.unexpected_keys][:3]}")
-    for _, parameter in _own(model, name):
-        parameter.requires_grad = False
     return head.float().to(model.device)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+from jinja2.exceptions import TemplateError
 from omegaconf import DictConfig
 from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
 
 from lora_exp.adapter import Adapted
 from lora_exp.config import build, plain
 from lora_exp.data import Rows
 from lora_exp.divergence import FiniteLoss
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, DataError
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
 from lora_exp.record import Record
 from lora_exp.rewards import rewards
@@ -54,7 +57,7 @@ def trainer_of(
     takes = known.arguments if known else {}
     if "rewards" in cfg.algorithm:
         both = [*rows.train, *rows.eval]
-        given["reward_funcs"] = rewards(cfg, adapted.model, base.tokenizer, both)
+        given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
     try:
@@ -71,8 +74,15 @@ def trainer_of(
         )
     except ConfigError:
         raise
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses a row: {error}") from error
     except ValueError as error:
         raise ConfigError([("algorithm", str(error))]) from error
+    if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
+        # trl loads it anew, without a revision
+        trainer.ref_model.load_state_dict(adapted.model.state_dict())
+    if hasattr(trainer, "_get_train_sampler"):
+        trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
     trainer.remove_callback(transformers.PrinterCallback)
     spare(trainer.model)
     trainer.evaluate = _unnoticed(trainer.evaluate)
@@ -86,6 +96,24 @@ def trainer_of(
         if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
             copy_to(adapted.model, "ref")
     return trainer
+
+
+def _resumable(sampler: Any) -> Any:
+    """Let a sampler of prompts, whose every epoch has an order of its own, begin at any epoch."""
+
+    def sampled(*arguments: Any) -> Any:
+        made = sampler(*arguments)
+        if isinstance(made, RepeatSampler) and made.shuffle:
+            made.set_epoch = partial(_advance, made)
+        return made
+
+    return sampled
+
+
+def _advance(sampler: Any, epoch: int) -> None:
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 def _unnoticed(evaluate: Any) -> Any:

@@ -251,9 +251,18 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
     ):
         if name in args and _is_number(args[name]) and not low <= args[name] <= high:
             yield f"algorithm.args.{name}", f"{args[name]!r} is not between {low} and {high}"
+    for name in ("kl_target", "kl_horizon", "epsilon", "value_epsilon"):
+        if name in args and _is_number(args[name]) and not args[name] > 0:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not above 0"
+    for name in ("beta", "value_coef", "entropy_coef", "missing_eos_penalty"):
+        if name in args and _is_number(args[name]) and not 0 <= args[name] < math.inf:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not 0 or more"
+    if "kl_target" in args and args.kl_target is not None and not args.beta:
+        yield "algorithm.args.beta", "0 stays 0, however far the KL is from its target"
     group = args.num_generations if "num_generations" in args else 1
     batch = _number(cfg.train.per_device_train_batch_size)
-    batch *= _number(cfg.train.gradient_accumulation_steps)
+    steps = args.get("steps_per_generation") or cfg.train.gradient_accumulation_steps
+    batch *= _number(steps)
     if _is_number(group) and group > 0 and batch % group and "generation_batch_size" not in args:
         text = f"{group} answers to a prompt do not divide a step's {batch:g} rows"
         yield "algorithm.args.num_generations", f"{text}; train.per_device_train_batch_size={group}"
@@ -283,8 +292,9 @@ def _rewards(cfg: DictConfig) -> Iterator[Fault]:
         elif not isinstance(name, DictConfig) or "_target_" not in name:
             yield key, "is no dotted name, no folder and nothing with a _target_"
     weights = cfg.algorithm.args.get("reward_weights")
-    if weights is not None and len(weights) != len(named):
-        text = f"{len(weights)} weights for {len(named)} rewards"
+    if weights is not None and (not isinstance(weights, ListConfig) or len(weights) != len(named)):
+        count = len(weights) if isinstance(weights, ListConfig) else 1
+        text = f"{count} weights for {len(named)} rewards; a list has one for each"
         yield "algorithm.args.reward_weights", text
 
 
@@ -307,22 +317,27 @@ def _pairs(cfg: DictConfig) -> Iterator[Fault]:
     if kind in ("pissa", "olora") and cfg.peft.get("use_rslora") and patterns:
         yield "peft.use_rslora", f"{kind} with rank or alpha patterns cannot be saved as plain LoRA"
     prompts = cfg.peft._target_ in PROMPTS
-    if "beta" in cfg.algorithm.args and cfg.algorithm.args.beta:
+    if _several(cfg):
         if kind in ("pissa", "olora"):
-            text = (
-                f"{kind} rewrites the base, so that there is no reference to hold the run against"
-            )
+            text = f"{kind} rewrites the base, which reference, value or reward need as it was"
             yield "peft", f"{text}; peft=lora"
         if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
-            text = (
-                f"{cfg.choices.peft} allows one adapter on a base, the reference would be another"
-            )
+            text = f"{cfg.choices.peft} allows one adapter on a base; reference, value or reward"
+            text += " would be another"
             yield "peft", f"{text}; peft=lora"
     if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
         yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
     if prompts and cfg.algorithm.args.get("packing"):
         text = "behind trained virtual tokens packed rows would see each other; give false"
         yield "algorithm.args.packing", text
+
+
+def _several(cfg: DictConfig) -> bool:
+    """Say whether a run puts more than its own adapter on the base, or needs it bare."""
+    args, named = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    reward = any(isinstance(name, str) and is_path(name) for name in named)
+    ppo = cfg.algorithm.trainer._target_ == "lora_exp.ppo.PPOTrainer"
+    return bool("beta" in args and args.beta) or ppo or reward
 
 
 def _quantisation(cfg: DictConfig) -> str:

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from lora_exp.errors import DataError
-from lora_exp.examples import first, prompt_ids, prompts, raw, seen
+from lora_exp.examples import first, prompt_ids, prompts, raw, seen, table
 from lora_exp.tokens import IGNORED, Counts, Tokens
 
 ASK = [{"role": "user", "content": "Flip: a b"}]
@@ -31,9 +31,19 @@ def test_prompts_without_room_for_an_answer_are_dropped_and_counted(base: Any) -
 
 def test_only_what_the_trainer_reads_is_handed_on() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "label": "easy", "margin": 1.0}
-    assert set(raw([row], "preference").dataset.column_names) == {
+    assert set(raw([row], "preference", None).dataset.column_names) == {
         "prompt", "chosen", "rejected", "margin",
     }  # fmt: skip
+
+
+def test_every_rows_columns_are_kept_and_types_may_not_differ() -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "x"}]
+    assert table(rows).to_list() == [
+        {"prompt": "a", "answer": None},
+        {"prompt": "b", "answer": "x"},
+    ]
+    with pytest.raises(DataError, match="field 'answer' is not of one type in all rows"):
+        table([{"answer": "x"}, {"answer": 1}])
 
 
 def given(rows: int) -> Tokens:

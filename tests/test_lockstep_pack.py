@@ -55,6 +55,7 @@ def packed(
     *common: str,
     mode: str = "exact",
     max_jobs: int | None = 8,
+    every: list[str] = COMMON,
     around: Callable[[int, Callable[[], Any]], Any] = lambda _, go: go(),
 ) -> tuple[list[Any], Pack]:
     """Train jobs as one pack; a job's result is what it returned or raised."""
@@ -64,7 +65,7 @@ def packed(
     def job(n: int) -> None:
         seat = Seat(pack, n, Row(n, str(n)))
         try:
-            cfg = compose(*COMMON, *common, *jobs[n])
+            cfg = compose(*every, *common, *jobs[n])
             results[n] = around(n, lambda: run(cfg, folder / str(n), place=seat))
         except Exception as error:
             results[n] = error
@@ -73,8 +74,10 @@ def packed(
     return results, pack
 
 
-def alone(jobs: list[list[str]], folder: Path, *common: str) -> list[Any]:
-    return [run(compose(*COMMON, *common, *job), folder / str(n)) for n, job in enumerate(jobs)]
+def alone(
+    jobs: list[list[str]], folder: Path, *common: str, every: list[str] = COMMON
+) -> list[Any]:
+    return [run(compose(*every, *common, *job), folder / str(n)) for n, job in enumerate(jobs)]
 
 
 def seen(result: Any) -> tuple[Any, ...]:

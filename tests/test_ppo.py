@@ -28,8 +28,9 @@ ROWS = [
 ] * 2
 
 
-def characters(completions: list[Any], **_: Any) -> list[float]:
-    return [float(len(c[-1]["content"])) for c in completions]
+def characters(completions: list[Any], log_metric: Any, **_: Any) -> list[int]:
+    log_metric("longest", max(len(c[-1]["content"]) for c in completions))
+    return [len(c[-1]["content"]) for c in completions]
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     moved = []
     for size, parts in ((8, 1), (4, 2)):
         batch = [f"train.per_device_train_batch_size={size}"]
-        batch += ["train.optim=sgd", "train.learning_rate=1"]
+        batch += ["train.optim=sgd", "train.learning_rate=1", "train.max_grad_norm=1e9"]
         batch += [f"train.gradient_accumulation_steps={parts}", "algorithm.args.num_minibatches=1"]
         result = run(
             compose(*words("ppo", "train.max_steps=1", "train.warmup_steps=0", *batch)),
@@ -192,11 +193,45 @@ def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
         weights = peft.utils.load_peft_weights(str(result.saved), device="cpu")
         moved.append(torch.cat([w.flatten() for k, w in weights.items() if "lora_B" in k]))
     assert torch.cosine_similarity(*moved, dim=0) > 0.9
+    assert 0.6 < moved[0].norm() / moved[1].norm() < 1.6  # 0.5 or 2 if divided wrongly
 
 
 def test_a_rollout_that_cannot_be_filled_is_said(make: Callable[..., PPOTrainer]) -> None:
     with pytest.raises(ValueError, match="a rollout takes 16 prompts, but there are 8"):
         make(num_minibatches=4)
+
+
+def test_beta_follows_the_kl_towards_its_target(make: Callable[..., PPOTrainer]) -> None:
+    trainer = make(kl_target=1e-3, kl_horizon=40, beta=0.1)
+    stirred(trainer.model)
+    trainer.model.train()
+    trainer._prepare_inputs(ROWS[:4])
+    assert trainer.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
+
+
+def test_sampling_takes_no_penalty_of_the_models_own_and_leaves_it(
+    make: Callable[..., PPOTrainer],
+) -> None:
+    trainer = make()
+    base = trainer.model.get_base_model()
+    base.generation_config.repetition_penalty = 1.3
+    with trainer._sampling(trainer.model):
+        assert trainer.model.generation_config.repetition_penalty in (None, 1.0)
+    trainer._rollout(ROWS[:4], "train")
+    assert base.generation_config.repetition_penalty == 1.3
+    assert "longest" in trainer._metrics["train"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["entropy_coef=0.1", "kl_estimator=k3", "whiten_rewards=true", "whiten_advantages=false"],
+)
+def test_each_setting_makes_another_policy(setting: str, tmp_path: Path) -> None:
+    plain, other = (
+        run(compose(*words("ppo", "train.max_steps=6", *more)), tmp_path / name).saved
+        for name, more in (("plain", []), ("other", [f"+algorithm.args.{setting}"]))
+    )
+    assert digest(plain)["adapter_model.safetensors"] != digest(other)["adapter_model.safetensors"]
 
 
 def test_each_reward_has_its_weight(make: Callable[..., PPOTrainer]) -> None:

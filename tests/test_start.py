@@ -31,7 +31,7 @@ def test_the_start_decides_what_the_adapter_is(tmp_path: Path) -> None:
     cfg = compose(saved(tmp_path / "a"))
     assert (cfg.peft.r, cfg.peft.lora_alpha, cfg.peft.use_rslora) == (4, 64, True)
     assert list(cfg.peft.target_modules) == ["q_proj", "v_proj"]
-    assert cfg.peft.init_lora_weights if "init_lora_weights" in cfg.peft else True
+    assert compose(f"adapter={tmp_path / 'a'}", "peft=pissa").peft.init_lora_weights is True
     assert compose(f"adapter={tmp_path / 'a'}", "peft.r=4").peft.r == 4
 
 

@@ -24,7 +24,7 @@ def made(base: Any, folder: Path, *words: str) -> Any:
     cfg = compose("tracking=none", *words)
     rows = Rows([PAIR] * 4, [], "preference", {}, None)
     adapted = attach(base, cfg, folder)
-    data = raw(rows.train, "preference"), None
+    data = raw(rows.train, "preference", base.tokenizer), None
     return trainer_of(cfg, base, adapted, rows, data, Record(folder, cfg), [])
 
 
