@@ -224,7 +224,7 @@ def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     """Return a fault for each `_target_` that may not be imported."""
     named = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
-    listed = cfg.algorithm.get("rewards") or ()
+    listed = OmegaConf.select(cfg, "algorithm.rewards", throw_on_missing=False) or ()
     rewards = [(f"algorithm.rewards.{i}", r) for i, r in enumerate(listed) if isinstance(r, str)]
     named += [(key, name) for key, name in rewards if not is_path(name)]
     return [

@@ -65,9 +65,10 @@ def started(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: the adapter is of another method, base or task, or was overridden.
     """
-    path, peft = values["adapter"], values["peft"]
+    path = values["adapter"]
     if path is None:
         return values
+    peft = values["peft"]
     if not isinstance(path, str):
         raise ConfigError([("adapter", f"{path!r} is no folder")])
     found = adapter_config(path)

@@ -33,6 +33,8 @@ OPTIONS = sorted(
 NEEDS = {"model=local": ["model.path=pkg://lora_exp/assets/tiny"]}
 NEEDS |= {"data=jsonl": ["data.path=pkg://lora_exp/assets/demo_eval.jsonl"]}
 NEEDS |= {"data=hub": ["data.path=some/rows"]}
+REWARDS = ["algorithm.rewards=[lora_exp.rewards.exact_match]"]
+NEEDS |= {f"algorithm={name}": REWARDS for name in ("grpo", "rloo", "ppo")}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -232,5 +234,5 @@ def test_only_config_py_knows_instantiate() -> None:
 def test_every_shipped_target_is_trusted_and_settling_needs_no_environment() -> None:
     assert all(is_trusted(target) for target in shipped_targets())
     assert "HYDRA_FULL_ERROR" not in os.environ
-    plain = OmegaConf.create({"resume": None, "trusted_targets": [], "name": "x"})
+    plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
     assert settle(plain, {"hydra/launcher": "basic"}, []).choices == {}

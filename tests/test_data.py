@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data import ROLES, _commit, corpus, hub, jsonl
+from lora_exp.data import _commit, corpus, hub, jsonl, pairs
 from lora_exp.errors import DataError
+from lora_exp.formats import ROLES
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -189,3 +190,15 @@ def test_the_corpus_holds_its_evaluation_questions_out() -> None:
 
 def test_every_role_is_one_that_chat_templates_know() -> None:
     assert set(ROLES.values()) == {"user", "assistant", "system", "tool"}
+
+
+def test_generated_pairs_hold_questions_out_and_are_the_same_every_time() -> None:
+    rows = pairs(0, 200, 50, None)
+    assert (len(rows.train), len(rows.eval), rows.format) == (200, 50, "preference")
+    assert rows == pairs(0, 200, 50, None)
+    asked = [{row["prompt"][0]["content"] for row in some} for some in (rows.train, rows.eval)]
+    assert not asked[0] & asked[1]
+    for row in rows.train:
+        right, wrong = (row[key][0]["content"] for key in ("chosen", "rejected"))
+        assert right.split()[::-1] == row["prompt"][0]["content"].removeprefix("Flip: ").split()
+        assert right != wrong
