@@ -99,7 +99,7 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
 def controlled(beta: float, kl: float, target: float, share: float) -> float:
     """Return the next coefficient: larger where the KL is above its target, smaller below.
 
-    beta (1 + clip(kl / target - 1, -0.2, 0.2) share), equation 2 of arXiv 1909.08593.
+    beta (1 + clip(kl / target - 1, -0.2, 0.2) share), section 2.2 of arXiv 1909.08593.
 
     Args:
         beta: the coefficient now.
