@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from trl.trainer.utils import RepeatSampler
 
 from lora_exp import compose
 from lora_exp.adapter import attach
@@ -15,7 +16,7 @@ from lora_exp.data import Rows
 from lora_exp.errors import ConfigError
 from lora_exp.examples import raw
 from lora_exp.record import Record
-from lora_exp.trainer import trainer_of
+from lora_exp.trainer import _resumable, trainer_of
 
 PAIR = {"prompt": "q ", "chosen": "a", "rejected": "b"}
 
@@ -49,3 +50,16 @@ def test_training_every_weight_holds_a_frozen_copy_for_reference(
 def test_what_a_trainer_refuses_is_a_fault_of_the_config(fresh_base: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="algorithm"):
         made(fresh_base, tmp_path / "run", "algorithm=kto", "train.per_device_train_batch_size=1")
+
+
+def test_any_epoch_of_prompts_begins_in_trls_own_order() -> None:
+    def sampler() -> Any:
+        return RepeatSampler(range(12), 1, batch_size=3, repeat_count=2, seed=7)
+
+    whole = sampler()
+    epochs = [list(whole) for _ in range(3)]
+    assert len({tuple(order) for order in epochs}) == 3
+    for epoch in (2, 0, 1):  # as a process that goes on there
+        fresh = _resumable(sampler)()
+        fresh.set_epoch(epoch)
+        assert list(fresh) == epochs[epoch]
