@@ -53,16 +53,12 @@ def training_bytes(trainer: Any) -> int:
 
     Weights, gradients and Adam's two moments of what trains, 16 bytes each; what a layer keeps of a
     token for going back: 16 times the hidden size and 6 times the inner one, 4 bytes each (of every
-    layer, or of one with gradient checkpointing and the hidden states of all); logits twice.
+    layer, or of one with gradient checkpointing and the hidden states of all); logits twice. Where
+    answers are sampled, keys and values of a whole rollout, 4 bytes each.
     """
     model, args = trainer.model, trainer.args
     config = model.config
-    rows = trainer.train_dataset
-    known = "input_ids" in (getattr(rows, "column_names", None) or ())
-    lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids")) if known else None
-    context = getattr(config, "max_position_embeddings", None) or 1024
-    limit = getattr(args, "max_length", None) or min(1024, context)
-    longest = pyarrow.compute.max(lengths).as_py() if known else 2 * limit  # rows may be pairs
+    longest = _longest(trainer)
     tokens = longest * args.per_device_train_batch_size
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     layer = 4 * (16 * config.hidden_size + 6 * inner)
@@ -70,4 +66,23 @@ def training_bytes(trainer: Any) -> int:
     kept = layer + 4 * layers * config.hidden_size
     kept = kept if args.gradient_checkpointing else layer * layers
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return int(16 * trained + tokens * (kept + 8 * config.vocab_size))
+    sampled = getattr(trainer, "rollout_size", getattr(args, "generation_batch_size", None)) or 0
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = 2 * heads * (config.hidden_size // config.num_attention_heads)
+    cache = sampled * longest * 4 * layers * width
+    return int(16 * trained + tokens * (kept + 8 * config.vocab_size) + cache)
+
+
+def _longest(trainer: Any) -> int:
+    """Return how many tokens a row can have; a prompt that is text yet, no more than bytes."""
+    rows, args = trainer.train_dataset, trainer.args
+    known = getattr(rows, "column_names", None) or ()
+    if "input_ids" in known:
+        lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids"))
+        return int(pyarrow.compute.max(lengths).as_py())
+    context = getattr(trainer.model.config, "max_position_embeddings", None) or 1024
+    limit = 2 * int(getattr(args, "max_length", None) or min(1024, context))  # rows may be pairs
+    answer = getattr(args, "max_completion_length", None)
+    if answer is None or "prompt" not in known:
+        return limit
+    return min(limit, max(len(str(p).encode()) for p in rows["prompt"]) + int(answer))

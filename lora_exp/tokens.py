@@ -163,6 +163,9 @@ def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[tuple[list[int], list[in
     """Yield the prompt's ids and the answer's, each with the tokenizer's own special tokens."""
     for row in rows:
         asked = prompt_of(row, tokenizer)
+        if asked is None and "messages" in row:  # it ends with a question
+            yield [], []
+            continue
         if asked is None or asked.answer is None:
             raise DataError("algorithm=seq2seq answers prompts; a row of plain text asks nothing")
         ids = tokenizer(asked.text, add_special_tokens=not asked.chat)["input_ids"]

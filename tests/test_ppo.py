@@ -20,17 +20,9 @@ from lora_exp.ppo import PPOConfig, PPOTrainer
 from lora_exp.value import save_value
 from tests.test_algorithms import words
 from tests.test_experiment import digest
+from tests.test_rollout import ROWS, characters, stirred
 
 TINY = "pkg://lora_exp/assets/tiny"
-ROWS = [
-    {"prompt": [{"role": "user", "content": text}], "answer": text[-1]}
-    for text in ("Flip: a b", "Repeat: c d e f", "Who are you?", "Sort: 3 1 2")
-] * 2
-
-
-def characters(completions: list[Any], log_metric: Any, **_: Any) -> list[int]:
-    log_metric("longest", max(len(c[-1]["content"]) for c in completions))
-    return [len(c[-1]["content"]) for c in completions]
 
 
 @pytest.fixture
@@ -52,73 +44,6 @@ def make(fresh_base: Base, tmp_path: Path) -> Callable[..., PPOTrainer]:
     return make
 
 
-def stirred(model: Any, name: str = "default") -> None:
-    """Give an untrained adapter something to say."""
-    torch.manual_seed(1)
-    for path, parameter in model.named_parameters():
-        if f"lora_B.{name}" in path:
-            parameter.data.normal_(std=0.05)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_and_divergence_equal_a_direct_computation(
-    make: Callable[..., PPOTrainer], temperature: float
-) -> None:
-    trainer = make(temperature=temperature)
-    stirred(trainer.model)
-    batch = trainer._rollout(ROWS[:4], "train")
-    model, length = trainer.model.eval(), batch["mask"].shape[1]
-
-    def direct() -> torch.Tensor:
-        found = torch.zeros_like(batch["logps"])
-        for b in range(4):  # each row alone, without its padding
-            ids = batch["ids"][b][batch["attention"][b].bool()]
-            logits = model(input_ids=ids[None]).logits[0, :-1] / temperature
-            own = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-            count = int(batch["mask"][b].sum())
-            found[b, :count] = own[-count:]
-        return found
-
-    with torch.no_grad():
-        mask = batch["mask"]
-        torch.testing.assert_close(batch["logps"] * mask, direct(), atol=1e-5, rtol=1e-4)
-        with model.disable_adapter():
-            reference = direct()
-        torch.testing.assert_close(batch["ref_logps"] * mask, reference, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(
-            batch["kl"], (batch["logps"] - reference) * mask, atol=2e-5, rtol=1e-4
-        )
-    assert batch["kl"].abs().sum() > 0.1
-    assert length <= 6
-
-
-def test_a_completion_ends_with_its_first_end_token_and_one_without_is_fined(
-    make: Callable[..., PPOTrainer],
-) -> None:
-    trainer = make(missing_eos_penalty=100.0)
-    batch = trainer._rollout(ROWS[:4], "train")
-    end, new = trainer.processing_class.eos_token_id, batch["ids"][:, -batch["mask"].shape[1] :]
-    for tokens, mask, score in zip(new, batch["mask"], batch["scores"], strict=True):
-        there = tokens[mask.bool()].tolist()
-        assert end not in there[:-1]
-        assert (there[-1] == end) == (score > -50)
-    assert (batch["scores"] < -50).any()
-    assert (batch["scores"] > -50).any()
-
-
-def test_weights_and_silent_rewards_make_the_score(make: Callable[..., PPOTrainer]) -> None:
-    def silent(completions: list[Any], **_: Any) -> list[None]:
-        return [None] * len(completions)
-
-    trainer = make(rewards=(characters, silent), reward_weights=[0.5, 9.0])
-    batch = trainer._rollout(ROWS[:4], "train")
-    texts = [
-        trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
-        for ids, mask in zip(batch["ids"][:, -batch["mask"].shape[1] :], batch["mask"], strict=True)
-    ]
-    assert batch["scores"].tolist() == [0.5 * len(text) for text in texts]
-
-
 def test_each_pass_goes_through_every_row_once(make: Callable[..., PPOTrainer]) -> None:
     trainer = make(per_device_train_batch_size=2, num_minibatches=2, num_iterations=3)
     trainer.model.train()
@@ -130,6 +55,27 @@ def test_each_pass_goes_through_every_row_once(make: Callable[..., PPOTrainer]) 
     before = trainer.buffer
     trainer._prepare_inputs(ROWS[4:])
     assert trainer.buffer is not before
+
+
+def test_policy_and_value_step_back_through_adapters_of_their_own(
+    make: Callable[..., PPOTrainer],
+) -> None:
+    stepped = {}
+    for coefficient in (0.0, 0.5):
+        trainer = make(value_coef=coefficient)
+        for name in ("default", "value"):
+            stirred(trainer.model, name)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, ROWS[:4])
+        stepped[coefficient] = {
+            name: parameter.grad for name, parameter in trainer.model.named_parameters()
+            if parameter.grad is not None
+        }  # fmt: skip
+        trainer.model.unload()
+    for name, gradient in stepped[0.5].items():
+        of_value = ".value." in name or "ppo_value" in name
+        assert torch.equal(gradient, stepped[0.0][name]) != of_value, name
+        assert gradient.any(), name
 
 
 @pytest.mark.parametrize("quantization", [None, bnb_4bit("nf4", True, "bfloat16"), bnb_8bit(6.0)])
@@ -209,19 +155,6 @@ def test_beta_follows_the_kl_towards_its_target(make: Callable[..., PPOTrainer])
     assert trainer.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
 
 
-def test_sampling_takes_no_penalty_of_the_models_own_and_leaves_it(
-    make: Callable[..., PPOTrainer],
-) -> None:
-    trainer = make()
-    base = trainer.model.get_base_model()
-    base.generation_config.repetition_penalty = 1.3
-    with trainer._sampling(trainer.model):
-        assert trainer.model.generation_config.repetition_penalty in (None, 1.0)
-    trainer._rollout(ROWS[:4], "train")
-    assert base.generation_config.repetition_penalty == 1.3
-    assert "longest" in trainer._metrics["train"]
-
-
 @pytest.mark.parametrize(
     "setting",
     ["entropy_coef=0.1", "kl_estimator=k3", "whiten_rewards=true", "whiten_advantages=false"],
@@ -232,8 +165,3 @@ def test_each_setting_makes_another_policy(setting: str, tmp_path: Path) -> None
         for name, more in (("plain", []), ("other", [f"+algorithm.args.{setting}"]))
     )
     assert digest(plain)["adapter_model.safetensors"] != digest(other)["adapter_model.safetensors"]
-
-
-def test_each_reward_has_its_weight(make: Callable[..., PPOTrainer]) -> None:
-    with pytest.raises(ValueError, match="2 reward_weights for 1 rewards"):
-        make(reward_weights=[1.0, 2.0])

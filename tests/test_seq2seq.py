@@ -31,3 +31,12 @@ def test_prompt_and_answer_are_encoded_apart_and_padded(base: Any, tmp_path: Pat
     assert batch["input_ids"].shape[0] == batch["labels"].shape[0] == 2
     assert (batch["labels"] == IGNORED).any()
     assert isinstance(found.dataset, Dataset)
+
+
+def test_a_chat_without_an_answer_is_dropped_and_counted(base: Any) -> None:
+    asked = {"role": "user", "content": "ab"}
+    rows = [{"messages": [asked, {"role": "assistant", "content": "c"}]}, {"messages": [asked]}]
+    found = tokenise(
+        rows, base.tokenizer, max_length=64, completion_only=False, separate=True, what="train"
+    )
+    assert (found.counts.rows, found.counts.dropped) == (1, 1)
