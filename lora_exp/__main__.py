@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import CONF
-from lora_exp.errors import LoraExpError, did_you_mean
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, did_you_mean
+from lora_exp.interruption import EXIT_CODE, stop
 from lora_exp.place import here
-from lora_exp.record import objective, standing
-from lora_exp.redaction import redact_files, redact_text
+from lora_exp.record import FAILED, failure, objective, standing
+from lora_exp.redaction import REDACTED, redact_files, redact_text
 from lora_exp.sweep import SweepTable
 from lora_exp.validation import settled
 
@@ -46,12 +47,19 @@ def job(cfg: DictConfig) -> float:
         if status == "finished":
             log.info("finished before, not run again")
             return objective(directory)
+        if status in FAILED and not ready.retry_failed:
+            text = f"{status} before and not run again; retry_failed=true does"
+            raise LoraExpError(f"{text} ({failure(directory)})")
         if status is not None:  # the same sweep again: what was begun goes on
             with read_write(ready):
                 ready.resume = str(directory)
         from lora_exp.experiment import run
 
         return run(ready, directory, sweep, here.get()).objective
+    except KeyboardInterrupt:
+        if not in_sweep and (directory / "run.json").is_file():
+            print(f"resume={about.runtime.output_dir} goes on", file=sys.stderr)
+        raise
     except SystemExit as error:  # it would end the sweep, and as if all were well
         raise LoraExpError(f"the job called sys.exit({error.code})") from error
     except Exception as error:
@@ -70,19 +78,34 @@ def main() -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     try:
-        job()
+        sys.argv[1:] = _of_the_sweep(sys.argv[1:])
+        with stop.listening():
+            job()
     except (LoraExpError, HydraException, OmegaConfBaseException) as error:
         print(_told(error), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        if SweepTable.current is not None:
-            folder = SweepTable.current.folder
-            print(f"the same command with hydra.sweep.dir={folder} goes on", file=sys.stderr)
-        sys.exit(130)
+        if SweepTable.current is not None and SweepTable.current.folder is not None:
+            print(f"resume={SweepTable.current.folder} goes on", file=sys.stderr)
+        sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 130)
     finally:
         if SweepTable.current is not None and SweepTable.current.rows:
             SweepTable.current.show()
+
+
+def _of_the_sweep(arguments: list[str]) -> list[str]:
+    """Return the command that a sweep was launched with, where `resume` names a sweep."""
+    named = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
+    path = Path(named[-1]) / "multirun.yaml" if named else None
+    if path is None or not path.is_file():
+        return arguments
+    begun = OmegaConf.load(path).hydra.overrides
+    told = [o for o in begun.hydra if not re.match(r"hydra\.(mode|sweep\.dir)=", o)]
+    if any(REDACTED in o for o in (*told, *begun.task)):
+        raise ConfigError([("resume", f"{path} had a secret; give the sweep's own command again")])
+    rest = [a for a in arguments if not a.startswith("resume=") and a not in ("-m", "--multirun")]
+    return ["-m", *told, *begun.task, *rest, f"hydra.sweep.dir={named[-1]}"]
 
 
 def _told(error: BaseException) -> str:

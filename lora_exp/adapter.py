@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.config import build
-from lora_exp.errors import ConfigError, TargetError, did_you_mean
+from lora_exp.errors import AdapterError, ConfigError, TargetError, did_you_mean
 from lora_exp.model import Base, new_head
+from lora_exp.pattern import names_only
 from lora_exp.start import adapter_config, check_base
 
 log = logging.getLogger("lora_exp")
@@ -58,7 +59,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if cfg.peft is None:
         base.model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in base.model.parameters())
-        return Adapted(base.model, None, {}, total, total, None)
+        return Adapted(base.model, None, {}, total, total, None, (GradientCheck(),))
     if cfg.adapter:
         check_base("adapter", cfg.adapter, base.revision)
     config = build(cfg, "peft", **_runtime(base.model, cfg))
@@ -95,6 +96,7 @@ def _started(model: Any, cfg: DictConfig) -> Any:
     adapter_config(cfg.adapter)  # a resumed run's may be gone
     folder = str(Path(cfg.adapter).expanduser())
     config = peft.PeftConfig.from_pretrained(folder)
+    names_only(config, model, cfg.adapter)
     same = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
     if not same:  # the head is new, and peft would miss it among the weights
@@ -236,19 +238,33 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
 
 
 class GradientCheck(TrainerCallback):  # type: ignore[misc]
-    """Warn of trained tensors that no gradient reaches: some methods on some bases train nothing.
+    """Find trained tensors that no gradient reaches: some methods on some bases train nothing.
 
-    Looked at in the third step: what starts at zero, behind a warm-up that starts at zero, moves in
-    the second, and what it multiplies gets its gradient in the third.
+    One that takes no part in the loss has none in the first step, which is an error. One whose
+    gradient is zero is warned of in the third step: what starts at zero, behind a warm-up that
+    starts at zero, moves in the second, and what it multiplies gets its gradient in the third.
     """
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, **_: Any
     ) -> None:
-        """Look once."""
-        if state.global_step != 2:
+        """Look twice.
+
+        Raises:
+            AdapterError: naming the tensors that take no part in the loss.
+        """
+        if state.global_step not in (0, 2):
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if state.global_step == 0:
+            if lost := [name for name, p in trained.items() if p.grad is None]:
+                text = f"{len(lost)} of {len(trained)} trained tensors take no part in the loss"
+                more = "" if len(lost) < 6 else f" and {len(lost) - 5} more"
+                raise AdapterError(
+                    f"{text}: {', '.join(lost[:5])}{more}; leave them out of what is adapted"
+                    " (peft.target_modules, peft.modules_to_save), or choose another method"
+                )
+            return
         still = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
         if still:
             log.warning(

@@ -9,9 +9,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact_text
+from lora_exp.resume import continued
 from lora_exp.signature import signature
 from lora_exp.start import started
 
 PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # what a run is called, where it reports and what it may import does not change what it computes
-NOT_COMPUTED = ("name", "choices", "tracking", "resume", "trusted_targets", "lockstep")
+NOT_COMPUTED = (
+    "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
+    "lockstep",
+)  # fmt: skip
 UNNAMED = re.compile(
-    r"(name|resume|trusted_targets|tracking|hydra|samples|objective|goal|lockstep|model\.gguf_file)\b"
+    r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
+    r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
 
@@ -89,7 +94,7 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     """
     overrides = list(overrides)
     if cfg.resume:
-        return _freeze(_resumed(cfg, overrides))
+        return _freeze(_resumed(cfg, choices, overrides))
     try:
         missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -116,23 +121,16 @@ def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
         raise ConfigError([("model.trust_remote_code", text)])
 
 
-def _resumed(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, Any]:
-    """Take the config that a run was started with; only where it lies is new."""
-    overrides = list(overrides)
-    consent = "model.trust_remote_code=true"
-    allowed = ("resume", "trusted_targets", "hydra")
-    extra = [
-        o
-        for o in overrides
-        if o != consent and re.split(r"[=./]", o.lstrip("+~"), maxsplit=1)[0] not in allowed
-    ]
-    if extra:
-        text = f"continues the run with its own config; drop {' '.join(extra)}, or start a new run"
-        raise ConfigError([("resume", text)])
+def _resumed(
+    cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
+) -> dict[str, Any]:
+    """Take the config that a run was started with, and what it may be told anew."""
     saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
+    values = continued(values, cfg, choices, overrides)
     _check_consent(values, overrides)
-    return values | {"resume": cfg.resume, "trusted_targets": list(cfg.trusted_targets)}
+    here = {key: cfg[key] for key in ("resume", "retry_failed")}
+    return values | here | {"trusted_targets": list(cfg.trusted_targets)}
 
 
 def _freeze(values: dict[str, Any]) -> DictConfig:
@@ -234,15 +232,28 @@ def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     ]
 
 
+def is_commit(revision: str | None) -> bool:
+    """Tell a commit from a branch or tag, which may move."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", str(revision)) is not None
+
+
 def is_path(name: str) -> bool:
     """Tell a folder from a dotted name."""
     return "/" in name or name.startswith(("~", "."))
 
 
-def build(cfg: DictConfig, key: str, **runtime: Any) -> Any:
+def build(
+    cfg: DictConfig, key: str, through: Callable[[Any], Any] | None = None, **runtime: Any
+) -> Any:
     """Call the `_target_` at a key with the YAML's values and Python's objects.
 
     Two steps, since `instantiate` would copy keyword objects into an OmegaConf tree.
+
+    Args:
+        cfg: the run's.
+        key: of the node.
+        through: makes of the target what is called in its place.
+        runtime: the objects.
 
     Returns:
         What the target returns, or None where the key holds null (`quant=none`).
@@ -258,4 +269,6 @@ def build(cfg: DictConfig, key: str, **runtime: Any) -> Any:
     faults = [fault for fault in untrusted(cfg) if fault[0].startswith(key)]
     if faults:
         raise ConfigError(faults)
-    return instantiate(node, _partial_=True, _convert_="all")(**runtime)
+    made = instantiate(node, _partial_=True, _convert_="all")
+    call = partial(through(made.func), *made.args, **made.keywords) if through else made
+    return call(**runtime)

@@ -23,6 +23,7 @@ Format = Literal[
     "auto", "preference", "unpaired_preference", "messages", "sharegpt", "alpaca",
     "prompt_completion", "text", "prompt",
 ]  # fmt: skip
+OnError = Literal["raise", "skip"]
 SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
 
 
@@ -36,6 +37,7 @@ class Rows:
     source: dict[str, str]  # file -> SHA-256, or hub id -> revision
     chat_template: str | None  # Jinja text that replaces the model's own
     warning: str | None = None
+    skipped: tuple[str, ...] = ()  # rows that could not be used, and why
 
     def shaped(self, shape: str) -> Rows:
         """Return the rows in the shape that an algorithm learns from.
@@ -55,19 +57,21 @@ def jsonl(
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
+    on_error: OnError,
 ) -> Rows:
     """Read JSON lines (or one JSON list) from a file or a glob.
 
     Raises:
         DataError: by file, line and field, what cannot be used; or nothing is left to train on.
     """
-    train, found, source = _read_files(path, format)
+    train, found, skipped, source = _read_files(path, format, on_error)
     held_out: list[Row] | None = None
     if eval_path is not None:
-        held_out, _, eval_source = _read_files(eval_path, format)
+        held_out, _, also, eval_source = _read_files(eval_path, format, on_error)
         source |= eval_source
+        skipped += also
     train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
-    return Rows(train, held_out, found, source, _template(chat_template))
+    return Rows(train, held_out, found, source, _template(chat_template), skipped=tuple(skipped))
 
 
 def hub(
@@ -81,6 +85,7 @@ def hub(
     max_rows: int | None,
     max_eval_rows: int | None,
     chat_template: str | None,
+    on_error: OnError,
 ) -> Rows:
     """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.
 
@@ -89,26 +94,31 @@ def hub(
     """
     from datasets import load_dataset
 
-    def load(name: str) -> tuple[list[Row], str]:
+    def load(name: str) -> tuple[list[Row], str, list[str]]:
         try:
             loaded = load_dataset(path, subset, revision=revision, split=name)
         except (OSError, ValueError) as error:
             raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
         numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
-        return _convert(numbered, format, f"{path}[{name}]")
+        return _convert(numbered, format, f"{path}[{name}]", on_error)
 
-    train, found = load(split)
-    held_out = load(eval_split)[0] if eval_split else None
+    train, found, skipped = load(split)
+    held_out = None
+    if eval_split:
+        held_out, _, also = load(eval_split)
+        skipped += also
     train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
     if Path(path).exists():
         files = sorted(p for p in Path(path).rglob("*") if p.is_file())
         source = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-        return Rows(train, held_out, found, source, _template(chat_template))
+        return Rows(
+            train, held_out, found, source, _template(chat_template), skipped=tuple(skipped)
+        )
     commit = _commit(path, revision)
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
     warning = None if revision == commit else unpinned
     source = {path: str(commit)}
-    return Rows(train, held_out, found, source, _template(chat_template), warning)
+    return Rows(train, held_out, found, source, _template(chat_template), warning, tuple(skipped))
 
 
 def _commit(path: str, revision: str | None) -> str:
@@ -147,7 +157,9 @@ def _template(path: str | None) -> str | None:
     return asset(path).read_text(encoding="utf-8")
 
 
-def _read_files(pattern: str, format: str) -> tuple[list[Row], str, dict[str, str]]:
+def _read_files(
+    pattern: str, format: str, on_error: OnError
+) -> tuple[list[Row], str, list[str], dict[str, str]]:
     paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
     paths = [path for path in paths if path.is_file()]
     if not paths:
@@ -156,12 +168,15 @@ def _read_files(pattern: str, format: str) -> tuple[list[Row], str, dict[str, st
     for path in paths:
         name = pattern if len(paths) == 1 else str(path)
         source[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    rows, found = _convert((row for path in paths for row in _lines(path)), format, pattern)
-    return rows, found, source
+    lines = (row for path in paths for row in _lines(path, on_error))
+    return *_convert(lines, format, pattern, on_error), source
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield `(file:line, row)`; a file that holds one JSON list is taken row by row."""
+def _lines(path: Path, on_error: OnError) -> Iterator[tuple[str, Row | DataError]]:
+    """Yield `(file:line, row)`; a file that holds one JSON list is taken row by row.
+
+    A line that cannot be read is its error, where bad rows are skipped.
+    """
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip()[:1] == b"[":
         for number, row in enumerate(_parse(raw, f"{path}"), 1):
@@ -169,7 +184,13 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
         return
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+            where = f"{path}:{number}"
+            try:
+                yield where, _parse(line, where)
+            except DataError as error:
+                if on_error == "raise":
+                    raise
+                yield where, error
 
 
 def _parse(raw: bytes, where: str) -> Any:
@@ -184,21 +205,37 @@ def _parse(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: nested too deeply") from error
 
 
-def _convert(rows: Iterable[tuple[str, Any]], format: str, source: str) -> tuple[list[Row], str]:
-    """Bring every row to its shape; the first row decides the format where it is `auto`."""
+def _convert(
+    rows: Iterable[tuple[str, Any]], format: str, source: str, on_error: OnError
+) -> tuple[list[Row], str, list[str]]:
+    """Bring every row to its shape; the first row decides the format where it is `auto`.
+
+    Returns:
+        The rows, their format, and why others were skipped.
+    """
     converted: list[Row] = []
+    skipped: list[str] = []
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a row is an object {{...}}, this is {type(row).__name__}")
-        if format == "auto":
-            format = detect(row, where)
         try:
-            converted.append(FORMATS[format](row))
-        except FieldError as error:
-            raise DataError(f"{where}: {error} (read as {format})") from None
+            if isinstance(row, DataError):
+                raise row
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise DataError(f"{where}: a row is an object {{...}}, this is {kind}")
+            if format == "auto":
+                format = detect(row, where)
+            try:
+                converted.append(FORMATS[format](row))
+            except FieldError as error:
+                raise DataError(f"{where}: {error} (read as {format})") from None
+        except DataError as error:
+            if on_error == "raise":
+                raise
+            skipped.append(str(error))
     if not converted:
-        raise DataError(f"{source}: no rows")
-    return converted, format
+        why = f"; {len(skipped)} were skipped, the first: {skipped[0]}" if skipped else ""
+        raise DataError(f"{source}: no rows{why}")
+    return converted, format, skipped
 
 
 def _split(

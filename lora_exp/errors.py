@@ -6,7 +6,10 @@ LoraExpError
 ├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
 ├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
+├── CheckpointError (OSError)        a checkpoint that cannot be written
 └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
+
+Interrupted (KeyboardInterrupt)      no error: the run was asked to stop, and can go on
 """
 
 from __future__ import annotations
@@ -47,8 +50,19 @@ class TargetError(LoraExpError, ValueError):
     """Names of modules that the base does not have."""
 
 
+class CheckpointError(LoraExpError, OSError):
+    """A checkpoint, or what was trained, that cannot be written."""
+
+
 class DivergedError(LoraExpError, ArithmeticError):
     """The loss or a gradient stopped being finite."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C asked a run to stop; what it has done is saved as far as it can be."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(*(words or ("asked to stop",)))
 
 
 def did_you_mean(wrong: str, known: Iterable[str], count: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pyarrow
@@ -10,7 +11,7 @@ from jinja2.exceptions import TemplateError
 
 from lora_exp.errors import DataError
 from lora_exp.formats import SHAPES, Row
-from lora_exp.tokens import IGNORED, Counts, Tokens
+from lora_exp.tokens import IGNORED, Counts, Tokens, render_chat
 
 Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
 
@@ -75,6 +76,10 @@ def _check_template(rows: list[Row], tokenizer: Any) -> None:
             "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
         )
         raise DataError(f"{text}<file.jinja>, or rows of plain text")
+    asked = next((row["prompt"] for row in rows if isinstance(row["prompt"], list)), None)
+    if asked is not None:  # trainers render rows themselves, and would wait for ever
+        with suppress(TemplateError):  # said with the row, later
+            render_chat(asked, tokenizer)
 
 
 def raw(rows: list[Row], shape: str, tokenizer: Any) -> Tokens:

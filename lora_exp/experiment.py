@@ -5,7 +5,6 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -18,12 +17,14 @@ from transformers import set_seed
 
 from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
+from lora_exp.checkpoint import check_finite, newest, whole
 from lora_exp.config import build, plain, run_dir
 from lora_exp.console import show
 from lora_exp.data import Rows
 from lora_exp.display import Progression, quiet
 from lora_exp.errors import ConfigError, DivergedError
 from lora_exp.examples import prompts, raw, seen
+from lora_exp.interruption import stop
 from lora_exp.measure import after, before, objective
 from lora_exp.memory import peak_bytes
 from lora_exp.model import Base
@@ -67,15 +68,18 @@ def run(
     Raises:
         LoraExpError: what the user can mend, by name and place.
         DivergedError: the loss stopped being finite.
+        Interrupted: SIGTERM or Ctrl-C; `resume` goes on.
     """
     quiet()
     place = place or Alone()
-    record = Record(Path(directory or run_dir(cfg.resume)), cfg)
-    try:
-        with record.outcome():
-            return _run(cfg, record, sweep, place)
-    finally:
-        place.leave()
+    with stop.listening():
+        stop.check()
+        record = Record(Path(directory or run_dir(cfg.resume)), cfg)
+        try:
+            with record.outcome():
+                return _run(cfg, record, sweep, place)
+        finally:
+            place.leave()
 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
@@ -83,7 +87,10 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     rows: Rows = build(cfg, "data")
     shaped = rows.shaped(cfg.algorithm.shape)
     set_seed(cfg.seed)
+    record.same("data", rows.source)
+    _tell_skipped(rows)
     base = place.base(cfg)
+    record.same("base", base.revision)
     set_seed(cfg.seed)  # the adapter's start does not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
     data = _tokens(shaped, base, adapted, cfg)
@@ -98,7 +105,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         adapted = replace(adapted, trainable=trained)  # PPO adds a value
         record.update(
             place=place.name,
-            counts=counts(adapted, train, held_out),
+            counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
             base=base.revision,
             data=rows.source,
         )
@@ -111,8 +118,10 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         samples = after(cfg, trainer, base, rows.eval, record, samples)
         folder = record.directory / ("adapter" if adapted.method else "model")
         if hasattr(trainer.model, "ppo_value"):
-            save_value(trainer.model, base, record.directory / "value")
-        save(adapted, base, folder, model_card(cfg, base, rows, record.values))
+            with whole(record.directory / "value") as made:
+                save_value(trainer.model, base, made)
+        with whole(folder) as made:
+            save(adapted, base, made, model_card(cfg, base, rows, record.values))
         saved = folder
         tracker.samples(samples, trainer.state.global_step)
         goal = cfg.goal if judged == cfg.objective else "minimize"
@@ -124,6 +133,14 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     metrics = record.values["metrics"]
     conclude(record, judged, tracker.place, saved)
     return Result(metrics[judged], metrics, record.directory, saved)
+
+
+def _tell_skipped(rows: Rows) -> None:
+    for why in rows.skipped:
+        log.info("skipped: %s", why)
+    if rows.skipped:
+        text = "%d rows were skipped (data.on_error=skip), the first: %s; run.log lists them"
+        log.warning(text, len(rows.skipped), rows.skipped[0])
 
 
 def _tokens(
@@ -189,12 +206,14 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
 
 
 def _train(trainer: Any, resume: str | None, record: Record) -> None:
-    checkpoint, first = _newest(record, resume)
+    checkpoint, first = _checkpoint(record, resume)
     started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=checkpoint)
+    with stop.until_a_step_ends():
+        output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
+    check_finite(trainer.model.named_parameters(), trainer.state.global_step)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     counted = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
@@ -211,25 +230,13 @@ def _train(trainer: Any, resume: str | None, record: Record) -> None:
     )
 
 
-def _newest(record: Record, resume: str | None) -> tuple[str | None, int]:
-    """Return the newest checkpoint of a run that goes on and its step; later log lines go."""
+def _checkpoint(record: Record, resume: str | None) -> tuple[str | None, int]:
+    """Return the newest whole checkpoint of a run that goes on, and its step; later lines go."""
     if not resume:
         return None, 0
-    found = filter(_whole, (record.directory / "checkpoints").glob("checkpoint-*"))
-    steps = {int(path.name.rpartition("-")[2]): path for path in found}
-    step = max(steps, default=0)
-    if not steps:
+    found, step = newest(record.directory / "checkpoints", record.values["tracking_id"])
+    if found is None:
         log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
     record.rewind(step)
     show(f"goes on from step {step}")
-    return str(steps[step]) if steps else None, step
-
-
-def _whole(checkpoint: Path) -> bool:
-    """Say whether a checkpoint was written to its end: the trainer's state is its last file."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        log.warning("%s was cut off while it was written; an older one is taken", checkpoint)
-        return False
-    return True
+    return str(found) if found else None, step

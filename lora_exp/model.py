@@ -23,7 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from lora_exp.config import asset
+from lora_exp.config import asset, is_commit
 from lora_exp.errors import ConfigError
 from lora_exp.tokens import cache_dir
 
@@ -215,7 +215,7 @@ def _revision(
     if not folder.exists():
         commit = getattr(model.config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
-        return commit, None if revision else text
+        return commit, None if is_commit(revision) else text
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     files = [folder / gguf_file] if gguf_file else sorted(weights)
     if not files:

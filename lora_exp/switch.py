@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_exp.errors import AdapterError
 from lora_exp.model import Base
+from lora_exp.pattern import names_only
 
 ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
@@ -98,6 +99,7 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
         AdapterError: it cannot stand on this model, or has no head.
     """
     config = PeftConfig.from_pretrained(str(path))
+    names_only(config, model.get_base_model(), str(path))
     trained = model.peft_config["default"]
     if config.peft_type != trained.peft_type or config.peft_type in ALONE:
         kinds = f"{config.peft_type.value} beside {trained.peft_type.value}"

@@ -14,10 +14,12 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from lora_exp.adapter import Adapted
+from lora_exp.checkpoint import checkpointed
 from lora_exp.config import build, plain
 from lora_exp.data import Rows
 from lora_exp.divergence import FiniteLoss
 from lora_exp.errors import ConfigError, DataError
+from lora_exp.interruption import stop
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
 from lora_exp.record import Record
 from lora_exp.rewards import rewards
@@ -64,12 +66,13 @@ def trainer_of(
         trainer = build(
             cfg,
             "algorithm.trainer",
+            through=checkpointed,
             model=adapted.model,
             args=_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
             processing_class=base.tokenizer,
-            callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks],
+            callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks, StopAtAStep()],
             **given,
         )
     except ConfigError:
@@ -83,6 +86,7 @@ def trainer_of(
         trainer.ref_model.load_state_dict(adapted.model.state_dict())
     if hasattr(trainer, "_get_train_sampler"):
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
+    trainer.run = record.values["tracking_id"]
     trainer.remove_callback(transformers.PrinterCallback)
     spare(trainer.model)
     trainer.evaluate = _unnoticed(trainer.evaluate)
@@ -96,6 +100,19 @@ def trainer_of(
         if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
             copy_to(adapted.model, "ref")
     return trainer
+
+
+class StopAtAStep(TrainerCallback):  # type: ignore[misc]
+    """Save and leave at the end of the step in which the process was asked to stop."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a checkpoint."""
+        if stop.asked:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave once it is there; the loop's own way out would evaluate and save again."""
+        stop.check()
 
 
 def _resumable(sampler: Any) -> Any:

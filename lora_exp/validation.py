@@ -15,7 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lora_exp.config import asset, every_target, is_path, is_trusted, plain, settle, untrusted
+from lora_exp.config import (
+    asset,
+    every_target,
+    is_commit,
+    is_path,
+    is_trusted,
+    plain,
+    settle,
+    untrusted,
+)  # fmt: skip
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.formats import SHAPES
 from lora_exp.redaction import redact
@@ -40,9 +49,9 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "adapter", "objective", "goal", "trusted_targets", "train",
-        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
-        "lockstep", "choices",
+        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal",
+        "trusted_targets", "train", "rate", "samples", "model", "quant", "peft", "targets",
+        "algorithm", "data", "tracking", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
@@ -349,6 +358,8 @@ def _quantisation(cfg: DictConfig) -> str:
 def _files(cfg: DictConfig) -> Iterator[Fault]:
     """Check what lies on this machine; what lies on a hub is checked when it is loaded."""
     yield from _model_files(cfg)
+    if cfg.strict:
+        yield from _unpinned(cfg)
     if cfg.data._target_ != "lora_exp.data.jsonl":
         return
     for key in ("path", "eval_path", "chat_template"):
@@ -363,6 +374,16 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
         if not glob.glob(str(path), recursive=True):  # noqa: PTH207
             near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
             yield f"data.{key}", f"no file matches {name}{near}"
+
+
+def _unpinned(cfg: DictConfig) -> Iterator[Fault]:
+    """Refuse what may be something else tomorrow; local files are known by their hashes."""
+    for key in ("model", "data"):
+        node = cfg[key]
+        hub = key == "model" or node._target_ == "lora_exp.data.hub"
+        if hub and not asset(str(node.path)).exists() and not is_commit(node.revision):
+            text = f"strict=true: pin {node.path} to a commit, its 40 hexadecimal digits"
+            yield f"{key}.revision", text
 
 
 def _model_files(cfg: DictConfig) -> Iterator[Fault]:

@@ -194,25 +194,64 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert adapters(sweep) == adapters(summary(tmp_path / "calm")[0])
 
 
-def test_an_interrupted_sweep_says_so_and_is_completed_by_the_same_command(
-    tmp_path: Path,
+@pytest.mark.parametrize("everyone", [True, False])
+def test_an_interrupted_sweep_saves_every_job_and_goes_on_by_its_directory(
+    everyone: bool, tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    settings += ["peft.lora_dropout=0.1"]
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
     (tmp_path / "calm").mkdir()
     assert cli(*command, cwd=tmp_path / "calm").returncode == 0
     with (tmp_path / "err").open("w") as said:
         launched = in_training(command, tmp_path, said)
-        os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
-        assert launched.wait() == 130
+        if everyone:
+            os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
+        else:
+            os.kill(launched.pid, signal.SIGTERM)  # what a scheduler sends
+        assert launched.wait() == 75
     sweep = tmp_path / "multirun/a/b"
     records = [json.loads((sweep / n / "run.json").read_text()) for n in "01"]
     assert [record["status"] for record in records] == ["interrupted"] * 2
+    rows = {row["job"]: row["status"] for row in json.loads((sweep / "summary.json").read_text())}
+    assert rows == {"0": "interrupted", "1": "interrupted"}
     said_at_the_end = (tmp_path / "err").read_text()
     assert "Traceback" not in said_at_the_end
-    assert "the same command with hydra.sweep.dir=multirun/a/b goes on" in said_at_the_end
-    assert cli(*command, cwd=tmp_path).returncode == 0
+    assert said_at_the_end.count("saving at the next step") == 1
+    assert "resume=multirun/a/b goes on" in said_at_the_end
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
+
+
+def test_a_sweep_that_goes_on_runs_failed_jobs_again_only_when_asked(tmp_path: Path) -> None:
+    command = ["-m", *STEPS, "train.learning_rate=1e-3,1e30", "hydra.sweep.dir=multirun/a/b"]
+    command += ["train.warmup_steps=0", "train.max_grad_norm=0"]
+    done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    sweep = tmp_path / "multirun/a/b"
+    before = [(sweep / n / "run.json").read_bytes() for n in "01"]
+    assert json.loads(before[1])["status"] == "diverged"
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "diverged before, not run again but with retry_failed=true" in done.stdout
+    assert [(sweep / n / "run.json").read_bytes() for n in "01"] == before
+    done = cli("resume=multirun/a/b", "retry_failed=true", cwd=tmp_path)
+    assert done.returncode == 1
+    after = [(sweep / n / "run.json").read_bytes() for n in "01"]
+    assert after[0] == before[0]
+    assert json.loads(after[1])["resumed"][0]["status"] == "diverged"
+
+
+def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
+    with (tmp_path / "err").open("w") as said:
+        launched = in_training(command, tmp_path, said)
+        second = cli(*command, cwd=tmp_path)
+        assert second.returncode == 1
+        assert f"multirun/a/b is in use by process {launched.pid} on" in second.stderr
+        assert launched.wait() == 0
 
 
 def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from hydra.core.utils import (
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lora_exp.errors import LoraExpError
+from lora_exp.errors import Interrupted, LoraExpError
+from lora_exp.interruption import stop
+from lora_exp.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
 from lora_exp.record import mark
@@ -37,7 +39,9 @@ def launch(
     configure_log(hydra.hydra_logging, hydra.verbose)
     Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
     ours = set(launcher.config) >= GROUPS
+    lock = Lock(Path(str(hydra.sweep.dir)), "hydra.sweep.dir") if ours else None
     worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
+    at_once = False
     try:
         jobs = [
             _composed(launcher, list(overrides), initial_job_idx + i, ours)
@@ -48,8 +52,13 @@ def launch(
             show(made)
         launched = _Launch(launcher, {job.number: job for job in jobs})
         launched.run(made, worker)
+    except KeyboardInterrupt as error:
+        at_once = not isinstance(error, Interrupted)
+        raise
     finally:
-        worker.stop()
+        worker.stop(at_once)
+        if lock is not None:
+            lock.release()
         configure_log(hydra.hydra_logging, hydra.verbose)
     return [launched.returns[job.number] for job in jobs]
 
@@ -101,19 +110,31 @@ class _Launch:
         while work := [left for seats in work if (left := self._left(seats)).jobs]:
             try:
                 worker.run(work, self.began, self.ended)
+                stop.check()
                 return
+            except KeyboardInterrupt:
+                self.stopped()
+                raise
             except LoraExpError as error:
                 lost = sorted(self.running)
+                if stop.asked:
+                    self.stopped()
+                    raise Interrupted from error
                 if not lost:  # it died before or between jobs: none of them is to blame
                     self.deaths += 1
                 if self.deaths > 1:
                     raise
                 log.warning("%s; to be tried again, alone: jobs %s", error, lost)
                 for number in lost:
-                    mark(self.jobs[number].directory, "failed", str(error))
+                    mark(self.jobs[number].directory, "interrupted", str(error))
                 for number in lost:
                     self._again(number)
                 worker.replace()
+
+    def stopped(self) -> None:
+        """Mark the jobs that could not do so themselves."""
+        for number in sorted(self.running):
+            mark(self.jobs[number].directory, "interrupted", "stopped at once")
 
     def _again(self, number: int) -> None:
         job = self.jobs[number]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lora_exp.config import plain
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.record import standing
+from lora_exp.record import FAILED, standing
 from lora_exp.redaction import redact_text
 
 # a start that rewrites the base's weights, or reads data of its own
@@ -53,8 +53,10 @@ def plan(jobs: Iterable[Job]) -> Plan:
         job = replace(job, error=job.error or _occupied(job))
         if job.error or job.settled is None:
             at_once.append((job, "refused, not run"))
-        elif standing(job.directory, job.settled) == "finished":
+        elif (status := standing(job.directory, job.settled)) == "finished":
             at_once.append((job, "finished before, not run again"))
+        elif status in FAILED and not job.settled.retry_failed:
+            at_once.append((job, f"{status} before, not run again but with retry_failed=true"))
         elif why := solitary(job):
             alone.append((job, why))
         else:

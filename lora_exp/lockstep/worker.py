@@ -22,17 +22,18 @@ from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lora_exp.errors import DivergedError, LoraExpError
+from lora_exp.errors import DivergedError, Interrupted, LoraExpError
+from lora_exp.interruption import stop
 
 Config = tuple[int, DictConfig]
 KNOWN = ("builtins", "lora_exp", "hydra", "omegaconf")  # whose errors the launcher can have
 
 
 def end_with(launcher: int) -> None:
-    """Have this process interrupted when the launcher is gone, however it went (prctl(2))."""
+    """Have this process asked to stop when the launcher is gone, however it went (prctl(2))."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != launcher:
         raise SystemExit(130)
 
@@ -71,6 +72,7 @@ class Worker:
         Raises:
             LoraExpError: it died; what had begun and not ended was lost with it.
         """
+        stop.forward = self._ask_to_stop  # it knows when its jobs come to a step's end
         try:
             self.pipe.send(work)
             while True:
@@ -83,20 +85,23 @@ class Worker:
                 (began if said == "began" else ended)(*about)
         except (EOFError, OSError):
             pass  # it died while it said something
+        finally:
+            stop.forward = None
         self.process.join()
         raise LoraExpError(f"the worker was {_ending(self.process.exitcode or 0)}")
 
-    def stop(self) -> None:
-        """Let the process go; one that still works is asked to leave its records in order."""
+    def stop(self, at_once: bool = False) -> None:
+        """Let the process go; one that still works may save what it has, unless it is urgent."""
         self.pipe.close()
-        self.process.join(timeout=3)  # Ctrl-C has reached it, too
-        for ask, patience in ((self._interrupt, 60), (self.process.kill, 60)):
+        self.process.join(timeout=3)
+        patient = [] if at_once else [self._ask_to_stop]
+        for ask in (*patient, self.process.kill):
             if self.process.is_alive():
                 ask()
-                self.process.join(timeout=patience)
+                self.process.join(timeout=60)
 
-    def _interrupt(self) -> None:
-        os.kill(self.process.pid or 0, signal.SIGINT)
+    def _ask_to_stop(self) -> None:
+        os.kill(self.process.pid or 0, signal.SIGTERM)
 
 
 def _ending(code: int) -> str:
@@ -115,26 +120,32 @@ def _work(
     task: TaskFunction,
     warm: bool,
 ) -> None:
+    stop.inherited()
     end_with(launcher)
     theirs.close()  # else the launcher's end would stay open in here when the launcher is gone
     # the launcher's callbacks stay with the launcher
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
     try:
-        if warm:
-            import lora_exp.experiment
-            import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
-        for seats in pipe.recv():
-            report = _Report(pipe, context, task)
-            if seats.mode is None:
-                for number, config in seats.jobs:
-                    report.run(number, config)
-            else:
-                _pack(seats, report)
-                gc.unfreeze()  # with the pack goes its base
-                gc.collect()
-        pipe.send(("over",))
+        with stop.listening():
+            _carry_out(pipe, context, task, warm)
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(130)  # interrupted, or the launcher is gone: records are in order, say no more
+
+
+def _carry_out(pipe: Connection, context: HydraContext, task: TaskFunction, warm: bool) -> None:
+    if warm:
+        import lora_exp.experiment
+        import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
+    for seats in pipe.recv():
+        report = _Report(pipe, context, task)
+        if seats.mode is None:
+            for number, config in seats.jobs:
+                report.run(number, config)
+        else:
+            _pack(seats, report)
+            gc.unfreeze()  # with the pack goes its base
+            gc.collect()
+    pipe.send(("over",))
 
 
 @dataclass
@@ -151,6 +162,8 @@ class _Report:
 
     def run(self, number: int, config: DictConfig) -> JobReturn:
         """Run one job as every launcher does, and send what it returned."""
+        if stop.asked:
+            return failed(config, Interrupted())  # it has not begun, and nobody waits for it
         self._send("began", number)
         try:
             result = run_job(
@@ -160,6 +173,8 @@ class _Report:
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
+        except Interrupted as error:  # the others come to their own step's end
+            result = failed(config, error)
         except Exception as error:  # Hydra's own, before or after the task
             result = failed(config, error)
         self._send("ended", number, portable(result))
@@ -174,7 +189,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return task
 
 
-def failed(config: DictConfig, error: Exception) -> JobReturn:
+def failed(config: DictConfig, error: BaseException) -> JobReturn:
     """Return what Hydra would have returned of a job, had it been able to."""
     result = JobReturn()
     result.cfg = without_hydra(config)
@@ -225,4 +240,6 @@ def _status(returned: Any) -> str:
     """Return how a job ended, in the words of its record."""
     if isinstance(returned, DivergedError):
         return "diverged"
+    if isinstance(returned, Interrupted):
+        return "interrupted"
     return "failed" if isinstance(returned, Exception) else "finished"

@@ -1,0 +1,96 @@
+"""SIGTERM and Ctrl-C: a run saves at its next step and stops, to go on later.
+
+Signals are a process's, so what is known of them is too: there is one `stop`. Knows nothing of
+trainers; they ask it at every step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lora_exp.errors import Interrupted
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same again will go on
+SAID = "saving at the next step, then stopping; Ctrl-C again stops at once"
+
+
+class Stop:
+    """Whether this process was asked to stop, and what may still end before it does."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.training = 0  # trainers that will come to a step's end
+        self.forward: Callable[[], None] | None = None  # to the process that trains for this one
+        self.silent = False
+        self._interrupts = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Take a signal.
+
+        Raises:
+            Interrupted: nothing here comes to a step's end, so it stops now.
+            KeyboardInterrupt: at the second Ctrl-C.
+        """
+        self._interrupts += number == signal.SIGINT
+        first, self.asked = not self.asked, True
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if not first:
+            return
+        if self.forward is None and not self.training:
+            raise Interrupted
+        if not self.silent:
+            print(f"\n{SAID}", file=sys.stderr, flush=True)
+        if self.forward is not None:
+            self.forward()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals while this lasts; only a process's first thread can, others leave it be."""
+        if threading.current_thread() is not threading.main_thread() or self._heard():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.asked, self._interrupts = False, 0
+        try:
+            for number in before:
+                signal.signal(number, self)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def inherited(self) -> None:
+        """Begin anew in a forked process, which trains for one that tells the user."""
+        self.asked, self.training, self.forward, self.silent = False, 0, None, True
+        self._interrupts = 0
+
+    def _heard(self) -> bool:
+        return signal.getsignal(signal.SIGTERM) is self
+
+    def check(self) -> None:
+        """Go no further when asked to stop.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if self.asked:
+            raise Interrupted
+
+    @contextmanager
+    def until_a_step_ends(self) -> Iterator[None]:
+        """Train; what is asked meanwhile waits for the end of a step."""
+        self.check()
+        self.training += 1
+        try:
+            yield
+        finally:
+            self.training -= 1
+
+
+stop = Stop()

@@ -1,0 +1,181 @@
+"""Faults from outside, really injected: kill -9, a full disk, no memory, a second process.
+
+What is short here is run a hundred times by scripts/faults; docs/reliability.md has the whole list.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICK
+from tests.test_experiment import digest
+from tests.test_interruption import lines, started, status, wait_for
+from tests.test_main import cli
+
+RUN = ["tracking=none", *QUICK, "train.max_steps=60", "train.save_strategy=steps"]
+RUN += ["train.save_steps=5", "train.logging_steps=1", "train.per_device_train_batch_size=4"]
+RUN += ["peft.lora_dropout=0.1", "train.eval_strategy=no", "hydra.run.dir=run"]
+
+
+def kill(folder: Path, command: list[str], dice: random.Random, saving: bool) -> int:
+    """Run a command and kill -9 it, in a save or anywhere in training; return the step."""
+    process = started(folder, *command)
+    log, checkpoints = folder / "run/metrics.jsonl", folder / "run/checkpoints"
+    after = dice.randrange(1, 55)
+    wait_for(process, lambda: lines(log) > after)
+    if saving:
+        wait_for(process, lambda: any(checkpoints.glob(".staged-*")))
+        time.sleep(dice.uniform(0, 0.03))
+    else:
+        time.sleep(dice.uniform(0, 0.05))
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert status(folder / "run") == "running"
+    return lines(log)
+
+
+def survives(folder: Path, number: int, undisturbed: dict[str, dict[str, str]]) -> bool:
+    """Kill a run once, resume it, and say whether its adapter is that of a run left in peace."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kill(folder, RUN, random.Random(number), saving=number % 2 == 0)
+    done = cli("resume=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return digest(folder / "run/adapter") == undisturbed["1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = cli(*RUN, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {"1": digest(folder / "run/adapter")}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    number: int, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    assert survives(tmp_path / "killed", number, undisturbed)
+
+
+def in_a_small_disk(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with a tmpfs of 6 MiB at `disk`, in a mount namespace of its own."""
+    whole = f"mount -t tmpfs -o size=6m tmpfs disk && {script}"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", whole]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def can_mount(folder: Path) -> bool:
+    (folder / "disk").mkdir()
+    return shutil.which("unshare") is not None and not in_a_small_disk(folder, "true").returncode
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_before_works(
+    undisturbed: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    if not can_mount(tmp_path):
+        pytest.skip("this system lets no tmpfs be mounted")
+    run = f"{sys.executable} -m lora_exp"
+    settings = " ".join(RUN).replace("hydra.run.dir=run", "hydra.run.dir=disk/run")
+    script = f"""
+        (while [ ! -d disk/run/checkpoints/checkpoint-10 ]; do sleep 0.01; done
+         head -c 8M /dev/zero > disk/ballast) 2>/dev/null &
+        {run} {settings}; echo "exit $?"; ls -A disk/run/checkpoints; cat disk/run/run.json
+        rm disk/ballast
+        {run} resume=disk/run && cp -r disk/run/adapter .
+    """
+    done = in_a_small_disk(tmp_path, script)
+    said = done.stdout + done.stderr
+    assert "exit 1" in said
+    assert "No space left on device" in said
+    assert "make room" in said
+    assert "Traceback" not in said
+    assert ".staged" not in said
+    assert '"status": "failed"' in said
+    assert digest(tmp_path / "adapter") == undisturbed["1"], said
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    first = started(tmp_path, *RUN, "train.max_steps=200")
+    wait_for(first, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)
+    for command in (["resume=run"], RUN):
+        second = cli(*command, cwd=tmp_path)
+        assert second.returncode == 1
+        assert "Traceback" not in second.stderr
+        known = "holds a run already" if command is RUN else f"in use by process {first.pid} on"
+        assert known in second.stderr
+    assert first.wait() == 0
+    assert first.communicate()[1] == ""
+    assert status(tmp_path / "run") == "finished"
+
+
+OUT_OF_MEMORY = """
+import gc, json, os, resource, sys
+from pathlib import Path
+from lora_exp import compose, run
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+few = json.loads(sys.argv[1])
+run(compose(*few, "seed=7"), "warm")  # imports and caches that stay
+environment, before = dict(os.environ), resident()
+for number in range(3):
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (held + 96 * 2**20, -1))
+    try:
+        run(compose(*few, "train.per_device_train_batch_size=64"), f"large{number}")
+        sys.exit("it had enough memory")
+    except (MemoryError, RuntimeError) as error:
+        print("failed:", type(error).__name__, str(error)[:60])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+gc.collect()
+assert dict(os.environ) == environment
+print("grown by MiB:", (resident() - before) // 2**20)
+run(compose(*few), "after")
+"""
+
+
+def test_after_three_jobs_without_memory_a_run_is_as_in_a_fresh_process(tmp_path: Path) -> None:
+    few = [o for o in RUN if not o.startswith("hydra.")]
+    few += ["train.max_steps=3", "algorithm.args.packing=false"]
+    command = [sys.executable, "-c", OUT_OF_MEMORY, json.dumps(few)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("failed:") == 3, done.stdout
+    (grown,) = (line for line in done.stdout.splitlines() if line.startswith("grown"))
+    assert int(grown.rpartition(" ")[2]) < 100
+    assert [status(tmp_path / f"large{n}") for n in range(3)] == ["failed"] * 3
+    fresh = cli(*few, "hydra.run.dir=fresh", cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    assert digest(tmp_path / "after/adapter") == digest(tmp_path / "fresh/adapter")
+
+
+def test_a_pickle_for_an_adapter_is_never_executed(tmp_path: Path) -> None:
+    import pickle
+
+    from tests.test_checkpoint import Payload
+
+    (tmp_path / "bad").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "pkg://lora_exp/assets/tiny"}
+    config |= {"task_type": "CAUSAL_LM", "r": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "bad/adapter_config.json").write_text(json.dumps(config))
+    mark = tmp_path / "mark"
+    (tmp_path / "bad/adapter_model.bin").write_bytes(pickle.dumps(Payload(mark), protocol=2))
+    done = cli(*RUN, "adapter=bad", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "adapter: bad holds code where numbers belong" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not mark.exists()

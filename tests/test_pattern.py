@@ -1,0 +1,52 @@
+"""Patterns of an adapter from anywhere become names, in time or not at all."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from lora_exp.errors import AdapterError
+from lora_exp.pattern import names_only
+
+
+def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -> None:
+    config = LoraConfig(
+        target_modules=r".*\.layers\.[01]\.self_attn\.[qv]_proj",
+        rank_pattern={r"layers\.1\.self_attn\..*": 3},
+    )
+    theirs = get_peft_model(fresh_base.model, config)
+    found = set(theirs.targeted_module_names)
+    theirs = theirs.unload()
+    names_only(config, theirs, "a/adapter")
+    assert set(config.target_modules) == found
+    ours = get_peft_model(theirs, config)
+    ranks = {name: m.r["default"] for name, m in ours.named_modules() if hasattr(m, "lora_A")}
+    assert {rank for name, rank in ranks.items() if "layers.1." in name} == {3}
+    assert {rank for name, rank in ranks.items() if "layers.0." in name} == {8}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"target_modules": r"(?:.|.|.)*[^\w.]\w"},
+            r"a/b: target_modules: .* does not end within 2 s",
+        ),
+        (
+            {"rank_pattern": {r"(?:.|.|.)*[^\w.]\w": 4}},
+            "a/b: rank_pattern: .* does not end within 2 s",
+        ),
+        ({"target_modules": "q_proj["}, "is no pattern"),
+        ({"target_modules": "nothing"}, "finds no module"),
+        ({"megatron_config": {}, "megatron_core": "antigravity"}, "would import what it names"),
+    ],
+)
+def test_what_hangs_or_imports_is_refused(base: Any, said: dict[str, Any], message: str) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj"], **said})
+    began = time.perf_counter()
+    with pytest.raises(AdapterError, match=message):
+        names_only(config, base.model, "a/b")
+    assert time.perf_counter() - began < 5
