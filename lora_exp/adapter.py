@@ -22,9 +22,15 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.config import build
-from lora_exp.errors import AdapterError, ConfigError, TargetError, did_you_mean
+from lora_exp.errors import (
+    AdapterError,
+    ConfigError,
+    LoraExpError,
+    TargetError,
+    did_you_mean,
+)  # fmt: skip
+from lora_exp.foreign import names_only, numbers_only
 from lora_exp.model import Base, new_head
-from lora_exp.pattern import names_only
 from lora_exp.start import adapter_config, check_base
 
 log = logging.getLogger("lora_exp")
@@ -72,6 +78,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
                 if cfg.adapter
                 else peft.get_peft_model(base.model, config)
             )
+    except LoraExpError:  # some are ValueErrors too
+        raise
     except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
     for name, parameter in model.named_parameters():
@@ -103,9 +111,12 @@ def _started(model: Any, cfg: DictConfig) -> Any:
         config.base_model_name_or_path = None  # peft would warn that it has another name here
         made = peft.get_peft_model(model, config)
         weights = {"base_model.model.score.weight": model.score.weight.detach()}
-        peft.set_peft_model_state_dict(made, weights | peft.load_peft_weights(folder, device="cpu"))
+        with numbers_only(cfg.adapter):
+            weights |= peft.load_peft_weights(folder, device="cpu")
+        peft.set_peft_model_state_dict(made, weights)
         return made
-    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    with numbers_only(cfg.adapter):
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:

@@ -6,12 +6,10 @@ bit for bit is transformers' own list, and what trainers of rollouts add.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +20,9 @@ from typing import Any
 import torch
 from transformers.trainer_utils import rotate_checkpoints
 
+from lora_exp.disk import refusal
 from lora_exp.errors import CheckpointError, DivergedError
+from lora_exp.foreign import numbers_only
 
 log = logging.getLogger("lora_exp")
 MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
@@ -68,27 +68,11 @@ def whole(final: Path) -> Iterator[Path]:
         made.rename(final)
         _flush(final.parent)
     except Exception as error:
-        if (unwritten := _unwritten(error, final)) is not None:
-            raise unwritten from error
+        if (full := refusal(error, final)) is not None:
+            raise full from error
         raise
     finally:
         shutil.rmtree(room, ignore_errors=True)
-
-
-def _unwritten(error: Exception, final: Path) -> CheckpointError | None:
-    """Tell a disk's refusal from other errors: libraries in Rust and C++ pass on only its words."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
-    words = ("no space left", "quota exceeded", "file too large", "writing file", "os error")
-    chain: BaseException | None = error
-    while chain is not None:
-        said = str(chain).lower()
-        refused = getattr(chain, "errno", None) in full or any(word in said for word in words)
-        if refused and not isinstance(chain, FileNotFoundError):
-            free = shutil.disk_usage(final.parent).free // 2**20
-            text = f"{final} cannot be written: {chain} ({free} MiB are free); make room, then"
-            return CheckpointError(f"{text} resume=<run directory> goes on")
-        chain = chain.__cause__ or chain.__context__
-    return None
 
 
 def seal(folder: Path, run: str, step: int) -> None:
@@ -199,14 +183,14 @@ class Checkpoints:
         return bool(best) and best == step
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _numbers_only(checkpoint):
+        with numbers_only(checkpoint, CheckpointError):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             self._find_best(Path(checkpoint).parent)
             self._load_rollout(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _numbers_only(checkpoint):
+        with numbers_only(checkpoint, CheckpointError):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _save_rollout(self, folder: Path) -> None:
@@ -221,16 +205,6 @@ class Checkpoints:
         if (folder / ROLLOUT).is_file():
             saved = torch.load(folder / ROLLOUT, weights_only=True)
             self._step, self._buffered_inputs = saved["step"], saved["inputs"]
-
-
-@contextmanager
-def _numbers_only(checkpoint: str | None) -> Iterator[None]:
-    """Say of which checkpoint torch refuses to load a pickle."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        text = f"{checkpoint} holds code where numbers belong; take it away, it is not ours"
-        raise CheckpointError(f"{text} ({str(error).splitlines()[0]})") from error
 
 
 @cache

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import fingerprint, plain
+from lora_exp.disk import refusal
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.lock import Lock
 from lora_exp.redaction import redact, redact_text
@@ -206,6 +207,8 @@ class Record:
                 self.update(status=status, error=redact_text(text))
             except OSError as full:
                 log.error("%s: its status %s cannot be written: %s", self.directory, status, full)
+            if not isinstance(error, LoraExpError) and (told := refusal(error, self.directory)):
+                raise told from error
             raise
         else:
             self.update(status="finished")

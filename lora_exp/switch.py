@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_exp.errors import AdapterError
+from lora_exp.foreign import names_only, numbers_only
 from lora_exp.model import Base
-from lora_exp.pattern import names_only
 
 ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
@@ -104,7 +104,8 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
     if config.peft_type != trained.peft_type or config.peft_type in ALONE:
         kinds = f"{config.peft_type.value} beside {trained.peft_type.value}"
         raise AdapterError(f"{path}: {kinds} cannot share a base; train both with peft=lora")
-    weights = load_peft_weights(str(path), device="cpu")
+    with numbers_only(str(path)):
+        weights = load_peft_weights(str(path), device="cpu")
     heads = [key for key in weights if key.endswith("score.weight")]
     if not heads:
         text = "has no score head; a reward adapter is made by algorithm=reward"

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from lora_exp.errors import AdapterError
-from lora_exp.pattern import names_only
+from lora_exp.foreign import names_only
 
 
 def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -> None:

@@ -1,17 +1,34 @@
-"""Patterns in a saved adapter's config, resolved to names: peft would run them, however long.
+"""Files from anywhere: an adapter's patterns become names, its weights are numbers or refused.
 
-An adapter comes from anywhere, and its config is data: what it may ask for is checked here.
+peft would run the patterns, however long they take.
 """
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import regex
 
-from lora_exp.errors import AdapterError
+from lora_exp.errors import AdapterError, LoraExpError
 
 SECONDS = 2.0  # for all names together
+
+
+@contextmanager
+def numbers_only(path: str | None, kind: type[LoraExpError] = AdapterError) -> Iterator[None]:
+    """Say of which folder torch refuses to load a pickle.
+
+    Raises:
+        LoraExpError: of the kind given.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        text = f"{path} holds code where numbers belong, or is damaged; it is not loaded"
+        raise kind(f"{text} ({str(error).splitlines()[0]})") from error
 
 
 def names_only(config: Any, model: Any, path: str) -> None:
