@@ -116,7 +116,23 @@ def _started(model: Any, cfg: DictConfig) -> Any:
         peft.set_peft_model_state_dict(made, weights)
         return made
     with numbers_only(cfg.adapter):
-        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+        try:
+            made = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+        except RuntimeError as error:  # torch's list of sizes, a line for each weight
+            first = str(error).splitlines()[1:2] or [str(error)]
+            text = f"{cfg.adapter} does not fit this base: {first[0].strip()}"
+            raise AdapterError(text) from error
+        _check_fit(made, peft.load_peft_weights(folder, device="cpu"), cfg.adapter)
+    return made
+
+
+def _check_fit(model: Any, saved: dict[str, Any], path: str) -> None:
+    """Refuse an adapter of a base with more layers, or fewer: peft would only warn."""
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {key for key in saved if "embed" not in key}
+    if lost := sorted({key for key in own if "embed" not in key} ^ kept):
+        text = f"{path} does not fit this base: {len(lost)} of its weights have no match"
+        raise AdapterError(f"{text}, the first is {lost[0]}")
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:

@@ -47,3 +47,8 @@ class Lock:
         if sys.platform != "win32" and not self._file.closed:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
+
+    def __del__(self) -> None:
+        """Give it back with the last that knows of it."""
+        if hasattr(self, "_file"):
+            self.release()

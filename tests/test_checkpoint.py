@@ -71,16 +71,21 @@ def test_any_damage_to_any_file_is_named_once_and_the_one_before_is_taken(
         assert newest(folder, owner(made))[1] == 2
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_from_the_checkpoint_before_a_damaged_one_the_run_ends_as_if_nothing_had_been(
-    quick_run: Callable[..., Any],
+    quick_run: Callable[..., Any], quant: str
 ) -> None:
-    undisturbed = quick_run(*SAVING, "train.max_steps=4", name="undisturbed")
-    cut = quick_run(*SAVING, "train.max_steps=4", name="cut")
+    settings = [*SAVING, "train.max_steps=4", f"quant={quant}"]
+    undisturbed = quick_run(*settings, name="undisturbed")
+    cut = quick_run(*settings, name="cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-4")
     flip(cut.directory / "checkpoints/checkpoint-3/optimizer.pt")
     killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
     assert digest(resumed.saved) == digest(undisturbed.saved)
+    adapters = cut.directory.rglob("adapter_model.safetensors")
+    kinds = {weight.dtype for path in adapters for weight in load_file(path).values()}
+    assert kinds == {torch.float32}
     left = {path.name for path in (cut.directory / "checkpoints").iterdir()}
     assert left == {"checkpoint-2", "checkpoint-3", "checkpoint-4", "unused-checkpoint-3"}
 
@@ -129,9 +134,9 @@ def test_a_disks_refusal_is_told_with_the_room_that_is_left(tmp_path: Path) -> N
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
-    with pytest.raises(CheckpointError, match=r"No space left on device.*MiB are free"):
-        with whole(tmp_path / "adapter"):
-            refused()
+    said = r"No space left on device.*MiB are free"
+    with pytest.raises(CheckpointError, match=said), whole(tmp_path / "adapter"):
+        refused()
     assert not list(tmp_path.iterdir())
 
 

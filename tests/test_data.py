@@ -99,6 +99,18 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, lines: list[Any], sa
         read(write(tmp_path / "rows.jsonl", *lines))
 
 
+def test_bad_rows_are_skipped_and_listed_where_that_is_asked_for(tmp_path: Path) -> None:
+    lines = ['{"text": "x"}', "{broken", '{"text": 7}', '{"text": "y"}', '"text"', "", '{"text"']
+    path = write(tmp_path / "rows.jsonl", *lines)
+    rows = read(path, on_error="skip")
+    assert [row["text"] for row in rows.train] == ["x", "y"]
+    assert [why.partition(": ")[0].rpartition(":")[2] for why in rows.skipped] == list("2357")
+    assert "field 'text' is 7, not text" in rows.skipped[1]
+    (tmp_path / "rows.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match=r"no rows; 1 were skipped, the first: .*rows.jsonl:1: not"):
+        read(path, on_error="skip")
+
+
 def test_latin_1_is_named_with_file_line_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
@@ -160,7 +172,8 @@ def test_a_single_row_is_never_held_out(tmp_path: Path) -> None:
 
 def test_a_folder_of_rows_loads_as_a_hub_data_set_does(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", *({"prompt": f"{i}", "completion": "a"} for i in range(10)))
-    options = {"eval_split": None, "format": "auto", "max_rows": None, "max_eval_rows": None}
+    options: dict[str, Any] = {"eval_split": None, "format": "auto", "on_error": "raise"}
+    options |= {"max_rows": None, "max_eval_rows": None}
     rows = hub(str(tmp_path), None, None, "train", eval_share=0.1, chat_template=None, **options)
     assert (rows.format, len(rows.train), len(rows.eval)) == ("prompt_completion", 9, 1)
     with pytest.raises(DataError, match=r"data\.path"):

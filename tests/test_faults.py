@@ -6,6 +6,7 @@ What is short here is run a hundred times by scripts/faults; docs/reliability.md
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_exp.config import asset
 from tests.conftest import QUICK
 from tests.test_disk import in_a_small_disk
 from tests.test_experiment import digest
@@ -77,12 +79,12 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_works(
     settings = " ".join(RUN).replace("hydra.run.dir=run", "hydra.run.dir=disk/run")
     script = f"""
         (while [ ! -d disk/run/checkpoints/checkpoint-10 ]; do sleep 0.01; done
-         head -c 8M /dev/zero > disk/ballast) 2>/dev/null &
+         head -c 40M /dev/zero > disk/ballast) 2>/dev/null &
         {run} {settings}; echo "exit $?"; ls -A disk/run/checkpoints; cat disk/run/run.json
         rm disk/ballast
         {run} resume=disk/run && cp -r disk/run/adapter .
     """
-    done = in_a_small_disk(tmp_path, script, "6m")
+    done = in_a_small_disk(tmp_path, script, "24m")
     said = done.stdout + done.stderr
     assert "exit 1" in said
     assert "No space left on device" in said
@@ -165,3 +167,61 @@ def test_a_pickle_for_an_adapter_is_never_executed(tmp_path: Path) -> None:
     assert "AdapterError: bad holds code where numbers belong" in done.stderr
     assert "Traceback" not in done.stderr
     assert not mark.exists()
+
+
+def test_a_job_that_exits_with_zero_ends_neither_the_sweep_nor_its_exit_code(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "leaving.py").write_text(
+        "import sys\ndef leave(completions, **_):\n    sys.exit(0)\n"
+    )
+    rewards = "algorithm.rewards=[leaving.leave],[lora_exp.rewards.similarity]"
+    few = ["experiment=demo_grpo", "data.rows=16", "data.eval_rows=4", "samples.rows=2"]
+    few += ["train.max_steps=2", "train.per_device_train_batch_size=8", "tracking=none"]
+    done = cli(
+        "-m", *few, rewards, "trusted_targets=[leaving.leave]", "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert [status(tmp_path / "sweep" / n) for n in "01"] == ["failed", "finished"]
+    assert "the job called sys.exit(0)" in done.stdout
+
+
+def test_canaries_in_environment_and_config_are_in_no_file(tmp_path: Path) -> None:
+    canaries = {
+        "WANDB_API_KEY": "canary-of-wandb-0123456789012345678901234",
+        "HF_TOKEN": "hf_canaryOfTheHub0123456789abcdef",
+        "DATABASE_PASSWORD": "canary-of-a-database",
+    }
+    environment = os.environ | canaries | {"WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "lora_exp", *QUICK, "hydra.run.dir=run"]
+    command += ["train.save_strategy=steps", "train.save_steps=1"]
+    for more in ([], ["tracking.project=canary-of-a-database"], ["name=canary-of-a-database"]):
+        subprocess.run([*command, *more], cwd=tmp_path, env=environment, check=False)
+    assert (tmp_path / "run/adapter/README.md").is_file()
+    assert list((tmp_path / "run/wandb").rglob("*.wandb"))
+    assert (tmp_path / "run/checkpoints/checkpoint-3/training_args.bin").is_file()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        held = path.read_bytes()
+        assert not [key for key, canary in canaries.items() if canary.encode() in held], path
+
+
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 96}, {"num_hidden_layers": 3}, {"num_hidden_layers": 5}]
+)
+def test_an_adapter_is_refused_on_a_base_of_other_layers_or_sizes(
+    other: dict[str, int], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    done = cli(*RUN, "train.max_steps=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run/adapter").rename(tmp_path / "adapter")  # away from its record
+    shutil.copytree(asset("pkg://lora_exp/assets/tiny"), tmp_path / "tiny")
+    config = AutoConfig.from_pretrained(tmp_path / "tiny", **other)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tiny")
+    again = [o for o in RUN if not o.startswith("hydra.")]
+    done = cli(*again, "model.path=tiny", "adapter=adapter", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "AdapterError: adapter does not fit this base: " in done.stderr
+    assert "Traceback" not in done.stderr

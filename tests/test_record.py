@@ -36,6 +36,7 @@ def test_every_ending_is_recorded(tmp_path: Path) -> None:
 def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
     first = Record(tmp_path, compose())
     first.update(metrics={"a": 1})
+    first.lock.release()
     again = Record(tmp_path, compose(f"resume={tmp_path}"))
     again.update(metrics={"b": 2})
     assert again.values["tracking_id"] == first.values["tracking_id"]

@@ -12,6 +12,7 @@ from trl.trainer.utils import RepeatSampler
 
 from lora_exp import compose
 from lora_exp.adapter import attach
+from lora_exp.checkpoint import Checkpoints
 from lora_exp.data import Rows
 from lora_exp.errors import ConfigError
 from lora_exp.examples import raw
@@ -31,7 +32,7 @@ def made(base: Any, folder: Path, *words: str) -> Any:
 
 def test_it_is_trls_own_and_its_adapter_is_in_float32(fresh_base: Any, tmp_path: Path) -> None:
     trainer = made(fresh_base, tmp_path / "run", "algorithm=dpo", "algorithm.args.beta=0.3")
-    assert type(trainer) is trl.DPOTrainer
+    assert type(trainer).__bases__ == (Checkpoints, trl.DPOTrainer)
     assert trainer.args.beta == 0.3
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}

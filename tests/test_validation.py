@@ -38,26 +38,9 @@ def test_the_error_reads_as_a_list() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "peft.r=-1",
-        "peft.lora_alpha=0",
-        "peft.lora_alpha=-2",
-        "peft.lora_dropout=1",
-        "peft.lora_dropout=-0.1",
         "peft.r=abc",
-        "train.learning_rate=0",
-        "train.learning_rate=-1",
-        "train.learning_rate=.nan",
-        "train.learning_rate=.inf",
         "train.learning_rate=fast",
-        "train.max_steps=0",
         "train.max_steps=abc",
-        "train.num_train_epochs=0",
-        "train.per_device_train_batch_size=0",
-        "train.gradient_accumulation_steps=0",
-        "samples.rows=-1",
-        "samples.max_new_tokens=0",
-        "data.max_rows=0",
-        "data.eval_share=1.0",
         "algorithm.args.max_length=0",
         "algorithm.args.max_length=513",
         "algorithm.args.packing=maybe",
@@ -67,20 +50,12 @@ def test_the_error_reads_as_a_list() -> None:
         "model.gguf_file=none.gguf",
         "data.path=nowhere.jsonl",
         "data.eval_path=nowhere.jsonl",
-        "name=../../x",
-        "name=/absolute",
-        "seed=1.5",
-        "seed=4294967296",
-        "seed=true",
-        "samples.rows=2.5",
         "train.max_steps=null",
         "train.learning_rate=null",
         "peft.r=null",
         "train.lr_scheduler_type=cosin",
         "train.optim=adam",
         "train.eval_strategy=epochs",
-        "train.per_device_eval_batch_size=0",
-        "train.logging_steps=0",
         "model.dtype=fp32",
         "tracking.mode=of",
         "data.format=csv",
@@ -96,7 +71,7 @@ def test_the_error_reads_as_a_list() -> None:
         "+rate.pefft=3",
     ],
 )
-def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
+def test_a_value_that_cannot_be_is_refused_by_its_key(override: str) -> None:
     key = override.lstrip("+").partition("=")[0]
     assert list(faults(override)) == [key]
 
@@ -121,10 +96,6 @@ def test_a_secret_is_refused_and_not_repeated(
 def test_a_section_that_nothing_reads_is_refused() -> None:
     said = "nothing reads this key (did you mean train, tracking?)"
     assert faults("+trian.max_steps=3") == {"trian": said}
-
-
-def test_a_name_of_300_characters_is_refused() -> None:
-    assert list(faults(f"name={'x' * 300}")) == ["name"]
 
 
 def test_a_target_that_swallows_arguments_is_refused() -> None:
@@ -190,3 +161,14 @@ def test_composing_and_validating_imports_no_torch() -> None:
         "assert not {'torch', 'transformers', 'peft', 'wandb'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_strict_wants_commits_of_what_a_hub_can_change() -> None:
+    hub = ["model=qwen3_0_6b", "data=hub", "data.path=some/rows", "strict=true"]
+    assert list(faults(*hub)) == ["model.revision", "data.revision"]
+    commit = "0123456789" * 4
+    assert list(faults(*hub, "model.revision=main", f"data.revision={commit}")) == [
+        "model.revision"
+    ]
+    compose(*hub, f"model.revision={commit}", f"data.revision={commit}")
+    compose("strict=true")  # what lies here is known by its hash

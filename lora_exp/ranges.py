@@ -1,0 +1,104 @@
+"""Numbers of a config that are none, or that train nothing. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+Fault = tuple[str, str]  # the key, and what is wrong with it
+
+
+def ranges(cfg: DictConfig) -> Iterator[Fault]:
+    """Yield a fault for each number that is none, or trains nothing."""
+    train, peft = cfg.train, cfg.peft or {}
+    for name in ("r", "init_r", "target_r", "num_virtual_tokens"):
+        least = 0 if name == "r" and "oft_block_size" in peft else 1
+        if name in peft and is_number(peft[name]) and peft[name] < least:
+            yield f"peft.{name}", f"{peft[name]} is no rank; give {least} or more"
+    alpha = peft.get("lora_alpha", 1)
+    if is_number(alpha) and not 0 < alpha < math.inf:
+        yield "peft.lora_alpha", f"{alpha} scales the adapter away; give a number above 0"
+    for name in (name for name in peft if name.endswith("dropout")):
+        if is_number(peft[name]) and not 0 <= peft[name] < 1:
+            yield f"peft.{name}", f"{peft[name]} is no share; give 0 or more and below 1"
+    if is_number(train.learning_rate) and not 0 < train.learning_rate < math.inf:
+        text = f"{train.learning_rate} trains nothing; give a rate above 0 (LoRA 1e-4 to 5e-4)"
+        yield "train.learning_rate", text
+    if is_number(train.max_steps) and train.max_steps != -1 and train.max_steps < 1:
+        yield (
+            "train.max_steps",
+            f"{train.max_steps} trains nothing; give 1 or more, or -1 for epochs",
+        )
+    if train.max_steps == -1 and not 0 < number(train.num_train_epochs, 1) < math.inf:
+        yield "train.num_train_epochs", f"{train.num_train_epochs} trains nothing; give above 0"
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if is_number(train[name]) and train[name] < 1:
+            yield f"train.{name}", f"{train[name]} is below 1"
+    for name in ("gradient_accumulation_steps", "logging_steps", "save_steps"):
+        if is_number(train[name]) and not train[name] > 0:
+            yield f"train.{name}", f"{train[name]} is not above 0"
+    for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
+            yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
+    if cfg.goal not in ("minimize", "maximize"):
+        yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
+    yield from _algorithm(cfg)
+    jobs, mode = cfg.lockstep.max_jobs, cfg.lockstep.mode
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
+    if mode not in ("exact", "bmm"):
+        yield "lockstep.mode", f"{mode!r} is neither exact nor bmm"
+    for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
+        if name in cfg.data and cfg.data[name] is not None and number(cfg.data[name]) < 1:
+            yield f"data.{name}", f"{cfg.data[name]!r} is not 1 or more; null takes all"
+    if "eval_share" in cfg.data and not 0 <= number(cfg.data.eval_share, -1) < 1:
+        yield "data.eval_share", f"{cfg.data.eval_share!r} is no share; give 0 or more and below 1"
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
+    if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
+        yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
+
+
+def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
+    args = cfg.algorithm.args
+    for name in ("num_generations", "max_completion_length", "num_iterations", "num_minibatches"):
+        if name in args and args[name] is not None and number(args[name]) < 1:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not 1 or more"
+    for name, low, high in (
+        ("temperature", 0, math.inf),
+        ("top_p", 0, 1),
+        ("gamma", 0, 1),
+        ("lam", 0, 1),
+    ):
+        if name in args and is_number(args[name]) and not low <= args[name] <= high:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not between {low} and {high}"
+    for name in ("kl_target", "kl_horizon", "epsilon", "value_epsilon"):
+        if name in args and is_number(args[name]) and not args[name] > 0:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not above 0"
+    for name in ("beta", "value_coef", "entropy_coef", "missing_eos_penalty"):
+        if name in args and is_number(args[name]) and not 0 <= args[name] < math.inf:
+            yield f"algorithm.args.{name}", f"{args[name]!r} is not 0 or more"
+    if "kl_target" in args and args.kl_target is not None and not args.beta:
+        yield "algorithm.args.beta", "0 stays 0, however far the KL is from its target"
+    group = args.num_generations if "num_generations" in args else 1
+    batch = number(cfg.train.per_device_train_batch_size)
+    steps = args.get("steps_per_generation") or cfg.train.gradient_accumulation_steps
+    batch *= number(steps)
+    if is_number(group) and group > 0 and batch % group and "generation_batch_size" not in args:
+        text = f"{group} answers to a prompt do not divide a step's {batch:g} rows"
+        yield "algorithm.args.num_generations", f"{text}; train.per_device_train_batch_size={group}"
+    if "temperature" in args and args.temperature == 0:
+        yield "algorithm.args.temperature", "0 always says the same, so there is nothing to compare"
+
+
+def is_number(value: Any) -> bool:
+    """Tell a number from a truth value, which Python counts among them."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def number(value: Any, otherwise: float = 0) -> float:
+    """Return a number, or another where the value is none."""
+    return value if is_number(value) and not math.isnan(value) else otherwise
