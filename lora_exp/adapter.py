@@ -65,7 +65,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if cfg.peft is None:
         base.model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in base.model.parameters())
-        return Adapted(base.model, None, {}, total, total, None, (GradientCheck(),))
+        return Adapted(base.model, None, {}, total, total, None)
     if cfg.adapter:
         check_base("adapter", cfg.adapter, base.revision)
     config = build(cfg, "peft", **_runtime(base.model, cfg))
@@ -92,8 +92,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if str(getattr(config, "init_lora_weights", "")).startswith(REWRITES_BASE):
         start = directory / "start"
         _save_start(model, config, start)
-    ranks = [AdaLora()] if isinstance(config, peft.AdaLoraConfig) else []
-    callbacks = (GradientCheck(), *ranks)
+    callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
     return Adapted(
         model, cfg.choices.peft, dict(sorted(modules.items())), trainable, total, start, callbacks
     )
@@ -262,42 +261,6 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
             shutil.rmtree(adapted.start)
     base.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-class GradientCheck(TrainerCallback):  # type: ignore[misc]
-    """Find trained tensors that no gradient reaches: some methods on some bases train nothing.
-
-    One that takes no part in the loss has none in the first step, which is an error. One whose
-    gradient is zero is warned of in the third step: what starts at zero, behind a warm-up that
-    starts at zero, moves in the second, and what it multiplies gets its gradient in the third.
-    """
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any, **_: Any
-    ) -> None:
-        """Look twice.
-
-        Raises:
-            AdapterError: naming the tensors that take no part in the loss.
-        """
-        if state.global_step not in (0, 2):
-            return
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if state.global_step == 0:
-            if lost := [name for name, p in trained.items() if p.grad is None]:
-                text = f"{len(lost)} of {len(trained)} trained tensors take no part in the loss"
-                more = "" if len(lost) < 6 else f" and {len(lost) - 5} more"
-                raise AdapterError(
-                    f"{text}: {', '.join(lost[:5])}{more}; leave them out of what is adapted"
-                    " (peft.target_modules, peft.modules_to_save), or choose another method"
-                )
-            return
-        still = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
-        if still:
-            log.warning(
-                "%d of %d trained tensors get no gradient and stay as they are: %s",
-                len(still), len(trained), ", ".join(still[:3]),
-            )  # fmt: skip
 
 
 class AdaLora(TrainerCallback):  # type: ignore[misc]

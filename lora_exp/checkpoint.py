@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from transformers.trainer_utils import rotate_checkpoints
 
 from lora_exp.disk import refusal
-from lora_exp.errors import CheckpointError, DivergedError
+from lora_exp.errors import CheckpointError
 from lora_exp.foreign import numbers_only
+from lora_exp.guard import check_finite
 
 log = logging.getLogger("lora_exp")
 MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
@@ -126,18 +127,6 @@ def newest(folder: Path, run: str) -> tuple[Path | None, int]:
         path.rename(aside)
         log.warning("%s %s; it is set aside as %s", path, wrong, aside.name)
     return None, 0
-
-
-def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:
-    """Refuse to save weights that are no numbers.
-
-    Raises:
-        DivergedError: naming the step and a tensor.
-    """
-    for name, parameter in named:
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
-            raise DivergedError(f"{text}; the checkpoints before it are kept")
 
 
 class Checkpoints:

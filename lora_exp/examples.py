@@ -11,7 +11,8 @@ from jinja2.exceptions import TemplateError
 
 from lora_exp.errors import DataError
 from lora_exp.formats import SHAPES, Row
-from lora_exp.tokens import IGNORED, Counts, Tokens, render_chat
+from lora_exp.template import render_chat
+from lora_exp.tokens import IGNORED, Counts, Tokens
 
 Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
 

@@ -17,13 +17,14 @@ from transformers import set_seed
 
 from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
-from lora_exp.checkpoint import check_finite, newest, whole
+from lora_exp.checkpoint import newest, whole
 from lora_exp.config import build, plain, run_dir
 from lora_exp.console import show
 from lora_exp.data import Rows
 from lora_exp.display import Progression, quiet
 from lora_exp.errors import ConfigError, DivergedError
 from lora_exp.examples import prompts, raw, seen
+from lora_exp.guard import check_finite
 from lora_exp.interruption import stop
 from lora_exp.measure import after, before, objective
 from lora_exp.memory import peak_bytes

@@ -13,7 +13,8 @@ from lora_exp.model import Base
 from lora_exp.place import Place
 from lora_exp.record import Record
 from lora_exp.samples import Answer, answer, exact_match
-from lora_exp.tokens import Tokens, render_chat
+from lora_exp.template import render_chat
+from lora_exp.tokens import Tokens
 from lora_exp.tracking import named
 
 if TYPE_CHECKING:

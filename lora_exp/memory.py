@@ -40,6 +40,14 @@ def keep_freed() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library lets us (glibc, malloc_trim(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    torch.cuda.empty_cache()
+
+
 def free_bytes() -> int:
     """Return how much memory can still be taken: the GPU's where there is one."""
     if torch.cuda.is_available():

@@ -80,10 +80,10 @@ class Alone:
 
     def leave(self) -> None:
         """Give memory back: trainers hold themselves in cycles, and with them the base."""
-        import torch
+        from lora_exp.memory import give_back
 
         gc.collect()
-        torch.cuda.empty_cache()
+        give_back()
 
 
 here: ContextVar[Place] = ContextVar("here", default=Alone())  # noqa: B039 (it has no state)

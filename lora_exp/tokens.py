@@ -10,11 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +23,11 @@ from rich.progress import track
 
 from lora_exp.errors import DataError
 from lora_exp.formats import Row
+from lora_exp.template import render_chat
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 VERSION = 3  # of this module's rule; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
-TEMPLATE_S = 3.0  # for one row
 Encode = Callable[[list[Row], Any], Iterator[tuple[list[int], list[int]]]]
 
 
@@ -282,40 +279,6 @@ def _shared(a: str, b: str) -> int:
         return len(a)
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-def render_chat(
-    turns: Iterable[Row], tokenizer: Any, tools: Any = None, answer: bool = False
-) -> str:
-    """Write turns with the chat template; `answer` opens the assistant's turn.
-
-    Raises:
-        DataError: the template does not end.
-    """
-    with _in_time():
-        text: str = tokenizer.apply_chat_template(
-            list(turns), tools=tools, tokenize=False, add_generation_prompt=answer
-        )
-    return text
-
-
-@contextmanager
-def _in_time() -> Iterator[None]:
-    """Stop a template that loops: Jinja's sandbox limits a range, but not loops in loops."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def late(*_: Any) -> None:
-        raise DataError(f"the chat template does not end within {TEMPLATE_S:g} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from lora_exp.adapter import Adapted
 from lora_exp.checkpoint import checkpointed
 from lora_exp.config import build, plain
 from lora_exp.data import Rows
-from lora_exp.divergence import FiniteLoss
 from lora_exp.errors import ConfigError, DataError
+from lora_exp.guard import FiniteLoss, GradientCheck
 from lora_exp.interruption import stop
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
 from lora_exp.record import Record
@@ -62,6 +62,7 @@ def trainer_of(
         given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    guards = (FiniteLoss(), GradientCheck())
     try:
         trainer = build(
             cfg,
@@ -72,7 +73,7 @@ def trainer_of(
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
             processing_class=base.tokenizer,
-            callbacks=[FiniteLoss(), *adapted.callbacks, *callbacks, StopAtAStep()],
+            callbacks=[*guards, *adapted.callbacks, *callbacks, StopAtAStep()],
             **given,
         )
     except ConfigError:
@@ -81,12 +82,24 @@ def trainer_of(
         raise DataError(f"the chat template refuses a row: {error}") from error
     except ValueError as error:
         raise ConfigError([("algorithm", str(error))]) from error
+    trainer.run = record.values["tracking_id"]
+    _ready(trainer, adapted, trained)
+    return trainer
+
+
+def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
+    """Put right what trl does to models and samplers.
+
+    Args:
+        trainer: just built.
+        adapted: what trains.
+        trained: its parameters, and their data before trl had them.
+    """
     if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
         # trl loads it anew, without a revision
         trainer.ref_model.load_state_dict(adapted.model.state_dict())
     if hasattr(trainer, "_get_train_sampler"):
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
-    trainer.run = record.values["tracking_id"]
     trainer.remove_callback(transformers.PrinterCallback)
     spare(trainer.model)
     trainer.evaluate = _unnoticed(trainer.evaluate)
@@ -99,7 +112,6 @@ def trainer_of(
             parameter.data = data_before.float()
         if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
             copy_to(adapted.model, "ref")
-    return trainer
 
 
 class StopAtAStep(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,80 @@
+"""What stops a training that leads nowhere: numbers that are none, weights that nothing moves."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lora_exp.errors import AdapterError, DivergedError
+
+log = logging.getLogger("lora_exp")
+
+
+class FiniteLoss(TrainerCallback):  # type: ignore[misc]
+    """Stop at the first log line whose loss or gradient norm is not finite."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Check one line.
+
+        Raises:
+            DivergedError: naming the step and the number.
+        """
+        for name in ("loss", "grad_norm"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise DivergedError(
+                    f"{name} is {logs[name]} at step {state.global_step}; try a lower"
+                    " train.learning_rate, more train.warmup_steps or another quant.compute_dtype"
+                )
+
+
+def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:
+    """Refuse to save weights that are no numbers.
+
+    Raises:
+        DivergedError: naming the step and a tensor.
+    """
+    for name, parameter in named:
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
+            raise DivergedError(f"{text}; the checkpoints before it are kept")
+
+
+class GradientCheck(TrainerCallback):  # type: ignore[misc]
+    """Find trained tensors that no gradient reaches: some methods on some bases train nothing.
+
+    One that takes no part in the loss has none in the first step, which is an error. One whose
+    gradient is zero is warned of in the third step: what starts at zero, behind a warm-up that
+    starts at zero, moves in the second, and what it multiplies gets its gradient in the third.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any, **_: Any
+    ) -> None:
+        """Look twice.
+
+        Raises:
+            AdapterError: naming the tensors that take no part in the loss.
+        """
+        if state.global_step not in (0, 2):
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if state.global_step == 0:
+            if lost := [name for name, p in trained.items() if p.grad is None]:
+                text = f"{len(lost)} of {len(trained)} trained tensors take no part in the loss"
+                more = "" if len(lost) < 6 else f" and {len(lost) - 5} more"
+                raise AdapterError(
+                    f"{text}: {', '.join(lost[:5])}{more}; leave them out of what is adapted"
+                    " (peft.target_modules, peft.modules_to_save), or choose another method"
+                )
+            return
+        still = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
+        if still:
+            log.warning(
+                "%d of %d trained tensors get no gradient and stay as they are: %s",
+                len(still), len(trained), ", ".join(still[:3]),
+            )  # fmt: skip
