@@ -138,7 +138,7 @@ def test_a_resumed_run_takes_its_own_config_and_no_other(tmp_path: Path) -> None
     resumed = compose(f"resume={tmp_path}")
     assert (resumed.peft.r, resumed.name, resumed.resume) == (3, cfg.name, str(tmp_path))
     assert fingerprint(resumed) == fingerprint(cfg)
-    with pytest.raises(ConfigError, match=r"drop peft\.r=8"):
+    with pytest.raises(ConfigError, match=r"peft\.r: 8, but the run was started with 3"):
         compose(f"resume={tmp_path}", "peft.r=8")
 
 
