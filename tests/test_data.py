@@ -29,6 +29,7 @@ def read(path: str, **options: Any) -> Any:
         "max_rows": None,
         "max_eval_rows": None,
         "chat_template": None,
+        "on_error": "raise",
     }
     return jsonl(path, **(defaults | options))
 
