@@ -21,15 +21,17 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import CONF
-from lora_exp.errors import ConfigError, Interrupted, LoraExpError, did_you_mean
+from lora_exp.disk import refusal
+from lora_exp.errors import Interrupted, LoraExpError, did_you_mean
 from lora_exp.interruption import EXIT_CODE, stop
 from lora_exp.place import here
 from lora_exp.record import FAILED, failure, objective, standing
-from lora_exp.redaction import REDACTED, redact_files, redact_text
-from lora_exp.sweep import SweepTable
+from lora_exp.redaction import redact_files, redact_text
+from lora_exp.sweep import COMMAND, SweepTable, command
 from lora_exp.validation import settled
 
 log = logging.getLogger("lora_exp")
+logging.raiseExceptions = False  # a log that cannot be written is no reason to print tracebacks
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -84,6 +86,12 @@ def main() -> None:
     except (LoraExpError, HydraException, OmegaConfBaseException) as error:
         print(_told(error), file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        told = refusal(error, Path.cwd())
+        if told is None:
+            raise
+        print(_told(told), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         if SweepTable.current is not None and SweepTable.current.folder is not None:
@@ -96,16 +104,11 @@ def main() -> None:
 
 def _of_the_sweep(arguments: list[str]) -> list[str]:
     """Return the command that a sweep was launched with, where `resume` names a sweep."""
-    named = [a.partition("=")[2] for a in arguments if a.startswith("resume=")]
-    path = Path(named[-1]) / "multirun.yaml" if named else None
-    if path is None or not path.is_file():
+    named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
+    if not named or not (Path(named[-1]) / COMMAND).is_file():
         return arguments
-    begun = OmegaConf.load(path).hydra.overrides
-    told = [o for o in begun.hydra if not re.match(r"hydra\.(mode|sweep\.dir)=", o)]
-    if any(REDACTED in o for o in (*told, *begun.task)):
-        raise ConfigError([("resume", f"{path} had a secret; give the sweep's own command again")])
     rest = [a for a in arguments if not a.startswith("resume=") and a not in ("-m", "--multirun")]
-    return ["-m", *told, *begun.task, *rest, f"hydra.sweep.dir={named[-1]}"]
+    return [*command(Path(named[-1])), *rest]
 
 
 def _told(error: BaseException) -> str:

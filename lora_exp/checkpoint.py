@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, hashed, flushed to the disk, then renamed.
+"""Checkpoints that are whole or absent, hashed, and their run's own.
 
 Knows files and trainers' methods, nothing of configs. What a checkpoint must hold to go on from it
 bit for bit is transformers' own list, and what trainers of rollouts add.
@@ -6,74 +6,30 @@ bit for bit is transformers' own list, and what trainers of rollouts add.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
 
-from lora_exp.disk import refusal
+from lora_exp.disk import clear, sha256, whole
 from lora_exp.errors import CheckpointError
 from lora_exp.foreign import numbers_only
 from lora_exp.guard import check_finite
+from lora_exp.interruption import stop
 
 log = logging.getLogger("lora_exp")
 MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
-PREFIX, STAGE = "checkpoint-", ".staged"
-
-
-def sha256(path: Path) -> str:
-    """Return a file's hash."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written: a file's bytes, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+PREFIX = "checkpoint-"
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-@contextmanager
-def whole(final: Path) -> Iterator[Path]:
-    """Give a folder to write aside, and put it in its place when all of it is on the disk.
-
-    Raises:
-        CheckpointError: the disk does not take it; what lay in its place still does.
-    """
-    room = final.parent / f"{STAGE}-{final.name}"
-    shutil.rmtree(room, ignore_errors=True)
-    made, old = room / final.name, room / "old"
-    made.mkdir(parents=True)
-    try:
-        yield made
-        for path in (*made.rglob("*"), made):
-            _flush(path)
-        if final.exists():
-            final.rename(old)
-        made.rename(final)
-        _flush(final.parent)
-    except Exception as error:
-        if (full := refusal(error, final)) is not None:
-            raise full from error
-        raise
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
 
 
 def seal(folder: Path, run: str, step: int) -> None:
@@ -87,7 +43,7 @@ def flaw(folder: Path, run: str) -> str | None:
     """Return why a run cannot go on from a checkpoint, or None if it can."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, owner, step = manifest["files"], manifest["run"], manifest["step"]
+        files, its, step = manifest["files"], manifest["run"], manifest["step"]
         there = {str(path.relative_to(folder)): path for path in _files(folder)}
         there = {name: path for name, path in there.items() if not name.startswith(".")}
         if lost := sorted(files.keys() - there.keys()):
@@ -100,9 +56,23 @@ def flaw(folder: Path, run: str) -> str | None:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"cannot be read ({type(error).__name__}: {error})"
-    if owner != run or folder.name != f"{PREFIX}{step}":
+    if its != run or folder.name != f"{PREFIX}{step}":
         return "belongs to another run"
     return None
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of a folder, whosesoever, by their steps."""
+    names = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
+    return {int(name): path for name, path in names.items() if name.isdigit()}
+
+
+def owner(folder: Path) -> str | None:
+    """Return whose a checkpoint says it is."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest(folder: Path, run: str) -> tuple[Path | None, int]:
@@ -110,15 +80,10 @@ def newest(folder: Path, run: str) -> tuple[Path | None, int]:
 
     Others that are newer are named once, and renamed, so that nothing takes them for good.
     """
-    for stale in folder.glob(f"{STAGE}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    numbered = {
-        int(path.name.removeprefix(PREFIX)): path
-        for path in folder.glob(f"{PREFIX}*")
-        if path.name.removeprefix(PREFIX).isdigit()
-    }
-    for step in sorted(numbered, reverse=True):
-        path = numbered[step]
+    clear(folder)
+    found = numbered(folder)
+    for step in sorted(found, reverse=True):
+        path = found[step]
         wrong = flaw(path, run)
         if wrong is None:
             return path, step
@@ -130,13 +95,55 @@ def newest(folder: Path, run: str) -> tuple[Path | None, int]:
 
 
 class Checkpoints:
-    """What every trainer gains: checkpoints that are whole or absent, the best one kept."""
+    """What every trainer gains: whole checkpoints, the best kept, and a stop at a step's end."""
 
-    run = ""  # whose checkpoints these are
+    owner = ""  # the run whose checkpoints these are
     model: Any
     state: Any
     args: Any
     _stage: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Train, or load what was trained to its end before: the loop would make one more step.
+
+        Returns:
+            transformers' `TrainOutput`.
+        """
+        if resume_from_checkpoint is None:
+            return super().train(**options)  # type: ignore[misc]
+        folder = Path(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if not self._ended(state):
+            options["resume_from_checkpoint"] = resume_from_checkpoint
+            return super().train(**options)  # type: ignore[misc]
+        self._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[attr-defined]
+        self.state = state
+        self._find_best(folder.parent)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
+
+    def _ended(self, state: Any) -> bool:
+        if self.args.max_steps > 0:
+            return bool(state.global_step >= self.args.max_steps)
+        return bool(state.epoch is not None and state.epoch >= self.args.num_train_epochs)
+
+    def keep(self) -> None:
+        """Save where training stands, unless it was just saved."""
+        folder = Path(self._get_output_dir(None))
+        if self.state.global_step and not (folder / f"{PREFIX}{self.state.global_step}").is_dir():
+            self._save_checkpoint(self.model, None)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Leave at the end of a step when asked to, with a checkpoint.
+
+        The loop's own way out would end the epoch, evaluate and save again.
+        """
+        super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
+        if stop.asked:
+            self.keep()
+            stop.check()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage or super()._get_output_dir(trial))  # type: ignore[misc]
@@ -158,10 +165,18 @@ class Checkpoints:
             self._save_rollout(made)
             if self._find_best(folder, step):
                 self.state.save_to_json(str(made / "trainer_state.json"))
-            seal(made, self.run, step)
-        rotate_checkpoints(
-            str(folder), self.args.save_total_limit, self.state.best_model_checkpoint
-        )
+            seal(made, self.owner, step)
+        self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Keep the newest of the run's own, and the best; transformers counts others' too."""
+        limit = self.args.save_total_limit
+        if not limit or limit < 0:
+            return
+        steps = {step: path for step, path in numbered(folder).items() if owner(path) == self.owner}
+        for step in sorted(steps)[:-limit]:
+            if step != self.state.best_global_step:
+                shutil.rmtree(steps[step])
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
         """Say where the best checkpoint lies: here, wherever the run's directory was then."""
@@ -170,6 +185,12 @@ class Checkpoints:
         if best and (best == step or path.is_dir()):
             self.state.best_model_checkpoint = str(path)
         return bool(best) and best == step
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := flaw(best, self.owner):
+            raise CheckpointError(f"{best}, the best, {wrong}; its weights are not taken")
+        super()._load_best_model()  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
@@ -192,7 +213,8 @@ class Checkpoints:
 
     def _load_rollout(self, folder: Path) -> None:
         if (folder / ROLLOUT).is_file():
-            saved = torch.load(folder / ROLLOUT, weights_only=True)
+            with numbers_only(str(folder), CheckpointError):
+                saved = torch.load(folder / ROLLOUT, weights_only=True)
             self._step, self._buffered_inputs = saved["step"], saved["inputs"]
 
 

@@ -93,6 +93,10 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
         ConfigError: a required value is missing, or an interpolation finds nothing.
     """
     overrides = list(overrides)
+    if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
+        raise ConfigError(
+            [("trusted_targets", "only the command line may trust a target, not a file")]
+        )
     if cfg.resume:
         return _freeze(_resumed(cfg, choices, overrides))
     try:
@@ -102,10 +106,6 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
         raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
     if missing:
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
-    if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
-        raise ConfigError(
-            [("trusted_targets", "only the command line may trust a target, not a file")]
-        )
     _check_consent(values, overrides)
     values = started(values, overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
@@ -129,7 +129,7 @@ def _resumed(
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
     values = continued(values, cfg, choices, overrides)
     _check_consent(values, overrides)
-    here = {key: cfg[key] for key in ("resume", "retry_failed")}
+    here = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
     return values | here | {"trusted_targets": list(cfg.trusted_targets)}
 
 
@@ -167,6 +167,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def fingerprint(cfg: DictConfig) -> str:
     """Return the SHA-256 of what a config computes: equal configs give equal adapters."""
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
+    values["lockstep_mode"] = cfg.lockstep.mode
+    if not values["train"].get("load_best_model_at_end"):
+        told = re.compile(r"(logging|save|eval)_")  # reports shape nothing
+        values["train"] = {k: v for k, v in values["train"].items() if not told.match(k)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -6,7 +6,6 @@ Knows nothing of tokens; needs no torch.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from lora_exp import corpus as generated
 from lora_exp.config import asset
+from lora_exp.disk import sha256
 from lora_exp.errors import DataError
 from lora_exp.formats import FORMATS, FieldError, Row, detect, reshape
 
@@ -110,7 +110,7 @@ def hub(
     train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
     if Path(path).exists():
         files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        source = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        source = {str(p): sha256(p) for p in files}
         return Rows(
             train, held_out, found, source, _template(chat_template), skipped=tuple(skipped)
         )
@@ -167,7 +167,7 @@ def _read_files(
     source = {}
     for path in paths:
         name = pattern if len(paths) == 1 else str(path)
-        source[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        source[name] = sha256(path)
     lines = (row for path in paths for row in _lines(path, on_error))
     return *_convert(lines, format, pattern, on_error), source
 

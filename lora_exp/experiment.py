@@ -5,9 +5,12 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from transformers import set_seed
 
 from lora_exp.adapter import Adapted, attach, save
 from lora_exp.card import model_card
-from lora_exp.checkpoint import newest, whole
-from lora_exp.config import build, plain, run_dir
+from lora_exp.checkpoint import newest
+from lora_exp.config import build, is_path, plain, run_dir
 from lora_exp.console import show
 from lora_exp.data import Rows
+from lora_exp.disk import sha256, whole
 from lora_exp.display import Progression, quiet
-from lora_exp.errors import ConfigError, DivergedError
+from lora_exp.errors import ConfigError, DivergedError, Interrupted
 from lora_exp.examples import prompts, raw, seen
 from lora_exp.guard import check_finite
 from lora_exp.interruption import stop
@@ -88,10 +92,12 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     rows: Rows = build(cfg, "data")
     shaped = rows.shaped(cfg.algorithm.shape)
     set_seed(cfg.seed)
-    record.same("data", rows.source)
     _tell_skipped(rows)
     base = place.base(cfg)
-    record.same("base", base.revision)
+    stands_on = _stands_on(cfg, rows, base)
+    for key, found in stands_on.items():
+        record.same(key, found)
+    record.begin()
     set_seed(cfg.seed)  # the adapter's start does not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
     data = _tokens(shaped, base, adapted, cfg)
@@ -107,8 +113,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         record.update(
             place=place.name,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
-            base=base.revision,
-            data=rows.source,
+            **stands_on,
         )
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
@@ -116,7 +121,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         judged = objective(cfg.objective, record.values["metrics"], held_out)
         set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
         _train(trainer, cfg.resume, record)
-        samples = after(cfg, trainer, base, rows.eval, record, samples)
+        with _kept(trainer):
+            samples = after(cfg, trainer, base, rows.eval, record, samples)
         folder = record.directory / ("adapter" if adapted.method else "model")
         if hasattr(trainer.model, "ppo_value"):
             with whole(record.directory / "value") as made:
@@ -134,6 +140,29 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     metrics = record.values["metrics"]
     conclude(record, judged, tracker.place, saved)
     return Result(metrics[judged], metrics, record.directory, saved)
+
+
+@contextmanager
+def _kept(trainer: Any) -> Iterator[None]:
+    """Measure what was trained; a run that is asked to stop meanwhile does not lose it."""
+    try:
+        yield
+    except Interrupted:
+        trainer.keep()
+        raise
+
+
+def _stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
+    """Return what a run cannot go on without: commits and hashes of all that it is made of."""
+    data = dict(rows.source)
+    if rows.chat_template is not None:
+        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
+        data["chat_template"] = f"sha256:{template}"
+    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    folders = [Path(n).expanduser() for n in named if isinstance(n, str) and is_path(n)]
+    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
+    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
+    return {"data": data, "base": base.revision, "adapters": adapters}
 
 
 def _tell_skipped(rows: Rows) -> None:
@@ -208,6 +237,9 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
 
 def _train(trainer: Any, resume: str | None, record: Record) -> None:
     checkpoint, first = _checkpoint(record, resume)
+    if checkpoint and record.values["choices"]["peft"] == "adalora":
+        text = "adalora moves its ranks, and its checkpoints do not hold all that takes"
+        raise ConfigError([("resume", f"{text}; start a new run")])
     started = time.perf_counter()
     with stop.until_a_step_ends():
         output = trainer.train(resume_from_checkpoint=checkpoint)

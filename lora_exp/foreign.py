@@ -6,6 +6,8 @@ peft would run the patterns, however long they take.
 from __future__ import annotations
 
 import pickle
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,8 @@ import regex
 
 from lora_exp.errors import AdapterError, LoraExpError
 
-SECONDS = 2.0  # for all names together
+SECONDS = 2.0  # for all names and patterns together
+PLAIN = re.compile(r"[\w.\-]+")  # a name, whole or its last parts
 
 
 @contextmanager
@@ -44,33 +47,58 @@ def names_only(config: Any, model: Any, path: str) -> None:
     """
     if getattr(config, "megatron_config", None) is not None:
         raise AdapterError(f"{path}: megatron_config would import what it names; not allowed")
-    names = [name for name, _ in model.named_modules() if name]
-    for key in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, key, None)
-        if isinstance(pattern, str) and pattern != "all-linear":
-            setattr(config, key, _found(pattern, names, f"{path}: {key}"))
-    targets = {f".{name}" for name in getattr(config, "target_modules", None) or ()}
-    adapted = [name for name in names if any(f".{name}".endswith(end) for end in targets)]
+    search = _Search([name for name, _ in model.named_modules() if name], path)
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
+        wanted = getattr(config, key, None)
+        if isinstance(wanted, str) and wanted != "all-linear":
+            setattr(config, key, search.found(wanted, key))
+    for key in ("target_modules", "modules_to_save", "layers_pattern"):
+        listed = getattr(config, key, None) or ()
+        for name in [listed] if isinstance(listed, str) else listed:
+            if not PLAIN.fullmatch(name):
+                raise AdapterError(f"{path}: {key}: {name!r} is no name of a module")
+    if config.peft_type == "ADALORA":
+        return  # its rank_pattern names weights, which it looks up
+    targets = {f".{name}" for name in config.target_modules or ()} if _targeted(config) else set()
+    adapted = [name for name in search.names if any(f".{name}".endswith(end) for end in targets)]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, key, None) or {}
+        named: dict[str, Any] = {}
+        for pattern, value in patterns.items():  # peft takes the first that fits
+            for name in search.found(rf"(.*\.)?({pattern})", key, optional=True):
+                if name in adapted:
+                    named.setdefault(name, value)
         if patterns:
-            found = {
-                name: value
-                for pattern, value in patterns.items()
-                for name in _found(rf"(.*\.)?({pattern})", adapted, f"{path}: {key}")
-            }
-            setattr(config, key, found)
+            setattr(config, key, named)
 
 
-def _found(pattern: str, names: list[str], what: str) -> list[str]:
-    try:
-        compiled = regex.compile(pattern)
-        found = [name for name in names if compiled.fullmatch(name, timeout=SECONDS)]
-    except regex.error as error:
-        raise AdapterError(f"{what}: {pattern!r} is no pattern: {error}") from error
-    except TimeoutError as error:
-        text = f"{what}: {pattern!r} does not end within {SECONDS:g} s; list the modules instead"
-        raise AdapterError(text) from error
-    if not found:
-        raise AdapterError(f"{what}: {pattern!r} finds no module of this base")
-    return sorted(found)
+def _targeted(config: Any) -> bool:
+    return isinstance(getattr(config, "target_modules", None), list | set | tuple)
+
+
+class _Search:
+    """Looks for patterns among the names of a base, all of them in `SECONDS`."""
+
+    def __init__(self, names: list[str], path: str) -> None:
+        self.names, self.path = names, path
+        self.until = time.perf_counter() + SECONDS
+
+    def found(self, pattern: str, key: str, optional: bool = False) -> list[str]:
+        what = f"{self.path}: {key}: {pattern!r}"
+        try:
+            compiled = regex.compile(pattern)
+            names = [name for name in self.names if self._fits(compiled, name)]
+        except regex.error as error:
+            raise AdapterError(f"{what} is no pattern: {error}") from error
+        except TimeoutError as error:
+            text = f"{what} does not end within {SECONDS:g} s; list the modules instead"
+            raise AdapterError(text) from error
+        if not names and not optional:
+            raise AdapterError(f"{what} finds no module of this base")
+        return sorted(names)
+
+    def _fits(self, compiled: Any, name: str) -> bool:
+        left = self.until - time.perf_counter()
+        if left <= 0:
+            raise TimeoutError
+        return compiled.fullmatch(name, timeout=left) is not None

@@ -6,8 +6,8 @@ trainers; they ask it at every step.
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 from lora_exp.errors import Interrupted
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same again will go on
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a terminal that was closed
 SAID = "saving at the next step, then stopping; Ctrl-C again stops at once"
 
 
@@ -27,7 +28,7 @@ class Stop:
         self.training = 0  # trainers that will come to a step's end
         self.forward: Callable[[], None] | None = None  # to the process that trains for this one
         self.silent = False
-        self._interrupts = 0
+        self._interrupts, self._process = 0, os.getpid()
 
     def __call__(self, number: int, frame: Any) -> None:
         """Take a signal.
@@ -36,6 +37,11 @@ class Stop:
             Interrupted: nothing here comes to a step's end, so it stops now.
             KeyboardInterrupt: at the second Ctrl-C.
         """
+        if os.getpid() != self._process:  # a loader's, forked since: its parent knows when it ends
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self._interrupts += number == signal.SIGINT
         first, self.asked = not self.asked, True
         if self._interrupts > 1:
@@ -45,7 +51,7 @@ class Stop:
         if self.forward is None and not self.training:
             raise Interrupted
         if not self.silent:
-            print(f"\n{SAID}", file=sys.stderr, flush=True)
+            os.write(2, f"\n{SAID}\n".encode())  # print is not for signal handlers
         if self.forward is not None:
             self.forward()
 
@@ -55,8 +61,9 @@ class Stop:
         if threading.current_thread() is not threading.main_thread() or self._heard():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.asked, self._interrupts = False, 0
+        before = {number: signal.getsignal(number) for number in HEARD}
+        before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
+        self.asked, self._interrupts, self._process = False, 0, os.getpid()
         try:
             for number in before:
                 signal.signal(number, self)
@@ -64,11 +71,12 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.asked = False
 
     def inherited(self) -> None:
         """Begin anew in a forked process, which trains for one that tells the user."""
         self.asked, self.training, self.forward, self.silent = False, 0, None, True
-        self._interrupts = 0
+        self._interrupts, self._process = 0, os.getpid()
 
     def _heard(self) -> bool:
         return signal.getsignal(signal.SIGTERM) is self

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import socket
-import sys
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 from lora_exp.errors import ConfigError
 
-if sys.platform != "win32":  # which has no flock, and goes without
-    import fcntl
+log = logging.getLogger("lora_exp")
 
 
 class Lock:
     """A directory held until `release`, or until the process is gone (flock(2))."""
+
+    held: ClassVar[WeakSet[Lock]] = WeakSet()
 
     def __init__(self, directory: Path, key: str) -> None:
         """Take the directory, which is made where there is none.
@@ -27,28 +31,38 @@ class Lock:
             ConfigError: another process, or another run of this one, holds it.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / ".lock").open("a+", encoding="utf-8")
-        if sys.platform == "win32":
-            return
+        self._file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.held.add(self)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            text = f"{directory} is in use by {holder}; wait for it, or take another directory"
+        except BlockingIOError as error:
+            holder = os.read(self._file, 500).decode(errors="replace").strip()
+            self.release()
+            text = f"{directory} is in use by {holder or 'another process'}"
+            text += "; wait for it, or take another directory"
             raise ConfigError([(key, text)]) from error
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s cannot be locked (%s): do not use it twice at once", directory, error)
+        os.truncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Give the directory back; also for processes forked since, which share the lock."""
-        if sys.platform != "win32" and not self._file.closed:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._file.close()
+        """Give the directory back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self.held.discard(self)
 
     def __del__(self) -> None:
         """Give it back with the last that knows of it."""
         if hasattr(self, "_file"):
             self.release()
+
+
+def _forked() -> None:
+    """Let go of the parent's locks: a loader that outlives it is not to hold them."""
+    for lock in list(Lock.held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -25,8 +25,8 @@ def before(
     cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row], record: Record, place: Place
 ) -> list[dict[str, Any]]:
     """Measure the base; a resumed run has it on file."""
-    if cfg.resume and (samples := record.samples()):
-        return samples
+    if cfg.resume and any(name.startswith("before/") for name in record.values["metrics"]):
+        return record.samples()
     seen, prefers, answers = place.untrained(
         cfg, trainer, lambda: _measure("before", cfg, trainer, base, held_out)
     )

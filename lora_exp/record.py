@@ -15,23 +15,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import fingerprint, plain
-from lora_exp.disk import refusal
+from lora_exp.disk import refusal, write_whole
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.lock import Lock
 from lora_exp.redaction import redact, redact_text
 from lora_exp.resume import LONGER, changes
 
 log = logging.getLogger("lora_exp")
+UNKNOWN = "an unknown commit"  # the hub did not answer
 FAILED = ("failed", "diverged")
-ITSELF = ("resume", "retry_failed")
+ITSELF = ("resume", "retry_failed", "strict")
 VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new."""
-    staged = path.with_name(path.name + ".staged")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
 
 
 def standing(directory: Path, cfg: DictConfig) -> str | None:
@@ -92,8 +86,19 @@ class Record:
         self.lock = Lock(directory, "resume" if goes_on else "hydra.run.dir")
         try:
             self._check_free(path, goes_on)  # another launch may have been first
-            self.values: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-            self._begin(cfg)
+            self.values, self.begun = _read(path), False
+            self._config, self._fingerprint = redact(plain(cfg)), fingerprint(cfg)
+            if self.values:
+                self._check_changes()
+            else:
+                self.values = {
+                    "name": cfg.name,
+                    "tracking_id": secrets.token_hex(4),
+                    "choices": plain(cfg.choices),
+                    "metrics": {},
+                    "resumed": [],
+                }
+                self.begin()
         except BaseException:
             self.lock.release()
             raise
@@ -103,36 +108,16 @@ class Record:
             text = f"{path.parent} holds a run already; resume={path.parent}, or another directory"
             raise ConfigError([("hydra.run.dir", text)])
 
-    def _begin(self, cfg: DictConfig) -> None:
-        config = redact(plain(cfg))
-        if not self.values:
-            self.values = {
-                "name": cfg.name,
-                "tracking_id": secrets.token_hex(4),
-                "choices": plain(cfg.choices),
-                "metrics": {},
-                "resumed": [],
-            }
-        else:
-            saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
-            told = changes(saved, config)  # type: ignore[arg-type]
-            told = {key: pair for key, pair in told.items() if key not in ITSELF}
-            if self.values["status"] == "finished" and not any(key in LONGER for key in told):
-                text = f"{self.directory} is finished; a higher train.max_steps would go on"
-                raise ConfigError([("resume", text)])
-            self.values["resumed"].append({"status": self.values["status"], "changes": told})
-            self._compare_versions()
-        write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-        self.values |= {"fingerprint": fingerprint(cfg), "versions": versions()}
-        self.update(status="running", error=None)
-
-    def _compare_versions(self) -> None:
-        now, then = versions(), self.values["versions"]
-        other = [
-            f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]
-        ]
-        if other:
-            log.warning("resume: other versions than the run began with: %s", ", ".join(other))
+    def _check_changes(self) -> None:
+        """Note what a run that goes on is told anew; a finished one needs more steps."""
+        saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
+        told = changes(saved, self._config)  # type: ignore[arg-type]
+        told = {key: pair for key, pair in told.items() if key not in ITSELF}
+        limit = LONGER[0] if self._config["train"]["max_steps"] > 0 else LONGER[1]
+        if self.values["status"] == "finished" and limit not in told:
+            text = f"{self.directory} is finished; a higher {limit} would go on"
+            raise ConfigError([("resume", text)])
+        self._told = {"status": self.values["status"], "changes": told}
 
     def same(self, key: str, found: Any) -> None:
         """Hold what a run stands on against what it stood on before.
@@ -141,12 +126,35 @@ class Record:
             ConfigError: it goes on, and something else is there now.
         """
         known = self.values.get(key, found)
-        if known != found:
-            told = [
-                f"{name}: {now}, was {was}" for name, (was, now) in _pairs(known, found).items()
-            ]
+        both = isinstance(known, dict) and isinstance(found, dict)
+        pairs = changes(known, found) if both else {key: [known, found]}
+        told = [
+            f"{name}: {now}, was {was}"
+            for name, (was, now) in pairs.items()
+            if was != now and UNKNOWN not in f"{was} {now}"
+        ]
+        if told:
             text = f"the run was started with another {key}: {'; '.join(told)}"
             raise ConfigError([("resume", text)])
+
+    def begin(self) -> None:
+        """Write that the run begins, or goes on: until here a refused one is left as it was."""
+        if self.begun:
+            return
+        self.begun = True
+        if "versions" in self.values:
+            self.values["resumed"].append(self._told)
+            self._compare_versions()
+        write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
+        self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
+        self.update(status="running", error=None)
+
+    def _compare_versions(self) -> None:
+        now, then = versions(), self.values["versions"]
+        others = [name for name in now if then.get(name) != now[name]]
+        if others:
+            told = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in others)
+            log.warning("resume: other versions than the run began with: %s", told)
 
     def update(self, **values: Any) -> None:
         """Set fields and write the file; `metrics` are merged."""
@@ -167,7 +175,7 @@ class Record:
     def _lines(self) -> Iterator[dict[str, Any]]:
         path = self.directory / "metrics.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             with suppress(ValueError):  # cut off while it was written
                 yield json.loads(line)
 
@@ -183,8 +191,8 @@ class Record:
     def samples(self) -> list[dict[str, Any]]:
         """Read samples.jsonl."""
         path = self.directory / "samples.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers that tracking shows for the whole run."""
@@ -196,6 +204,8 @@ class Record:
         try:
             yield
         except BaseException as error:
+            if not self.begun:  # refused: the record is that of the last time
+                raise
             status = "diverged" if isinstance(error, DivergedError) else "failed"
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
             text = (
@@ -221,6 +231,10 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
 
 
-def _pairs(known: Any, found: Any) -> dict[str, Any]:
-    both = isinstance(known, dict) and isinstance(found, dict)
-    return changes(known, found) if both else {"it": (known, found)}
+def _read(path: Path) -> dict[str, Any]:
+    """Return a run's record, nothing where there is none yet."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        text = f"{path} cannot be read ({error}); without it the run cannot go on"
+        raise ConfigError([("resume", text)]) from error

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import ConfigError
 
-ITSELF = re.compile(r"(resume|trusted_targets|retry_failed|model\.trust_remote_code)$|hydra\b")
-REPORTS = re.compile(r"tracking\b|lockstep\b|train\.(logging|save|eval)_\w+$")
+ITSELF = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
+REPORTS = re.compile(r"tracking\b|lockstep\.max_jobs$|train\.logging_\w+$")
+SAVING = re.compile(r"train\.(save|eval)_\w+$")  # shapes the result where the best is loaded
 LONGER = ("train.max_steps", "train.num_train_epochs")
 ABSENT = object()
 
@@ -38,16 +39,20 @@ def continued(
     """
     values = OmegaConf.create(saved)
     faults = []
+    best = bool(saved["train"].get("load_best_model_at_end"))
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+        key = override.lstrip("+~").partition("=")[0].replace("/", ".")
         if ITSELF.match(key):
+            continue
+        if "@" in key:
+            faults.append((key, "puts an option where the run has its own; leave it out"))
             continue
         group = key in choices
         was = saved["choices"].get(key, ABSENT) if group else OmegaConf.select(values, key)
         wanted = choices[key] if group else _resolved(asked, key)
         if wanted == was or (group and wanted is None and was is ABSENT):
             continue
-        if REPORTS.match(key):
+        if REPORTS.match(key) or (SAVING.match(key) and not best):
             OmegaConf.update(values, key, _resolved(asked, key), force_add=True, merge=False)
             if group:
                 values.choices[key] = wanted

@@ -6,13 +6,18 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lora_exp.redaction import redact, redact_text
+from lora_exp.disk import write_whole
+from lora_exp.errors import ConfigError
+from lora_exp.redaction import REDACTED, redact, redact_text
+
+COMMAND = "sweep.json"
 
 
 class SweepTable(Callback):
@@ -70,6 +75,40 @@ class SweepTable(Callback):
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 
 
+def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
+    """Keep what a sweep was launched with: `resume` launches it again.
+
+    Hydra's own multirun.yaml is that of the last command that named the directory.
+
+    Args:
+        folder: the sweep's.
+        hydra: the section of the command.
+        keep: an earlier command; jobs of this one were refused.
+    """
+    path = folder / COMMAND
+    if keep and path.is_file():
+        return
+    sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    own = [word for path in sources for word in ("--config-dir", path)]
+    said = [*hydra.overrides.hydra, *hydra.overrides.task]
+    said = [o for o in said if not re.match(r"hydra\.(mode|sweep\.dir)=|retry_failed=", o)]
+    write_whole(path, json.dumps(redact(["-m", *own, *said]), indent=1) + "\n")
+
+
+def command(folder: Path) -> list[str]:
+    """Return the command line that goes on with a sweep.
+
+    Raises:
+        ConfigError: it held a secret, which was not kept.
+    """
+    said: list[str] = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+    if any(REDACTED in word for word in said):
+        text = f"{folder} was launched with a secret; give its command again, with hydra.sweep.dir"
+        raise ConfigError([("resume", text)])
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [*said, f"hydra.sweep.dir='{quoted}'"]
+
+
 def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
     """Return what a finished or failed job shows."""
     path = directory / "run.json"
@@ -112,8 +151,6 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    from lora_exp.record import write_whole
-
     write_whole(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
     keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))

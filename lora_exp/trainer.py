@@ -19,7 +19,6 @@ from lora_exp.config import build, plain
 from lora_exp.data import Rows
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.guard import FiniteLoss, GradientCheck
-from lora_exp.interruption import stop
 from lora_exp.model import Base, device, has_bfloat16, lacks_bfloat16
 from lora_exp.record import Record
 from lora_exp.rewards import rewards
@@ -73,7 +72,7 @@ def trainer_of(
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
             processing_class=base.tokenizer,
-            callbacks=[*guards, *adapted.callbacks, *callbacks, StopAtAStep()],
+            callbacks=[*guards, *adapted.callbacks, *callbacks],
             **given,
         )
     except ConfigError:
@@ -82,7 +81,7 @@ def trainer_of(
         raise DataError(f"the chat template refuses a row: {error}") from error
     except ValueError as error:
         raise ConfigError([("algorithm", str(error))]) from error
-    trainer.run = record.values["tracking_id"]
+    trainer.owner = record.values["tracking_id"]
     _ready(trainer, adapted, trained)
     return trainer
 
@@ -112,19 +111,6 @@ def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> No
             parameter.data = data_before.float()
         if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
             copy_to(adapted.model, "ref")
-
-
-class StopAtAStep(TrainerCallback):  # type: ignore[misc]
-    """Save and leave at the end of the step in which the process was asked to stop."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a checkpoint."""
-        if stop.asked:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Leave once it is there; the loop's own way out would evaluate and save again."""
-        stop.check()
 
 
 def _resumable(sampler: Any) -> Any:

@@ -69,6 +69,9 @@ OWNED = {
     "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
     "dataloader_pin_memory": "nothing: it is on where there is a GPU",
     "logging_nan_inf_filter": "nothing: a run stops at the first number that is not finite",
+    "save_only_model": "nothing: a run goes on bit for bit, and needs all of a checkpoint for that",
+    "ignore_data_skip": "nothing: a run that goes on sees the rows that it has not seen",
+    "enable_jit_checkpoint": "nothing: SIGTERM saves at the end of a step",
     "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
 }
 CHOICES = {

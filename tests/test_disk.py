@@ -1,4 +1,4 @@
-"""A disk's refusal is known by its number, and by the words of libraries that keep that back."""
+"""Folders are whole or absent, and a disk that takes no more is told from other errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.disk import refusal
+from lora_exp.disk import clear, refusal, whole
+from lora_exp.errors import CheckpointError
 
 WRITE = """
 import sys, torch
@@ -54,3 +55,39 @@ def test_every_librarys_word_for_a_full_disk_is_known(writer: str, tmp_path: Pat
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     assert refusal(ValueError("space"), tmp_path) is None
     assert refusal(FileNotFoundError(errno.ENOENT, "no such file"), tmp_path) is None
+
+
+def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) -> None:
+    final = tmp_path / "adapter"
+    with whole(final) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), whole(final) as folder:  # noqa: PT012
+        (folder / "a").write_text("new")
+        raise ZeroDivisionError
+    assert (final / "a").read_text() == "old"
+    with whole(final) as folder:
+        (folder / "b").write_text("new")
+    assert [p.name for p in final.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_disks_refusal_is_told_with_the_room_that_is_left(tmp_path: Path) -> None:
+    def refused() -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    said = r"No space left on device.*MiB are free"
+    with pytest.raises(CheckpointError, match=said), whole(tmp_path / "adapter"):
+        refused()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
+    final = tmp_path / "adapter"
+    with whole(final) as folder:
+        (folder / "a").write_text("old")
+    (tmp_path / ".staged-adapter").mkdir()  # killed between two renames
+    final.rename(tmp_path / ".staged-adapter/old")
+    clear(tmp_path)
+    assert (final / "a").read_text() == "old"
+    assert not (tmp_path / ".staged-adapter").exists()

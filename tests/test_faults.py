@@ -29,51 +29,55 @@ RUN += ["train.save_steps=5", "train.logging_steps=1", "train.per_device_train_b
 RUN += ["peft.lora_dropout=0.1", "train.eval_strategy=no", "hydra.run.dir=run"]
 
 
-def kill(folder: Path, command: list[str], dice: random.Random, saving: bool) -> int:
-    """Run a command and kill -9 it, in a save or anywhere in training; return the step."""
+def kill(folder: Path, command: list[str], dice: random.Random, saving: bool) -> bool:
+    """Run a command and kill -9 it, in a save or anywhere in training; say if it was in a save."""
     process = started(folder, *command)
     log, checkpoints = folder / "run/metrics.jsonl", folder / "run/checkpoints"
-    after = dice.randrange(1, 55)
+    after = dice.randrange(1, 58)
     wait_for(process, lambda: lines(log) > after)
     if saving:
         wait_for(process, lambda: any(checkpoints.glob(".staged-*")))
-        time.sleep(dice.uniform(0, 0.03))
+        time.sleep(dice.uniform(0, 0.02))
     else:
         time.sleep(dice.uniform(0, 0.05))
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert status(folder / "run") == "running"
-    return lines(log)
+    return any(checkpoints.glob(".staged-*"))
 
 
-def survives(folder: Path, number: int, undisturbed: dict[str, dict[str, str]]) -> bool:
-    """Kill a run once, resume it, and say whether its adapter is that of a run left in peace."""
-    shutil.rmtree(folder, ignore_errors=True)
+def survives(folder: Path, number: int, undisturbed: dict[str, str]) -> tuple[bool, bool]:
+    """Kill a run once and resume it.
+
+    Returns:
+        Whether its adapter is that of a run left in peace, and whether it was killed in a save.
+    """
     folder.mkdir(parents=True)
-    kill(folder, RUN, random.Random(number), saving=number % 2 == 0)
+    in_a_save = kill(folder, RUN, random.Random(number), saving=number % 2 == 0)
     done = cli("resume=run", cwd=folder)
     assert done.returncode == 0, done.stderr
-    return digest(folder / "run/adapter") == undisturbed["1"]
+    return digest(folder / "run/adapter") == undisturbed, in_a_save
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
     done = cli(*RUN, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return {"1": digest(folder / "run/adapter")}
+    return digest(folder / "run/adapter")
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    number: int, undisturbed: dict[str, dict[str, str]], tmp_path: Path
+    number: int, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    assert survives(tmp_path / "killed", number, undisturbed)
+    same, _ = survives(tmp_path / "killed", number, undisturbed)
+    assert same
 
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_works(
-    undisturbed: dict[str, dict[str, str]], tmp_path: Path
+    undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     run = f"{sys.executable} -m lora_exp"
     settings = " ".join(RUN).replace("hydra.run.dir=run", "hydra.run.dir=disk/run")
@@ -91,7 +95,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_works(
     assert "make room" in said
     assert "Traceback" not in said
     assert ".staged" not in said
-    assert digest(tmp_path / "adapter") == undisturbed["1"], said
+    assert digest(tmp_path / "adapter") == undisturbed, said
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
@@ -193,10 +197,19 @@ def test_canaries_in_environment_and_config_are_in_no_file(tmp_path: Path) -> No
         "DATABASE_PASSWORD": "canary-of-a-database",
     }
     environment = os.environ | canaries | {"WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "lora_exp", *QUICK, "hydra.run.dir=run"]
+    command = [sys.executable, "-m", "lora_exp", *QUICK]
     command += ["train.save_strategy=steps", "train.save_steps=1"]
-    for more in ([], ["tracking.project=canary-of-a-database"], ["name=canary-of-a-database"]):
-        subprocess.run([*command, *more], cwd=tmp_path, env=environment, check=False)
+    canary = canaries["DATABASE_PASSWORD"]
+    for key in ("", "tracking.project", "name", "+train.hub_token"):
+        said = [f"{key}={canary}"] if key else []
+        folder = key.strip("+") or "run"
+        done = subprocess.run(
+            [*command, *said, f"hydra.run.dir={folder}"], cwd=tmp_path, env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == (1 if said else 0), done.stderr
+        assert not said or f"{folder}: is a secret" in done.stderr
+        assert not [c for c in canaries.values() if c in done.stdout + done.stderr]
     assert (tmp_path / "run/adapter/README.md").is_file()
     assert list((tmp_path / "run/wandb").rglob("*.wandb"))
     assert (tmp_path / "run/checkpoints/checkpoint-3/training_args.bin").is_file()
@@ -224,3 +237,49 @@ def test_an_adapter_is_refused_on_a_base_of_other_layers_or_sizes(
     assert done.returncode == 1
     assert "AdapterError: adapter does not fit this base: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_lost_when_it_is_asked_to_stop_after_its_last_step(tmp_path: Path) -> None:
+    settings = [*RUN, "train.save_strategy=no", "train.max_steps=5", "samples.max_new_tokens=400"]
+    settings += ["samples.rows=16", "samples.batch_size=1"]
+    process = started(tmp_path, *settings)
+    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 6)  # measured, five steps
+    time.sleep(0.3)
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 75, said
+    assert (tmp_path / "run/checkpoints/checkpoint-5").is_dir()
+    done = cli("resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["steps"] == 5
+
+
+def test_when_the_launcher_is_killed_every_job_saves(tmp_path: Path) -> None:
+    few = [o for o in RUN if not o.startswith(("hydra.", "train.save", "train.max_steps"))]
+    few += ["train.save_strategy=no", "train.max_steps=400", "hydra.sweep.dir=sweep"]
+    process = started(tmp_path, "-m", "peft.r=2,4,8", *few)
+    wait_for(process, lambda: all(lines(tmp_path / f"sweep/{n}/metrics.jsonl") > 3 for n in "012"))
+    process.kill()
+    process.communicate()
+    began = time.perf_counter()
+    while "running" in {status(tmp_path / "sweep" / n) for n in "012"}:
+        time.sleep(0.05)
+        assert time.perf_counter() - began < 60
+    assert {status(tmp_path / "sweep" / n) for n in "012"} == {"interrupted"}
+    assert all(list((tmp_path / f"sweep/{n}/checkpoints").glob("checkpoint-*")) for n in "012")
+
+
+def test_a_second_ctrl_c_stops_a_sweep_at_once(tmp_path: Path) -> None:
+    few = [o for o in RUN if not o.startswith(("hydra.", "train.per_device"))]
+    few += ["train.per_device_train_batch_size=256", "train.gradient_accumulation_steps=50"]
+    few += ["data.max_rows=null", "hydra.sweep.dir=sweep"]
+    process = started(tmp_path, "-m", "peft.r=2,4", *few)
+    wait_for(process, lambda: all(lines(tmp_path / f"sweep/{n}/metrics.jsonl") for n in "01"))
+    time.sleep(2)  # in the first of their long steps
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert {status(tmp_path / "sweep" / n) for n in "01"} == {"interrupted"}

@@ -15,7 +15,7 @@ from lora_exp.foreign import names_only
 def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -> None:
     config = LoraConfig(
         target_modules=r".*\.layers\.[01]\.self_attn\.[qv]_proj",
-        rank_pattern={r"layers\.1\.self_attn\..*": 3},
+        rank_pattern={r"layers\.1\.self_attn\..*": 3, "q_proj": 5, "no_such": 7},
     )
     theirs = get_peft_model(fresh_base.model, config)
     found = set(theirs.targeted_module_names)
@@ -25,7 +25,8 @@ def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -
     ours = get_peft_model(theirs, config)
     ranks = {name: m.r["default"] for name, m in ours.named_modules() if hasattr(m, "lora_A")}
     assert {rank for name, rank in ranks.items() if "layers.1." in name} == {3}
-    assert {rank for name, rank in ranks.items() if "layers.0." in name} == {8}
+    assert ranks["base_model.model.model.layers.0.self_attn.q_proj"] == 5
+    assert ranks["base_model.model.model.layers.0.self_attn.v_proj"] == 8
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,8 @@ def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -
         ),
         ({"target_modules": "q_proj["}, "is no pattern"),
         ({"target_modules": "nothing"}, "finds no module"),
+        ({"target_modules": ["(a+)+b"]}, "is no name of a module"),
+        ({"layers_pattern": "(a+)+b", "layers_to_transform": [0]}, "is no name of a module"),
         ({"megatron_config": {}, "megatron_core": "antigravity"}, "would import what it names"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -133,3 +134,15 @@ def test_while_something_trains_it_waits_for_the_step(capsys: pytest.CaptureFixt
             own.check()
     assert capsys.readouterr().err.count(SAID) == 1
     assert not stop.asked
+
+
+def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent() -> None:
+    fork = multiprocessing.get_context("fork")
+    own = Stop()
+    with own.listening(), own.until_a_step_ends():
+        for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)):
+            child = fork.Process(target=time.sleep, args=(1,))
+            child.start()
+            os.kill(child.pid or -1, number)
+            child.join()
+            assert child.exitcode == code

@@ -32,7 +32,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     Lock(tmp_path, "resume").release()
 
 
-def test_what_was_released_is_free_though_a_forked_process_lives_on(tmp_path: Path) -> None:
+def test_a_forked_process_that_lives_on_holds_nothing(tmp_path: Path) -> None:
     lock = Lock(tmp_path, "resume")
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()

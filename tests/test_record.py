@@ -10,8 +10,9 @@ import pytest
 
 from lora_exp import compose
 from lora_exp.config import fingerprint
+from lora_exp.disk import write_whole
 from lora_exp.errors import ConfigError, DivergedError
-from lora_exp.record import Record, mark, standing, write_whole
+from lora_exp.record import Record, mark, standing
 
 
 def test_every_ending_is_recorded(tmp_path: Path) -> None:

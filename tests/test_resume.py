@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError
@@ -35,6 +36,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train.max_steps=2", "train.max_steps: 2, .* it can only be raised"),
         ("train.max_steps=-1", "train.max_steps: -1, .* it can only be raised"),
         ("+train.adam_beta1=0.5", "train.adam_beta1: 0.5, but the run was started with None"),
+        ("lockstep.mode=bmm", "lockstep.mode: bmm, but the run was started with exact"),
+        ("+data@other=jsonl", "data@other: puts an option where the run has its own"),
         ("name=other", "name: other, but the run was started with"),
     ],
 )
@@ -86,7 +89,27 @@ def test_changed_data_is_refused_and_named(quick_run: Callable[..., Any], tmp_pa
     path = rows_of(tmp_path / "rows.jsonl", *({"text": f"row {i}"} for i in range(8)))
     result = quick_run("data=jsonl", path, "algorithm=pretrain")
     killed(result.directory)
+    record = (result.directory / "run.json").read_bytes()
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(ConfigError, match=r"another data: .*rows.jsonl: .*, was "):
+        run(compose(f"resume={result.directory}", "train.max_steps=9"))
+    assert (result.directory / "run.json").read_bytes() == record
+    assert "max_steps: 3" in (result.directory / "config.yaml").read_text()
+
+
+def test_a_start_that_has_changed_is_refused(quick_run: Callable[..., Any]) -> None:
+    start = quick_run(name="start").saved
+    second = quick_run(f"adapter={start}", name="second")
+    killed(second.directory)
+    weights = load_file(start / "adapter_model.safetensors")
+    save_file({k: w + 1 for k, w in weights.items()}, start / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"started with another adapters: .*start/adapter: sha"):
+        run(compose(f"resume={second.directory}"))
+
+
+def test_an_unreadable_record_is_told(quick_run: Callable[..., Any]) -> None:
+    result = quick_run()
+    (result.directory / "run.json").write_text("")
+    with pytest.raises(ConfigError, match=r"run.json cannot be read .* the run cannot go on"):
         run(compose(f"resume={result.directory}"))

@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from lora_exp.sweep import row, varied, write_summary
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.errors import ConfigError
+from lora_exp.sweep import command, row, varied, write_command, write_summary
 
 
 def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
@@ -41,3 +45,23 @@ def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) ->
     assert [r["peft.r"] for r in table] == ["0", "1"]
     header = (tmp_path / "summary.csv").read_text().splitlines()[0].split(",")
     assert len(header) == len(set(header))
+
+
+def test_a_sweeps_command_is_kept_without_what_was_for_once(tmp_path: Path) -> None:
+    folder = tmp_path / "it's, here"
+    folder.mkdir()
+
+    def hydra(*task: str) -> DictConfig:
+        sources = [{"provider": "main", "path": "a"}, {"provider": "command-line", "path": "my"}]
+        overrides = {"hydra": ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x"], "task": list(task)}
+        return OmegaConf.create({"runtime": {"config_sources": sources}, "overrides": overrides})
+
+    write_command(folder, hydra("peft.r=2,4", "retry_failed=true"), keep=True)
+    write_command(folder, hydra("peft.r=8,9"), keep=True)
+    words = ["-m", "--config-dir", "my", "peft.r=2,4"]
+    assert command(folder) == [*words, f"hydra.sweep.dir='{tmp_path}/it\\'s, here'"]
+    write_command(folder, hydra("peft.r=8,9"), keep=False)
+    assert "peft.r=8,9" in command(folder)
+    write_command(folder, hydra("+train.hub_token=canary"), keep=False)
+    with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
+        command(folder)

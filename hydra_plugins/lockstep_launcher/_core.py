@@ -24,6 +24,7 @@ from lora_exp.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
 from lora_exp.record import mark
+from lora_exp.sweep import write_command
 from lora_exp.validation import settled
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def launch(
     ours = set(launcher.config) >= GROUPS
     lock = Lock(Path(str(hydra.sweep.dir)), "hydra.sweep.dir") if ours else None
     worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
-    at_once = False
+    launched, at_once = _Launch(launcher), False
     try:
         jobs = [
             _composed(launcher, list(overrides), initial_job_idx + i, ours)
@@ -50,13 +51,15 @@ def launch(
         made = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
         if ours:
             show(made)
-        launched = _Launch(launcher, {job.number: job for job in jobs})
-        launched.run(made, worker)
+            refused = any(job.error for job, _ in made.at_once)
+            write_command(Path(str(hydra.sweep.dir)), hydra, keep=refused)
+        launched.run(made, {job.number: job for job in jobs}, worker)
     except KeyboardInterrupt as error:
         at_once = not isinstance(error, Interrupted)
         raise
     finally:
         worker.stop(at_once)
+        launched.stopped()
         if lock is not None:
             lock.release()
         configure_log(hydra.hydra_logging, hydra.verbose)
@@ -84,14 +87,16 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
 class _Launch:
     """What is known so far of a launch's jobs."""
 
-    def __init__(self, launcher: Any, jobs: dict[int, Job]) -> None:
-        self.launcher, self.jobs = launcher, jobs
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.jobs: dict[int, Job] = {}
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
         self.deaths = 0  # of workers that no running job can have caused
 
-    def run(self, made: Plan, worker: Worker) -> None:
+    def run(self, made: Plan, jobs: dict[int, Job], worker: Worker) -> None:
         """Carry a plan out, whatever the worker does."""
+        self.jobs = jobs
         for job, _ in made.at_once:
             self.began(job.number)
             if job.error is not None and job.settled is not None:
@@ -110,16 +115,9 @@ class _Launch:
         while work := [left for seats in work if (left := self._left(seats)).jobs]:
             try:
                 worker.run(work, self.began, self.ended)
-                stop.check()
-                return
-            except KeyboardInterrupt:
-                self.stopped()
-                raise
             except LoraExpError as error:
+                stop.check()
                 lost = sorted(self.running)
-                if stop.asked:
-                    self.stopped()
-                    raise Interrupted from error
                 if not lost:  # it died before or between jobs: none of them is to blame
                     self.deaths += 1
                 if self.deaths > 1:
@@ -129,10 +127,16 @@ class _Launch:
                     mark(self.jobs[number].directory, "interrupted", str(error))
                 for number in lost:
                     self._again(number)
+                    stop.check()
                 worker.replace()
+            else:
+                if any(self._left(seats).jobs for seats in work):
+                    raise Interrupted  # the worker alone was asked to stop, and has
+                stop.check()
+                return
 
     def stopped(self) -> None:
-        """Mark the jobs that could not do so themselves."""
+        """Mark the jobs that could not do so themselves, once nobody trains them any more."""
         for number in sorted(self.running):
             mark(self.jobs[number].directory, "interrupted", "stopped at once")
 
@@ -142,6 +146,7 @@ class _Launch:
         try:
             worker.run([_alone([job])], self.began, self.ended)
         except LoraExpError as error:
+            stop.check()
             text = f"{error}, also when it was tried again, alone"
             mark(job.directory, "failed", text)
             self.ended(number, failed(job.config, LoraExpError(text)))

@@ -101,7 +101,8 @@ class Worker:
                 self.process.join(timeout=60)
 
     def _ask_to_stop(self) -> None:
-        os.kill(self.process.pid or 0, signal.SIGTERM)
+        if self.process.is_alive():
+            self.process.terminate()  # SIGTERM
 
 
 def _ending(code: int) -> str:
@@ -157,8 +158,9 @@ class _Report:
     def _send(self, *said: Any) -> None:
         try:
             self.pipe.send(said)
-        except OSError as error:
-            raise KeyboardInterrupt from error  # nobody listens any more
+        except OSError as error:  # nobody listens any more
+            if not stop.asked:  # else every job still comes to its step's end
+                raise KeyboardInterrupt from error
 
     def run(self, number: int, config: DictConfig) -> JobReturn:
         """Run one job as every launcher does, and send what it returned."""
