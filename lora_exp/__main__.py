@@ -95,7 +95,10 @@ def main() -> None:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         if SweepTable.current is not None and SweepTable.current.folder is not None:
-            print(f"resume={SweepTable.current.folder} goes on", file=sys.stderr)
+            folder = SweepTable.current.folder
+            kept = (folder / COMMAND).is_file()
+            how = f"resume={folder}" if kept else f"the same command with hydra.sweep.dir={folder}"
+            print(f"{how} goes on", file=sys.stderr)
         sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 130)
     finally:
         if SweepTable.current is not None and SweepTable.current.rows:

@@ -26,7 +26,7 @@ from tests.test_main import cli
 
 RUN = ["tracking=none", *QUICK, "train.max_steps=60", "train.save_strategy=steps"]
 RUN += ["train.save_steps=5", "train.logging_steps=1", "train.per_device_train_batch_size=4"]
-RUN += ["peft.lora_dropout=0.1", "train.eval_strategy=no", "hydra.run.dir=run"]
+RUN += ["peft.lora_dropout=0.1", "train.eval_strategy=no", "hydra.run.dir=run", "samples.rows=0"]
 
 
 def kill(folder: Path, command: list[str], dice: random.Random, saving: bool) -> bool:

@@ -12,6 +12,7 @@ from lora_exp.errors import AdapterError
 from lora_exp.foreign import names_only
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft's word for no_such
 def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -> None:
     config = LoraConfig(
         target_modules=r".*\.layers\.[01]\.self_attn\.[qv]_proj",

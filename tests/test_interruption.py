@@ -19,8 +19,9 @@ from tests.conftest import QUICK
 from tests.test_experiment import digest
 from tests.test_main import cli
 
-RUN = ["tracking=none", *QUICK, "train.max_steps=120", "train.save_strategy=no"]
-RUN += ["train.logging_steps=1", "train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+RUN = ["tracking=none", *QUICK, "train.max_steps=40", "train.save_strategy=no"]
+RUN += ["train.logging_steps=1", "train.per_device_train_batch_size=2", "peft.lora_dropout=0.1"]
+RUN += ["train.eval_strategy=no", "samples.rows=0"]
 RUN += ["hydra.run.dir=run"]
 
 
@@ -70,7 +71,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path,
 ) -> None:
     process = started(tmp_path, *RUN, f"train.gradient_accumulation_steps={accumulation}")
-    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 7)
+    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 5)
     os.kill(process.pid, number)
     said = process.communicate()[1]
     assert process.returncode == 75, said
@@ -79,7 +80,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert "Traceback" not in said
     assert status(tmp_path / "run") == "interrupted"
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
-    assert 5 <= int(checkpoint.name.removeprefix("checkpoint-")) < 120
+    assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 40
     done = cli("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "run/adapter") == undisturbed[accumulation]
@@ -100,7 +101,7 @@ def test_before_training_it_stops_at_once_and_begins_anew(
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    long = ["train.per_device_train_batch_size=256", "data.max_rows=null"]
+    long = ["train.per_device_train_batch_size=128", "data.max_rows=null"]
     process = started(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=50")
     wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)  # measured before
     time.sleep(1.5)  # in the first of its long steps
@@ -121,7 +122,7 @@ def test_where_nothing_trains_a_signal_is_heard_at_once_and_the_old_handlers_com
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_while_something_trains_it_waits_for_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_while_something_trains_it_waits_for_the_step(capfd: pytest.CaptureFixture[str]) -> None:
     own = Stop()
     with own.listening():
         with own.until_a_step_ends():
@@ -132,7 +133,7 @@ def test_while_something_trains_it_waits_for_the_step(capsys: pytest.CaptureFixt
             assert own.asked
         with pytest.raises(Interrupted):
             own.check()
-    assert capsys.readouterr().err.count(SAID) == 1
+    assert capfd.readouterr().err.count(SAID) == 1
     assert not stop.asked
 
 

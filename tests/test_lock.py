@@ -35,9 +35,10 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
 def test_a_forked_process_that_lives_on_holds_nothing(tmp_path: Path) -> None:
     lock = Lock(tmp_path, "resume")
     fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    child = fork.Process(target=ready.wait)
+    there, ready = fork.Event(), fork.Event()
+    child = fork.Process(target=lambda: (there.set(), ready.wait()))
     child.start()
+    there.wait()
     with pytest.raises(ConfigError, match="is in use"):
         Lock(tmp_path, "resume")
     lock.release()
