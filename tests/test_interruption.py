@@ -101,10 +101,12 @@ def test_before_training_it_stops_at_once_and_begins_anew(
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    long = ["train.per_device_train_batch_size=128", "data.max_rows=null"]
-    process = started(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=50")
-    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)  # measured before
-    time.sleep(1.5)  # in the first of its long steps
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n' * 30000)
+    long = ["data=jsonl", "data.path=rows.jsonl", "data.eval_share=0", "algorithm=pretrain"]
+    long += ["train.per_device_train_batch_size=128", "data.max_rows=null"]
+    process = started(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=100")
+    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)
+    time.sleep(0.5)  # in the second of its long steps
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
