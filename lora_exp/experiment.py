@@ -123,13 +123,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         _train(trainer, cfg.resume, record)
         with _kept(trainer):
             samples = after(cfg, trainer, base, rows.eval, record, samples)
-        folder = record.directory / ("adapter" if adapted.method else "model")
-        if hasattr(trainer.model, "ppo_value"):
-            with whole(record.directory / "value") as made:
-                save_value(trainer.model, base, made)
-        with whole(folder) as made:
-            save(adapted, base, made, model_card(cfg, base, rows, record.values))
-        saved = folder
+            saved = _save(cfg, trainer, adapted, base, rows, record)
         tracker.samples(samples, trainer.state.global_step)
         goal = cfg.goal if judged == cfg.objective else "minimize"
         seconds = time.perf_counter() - started
@@ -142,9 +136,22 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     return Result(metrics[judged], metrics, record.directory, saved)
 
 
+def _save(
+    cfg: DictConfig, trainer: Any, adapted: Adapted, base: Base, rows: Rows, record: Record
+) -> Path:
+    """Write what was trained, each folder whole or not at all."""
+    if hasattr(trainer.model, "ppo_value"):
+        with whole(record.directory / "value") as made:
+            save_value(trainer.model, base, made)
+    folder = record.directory / ("adapter" if adapted.method else "model")
+    with whole(folder) as made:
+        save(adapted, base, made, model_card(cfg, base, rows, record.values))
+    return folder
+
+
 @contextmanager
 def _kept(trainer: Any) -> Iterator[None]:
-    """Measure what was trained; a run that is asked to stop meanwhile does not lose it."""
+    """Do what follows training; a run that is asked to stop meanwhile does not lose it."""
     try:
         yield
     except Interrupted:
