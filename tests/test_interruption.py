@@ -143,8 +143,8 @@ def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent() -> N
     fork = multiprocessing.get_context("fork")
     own = Stop()
     with own.listening(), own.until_a_step_ends():
-        for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)):
-            child = fork.Process(target=time.sleep, args=(1,))
+        for number, code, sleep_s in ((signal.SIGINT, 0, 1), (signal.SIGTERM, -15, 60)):
+            child = fork.Process(target=time.sleep, args=(sleep_s,))
             child.start()
             os.kill(child.pid or -1, number)
             child.join()
