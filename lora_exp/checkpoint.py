@@ -131,8 +131,9 @@ class Checkpoints:
 
     def keep(self) -> None:
         """Save where training stands, unless it was just saved."""
-        folder = Path(self._get_output_dir(None))
-        if self.state.global_step and not (folder / f"{PREFIX}{self.state.global_step}").is_dir():
+        step = self.state.global_step
+        saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
+        if step and not saved:
             self._save_checkpoint(self.model, None)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:

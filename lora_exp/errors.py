@@ -6,7 +6,7 @@ LoraExpError
 ├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
 ├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
-├── CheckpointError (OSError)        a checkpoint that cannot be written
+├── CheckpointError (OSError)        a checkpoint that cannot be written, or used
 └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
 
 Interrupted (KeyboardInterrupt)      no error: the run was asked to stop, and can go on
@@ -51,7 +51,7 @@ class TargetError(LoraExpError, ValueError):
 
 
 class CheckpointError(LoraExpError, OSError):
-    """A checkpoint, or what was trained, that cannot be written."""
+    """A checkpoint, or what was trained, that cannot be written, or not be used."""
 
 
 class DivergedError(LoraExpError, ArithmeticError):
