@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -139,13 +140,20 @@ def test_while_something_trains_it_waits_for_the_step(capfd: pytest.CaptureFixtu
     assert not stop.asked
 
 
+def _sleep(runs: Event, seconds: float) -> None:
+    runs.set()
+    time.sleep(seconds)
+
+
 def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent() -> None:
     fork = multiprocessing.get_context("fork")
     own = Stop()
     with own.listening(), own.until_a_step_ends():
         for number, code, sleep_s in ((signal.SIGINT, 0, 1), (signal.SIGTERM, -15, 60)):
-            child = fork.Process(target=time.sleep, args=(sleep_s,))
+            runs = fork.Event()
+            child = fork.Process(target=_sleep, args=(runs, sleep_s))
             child.start()
+            assert runs.wait(60)  # Python forgets signals that arrive while it forks
             os.kill(child.pid or -1, number)
             child.join()
             assert child.exitcode == code
