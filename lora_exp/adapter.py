@@ -114,14 +114,36 @@ def _started(model: Any, cfg: DictConfig) -> Any:
             weights |= peft.load_peft_weights(folder, device="cpu")
         peft.set_peft_model_state_dict(made, weights)
         return made
-    with numbers_only(cfg.adapter):
+    return put(model, config, cfg.adapter, trainable=True)
+
+
+def put(model: Any, config: Any, path: str, trainable: bool) -> Any:
+    """Put a saved adapter on the base that it was trained on.
+
+    Args:
+        model: the base.
+        config: the adapter's, its patterns replaced by names.
+        path: its folder.
+        trainable: whether its weights take gradients.
+
+    Raises:
+        AdapterError: its weights are missing, not finite, no numbers, or of another base's shape.
+    """
+    folder = str(Path(path).expanduser())
+    with numbers_only(path):
+        weights = peft.load_peft_weights(folder, device="cpu")
+        if not weights:
+            raise AdapterError(f"{path} holds no weights")
+        if bad := sorted(key for key, value in weights.items() if not value.isfinite().all()):
+            raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
         try:
-            made = peft.PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+            made = peft.PeftModel.from_pretrained(
+                model, folder, is_trainable=trainable, config=config
+            )
         except RuntimeError as error:  # torch's list of sizes, a line for each weight
             first = str(error).splitlines()[1:2] or [str(error)]
-            text = f"{cfg.adapter} does not fit this base: {first[0].strip()}"
-            raise AdapterError(text) from error
-        _check_fit(made, peft.load_peft_weights(folder, device="cpu"), cfg.adapter)
+            raise AdapterError(f"{path} does not fit this base: {first[0].strip()}") from error
+    _check_fit(made, weights, path)
     return made
 
 

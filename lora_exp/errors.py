@@ -4,6 +4,7 @@ LoraExpError
 ├── ConfigError   (ValueError)       the config's faults, all at once
 ├── DataError     (ValueError)       a row, file or data set that cannot be used
 ├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
+├── SavedError    (ValueError)       what was saved: missing, damaged, or not what was asked for
 ├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
 ├── CheckpointError (OSError)        a checkpoint that cannot be written, or used
@@ -40,6 +41,10 @@ class DataError(LoraExpError, ValueError):
 
 class AdapterError(LoraExpError, ValueError):
     """An adapter that cannot stand on the base it is put on."""
+
+
+class SavedError(LoraExpError, ValueError):
+    """A folder that holds nothing of the kind that was asked for, or only parts of it."""
 
 
 class RewardError(LoraExpError, ValueError):

@@ -5,6 +5,7 @@ Knows nothing of adapters, rows or trainers.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import tempfile
 from contextlib import suppress
@@ -22,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.utils import logging
 
 from lora_exp.config import asset, is_commit
 from lora_exp.errors import ConfigError
@@ -165,6 +167,34 @@ def new_head(model: Any) -> None:
     head = nn.Linear(width, model.config.num_labels, bias=False, device=model.device)
     nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
     model.score = head
+
+
+def sharing_copy(model: Any) -> Any:
+    """Copy the tree of modules, not the tensors: weights and quantisation states are the originals.
+
+    8-bit layers move their weights' scales at their first use: here it is done before the copy.
+    """
+    kept: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
+            module.init_8bit_state()
+        state = getattr(module, "state", None)
+        kept += [t for t in vars(state).values() if isinstance(t, torch.Tensor)] if state else []
+        weight = getattr(module, "weight", None)
+        states = (getattr(owner, "quant_state", None) for owner in (module, weight))
+        kept += [state for state in states if state is not None]
+    return copy.deepcopy(model, {id(x): x for x in kept})
+
+
+def dequantise(model: Any, dtype: torch.dtype) -> Any:
+    """Turn a quantised model's layers into plain ones that hold what its products saw."""
+    speaks = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the very dtype that it was asked for
+    try:
+        model = model.dequantize(dtype=dtype).to(dtype)
+    finally:
+        logging.set_verbosity(speaks)
+    return model.requires_grad_(False)
 
 
 def _dequantised(folder: Path, gguf_file: str) -> str:

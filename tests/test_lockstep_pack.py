@@ -28,11 +28,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from lora_exp import compose, run
 from lora_exp.config import asset
 from lora_exp.errors import DivergedError
-from lora_exp.lockstep.body import sharing_copy
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
-from lora_exp.model import Base
+from lora_exp.model import Base, sharing_copy
 from tests.conftest import QUICK, ROOT
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]

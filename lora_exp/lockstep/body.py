@@ -7,7 +7,6 @@ and with its own mask; each adapter sees its own job's tokens only. Shapes as in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,24 +24,7 @@ from lora_exp.lockstep.exact import keeping_random, rows_alike
 from lora_exp.lockstep.linear import Adapter, FusedLinear, split
 from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import RandomState
-
-
-def sharing_copy(model: Any) -> Any:
-    """Copy the tree of modules, not the tensors: weights and quantisation states are the originals.
-
-    8-bit layers move their weights' scales at their first use: here it is done before the copy.
-    """
-    kept: list[Any] = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
-            module.init_8bit_state()
-        state = getattr(module, "state", None)
-        kept += [t for t in vars(state).values() if isinstance(t, Tensor)] if state else []
-        weight = getattr(module, "weight", None)
-        states = (getattr(owner, "quant_state", None) for owner in (module, weight))
-        kept += [state for state in states if state is not None]
-    return copy.deepcopy(model, {id(x): x for x in kept})
-
+from lora_exp.model import sharing_copy
 
 # rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]

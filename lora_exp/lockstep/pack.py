@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.lockstep.body import FusedBody, sharing_copy
+from lora_exp.lockstep.body import FusedBody
 from lora_exp.lockstep.exact import foreign, unfusable
 from lora_exp.lockstep.hub import Hub, Request
 from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import Precision
 from lora_exp.memory import free_bytes, reset_peak, training_bytes
-from lora_exp.model import Base, device
+from lora_exp.model import Base, device, sharing_copy
 from lora_exp.place import base_of
 
 # tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier

@@ -1,0 +1,162 @@
+"""What a saved adapter, model, run or sweep is: read from its files, no base is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_exp.after.saved import Saved, find, jobs
+from lora_exp.errors import SavedError
+from lora_exp.foreign import numbers_only
+
+PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
+SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe what lies at a path.
+
+    Returns:
+        `kind` (adapter, model or sweep) and what is known of it, fit for JSON. An adapter's
+        `modules` have their `norm`: of a LoRA the Frobenius norm of the update, scaling * B A; of
+        other methods that of the saved tensors.
+
+    Raises:
+        SavedError: nothing of the kind, or damaged.
+        AdapterError: the weights are no numbers.
+    """
+    folder = Path(path).expanduser()
+    if (found := jobs(folder)) and not (folder / "run.json").is_file():
+        return {"kind": "sweep", "path": str(folder), "jobs": [_job(job) for job in found]}
+    saved = find(folder)
+    facts = _adapter(saved) if saved.adapter is not None else _model(saved)
+    return {"path": str(saved.folder), **facts, "run": _run(saved), "files": _files(saved.folder)}
+
+
+def _adapter(saved: Saved) -> dict[str, Any]:
+    assert saved.adapter is not None
+    with numbers_only(str(saved.folder)):
+        try:
+            weights = peft.load_peft_weights(str(saved.folder), device="cpu")
+        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+            raise SavedError(f"{saved.folder}: its weights are damaged: {error}") from error
+    if not weights:
+        raise SavedError(f"{saved.folder} holds no weights")
+    config = saved.adapter
+    targets = config.get("target_modules")
+    return {
+        "kind": "adapter",
+        "method": str(config["peft_type"]),
+        "task_type": saved.task_type,
+        "settings": {key: config[key] for key in SETTINGS if config.get(key) is not None},
+        "targets": sorted(targets) if isinstance(targets, list) else targets,
+        "modules_to_save": config.get("modules_to_save"),
+        "base": saved.base,
+        "base_revision": saved.record.get("base") or config.get("revision"),
+        "parameters": sum(value.numel() for value in weights.values()),
+        "bytes": sum(value.numel() * value.element_size() for value in weights.values()),
+        "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()}),
+        "finite": all(bool(value.isfinite().all()) for value in weights.values()),
+        "modules": modules(weights, config),
+    }
+
+
+def modules(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return each adapted module's name, the norm of its update and, of LoRA, rank and alpha.
+
+    Args:
+        weights: as saved, by name.
+        config: the adapter's.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in weights.items():
+        name = PART.sub("", key.removeprefix("base_model.model."))
+        groups.setdefault(name, {})[key] = value.float()
+    found = []
+    for name, parts in sorted(groups.items(), key=lambda item: _natural(item[0])):
+        ends = [
+            value
+            for end in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+            for key, value in parts.items()
+            if f".{end}" in key
+        ]
+        if len(ends) == 2:
+            first, second = ends
+            alpha = _of_pattern(name, config.get("alpha_pattern"), config["lora_alpha"])
+            scaling = alpha / (math.sqrt(len(first)) if config.get("use_rslora") else len(first))
+            norm = scaling * _norm_of_product(second, first)
+            found.append({"name": name, "r": len(first), "lora_alpha": alpha, "norm": norm})
+        else:
+            norm = math.sqrt(sum(float(value.square().sum()) for value in parts.values()))
+            found.append({"name": name, "norm": norm})
+    return found
+
+
+def _norm_of_product(second_OR: Tensor, first_RI: Tensor) -> float:
+    """Return the Frobenius norm of B A without making it: tr((B'B)(AA')), [R, R] each."""
+    second, first = second_OR.flatten(1).double(), first_RI.flatten(1).double()
+    return float(((second.T @ second) * (first @ first.T)).sum().clamp(min=0).sqrt())
+
+
+def _of_pattern(name: str, patterns: Mapping[str, Any] | None, default: float) -> float:
+    """Return the value whose key is the end of a module's name, as peft looks it up for names."""
+    found = [v for key, v in (patterns or {}).items() if f".{name}".endswith(f".{key}")]
+    return float(found[0] if found else default)
+
+
+def _natural(name: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _model(saved: Saved) -> dict[str, Any]:
+    config = json.loads((saved.folder / "config.json").read_text(encoding="utf-8"))
+    parameters, dtypes, sizes = 0, set(), 0
+    for file in sorted(saved.folder.glob("*.safetensors")):
+        sizes += file.stat().st_size
+        try:
+            with safe_open(str(file), "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (a file, not a dict)
+                    shape = tensors.get_slice(key)
+                    parameters += math.prod(shape.get_shape())
+                    dtypes.add(shape.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise SavedError(f"{file} is damaged: {error}") from error
+    merge = saved.folder / "merge.json"
+    return {
+        "kind": "model",
+        "architecture": (config.get("architectures") or ["?"])[0],
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "parameters": parameters,
+        "bytes": sizes,
+        "dtypes": sorted(dtypes),
+        "merged_from": json.loads(merge.read_text(encoding="utf-8")) if merge.is_file() else None,
+    }
+
+
+def _run(saved: Saved) -> dict[str, Any] | None:
+    """Return the training record, as far as it says how the weights came to be."""
+    if saved.run is None:
+        return None
+    keys = ("name", "status", "choices", "objective", "metrics", "counts", "data", "versions")
+    return {"path": str(saved.run)} | {k: saved.record[k] for k in keys if k in saved.record}
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def _job(run: Path) -> dict[str, Any]:
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    told = {key: record.get(key) for key in ("name", "status", "objective", "error")}
+    value = record.get("metrics", {}).get(told["objective"])
+    return {"path": str(run), **told, "value": value}

@@ -1,0 +1,170 @@
+"""A saved adapter on its base, or a saved model: to answer, to measure, or to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoTokenizer
+
+from lora_exp.adapter import put
+from lora_exp.after.saved import Saved, base_config, find
+from lora_exp.display import quiet
+from lora_exp.errors import AdapterError
+from lora_exp.foreign import names_only
+from lora_exp.model import Base, sharing_copy
+from lora_exp.place import base_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that answers, and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Compute without gradients, in the precision that runs on such a base train in."""
+        quantised = getattr(self.model, "quantization_method", None) is not None
+        device = self.model.device.type
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=quantised):
+            yield
+
+
+def load_adapter(
+    path: str | Path,
+    merge: bool = False,
+    quant: str | None = None,
+    base: str | None = None,
+    trainable: bool = False,
+) -> tuple[Any, Any]:
+    """Load what a run saved, on its base.
+
+    Args:
+        path: an adapter, a run, a checkpoint or a whole model.
+        merge: true: return the base with the adapter merged in; a quantised base is dequantised.
+        quant: `nf4`, `fp4`, `int8` or `none`; None: as its run held the base.
+        base: where the base lies, if not where the adapter says.
+        trainable: true: the adapter's weights take gradients.
+
+    Returns:
+        The model, a PeftModel unless it was merged or is whole, and its tokenizer.
+
+    Raises:
+        SavedError: there is nothing to load.
+        AdapterError: it does not belong to this base.
+        ConfigError: the base cannot be loaded.
+    """
+    quiet()
+    saved = find(path)
+    loaded = load(saved, load_base(saved, base, quant), trainable)
+    if merge and saved.adapter is not None:
+        return merged(loaded.model), loaded.tokenizer
+    return loaded.model, loaded.tokenizer
+
+
+def load_base(saved: Saved, base: str | None = None, quant: str | None = None) -> Base:
+    """Load the base of what was saved, as `base_config` says.
+
+    Raises:
+        AdapterError: it has other weights than the one that the adapter was trained on.
+    """
+    cfg = base_config(saved, base, quant)
+    check_name(saved, base)
+    found = base_of(cfg)
+    if saved.adapter is not None:
+        check_base(saved, found)
+    return found
+
+
+def check_name(saved: Saved, base: str | None) -> None:
+    """Refuse a base of another name where nothing better tells bases apart.
+
+    Raises:
+        AdapterError: it has another name.
+    """
+    if base is None or saved.adapter is None or saved.record.get("base"):
+        return
+    named = Path(base_config(saved, base, "none").model.path).name
+    if Path(saved.base).name != named:
+        raise AdapterError(f"{saved.folder} was trained on {saved.base}, not on {base}")
+
+
+def check_base(saved: Saved, base: Base) -> None:
+    """Refuse a base of other weights than those that an adapter was trained on.
+
+    Raises:
+        AdapterError: the run's record knows another commit or hash.
+    """
+    known = saved.record.get("base")
+    if known and base.revision and known != base.revision:
+        text = f"was trained on a base of other weights ({known}, not {base.revision})"
+        raise AdapterError(f"{saved.folder} {text}")
+
+
+def load(saved: Saved, base: Base, trainable: bool = False) -> Loaded:
+    """Put what was saved on a base; a whole model is its own.
+
+    Raises:
+        AdapterError: it does not fit, or its weights are not finite.
+    """
+    model = base.model
+    if saved.adapter is not None:
+        config = peft.PeftConfig.from_pretrained(str(saved.folder))
+        names_only(config, model, str(saved.folder))
+        config.inference_mode = not trainable
+        model = put(model, config, str(saved.folder), trainable)
+    if not trainable:
+        model.eval()
+    return Loaded(saved.name, model, tokenizer_of(saved, base))
+
+
+def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
+    """Put several adapters on one base: each has a tree of modules, all share its weights.
+
+    Raises:
+        AdapterError: one does not fit, or two have one name.
+    """
+    loaded: list[Loaded] = []
+    for saved in several:
+        check_base(saved, base)
+        own = Base(sharing_copy(base.model), base.tokenizer, base.path, base.revision, None)
+        loaded.append(load(saved, own))
+    names = [each.name for each in loaded]
+    if twice := {name for name in names if names.count(name) > 1}:
+        places = [str(s.folder) for s in several]
+        raise AdapterError(f"two adapters are called {', '.join(twice)}: {', '.join(places)}")
+    return loaded
+
+
+def tokenizer_of(saved: Saved, base: Base) -> Any:
+    """Return the tokenizer that was saved with the weights, or the base's."""
+    if not (saved.folder / "tokenizer_config.json").is_file():
+        return base.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(str(saved.folder))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def merged(model: Any) -> Any:
+    """Return the base with a PeftModel's adapter merged in; a quantised base is dequantised.
+
+    Raises:
+        AdapterError: the method cannot be merged, or the result is not finite.
+    """
+    base = model.get_base_model()
+    if getattr(base, "quantization_method", None) is not None:
+        raise AdapterError("merging into a quantised base rounds the adapter away; dequantise it")
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        kind = model.peft_config[model.active_adapter].peft_type.value
+        raise AdapterError(f"{kind} cannot be merged: {error}") from error

@@ -1,0 +1,163 @@
+"""Adapters merged into their base: a model like any other, for engines that know no adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from transformers import set_seed
+
+from lora_exp.after.loading import check_base, check_name, load, merged, tokenizer_of
+from lora_exp.after.saved import Saved, base_config, find
+from lora_exp.after.saving import check_free
+from lora_exp.disk import sha256, whole
+from lora_exp.display import quiet
+from lora_exp.errors import AdapterError, SavedError
+from lora_exp.foreign import names_only, numbers_only
+from lora_exp.model import Base, dequantise
+from lora_exp.place import base_of
+
+RECORD = "merge.json"  # of what a merged model was made
+Into = Literal["original", "dequantised"]
+METHODS = (
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
+    "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
+SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's weights
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    into: Into = "original",
+    method: str = "linear",
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+) -> Path:
+    """Merge adapters into their base and save a whole model, with tokenizer and generation config.
+
+    Args:
+        adapters: adapters or runs of one base; several are combined before they are merged.
+        out: the folder to make.
+        base: where the base lies, if not where the adapter says.
+        dtype: of the saved weights: `float32`, `bfloat16`, `float16`; None: the base's own.
+        into: `original`: the unquantised base; `dequantised`: what an adapter that was trained on
+            a quantised base saw of it.
+        method: how several adapters become one, in peft's words.
+        weights: of each adapter; None: 1 each.
+        density: the share of each adapter's weights that ties, dare and magnitude_prune keep.
+        max_shard_size: of a weight file.
+        force: replace `out` if it is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SavedError: an adapter is missing or damaged, or `out` is there already.
+        AdapterError: an adapter belongs to another base, cannot be merged, or makes weights that
+            are not finite.
+    """
+    quiet()
+    folder = Path(out).expanduser()
+    check_free(folder, force)
+    several = [find(path) for path in adapters]
+    _check(several, into, method, weights)
+    for saved in several:
+        check_name(saved, base)
+    first = several[0]
+    found = _base(first, base, dtype, into)
+    for saved in several:
+        check_base(saved, found)
+    model = load(first, found).model
+    if len(several) > 1:
+        shares = list(weights or [1.0] * len(several))
+        _combine(model, several, shares, method, density)
+    model = merged(model)
+    model = model.to(getattr(torch, dtype)) if dtype else model
+    _check_finite(model)
+    told = {
+        "adapters": [_identity(saved) for saved in several],
+        "base": {"path": found.path, "revision": found.revision},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "into": into,
+        "quant": first.settings.get("quant") if into == "dequantised" else None,
+    }
+    if len(several) > 1:
+        told |= {"method": method, "weights": shares}
+    with whole(folder) as made:
+        model.save_pretrained(str(made), max_shard_size=max_shard_size)
+        tokenizer_of(first, found).save_pretrained(str(made))
+        (made / RECORD).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        if (first.folder / "README.md").is_file():
+            shutil.copy(first.folder / "README.md", made / "README.md")
+    return folder
+
+
+def _check(several: list[Saved], into: Into, method: str, weights: Sequence[float] | None) -> None:
+    whole_models = [saved for saved in several if saved.adapter is None]
+    if whole_models:
+        text = "is a whole model already; only adapters are merged"
+        raise SavedError(f"{whole_models[0].folder} {text}")
+    if weights is not None and len(weights) != len(several):
+        raise AdapterError(f"{len(weights)} weights for {len(several)} adapters; give one for each")
+    if weights is not None and len(several) == 1:
+        raise AdapterError("weights share several adapters out; here is one")
+    if len(several) > 1 and method not in METHODS:
+        raise AdapterError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if into == "dequantised" and not several[0].settings.get("quant"):
+        text = "was not trained on a quantised base, or its run is not known; into=original"
+        raise AdapterError(f"{several[0].folder} {text}")
+
+
+def _base(saved: Saved, base: str | None, dtype: str | None, into: Into) -> Base:
+    """Load the base in floats: as it is, or as a quantised one's adapter saw it."""
+    if into == "original":
+        cfg = base_config(saved, base, "none")
+        if dtype is not None:
+            cfg.model.dtype = dtype
+        return base_of(cfg)
+    cfg = base_config(saved, base)
+    found = base_of(cfg)
+    model = dequantise(found.model, torch.float32)
+    return Base(model, found.tokenizer, found.path, found.revision, found.warning)
+
+
+def _combine(
+    model: Any, several: list[Saved], weights: list[float], method: str, density: float
+) -> None:
+    """Make one adapter of several, the active one."""
+    names = ["default"]
+    for i, saved in enumerate(several[1:], 1):
+        config = peft.PeftConfig.from_pretrained(str(saved.folder))
+        names_only(config, model.get_base_model(), str(saved.folder))
+        with numbers_only(str(saved.folder)):
+            model.load_adapter(str(saved.folder), f"adapter{i}", peft_config=config)
+        names.append(f"adapter{i}")
+    set_seed(0)  # dare drops weights at random
+    sparse = {"density": density} if method.startswith(SPARSE) else {}
+    try:
+        model.add_weighted_adapter(names, weights, "merged", combination_type=method, **sparse)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise AdapterError(f"{method} cannot combine these: {error}") from error
+    model.set_adapter("merged")
+
+
+def _check_finite(model: Any) -> None:
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        text = "take --dtype float32 or bfloat16" if model.dtype == torch.float16 else "not saved"
+        raise AdapterError(f"{len(bad)} merged weights are not finite ({bad[0]}); {text}")
+
+
+def _identity(saved: Saved) -> dict[str, str]:
+    files = sorted(saved.folder.glob("adapter_model.*"))
+    return {"name": saved.name, "sha256": sha256(files[0])}
