@@ -1,7 +1,8 @@
 """lora-exp: compose, train and compare fine-tuning runs.
 
-from lora_exp import compose, run
+from lora_exp import compose, load_adapter, run
 result = run(compose("peft.r=8", "quant=nf4"))
+model, tokenizer = load_adapter(result.saved)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_exp.config import compose
 
 if TYPE_CHECKING:
+    from lora_exp.after.loading import load_adapter
     from lora_exp.experiment import run
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl would ping for every trainer
@@ -20,14 +22,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # and forked tokenizer
 # it misses an optional kernel, aloud, and warns of a cast at every int8 product
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__all__ = ["compose", "run"]
+__all__ = ["compose", "load_adapter", "run"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the training side, and so torch, only when it is asked for."""
+    """Import what needs torch only when it is asked for."""
     if name == "run":
         from lora_exp.experiment import run
 
         return run
+    if name == "load_adapter":
+        from lora_exp.after.loading import load_adapter
+
+        return load_adapter
     raise AttributeError(f"module 'lora_exp' has no attribute {name!r}")

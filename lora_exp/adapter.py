@@ -85,6 +85,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers
             parameter.requires_grad_(False)
+    # peft's card names this machine's folders, and is a checkpoint's slowest file; ours comes last
+    model.create_or_update_model_card = lambda *_: None
     adapted = getattr(model.base_model, "targeted_module_names", [])
     modules = Counter(name.rpartition(".")[2] for name in adapted)
     trainable, total = model.get_nb_trainable_parameters()
@@ -137,9 +139,11 @@ def put(model: Any, config: Any, path: str, trainable: bool) -> Any:
         if bad := sorted(key for key, value in weights.items() if not value.isfinite().all()):
             raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
         try:
-            made = peft.PeftModel.from_pretrained(
-                model, folder, is_trainable=trainable, config=config
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+                made = peft.PeftModel.from_pretrained(
+                    model, folder, is_trainable=trainable, config=config
+                )
         except RuntimeError as error:  # torch's list of sizes, a line for each weight
             first = str(error).splitlines()[1:2] or [str(error)]
             raise AdapterError(f"{path} does not fit this base: {first[0].strip()}") from error

@@ -25,6 +25,8 @@ HARMLESS = (
     "Unsupported layer type .*Norm",  # ln_tuning says so of the very layers it is made for
     "(PiSSA|OLoRA) changes the base weights",  # adapter.save converts them, as it asks
     "Could not find a config file in pkg://",  # peft looks for it while it converts those two
+    "Model has `tie_word_embeddings=True`",  # a merge parts the two
+    "Setting `save_embedding_layers` to `True`",  # that of an adapted embedding, as it should
     "Adapter 'default': .* invalid shape",  # AdaLoRA pruned a module to rank 0
 )
 

@@ -35,6 +35,25 @@ def quick_run(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train a little, enough to be told from the base; the same overrides, the same run."""
+    from lora_exp import compose, run
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def go(*overrides: str) -> Path:
+        if overrides not in made:
+            own_data = any(override.startswith("data=") for override in overrides)
+            quick = [key for key in QUICK if not (own_data and key.startswith("data."))]
+            longer = ["train.max_steps=12", "train.learning_rate=3e-3"]
+            cfg = compose("tracking=none", *quick, *longer, *overrides)
+            made[overrides] = run(cfg, tmp_path_factory.mktemp("trained") / "run").directory
+        return made[overrides]
+
+    return go
+
+
+@pytest.fixture(scope="session")
 def base() -> Any:
     """The embedded model; tests must not change it."""
     from lora_exp.model import load

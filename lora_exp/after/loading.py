@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 from transformers import AutoTokenizer
 
 from lora_exp.adapter import put
@@ -17,7 +20,7 @@ from lora_exp.after.saved import Saved, base_config, find
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError
 from lora_exp.foreign import names_only
-from lora_exp.model import Base, sharing_copy
+from lora_exp.model import Base, dequantise, sharing_copy
 from lora_exp.place import base_of
 
 
@@ -64,24 +67,36 @@ def load_adapter(
     """
     quiet()
     saved = find(path)
-    loaded = load(saved, load_base(saved, base, quant), trainable)
+    found = load_base(saved, base, quant)
     if merge and saved.adapter is not None:
+        loaded = load(saved, in_floats(found))
         return merged(loaded.model), loaded.tokenizer
+    loaded = load(saved, found, trainable)
     return loaded.model, loaded.tokenizer
 
 
-def load_base(saved: Saved, base: str | None = None, quant: str | None = None) -> Base:
-    """Load the base of what was saved, as `base_config` says.
+def load_base(
+    saved: Saved, base: str | None = None, quant: str | None = None, dtype: str | None = None
+) -> Base:
+    """Load the base of what was saved, as `base_config` says; `dtype` None: as its run did.
 
     Raises:
         AdapterError: it has other weights than the one that the adapter was trained on.
     """
     cfg = base_config(saved, base, quant)
     check_name(saved, base)
+    cfg.model.dtype = dtype or cfg.model.dtype
     found = base_of(cfg)
     if saved.adapter is not None:
         check_base(saved, found)
     return found
+
+
+def in_floats(base: Base) -> Base:
+    """Return a base as what was trained on it saw it: a quantised one's weights as float32."""
+    if getattr(base.model, "quantization_method", None) is None:
+        return base
+    return replace(base, model=dequantise(base.model, torch.float32))
 
 
 def check_name(saved: Saved, base: str | None) -> None:
@@ -130,17 +145,12 @@ def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
     """Put several adapters on one base: each has a tree of modules, all share its weights.
 
     Raises:
-        AdapterError: one does not fit, or two have one name.
+        AdapterError: one does not fit, or belongs to another base.
     """
     loaded: list[Loaded] = []
     for saved in several:
         check_base(saved, base)
-        own = Base(sharing_copy(base.model), base.tokenizer, base.path, base.revision, None)
-        loaded.append(load(saved, own))
-    names = [each.name for each in loaded]
-    if twice := {name for name in names if names.count(name) > 1}:
-        places = [str(s.folder) for s in several]
-        raise AdapterError(f"two adapters are called {', '.join(twice)}: {', '.join(places)}")
+        loaded.append(load(saved, replace(base, model=sharing_copy(base.model))))
     return loaded
 
 
@@ -155,16 +165,26 @@ def tokenizer_of(saved: Saved, base: Base) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """Return the base with a PeftModel's adapter merged in; a quantised base is dequantised.
+    """Return the unquantised base of a PeftModel with the adapter merged in.
 
     Raises:
         AdapterError: the method cannot be merged, or the result is not finite.
     """
-    base = model.get_base_model()
-    if getattr(base, "quantization_method", None) is not None:
-        raise AdapterError("merging into a quantised base rounds the adapter away; dequantise it")
+    _untie(model)
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, AttributeError, NotImplementedError) as error:
         kind = model.peft_config[model.active_adapter].peft_type.value
         raise AdapterError(f"{kind} cannot be merged: {error}") from error
+
+
+def _untie(model: Any) -> None:
+    """Part tied embeddings if one of the two was adapted: a merge would change the other too."""
+    base = model.get_base_model()
+    first, last = base.get_input_embeddings(), base.get_output_embeddings()
+    if last is None or not base.config.tie_word_embeddings:
+        return
+    if any(isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper) for each in (first, last)):
+        plain = getattr(last, "base_layer", getattr(last, "original_module", last))
+        plain.weight = nn.Parameter(plain.weight.detach().clone())
+        base.config.tie_word_embeddings = False

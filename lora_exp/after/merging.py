@@ -12,15 +12,21 @@ import peft
 import torch
 from transformers import set_seed
 
-from lora_exp.after.loading import check_base, check_name, load, merged, tokenizer_of
-from lora_exp.after.saved import Saved, base_config, find
+from lora_exp.after.loading import (
+    check_base,
+    check_name,
+    in_floats,
+    load,
+    load_base,
+    merged,
+    tokenizer_of,
+)
+from lora_exp.after.saved import Saved, find
 from lora_exp.after.saving import check_free
 from lora_exp.disk import sha256, whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.foreign import names_only, numbers_only
-from lora_exp.model import Base, dequantise
-from lora_exp.place import base_of
 
 RECORD = "merge.json"  # of what a merged model was made
 Into = Literal["original", "dequantised"]
@@ -74,7 +80,10 @@ def merge(
     for saved in several:
         check_name(saved, base)
     first = several[0]
-    found = _base(first, base, dtype, into)
+    if into == "original":
+        found = load_base(first, base, "none", dtype)
+    else:
+        found = in_floats(load_base(first, base))
     for saved in several:
         check_base(saved, found)
     model = load(first, found).model
@@ -116,19 +125,6 @@ def _check(several: list[Saved], into: Into, method: str, weights: Sequence[floa
     if into == "dequantised" and not several[0].settings.get("quant"):
         text = "was not trained on a quantised base, or its run is not known; into=original"
         raise AdapterError(f"{several[0].folder} {text}")
-
-
-def _base(saved: Saved, base: str | None, dtype: str | None, into: Into) -> Base:
-    """Load the base in floats: as it is, or as a quantised one's adapter saw it."""
-    if into == "original":
-        cfg = base_config(saved, base, "none")
-        if dtype is not None:
-            cfg.model.dtype = dtype
-        return base_of(cfg)
-    cfg = base_config(saved, base)
-    found = base_of(cfg)
-    model = dequantise(found.model, torch.float32)
-    return Base(model, found.tokenizer, found.path, found.revision, found.warning)
 
 
 def _combine(

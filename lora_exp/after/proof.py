@@ -14,19 +14,21 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lora_exp.after.loading import load, load_base
+from lora_exp.after.loading import in_floats, load, load_base
 from lora_exp.after.merging import RECORD
-from lora_exp.after.prompts import read
+from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import Saved, find
 from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.memory import give_back
+from lora_exp.model import Base
 from lora_exp.template import render_chat
 
 # the largest difference of a logit, as a share of the largest logit, and the least share of
-# places where both would say the same token; what rounding weights to the dtype explains
-TOLERANCE = {"float32": (1e-5, 1.0), "bfloat16": (5e-2, 0.9), "float16": (1e-2, 0.97)}
+# places where both would say the same token: what rounding the merged weights explains
+TOLERANCE = {"float32": (5e-6, 1.0), "bfloat16": (5e-2, 0.9), "float16": (1e-2, 0.97)}
+SUMS = 5e-5  # the same for float32 weights beside 4-bit layers, which cannot compute in float64
 PROMPTS = (
     "Who are you, and who made you?",
     "Name three colours of the rainbow.",
@@ -53,12 +55,16 @@ class Proof:
     same_text: float  # share of prompts whose greedy answers are equal
     largest_logit: float
     dtype: str  # of the merged weights
+    computed_in: str  # float64 where both sides can: then only the merge differs, not the sums
     reference: str
 
     @property
     def tolerance(self) -> float:
         """The difference that is let pass."""
-        return TOLERANCE[self.dtype][0] * max(1.0, self.largest_logit)
+        share = TOLERANCE[self.dtype][0]
+        if self.dtype == self.computed_in:
+            share = SUMS
+        return share * max(1.0, self.largest_logit)
 
     @property
     def holds(self) -> bool:
@@ -77,7 +83,7 @@ class Seen:
 
     ids: list[int]  # prompt and answer
     asked: int  # how many of them are the prompt
-    logits_TV: Tensor  # float32, before each next token
+    logits_TV: Tensor  # before each next token
 
     @property
     def answer(self) -> list[int]:
@@ -115,11 +121,13 @@ def prove(
     if whole_model.adapter is not None:
         raise SavedError(f"{whole_model.folder} is an adapter; the first is the merged model")
     quant = quant or _quant(whole_model, saved)
-    reference = load_base(saved, base, quant)
-    for module in reference.model.modules():  # products as exact as the merged model's
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    dtype = _stored(whole_model)
+    reference = _base(saved, base, quant)
+    exact = dtype == "float32" and getattr(reference.model, "quantization_method", None) is None
+    precision = torch.float64 if exact else torch.float32
     loaded = load(saved, reference)
+    if exact:
+        loaded.model.to(precision)
     texts = _prompts(saved, loaded.tokenizer, prompts)
     asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     expected = [
@@ -128,14 +136,31 @@ def prove(
     del loaded, reference
     gc.collect()
     give_back()
-    model = load_base(whole_model).model.eval()
+    model = _base(whole_model, None, "none").model.eval().to(precision)
     compared = []
     for want in _shown(expected, "merged model"):
         got = _seen(model, want.ids[: want.asked], max_new_tokens, want)
         compared.append((want, got))
-    dtype = str(model.dtype).removeprefix("torch.")
     told = f"{saved.name} on {saved.base}" + (f" in {quant}" if quant != "none" else "")
-    return _proof(compared, dtype, told)
+    return _proof(compared, dtype, str(precision).removeprefix("torch."), told)
+
+
+def _stored(saved: Saved) -> str:
+    """Return the dtype of a model's weights on disk."""
+    config = json.loads((saved.folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype", config.get("torch_dtype", "float32")))
+
+
+def _base(saved: Saved, base: str | None, quant: str) -> Base:
+    """Load a base whose products are as exact as can be.
+
+    That of 8-bit layers is dequantised: they round what flows through them too.
+    """
+    found = load_base(saved, base, quant, "float32")
+    for module in found.model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    return in_floats(found) if quant == "int8" else found
 
 
 def _quant(merged: Saved, saved: Saved) -> str:
@@ -152,7 +177,7 @@ def _shown(what: Sequence[Any], name: str) -> Any:
 
 def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]:
     if path is not None:
-        return [prompt.text for _, prompt in read(path, tokenizer)]
+        return [prompt.text for prompt in prompts_of(read(path), tokenizer)]
     samples = saved.run / "samples.jsonl" if saved.run else None
     if samples is not None and samples.is_file():
         lines = samples.read_text(encoding="utf-8").split("\n")
@@ -173,11 +198,11 @@ def _seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> 
         do_sample=False, temperature=None, top_p=None, top_k=None,
     )[0].tolist()  # fmt: skip
     read = torch.tensor([like.ids if like else answered], device=model.device)
-    logits = model(input_ids=read, use_cache=False).logits[0].float().cpu()
+    logits = model(input_ids=read, use_cache=False).logits[0].cpu()
     return Seen(answered, len(prompt), logits)
 
 
-def _proof(pairs: list[tuple[Seen, Seen]], dtype: str, reference: str) -> Proof:
+def _proof(pairs: list[tuple[Seen, Seen]], dtype: str, computed_in: str, reference: str) -> Proof:
     """Sum up; KL(adapter || merged) in nats, averaged over tokens."""
     first, second = pairs[0][0].logits_TV, pairs[0][1].logits_TV
     if first.shape[1] != second.shape[1]:
@@ -197,6 +222,7 @@ def _proof(pairs: list[tuple[Seen, Seen]], dtype: str, reference: str) -> Proof:
         same_text=sum(want.answer == got.answer for want, got in pairs) / len(pairs),
         largest_logit=float(wanted.abs().max()),
         dtype=dtype,
+        computed_in=computed_in,
         reference=reference,
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ class Saved:
     folder: Path
     adapter: dict[str, Any] | None  # its adapter_config.json; None: a whole model
     run: Path | None  # the directory with run.json and config.yaml
+    alias: str | None = None  # what the user calls it
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -45,7 +48,7 @@ class Saved:
     @property
     def name(self) -> str:
         """What to call it among others."""
-        own = self.folder.name
+        own = self.alias or self.folder.name
         known = self.record.get("name")
         return str(known) if known and own in ("adapter", "model") else own
 
@@ -93,6 +96,25 @@ def find(path: str | Path) -> Saved:
     there = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else "a file"
     text = "is no adapter (adapter_config.json), model (config.json) or run (run.json)"
     raise SavedError(f"{path} {text}; there is {there or 'nothing'}")
+
+
+def find_all(paths: Iterable[str | Path]) -> list[Saved]:
+    """Return what was saved at several paths; `NAME=PATH` gives one another name.
+
+    Raises:
+        SavedError: as `find`; or two have one name, or a whole model is among several.
+    """
+    found: list[Saved] = []
+    for path in map(str, paths):
+        alias, told, place = path.partition("=")
+        named = told and not Path(path).exists() and re.fullmatch(r"[\w.-]+", alias)
+        found.append(replace(find(place), alias=alias) if named else find(path))
+    if len(found) > 1 and (whole := [s for s in found if s.adapter is None]):
+        raise SavedError(f"{whole[0].folder} is a whole model; several must be adapters of a base")
+    names = [saved.name for saved in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SavedError(f"two are called {', '.join(twice)}; name them: NAME=PATH")
+    return found
 
 
 def jobs(folder: Path) -> list[Path]:
@@ -160,7 +182,7 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         quant: an option of conf/quant; None: as its run held it, not at all where there was none.
 
     Raises:
-        ConfigError: no such option.
+        hydra.errors.HydraException: no such option.
     """
     chosen = base or saved.base
     is_option = base is not None and (CONF / "model" / f"{base}.yaml").is_file()

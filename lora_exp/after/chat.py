@@ -1,0 +1,237 @@
+"""The chat at a terminal, or through a pipe: lines in, answers out, commands with a slash."""
+
+from __future__ import annotations
+
+import readline
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+
+from lora_exp.after.conversation import OFF, Conversation
+from lora_exp.after.loading import Loaded, in_floats, load, load_base, merged, side_by_side
+from lora_exp.after.saved import find_all
+from lora_exp.console import console, facts
+from lora_exp.display import quiet
+from lora_exp.errors import LoraExpError, SavedError, did_you_mean
+from lora_exp.tokens import cache_dir
+
+HISTORY = 1000  # lines kept between chats
+BLOCK = '"""'  # around a text of several lines
+HELP = {
+    "/adapter NAME": "let another adapter answer; /adapter off: the bare base; alone: list them",
+    "/compare PROMPT": "what the base and every adapter would answer, side by side",
+    "/system TEXT": "the system prompt; alone: show it",
+    "/set KEY VALUE": "temperature, top_p, max_new_tokens or seed; alone: show them",
+    "/retry": "answer the last thing again",
+    "/undo": "take the last thing and its answer back",
+    "/clear": "begin anew",
+    "/save FILE": "write the conversation as a row that training takes",
+    "/help": "this",
+    "/exit": "leave; so does Ctrl-D",
+}
+COMMANDS = tuple(usage.split()[0] for usage in HELP)
+
+
+def open_chat(
+    paths: Sequence[str | Path],
+    base: str | None = None,
+    quant: str | None = None,
+    merge: bool = False,
+    system: str | None = None,
+) -> Conversation:
+    """Load one model, or several adapters on one base, and begin a conversation.
+
+    Args:
+        paths: adapters, runs or a whole model; `NAME=PATH` names one.
+        base: where the base lies, if not where the adapter says.
+        quant: how to hold the base; None: as the first one's run did.
+        merge: merge the one adapter into its base first.
+        system: the system prompt.
+
+    Raises:
+        SavedError: nothing to talk to, or two of one name.
+        AdapterError: adapters of different bases.
+    """
+    quiet()
+    several = find_all(paths)
+    scores = [saved for saved in several if saved.task_type == "SEQ_CLS"]
+    if scores:
+        raise SavedError(f"{scores[0].folder} gives scores (algorithm=reward), it does not answer")
+    if merge and len(several) > 1:
+        raise SavedError("--merge takes one adapter; several stay apart on their base")
+    first = several[0]
+    found = load_base(first, base, quant)
+    if first.adapter is None:
+        models = {first.name: load(first, found)}
+    elif merge:
+        loaded = load(first, in_floats(found))
+        models = {first.name: Loaded(first.name, merged(loaded.model).eval(), loaded.tokenizer)}
+    else:
+        models = {each.name: each for each in side_by_side(several, found)}
+        models[OFF] = Loaded(OFF, found.model.eval(), models[first.name].tokenizer)
+    return Conversation(models, first.name, system)
+
+
+class Chat:
+    """Reads lines, answers them, and obeys commands."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.at_terminal = sys.stdin.isatty() and console.is_terminal
+        self.failed = False
+        self.left = False
+
+    def run(self) -> bool:
+        """Talk until the lines end.
+
+        Returns:
+            Whether every line could be answered or obeyed.
+        """
+        if self.at_terminal:
+            names = ", ".join(self.conversation.models)
+            told = f"{names}; /help lists the commands, {BLOCK} begins a block"
+            console.print(Text(told, style="dim"))
+        for text in self._terminal() if self.at_terminal else _blocks(iter(sys.stdin)):
+            if not text.strip():
+                continue
+            try:
+                self._take(text)
+            except LoraExpError as error:
+                self.failed = True
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                if not self.at_terminal:
+                    raise
+                console.print(Text("(stopped)", style="dim"))
+            if self.left:
+                break
+        return not self.failed
+
+    def _terminal(self) -> Iterator[str]:
+        history = cache_dir() / "chat_history"
+        history.parent.mkdir(parents=True, exist_ok=True)
+        if history.is_file():
+            readline.read_history_file(history)
+        readline.set_history_length(HISTORY)
+        readline.set_completer_delims("")
+        readline.set_completer(self._completed)
+        readline.parse_and_bind("tab: complete")
+        try:
+            yield from _blocks(self._lines())
+        finally:
+            readline.write_history_file(history)
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                yield input(f"{self.conversation.active}> ")
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
+
+    def _completed(self, text: str, state: int) -> str | None:
+        adapters = [f"/adapter {name}" for name in self.conversation.models]
+        fitting = [known for known in (*COMMANDS, *adapters) if known.startswith(text)]
+        return fitting[state] if text and state < len(fitting) else None
+
+    def _take(self, text: str) -> None:
+        if not text.startswith("/"):
+            self._answer(lambda: self.conversation.say(text, _write))
+            return
+        command, _, rest = text.partition(" ")
+        if command not in COMMANDS:
+            raise SavedError(f"no command {command}{did_you_mean(command, COMMANDS)}; /help")
+        getattr(self, f"_{command[1:]}")(rest.strip())
+
+    def _answer(self, make: Callable[[], str]) -> None:
+        dropped = self.conversation.dropped
+        make()
+        print(flush=True)
+        if self.conversation.dropped > dropped:
+            count = self.conversation.dropped
+            text = f"the first {count} turns no longer fit the model's context"
+            print(f"({text}; /clear begins anew)", file=sys.stderr)
+
+    def _adapter(self, name: str) -> None:
+        if name:
+            self.conversation.switch(name)
+            return
+        for known in self.conversation.models:
+            print(f"{'*' if known == self.conversation.active else ' '} {known}")
+
+    def _compare(self, prompt: str) -> None:
+        if not prompt:
+            raise SavedError("/compare PROMPT: what shall they answer?")
+        found = self.conversation.compare(prompt)
+        if not self.at_terminal:
+            for name, said in found.items():
+                print(f"[{name}]\n{said}")
+            return
+        width = max(24, console.width // min(len(found), 3) - 2)
+        panels = [Panel(said, title=name, width=width) for name, said in found.items()]
+        console.print(Columns(panels))
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.conversation.system = text
+        else:
+            print(self.conversation.system or "(no system prompt)")
+
+    def _set(self, text: str) -> None:
+        if not text:
+            for key, value in vars(self.conversation.settings).items():
+                print(f"{key} {value}")
+            return
+        key, _, value = text.partition(" ")
+        self.conversation.settings.change(key, value.strip())
+
+    def _retry(self, _: str) -> None:
+        self._answer(lambda: self.conversation.retry(_write))
+
+    def _undo(self, _: str) -> None:
+        self.conversation.undo()
+
+    def _clear(self, _: str) -> None:
+        self.conversation.clear()
+
+    def _save(self, path: str) -> None:
+        if not path:
+            raise SavedError("/save FILE: where to?")
+        self.conversation.save(Path(path).expanduser())
+
+    def _help(self, _: str) -> None:
+        console.print(facts("commands", HELP))
+
+    def _exit(self, _: str) -> None:
+        self.left = True
+
+
+def _blocks(lines: Iterator[str]) -> Iterator[str]:
+    """Join the lines of a block, and those that end in a backslash."""
+    held: list[str] = []
+    inside = False
+    for line in lines:
+        line = line.rstrip("\n")
+        if not inside and line.startswith(BLOCK):
+            inside, line = True, line.removeprefix(BLOCK)
+        ends = inside and line.endswith(BLOCK)
+        held.append(line.removesuffix(BLOCK) if ends else line)
+        if inside and not ends:
+            continue
+        if not inside and line.endswith("\\"):
+            held[-1] = line[:-1]
+            continue
+        yield "\n".join(held).strip("\n")
+        held, inside = [], False
+    if held:
+        yield "\n".join(held).strip("\n")
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

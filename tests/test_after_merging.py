@@ -1,0 +1,171 @@
+"""Merging and its proof: what was trained answers the same without its adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_exp.after.loading import load_adapter
+from lora_exp.after.merging import merge
+from lora_exp.after.proof import examine, prove
+from lora_exp.errors import AdapterError, SavedError
+from tests.test_after_saved import copied
+
+Trained = Callable[..., Path]
+METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln_tuning"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
+    trained: Trained, tmp_path: Path, method: str
+) -> None:
+    run = trained(f"peft={method}")
+    made = merge([run], tmp_path / "merged")
+    proof = prove(made, run)
+    assert proof.max_difference < 1e-4
+    assert proof.top1_agreement == 1
+    assert proof.same_text == 1
+    assert proof.holds
+    assert not any(examine(made).values())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_qlora_adapter_in_the_dequantised_base_is_the_adapter_on_the_quantised_one(
+    trained: Trained, tmp_path: Path, quant: str
+) -> None:
+    run = trained("peft=lora", f"quant={quant}")
+    made = merge([run], tmp_path / "merged", into="dequantised")
+    assert prove(made, run).max_difference < 1e-3
+    original = merge([run], tmp_path / "original")
+    assert prove(original, run).max_difference < 1e-4  # on the unquantised base
+    assert not prove(original, run, quant=quant).holds  # the quantised one is another
+
+
+def test_an_adapted_embedding_leaves_the_head_that_it_was_tied_to(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = trained("peft=lora", "peft.target_modules=[embed_tokens,q_proj]")
+    assert prove(merge([run], tmp_path / "merged"), run).holds
+    whole = trained("peft=lora", "targets=qv", "+peft.modules_to_save=[embed_tokens]")
+    assert prove(merge([whole], tmp_path / "whole"), whole).holds
+
+
+def test_the_proof_fails_for_another_adapter_and_for_the_bare_base(
+    trained: Trained, tmp_path: Path
+) -> None:
+    made = merge([trained("peft=lora")], tmp_path / "merged")
+    other = prove(made, trained("peft=rslora"))
+    assert not other.holds
+    assert other.kl > 0.01
+
+
+def test_a_merge_is_smaller_in_bfloat16_and_still_the_same_model(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = trained("peft=lora")
+    made = merge([run], tmp_path / "merged", dtype="bfloat16", max_shard_size="1MB")
+    shards = sorted(made.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert {value.dtype for shard in shards for value in load_file(shard).values()} == {
+        torch.bfloat16
+    }
+    proof = prove(made, run)
+    assert proof.dtype == "bfloat16"
+    assert proof.holds
+    assert not prove(made, trained("peft=rslora")).holds
+
+
+def test_two_adapters_concatenated_act_as_the_weighted_sum_of_their_updates(
+    trained: Trained, tmp_path: Path
+) -> None:
+    runs = [trained("peft=lora"), trained("peft=lora", "seed=7", "peft.r=4")]
+    made = merge(runs, tmp_path / "merged", method="cat", weights=[0.75, 0.25])
+    base, _ = load_adapter(made)
+    deltas = []
+    for run in runs:
+        merged, _ = load_adapter(run, merge=True)
+        deltas.append(dict(merged.named_parameters()))
+    plain, _ = load_adapter("lora_exp/assets/tiny")
+    for name, start in plain.named_parameters():
+        wanted = start + 0.75 * (deltas[0][name] - start) + 0.25 * (deltas[1][name] - start)
+        assert torch.allclose(dict(base.named_parameters())[name], wanted, atol=1e-6)
+    told = json.loads((made / "merge.json").read_text())
+    assert told["method"] == "cat"
+    assert told["weights"] == [0.75, 0.25]
+    assert len(told["adapters"]) == 2
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "svd"])
+def test_two_adapters_combine_by_any_of_pefts_methods_the_same_each_time(
+    trained: Trained, tmp_path: Path, method: str
+) -> None:
+    runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
+    made = [merge(runs, tmp_path / f"{i}", method=method) for i in range(2)]
+    first, second = (load_file(folder / "model.safetensors") for folder in made)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_path: Path) -> None:
+    run, out = trained("peft=lora"), tmp_path / "merged"
+    with pytest.raises(AdapterError, match="PROMPT_TUNING cannot be merged"):
+        merge([trained("peft=prompt_tuning")], out)
+    with pytest.raises(AdapterError, match="none of linear"):
+        merge([run, run], out, method="average")
+    with pytest.raises(AdapterError, match="3 weights for 2 adapters"):
+        merge([run, run], out, weights=[1, 2, 3])
+    with pytest.raises(AdapterError, match="not trained on a quantised base"):
+        merge([run], out, into="dequantised")
+    with pytest.raises(AdapterError, match="linear cannot combine these"):
+        merge([run, trained("peft=lora", "seed=7", "peft.r=4")], out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(AdapterError, match="1 weights are not finite, the first is base_model"):
+        merge([run], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    changed = json.loads((run / "run.json").read_text()) | {"base": f"sha256:{'0' * 64}"}
+    (run / "run.json").write_text(json.dumps(changed))
+    with pytest.raises(AdapterError, match="trained on a base of other weights"):
+        merge([run], tmp_path / "merged")
+
+
+def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) -> None:
+    run, out = trained("peft=lora"), tmp_path / "merged"
+    merge([run], out)
+    before = (out / "model.safetensors").stat().st_ino
+    with pytest.raises(SavedError, match="exists; --force replaces it"):
+        merge([run], out)
+    merge([run], out, force=True)
+    assert (out / "model.safetensors").stat().st_ino != before
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years")
+    with pytest.raises(SavedError, match="something else"):
+        merge([run], precious, force=True)
+    assert (precious / "thesis.tex").read_text() == "years"
+
+
+def test_a_model_that_does_not_stop_at_its_end_token_is_found_out(
+    trained: Trained, tmp_path: Path
+) -> None:
+    made = merge([trained("peft=lora")], tmp_path / "merged")
+    config = json.loads((made / "generation_config.json").read_text())
+    (made / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    found = examine(made)
+    assert "goes on after" in str(found.pop("ends at EOS"))
+    assert not any(found.values())

@@ -1,0 +1,85 @@
+"""The command line: quick help, one clear line for what is wrong, pages for people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.test_after_chat import lora_exp
+
+Trained = Callable[..., Path]
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    script = "import sys; sys.argv = ['lora-exp', '--help']\nfrom lora_exp.cli import main\n"
+    script += "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - started < 5  # docs/benchmarks.md has the true figure
+    assert done.stdout.splitlines()[-1] == "False"
+    for command in ("run", "inspect", "save", "merge", "check", "chat"):
+        assert f" {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["inspect", "nowhere"], 1, "SavedError: nowhere does not exist"),
+        (["merge", "nowhere", "-o", "out"], 1, "nowhere does not exist"),
+        (["check", "nowhere"], 1, "nowhere does not exist"),
+        (["chat", "nowhere"], 1, "nowhere does not exist"),
+        (["inspect"], 2, "Missing argument 'PATH'"),
+        (["inspect", "nowhere", "--jsn"], 2, "--jsn"),
+        (["merge", "a", "-o", "b", "--dtype", "int3"], 2, "'int3' is not one of"),
+        (["merge", "a", "-o", "b", "--weights", "x"], 2, "numbers with commas between"),
+        (["instpect", "a"], 2, "inspect"),
+        (["peft.r=8"], 2, "lora-exp run peft.r=8 trains"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(arguments: list[str], code: int, said: str) -> None:
+    done = lora_exp(*arguments)
+    assert done.returncode == code
+    assert said in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_merge_and_check_by_hand(trained: Trained, tmp_path: Path) -> None:
+    run, merged = str(trained("peft=lora", "quant=nf4")), str(tmp_path / "merged")
+    page = lora_exp("inspect", run)
+    assert page.returncode == 0, page.stderr
+    assert "norm of each module's update (r 16, alpha 32 everywhere)" in page.stdout
+    assert "pkg://lora_exp/assets/tiny at sha256:" in page.stdout
+    found = json.loads(lora_exp("inspect", run, "--json").stdout)
+    assert found["kind"] == "adapter"
+    made = lora_exp("merge", run, "-o", merged)
+    assert made.returncode == 0, made.stderr
+    assert f"prove it: lora-exp check {merged} --adapter {run}" in made.stdout
+    proof = lora_exp("check", merged, "--adapter", run)
+    assert proof.returncode == 0, proof.stderr
+    assert "the merged model is the adapter on its base" in proof.stdout
+    wrong = lora_exp("check", merged, "--adapter", str(trained("peft=rslora")), "--json")
+    assert wrong.returncode == 1
+    assert json.loads(wrong.stdout)["holds"] is False
+    plain = lora_exp("check", merged)
+    assert plain.returncode == 0
+    assert plain.stdout.count(" ok  ") == 4
+    again = lora_exp("merge", run, "-o", merged)
+    assert again.returncode == 1
+    assert "--force replaces it" in again.stderr
+
+
+def test_run_is_the_runner(tmp_path: Path) -> None:
+    done = lora_exp("run", "--cfg", "job", "peft.r=4")
+    assert done.returncode == 0, done.stderr
+    assert "r: 4" in done.stdout
+    wrong = lora_exp("run", "peft.r=0", f"hydra.run.dir={tmp_path}/run")
+    assert wrong.returncode == 1
+    assert "peft.r: 0 is no rank" in wrong.stderr
