@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.disk import refusal
 from lora_exp.errors import LoraExpError
@@ -51,6 +52,13 @@ class Into(StrEnum):
 
     original = "original"
     dequantised = "dequantised"
+
+
+class Engine(StrEnum):
+    """What serves."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")]
@@ -168,6 +176,174 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=USE)
+def chat(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
+    ],
+    base: Base = None,
+    quant: QuantOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="merge the adapter first")] = False,
+    system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
+) -> None:
+    """Talk to what was trained; several adapters answer beside their base. Pipes work too."""
+    from lora_exp.after.chat import Chat, open_chat
+
+    if not Chat(open_chat(paths, base, quant and quant.value, merge, system)).run():
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=USE)
+def serve(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
+    ],
+    base: Base = None,
+    quant: QuantOption = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 answers the whole network, which needs no key")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8000,
+    engine: Annotated[
+        Engine, typer.Option(help="vllm, where it is installed, is faster on a GPU")
+    ] = Engine.transformers,
+) -> None:
+    """Serve what was trained as OpenAI's interface does: each adapter is a model, and the base."""
+    from lora_exp.after import pages, serving
+
+    def ready(url: str, chats: dict[str, bool]) -> None:
+        print(pages.serving(url, chats), flush=True)
+
+    serving.serve(paths, ready, base, quant and quant.value, host, port, engine.value)
+
+
+@app.command(rich_help_panel=USE)
+def generate(
+    path: Path_,
+    prompts: Annotated[str, typer.Option(help="JSON lines (or a glob) that ask something")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the JSON lines file to make")],
+    base: Base = None,
+    quant: QuantOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each answer", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time", min=0.0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="the share of the likelihood to draw from", min=0.0, max=1.0)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    batch_size: Annotated[int, typer.Option(help="prompts at a time", min=1)] = 16,
+    as_chat: Annotated[
+        bool, typer.Option("--as-chat", help="a prompt that is text is a user's turn")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Answer a file of prompts; the same command goes on where an interrupted one stopped."""
+    from lora_exp.after.completion import generate as answer
+
+    made = answer(
+        path, prompts, out, base, quant and quant.value, max_new_tokens, temperature, top_p, seed,
+        batch_size, as_chat, force,
+    )  # fmt: skip
+    print(made)
+
+
+@app.command(rich_help_panel=LOOK)
+def evaluate(
+    path: Path_,
+    data: Annotated[str, typer.Option(help="JSON lines (or a glob) with known answers")],
+    base: Base = None,
+    quant: QuantOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="rows at a time", min=1)] = 16,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="a JSON file to write to, too")
+    ] = None,
+) -> None:
+    """Measure loss, exact match, ROUGE-L and BLEU, with the adapter and without it."""
+    from lora_exp.after import evaluation, pages
+
+    found = evaluation.evaluate(
+        path, data, base, quant and quant.value, max_new_tokens, batch_size, out
+    )
+    _print(found, pages.evaluation, as_json)
+
+
+@app.command(rich_help_panel=MAKE)
+def push(
+    path: Path_,
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="of the Hub")],
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="write what would be sent, and send nothing")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="the dry run's folder; push-dry-run/NAME unless given"),
+    ] = None,
+    revision: Annotated[str, typer.Option(help="the branch, made if it is not there")] = "main",
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    base_id: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="what others call the base, if it lies here"),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Send an adapter or model to the Hugging Face Hub with its card: private unless --public."""
+    from lora_exp.after import pages, publication
+    from lora_exp.console import console
+
+    if out is not None and not dry:
+        raise typer.BadParameter("is for --dry-run", param_hint="--out")
+    if dry:
+        made = publication.dry_run(path, repo_id, out, base_id, force)
+        files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
+        seen = "public" if public else "private"
+        told = f"{made}\nnothing was sent; without --dry-run: to {repo_id}, {revision}, {seen}"
+    else:
+        sent = publication.push(path, repo_id, public, revision, message, base_id)
+        files, seen = sent["files"], "private" if sent["private"] else "public"
+        told = f"{sent['url']}\n{seen}, commit {sent['commit']}"
+    console.print(pages.parcel(files, told))
+
+
+@app.command(rich_help_panel=LOOK)
+def doctor(as_json: Json = False) -> None:
+    """See whether this machine can train, and what to do where it cannot."""
+    from dataclasses import asdict
+
+    from lora_exp.after import pages
+    from lora_exp.after.doctor import examine
+
+    found = [asdict(finding) for finding in examine()]
+    _print(found, pages.doctor, as_json)
+    if any(finding["state"] == "wrong" for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=TRAIN)
+def estimate(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="as run.py takes them")
+    ] = None,
+    config_dir: Annotated[Path | None, typer.Option(help="a folder with your own options")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a run would train and the memory it would take; only its config is downloaded.
+
+    Not counted: PPO's value, the reference that DPO of every weight keeps, keys and values of
+    sampled answers, and what the process itself takes.
+    """
+    from lora_exp.after import pages
+    from lora_exp.after.estimate import estimate as count
+    from lora_exp.config import compose
+
+    _print(count(compose(*overrides or (), config_dir=config_dir)), pages.estimate, as_json)
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -195,8 +371,10 @@ def main() -> None:
         sys.exit(2)
     try:
         app()
-    except (LoraExpError, HydraException) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (LoraExpError, HydraException, OmegaConfBaseException) as error:
+        from lora_exp.__main__ import _told  # as a run tells it
+
+        print(_told(error), file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         told = refusal(error, Path.cwd())

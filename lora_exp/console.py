@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from rich.console import Console, RenderableType
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +18,7 @@ console = Console()
 if not console.is_terminal:
     console = Console(width=140)  # a log: lines as long as its paths
 BARS = "▁▂▃▄▅▆▇█"
+T = TypeVar("T")
 
 
 def show(renderable: RenderableType) -> None:
@@ -24,6 +28,18 @@ def show(renderable: RenderableType) -> None:
     plain.print(renderable)
     assert isinstance(plain.file, io.StringIO)
     log.info("%s", plain.file.getvalue().rstrip())
+
+
+def tracked(sequence: Sequence[T], what: str, done: int = 0) -> Iterable[T]:
+    """Yield items beside a progress bar, where there is a terminal.
+
+    Args:
+        sequence: what is left to do.
+        what: said beside the bar.
+        done: how much was done before.
+    """
+    total, hidden = done + len(sequence), not console.is_terminal
+    return track(sequence, what, total, done, console=console, transient=True, disable=hidden)
 
 
 def facts(title: str, lines: dict[str, str]) -> Table:

@@ -100,7 +100,7 @@ def hub(
         except (OSError, ValueError) as error:
             raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
         numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
-        return _convert(numbered, format, f"{path}[{name}]", on_error)
+        return convert(numbered, format, f"{path}[{name}]", on_error)
 
     train, found, skipped = load(split)
     held_out = None
@@ -160,22 +160,35 @@ def _template(path: str | None) -> str | None:
 def _read_files(
     pattern: str, format: str, on_error: OnError
 ) -> tuple[list[Row], str, list[str], dict[str, str]]:
-    paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(f"data.path: no file matches {pattern}")
+    paths = files(pattern)
     source = {}
     for path in paths:
         name = pattern if len(paths) == 1 else str(path)
         source[name] = sha256(path)
-    lines = (row for path in paths for row in _lines(path, on_error))
-    return *_convert(lines, format, pattern, on_error), source
+    numbered = (row for path in paths for row in lines(path, on_error))
+    return *convert(numbered, format, pattern, on_error), source
 
 
-def _lines(path: Path, on_error: OnError) -> Iterator[tuple[str, Row | DataError]]:
+def files(pattern: str) -> list[Path]:
+    """Return the files that a path or a glob names, in order.
+
+    Raises:
+        DataError: there is none.
+    """
+    paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise DataError(f"data.path: no file matches {pattern}")
+    return paths
+
+
+def lines(path: Path, on_error: OnError) -> Iterator[tuple[str, Row | DataError]]:
     """Yield `(file:line, row)`; a file that holds one JSON list is taken row by row.
 
     A line that cannot be read is its error, where bad rows are skipped.
+
+    Raises:
+        DataError: a line cannot be read, and bad rows are not skipped.
     """
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if raw.lstrip()[:1] == b"[":
@@ -205,13 +218,22 @@ def _parse(raw: bytes, where: str) -> Any:
         raise DataError(f"{where}: nested too deeply") from error
 
 
-def _convert(
+def convert(
     rows: Iterable[tuple[str, Any]], format: str, source: str, on_error: OnError
 ) -> tuple[list[Row], str, list[str]]:
     """Bring every row to its shape; the first row decides the format where it is `auto`.
 
+    Args:
+        rows: each with where it stands.
+        format: of all of them.
+        source: what they were read from, for errors.
+        on_error: of a row that cannot be used.
+
     Returns:
         The rows, their format, and why others were skipped.
+
+    Raises:
+        DataError: by file, line and field, what cannot be used; or there are no rows.
     """
     converted: list[Row] = []
     skipped: list[str] = []

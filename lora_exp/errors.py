@@ -5,8 +5,11 @@ LoraExpError
 ├── DataError     (ValueError)       a row, file or data set that cannot be used
 ├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
 ├── SavedError    (ValueError)       what was saved: missing, damaged, or not what was asked for
+├── HubError      (OSError)          the Hugging Face Hub that refuses, or cannot be reached
 ├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
+├── ExtraError    (ImportError)      an extra of the package that is not installed
+├── ServeError    (RuntimeError)     a server that cannot start here
 ├── CheckpointError (OSError)        a checkpoint that cannot be written, or used
 └── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
 
@@ -47,12 +50,24 @@ class SavedError(LoraExpError, ValueError):
     """A folder that holds nothing of the kind that was asked for, or only parts of it."""
 
 
+class HubError(LoraExpError, OSError):
+    """The Hugging Face Hub refuses what is sent, or cannot be reached."""
+
+
 class RewardError(LoraExpError, ValueError):
     """A reward function that fails, or returns what is no reward."""
 
 
 class TargetError(LoraExpError, ValueError):
     """Names of modules that the base does not have."""
+
+
+class ExtraError(LoraExpError, ImportError):
+    """What a command needs and a plain installation does not bring."""
+
+
+class ServeError(LoraExpError, RuntimeError):
+    """A server that cannot start here: its port is taken, or what it needs is not installed."""
 
 
 class CheckpointError(LoraExpError, OSError):

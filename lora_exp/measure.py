@@ -92,7 +92,8 @@ def _measure(when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: lis
         prefers = None
         if held_out and "chosen" in held_out[0]:
             prefers = preference_accuracy(trainer.model, base.tokenizer, held_out, trainer.args)
-        answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, when)
+        what = f"{when} training"
+        answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, what)
         return seen, prefers, answers
 
 
@@ -130,7 +131,7 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
     size = max(1, args.per_device_eval_batch_size // 2)
     for i in range(0, len(pairs), size):
         batch = pairs[i : i + size]
-        both = [_encoded(row, key, tokenizer) for key in ("chosen", "rejected") for row in batch]
+        both = [encoded(row, key, tokenizer) for key in ("chosen", "rejected") for row in batch]
         ids = tokenizer.pad(
             {"input_ids": [ids for ids, _ in both]}, padding_side="right", return_tensors="pt"
         ).to(model.device)
@@ -146,8 +147,14 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
     return wins / len(pairs)
 
 
-def _encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Return prompt and answer as tokens, and where the answer starts."""
+def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
+    """Return prompt and answer as tokens, and where the answer starts.
+
+    Args:
+        row: a pair.
+        key: of the answer: `chosen` or `rejected`.
+        tokenizer: the base's.
+    """
     if isinstance(row["prompt"], str):
         start, text = row["prompt"], row["prompt"] + row[key] + tokenizer.eos_token
         asked, whole = (tokenizer(t)["input_ids"] for t in (start, text))

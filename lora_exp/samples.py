@@ -10,8 +10,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.progress import track
 
+from lora_exp.console import tracked
 from lora_exp.formats import Row
 from lora_exp.tokens import Prompt, prompt_of
 
@@ -34,20 +34,18 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
         tokenizer: the base's.
         rows: held-out rows; those of plain text ask nothing and are passed over.
         settings: the config's `samples`: rows, max_new_tokens, batch_size.
-        what: `before` or `after`, for the progress bar.
+        what: whose answers they are, for the progress bar.
     """
-    tokenizer = _left(tokenizer)
+    tokenizer = left(tokenizer)
     asking = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
     asked = list(islice(asking, settings.rows))
-    prompts = [_ids(prompt, tokenizer, _room(model, settings)) for _, prompt in asked]
+    space = room(model, settings.max_new_tokens)
+    prompts = [ids_of(prompt, tokenizer)[-space:] for _, prompt in asked]
     said: dict[int, str] = {}
     with _generating(model):
-        for batch in track(
-            _batches(prompts, model, settings.batch_size),
-            f"answers {what} training",
-            transient=True,
-        ):
-            texts = _generate(model, tokenizer, [prompts[i] for i in batch], settings)
+        for batch in tracked(batches(prompts, model, settings.batch_size), f"answers {what}"):
+            chosen = [prompts[i] for i in batch]
+            texts = generate(model, tokenizer, chosen, settings.max_new_tokens)
             said |= dict(zip(batch, texts, strict=True))
     return [
         Answer(prompt.text, prompt.answer, said[i], row.get("task"))
@@ -79,8 +77,8 @@ def _generating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _left(tokenizer: Any) -> Any:
-    """Return a copy that pads on the left.
+def left(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer that pads on the left.
 
     A copy, since the side would be saved with the adapter.
     """
@@ -89,10 +87,10 @@ def _left(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _room(model: Any, settings: Any) -> int:
+def room(model: Any, max_new_tokens: int) -> int:
     """Return how many prompt tokens fit beside the answer."""
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
-    return max(1, context - int(settings.max_new_tokens) - virtual_tokens(model))
+    return max(1, context - max_new_tokens - virtual_tokens(model))
 
 
 def virtual_tokens(model: Any) -> int:
@@ -101,12 +99,13 @@ def virtual_tokens(model: Any) -> int:
     return max((getattr(config, "num_virtual_tokens", 0) or 0 for config in configs), default=0)
 
 
-def _ids(prompt: Prompt, tokenizer: Any, room: int) -> list[int]:
+def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Return a prompt's tokens; those of a chat have the template's special tokens already."""
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=not prompt.chat)["input_ids"]
-    return ids[-room:]
+    return ids
 
 
-def _batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
+def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
     """Group prompts by their place in the list.
 
     Behind virtual tokens only prompts of one length share a batch: padding would stand between the
@@ -120,19 +119,42 @@ def _batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any) -> list[str]:
-    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model names."""
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
+    return sorted({tokenizer.eos_token_id, *stops} - {None})
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """Answer a batch of prompts.
+
+    Args:
+        model: in eval mode, without gradients.
+        tokenizer: one that pads on the left.
+        prompts: as tokens.
+        max_new_tokens: of each answer.
+        temperature: 0: the likeliest token each time; else drawn, by torch's random numbers.
+        top_p: the share of the likelihood that is drawn from.
+    """
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    drawn = temperature > 0
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
+        max_new_tokens=max_new_tokens,
+        do_sample=drawn,
+        temperature=temperature if drawn else None,
+        top_p=top_p if drawn else None,
         top_k=None,
-        eos_token_id=sorted({tokenizer.eos_token_id, *stops} - {None}),
+        eos_token_id=ends(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     # prompt learning returns the new tokens after the same prompt, so one cut fits every method

@@ -9,7 +9,7 @@ import pytest
 
 from lora_exp import compose, corpus
 from lora_exp.adapter import attach
-from lora_exp.samples import Answer, _batches, answer, exact_match
+from lora_exp.samples import Answer, answer, batches, exact_match
 
 
 def settings(**values: int) -> Any:
@@ -45,10 +45,10 @@ def test_everything_is_left_as_it_was(base: Any) -> None:
 def test_behind_virtual_tokens_only_prompts_of_one_length_share_a_batch() -> None:
     prompts = [[1] * length for length in (3, 2, 3, 2, 2)]
     plain = SimpleNamespace()
-    assert _batches(prompts, plain, 3) == [[1, 3, 4], [0, 2]]
-    assert _batches(prompts, plain, 4) == [[1, 3, 4, 0], [2]]
+    assert batches(prompts, plain, 3) == [[1, 3, 4], [0, 2]]
+    assert batches(prompts, plain, 4) == [[1, 3, 4, 0], [2]]
     prompted = SimpleNamespace(peft_config={"default": SimpleNamespace(num_virtual_tokens=4)})
-    assert _batches(prompts, prompted, 4) == [[1, 3, 4], [0, 2]]
+    assert batches(prompts, prompted, 4) == [[1, 3, 4], [0, 2]]
 
 
 def test_no_rows_ask_nothing(base: Any) -> None:

@@ -36,8 +36,11 @@ class Loaded:
     def answering(self) -> Iterator[None]:
         """Compute without gradients, in the precision that runs on such a base train in."""
         quantised = getattr(self.model, "quantization_method", None) is not None
-        device = self.model.device.type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=quantised):
+        mixed = quantised or self.model.dtype == torch.bfloat16  # as train.bf16=null
+        with (
+            torch.no_grad(),
+            torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed),
+        ):
             yield
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shlex
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +13,7 @@ from rich.text import Text
 
 from lora_exp.console import facts, short, size
 
+STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest
 
 
@@ -118,7 +121,13 @@ def _sweep(found: Mapping[str, Any]) -> Table:
 
 def examination(found: Mapping[str, str | None]) -> Table:
     """Return the page of `lora-exp check` without an adapter."""
-    return _verdicts("check", {what: (wrong is None, wrong or "") for what, wrong in found.items()})
+    states = (("wrong" if wrong else "ok", what, wrong or "") for what, wrong in found.items())
+    return _findings("check", states)
+
+
+def doctor(found: Iterable[Mapping[str, str]]) -> Table:
+    """Return the page of `lora-exp doctor`."""
+    return _findings("doctor", ((each["state"], each["what"], each["told"]) for each in found))
 
 
 def proof(found: Mapping[str, Any]) -> RenderableType:
@@ -143,13 +152,99 @@ def proof(found: Mapping[str, Any]) -> RenderableType:
     return Group(facts("check", lines), Text(verdict, style=style))
 
 
-def _verdicts(title: str, lines: Mapping[str, tuple[bool, str]]) -> Table:
+def evaluation(found: Mapping[str, Any]) -> RenderableType:
+    """Return the page of `lora-exp evaluate`."""
+    results = found["results"]
+    both = "base" in results
+    title = f"{found['path']} on {', '.join(found['data'])}"
+    table = Table(box=None)
+    table.add_column("", style="dim", no_wrap=True)
+    for name in [*results, *(["difference"] if both else [])]:
+        table.add_column(name, justify="right")
+    for metric in next(iter(results.values())):
+        values = [own[metric] for own in results.values()]
+        change = [f"{values[1] - values[0]:+.4g}"] if both else []
+        table.add_row(metric.replace("_", " "), *map(short, values), *change)
+    if "tokens" not in found:  # a reward model's pairs
+        return Group(Text(title, style="bold"), table, Text(f"{found['rows']} pairs", style="dim"))
+    told = f"{found['rows']} rows: {found['with_loss']} with a loss ({found['tokens']:,} tokens), "
+    told += f"{found['with_answer']} with a known answer"
+    if found["truncated"]:
+        told += f"; {found['truncated']} cut to the model's context"
+    return Group(Text(title, style="bold"), table, Text(told, style="dim"))
+
+
+def serving(url: str, chats: Mapping[str, bool]) -> str:
+    """Return what `lora-exp serve` says once it listens, as plain lines: one is to be pasted.
+
+    Args:
+        url: of the server.
+        chats: each model's name, and whether it has a chat template.
+    """
+    name, chat = next(iter(chats.items()))
+    path, asked = "completions", {"prompt": "Once upon a time", "max_tokens": 64}
+    if chat:
+        turns = [{"role": "user", "content": "Who are you?"}]
+        path, asked = "chat/completions", {"messages": turns, "temperature": 0}
+    body = shlex.quote(json.dumps({"model": name} | asked))
+    lines = [f"serving {', '.join(chats)} on {url} (Ctrl-C ends it)"]
+    if texts := [name for name, chat in chats.items() if not chat]:
+        lines.append(f"no chat template: of {', '.join(texts)} only /v1/completions works")
+    return "\n".join([*lines, f"curl {url}/{path} -H 'Content-Type: application/json' -d {body}"])
+
+
+def parcel(files: Mapping[str, int], target: str) -> RenderableType:
+    """Return the page of `lora-exp push`.
+
+    Args:
+        files: what is sent, and its sizes.
+        target: where it goes, or what became of it.
+    """
+    sizes = {name: size_of(count) for name, count in files.items()}
+    return Group(facts(f"{size_of(sum(files.values()))} in {len(files)} files", sizes), target)
+
+
+def estimate(found: Mapping[str, Any]) -> RenderableType:
+    """Return the page of `lora-exp estimate`."""
+    table = Table(box=None)
+    table.add_column("", no_wrap=True)
+    columns = ("weights", "gradients", "optimizer", "activations", "total", "measured")
+    for name in ("trainable", "saved", *columns):
+        table.add_column(name, justify="right")
+    refused = []
+    for row in found["rows"]:
+        method = "every weight" if row["peft"] == "none" else row["peft"]
+        name = method if row["quant"] == "none" else f"{method}, {row['quant']}"
+        if "refused" in row:
+            refused.append(f"{name}: {row['refused']}")
+            continue
+        cells = (size_of(row[c]) if row[c] is not None else "-" for c in ("saved", *columns))
+        mark, style = ("> ", "bold") if row["chosen"] else ("  ", "")
+        table.add_row(f"{mark}{name}", f"{row['trainable']:,}", *cells, style=style)
+    title = f"{found['name']}: {found['model']}, {found['parameters']:,} parameters"
+    return Group(Text(title, style="bold"), table, *_notes(found), *refused)
+
+
+def _notes(found: Mapping[str, Any]) -> list[Text]:
+    known = "" if found["optimizer_known"] else ", which is not known: counted as AdamW"
+    lines = [
+        f"a step has up to {found['tokens']:,} tokens; its activations are a rough formula;"
+        f" optimizer {found['optimizer']}{known}",
+    ]
+    lines += [
+        f"measured: the peak of {row['run']}; on a CPU the whole process, about 0.5 GiB more"
+        for row in found["rows"]
+        if row.get("run")
+    ]
+    return [Text(line, style="dim") for line in lines]
+
+
+def _findings(title: str, lines: Iterable[tuple[str, str, str]]) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None
     )
-    for what, (good, told) in lines.items():
-        mark = Text("ok", style="green") if good else Text("wrong", style="bold red")
-        table.add_row(mark, what, Text(told))
+    for state, what, told in lines:
+        table.add_row(Text("" if state == "known" else state, style=STATES[state]), what, told)
     return table
 
 

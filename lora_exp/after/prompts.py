@@ -1,36 +1,89 @@
-"""Rows that ask something: read from a file of any format that training takes."""
+"""Rows that ask something: read from files of any format that training takes."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_exp.data import jsonl
+from jinja2.exceptions import TemplateError
+
+from lora_exp.data import convert, files, lines
 from lora_exp.errors import DataError
-from lora_exp.formats import Row
+from lora_exp.formats import ROLES, Row
 from lora_exp.tokens import Prompt, prompt_of
 
 
-def read(path: str | Path, tokenizer: Any, as_chat: bool = False) -> list[tuple[Row, Prompt]]:
-    """Read rows and what each asks.
+@dataclass(frozen=True)
+class Asking:
+    """A row that asks something."""
+
+    where: str  # file and line
+    written: Row  # as it stands there
+    row: Row  # in the shape that its format has
+
+
+def read(path: str | Path, as_chat: bool = False) -> list[Asking]:
+    """Read rows, each by its own format; a chat may end with a question.
 
     Args:
-        path: JSON Lines, or a glob; rows of turns ask by the chat template, texts as they are.
-        tokenizer: whose chat template it is.
+        path: JSON Lines, or a glob.
         as_chat: a `prompt` that is text is a user's turn.
 
     Raises:
-        DataError: by file, line and field, what cannot be used; or a row asks nothing.
+        DataError: by file, line and field, what cannot be used; or there are no rows.
     """
-    rows = jsonl(str(path), None, 0.0, "auto", None, None, None, "raise").train
-    asked = []
-    for number, row in enumerate(rows, 1):
-        if as_chat and isinstance(row.get("prompt"), str):
-            row = row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-            known = row.get("completion")
-            row |= {"completion": [{"role": "assistant", "content": known}]} if known else {}
-        prompt = prompt_of(row, tokenizer)
+    numbered: list[tuple[str, Any]] = [
+        found for file in files(str(path)) for found in lines(file, "raise")
+    ]
+    if not numbered:
+        raise DataError(f"{path}: no rows")
+    rows = []
+    for where, written in numbered:
+        try:
+            json.dumps(written, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: holds half a surrogate pair, which is no text") from None
+        (row,), *_ = convert([(where, _question(written, as_chat))], "auto", where, "raise")
+        rows.append(Asking(where, written, row))
+    return rows
+
+
+def _question(row: Any, as_chat: bool) -> Any:
+    """Return only what a row asks, where it says that outright; others as they are."""
+    if not isinstance(row, dict):
+        return row
+    turns, prompt = row.get("messages"), row.get("prompt")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+        if ROLES.get(str(turns[-1].get("role"))) == "assistant":
+            return row
+        prompt = turns
+    elif as_chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    elif "chosen" in row or not prompt:
+        return row
+    return {"prompt": prompt} | {key: row[key] for key in ("tools",) if key in row}
+
+
+def prompts_of(rows: list[Asking], tokenizer: Any) -> list[Prompt]:
+    """Return what each row asks, as text: turns by the chat template, texts as they are.
+
+    Raises:
+        DataError: a row asks nothing, or is a chat and there is no template that takes it.
+    """
+    prompts = []
+    for each in rows:
+        chat = "messages" in each.row or isinstance(each.row.get("prompt"), list)
+        if chat and not tokenizer.chat_template:
+            text = "a chat, but the tokenizer has no chat template; give the prompt as text"
+            raise DataError(f"{each.where}: {text}")
+        try:
+            prompt = prompt_of(each.row, tokenizer)
+        except TemplateError as error:
+            raise DataError(f"{each.where}: the chat template refuses it: {error}") from error
         if prompt is None:
-            raise DataError(f"{path} row {number}: asks nothing; give a prompt, or turns")
-        asked.append((row, prompt))
-    return asked
+            text = "asks nothing; give a prompt, or turns that end with a question"
+            raise DataError(f"{each.where}: {text}")
+        prompts.append(prompt)
+    return prompts

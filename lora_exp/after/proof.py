@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -18,7 +16,7 @@ from lora_exp.after.loading import in_floats, load, load_base
 from lora_exp.after.merging import RECORD
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import Saved, find
-from lora_exp.console import console
+from lora_exp.console import tracked
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.memory import give_back
@@ -131,14 +129,14 @@ def prove(
     texts = _prompts(saved, loaded.tokenizer, prompts)
     asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     expected = [
-        _seen(loaded.model, ids, max_new_tokens) for ids in _shown(asked, "adapter on its base")
+        _seen(loaded.model, ids, max_new_tokens) for ids in tracked(asked, "adapter on its base")
     ]
     del loaded, reference
     gc.collect()
     give_back()
     model = _base(whole_model, None, "none").model.eval().to(precision)
     compared = []
-    for want in _shown(expected, "merged model"):
+    for want in tracked(expected, "merged model"):
         got = _seen(model, want.ids[: want.asked], max_new_tokens, want)
         compared.append((want, got))
     told = f"{saved.name} on {saved.base}" + (f" in {quant}" if quant != "none" else "")
@@ -169,10 +167,6 @@ def _quant(merged: Saved, saved: Saved) -> str:
     into = json.loads(path.read_text(encoding="utf-8")).get("into") if path.is_file() else None
     chosen = saved.settings.get("choices", {}).get("quant", "none")
     return str(chosen) if into == "dequantised" else "none"
-
-
-def _shown(what: Sequence[Any], name: str) -> Any:
-    return track(what, name, transient=True, console=console, disable=not console.is_terminal)
 
 
 def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]:

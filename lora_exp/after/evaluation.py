@@ -1,0 +1,242 @@
+"""How well a saved model does on held-out rows, beside its bare base: loss, answers, preferences.
+
+A loss is of the tokens that count, by the labels that training takes (`lora_exp.tokens`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_exp.after.completion import check_file
+from lora_exp.after.loading import Loaded, load, load_base
+from lora_exp.after.saved import find
+from lora_exp.console import tracked
+from lora_exp.data import Rows, jsonl
+from lora_exp.disk import write_whole
+from lora_exp.display import quiet
+from lora_exp.errors import DataError, ExtraError
+from lora_exp.formats import Row
+from lora_exp.measure import encoded
+from lora_exp.samples import Answer, answer, exact_match, room
+from lora_exp.tokens import IGNORED, prompt_of, tokenise
+
+Measure = Callable[[str], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out rows: what is learnt from them, and those that ask what is known."""
+
+    ids: list[list[int]]
+    labels: list[list[int]]
+    truncated: int  # rows cut to the model's context
+    asking: list[Row]
+
+
+def evaluate(
+    path: str | Path,
+    data: str | Path,
+    base: str | None = None,
+    quant: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure an adapter and its bare base, or a whole model, on rows with known answers.
+
+    Args:
+        path: a run, an adapter or a whole model; a reward model is measured on pairs.
+        data: JSON Lines, or a glob, of any format that training takes.
+        base: where the base lies, if not where the adapter says.
+        quant: how to hold the base; None: as its run did.
+        max_new_tokens: of each greedy answer.
+        batch_size: rows at a time.
+        out: a JSON file to write what is returned to.
+
+    Returns:
+        What was measured, and `results`: `base` and `adapter`, or `model`, each with its metrics:
+        `loss` in nats a token, `perplexity`, `exact_match` (by `task` too), `rouge_l` (0 to 1) and
+        `bleu` (0 to 100); of a reward model `accuracy` and `margin`.
+
+    Raises:
+        ExtraError: the extra `eval` is not installed.
+        SavedError: there is nothing to measure, or no place for `out`.
+        DataError: rows that cannot be used, or none that tells what is right.
+    """
+    if missing := [name for name in ("rouge_score", "sacrebleu") if find_spec(name) is None]:
+        raise ExtraError(f'{" and ".join(missing)} missing: pip install "lora-exp[eval]"')
+    quiet()
+    if out is not None:
+        check_file(Path(out).expanduser(), force=True)
+    saved = find(path)
+    rows = jsonl(str(data), None, 0.0, "auto", None, None, None, "raise")
+    is_reward = saved.task_type == "SEQ_CLS"
+    if is_reward:
+        rows = rows.shaped("preference")
+    loaded = load(saved, load_base(saved, base, quant))
+    told: dict[str, Any]
+    told, measure = (_preferring if is_reward else _answering)(
+        loaded, rows, max_new_tokens, batch_size
+    )
+    results = {}
+    with loaded.answering():
+        if saved.adapter is not None and not is_reward:  # a bare base has no head
+            with loaded.model.disable_adapter():
+                results["base"] = measure("of the base")
+        name = "model" if saved.adapter is None else "adapter"
+        results[name] = measure(f"of the {name}")
+    found = {
+        "path": str(saved.folder),
+        "base": saved.base,
+        "quant": quant or saved.settings.get("choices", {}).get("quant", "none"),
+        "data": rows.source,
+        **told,
+        "max_new_tokens": max_new_tokens,
+        "results": results,
+    }
+    if out is not None:
+        write_whole(Path(out).expanduser(), json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _answering(
+    loaded: Loaded, rows: Rows, max_new_tokens: int, batch_size: int
+) -> tuple[dict[str, int], Measure]:
+    """Return how many rows tell what, and how to measure on them."""
+    held = _held(loaded, rows.train)
+    first = 0 if loaded.model.config.is_encoder_decoder else 1  # nothing comes before the first
+    settings = SimpleNamespace(rows=None, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    told = {
+        "rows": len(rows.train),
+        "with_loss": len(held.ids),
+        "with_answer": len(held.asking),
+        "truncated": held.truncated,
+        "tokens": sum(label != IGNORED for row in held.labels for label in row[first:]),
+    }
+
+    def measure(what: str) -> dict[str, float]:
+        loss = _loss(loaded, held, batch_size, what)
+        found = {"loss": loss, "perplexity": math.exp(loss)}
+        if not held.asking:
+            return found
+        answers = answer(loaded.model, loaded.tokenizer, held.asking, settings, what)
+        return found | exact_match(answers) | _overlap(answers)
+
+    return told, measure
+
+
+def _held(loaded: Loaded, rows: list[Row]) -> Held:
+    learnt = [(row, own) for row in rows if (own := _learnt(row)) is not None]
+    if not learnt:
+        text = "no row tells what is right (completion, chosen, answer, turns that end with one)"
+        raise DataError(f"{text}, and none is plain text")
+    tokens = tokenise(
+        [own for _, own in learnt],
+        loaded.tokenizer,
+        max_length=room(loaded.model, 0),
+        completion_only=True,
+        separate=bool(loaded.model.config.is_encoder_decoder),
+        what="eval",
+    )
+    asking = [row for row, _ in learnt if prompt_of(row, loaded.tokenizer) is not None]
+    ids, labels = list(tokens.dataset["input_ids"]), list(tokens.dataset["labels"])
+    return Held(ids, labels, tokens.counts.truncated, asking)
+
+
+def _learnt(row: Row) -> Row | None:
+    """Return a row with its known answer as training would learn it; None: nobody knows it."""
+    if "messages" in row or "text" in row:
+        return row
+    known = row.get("chosen", row.get("completion", row.get("answer")))
+    if not isinstance(known, str | list) or row.get("label") is False:
+        return None
+    if isinstance(row["prompt"], str):
+        return {"prompt": row["prompt"], "completion": known}
+    said = [{"role": "assistant", "content": known}] if isinstance(known, str) else known
+    return {"messages": row["prompt"] + said, "tools": row.get("tools")}
+
+
+def _loss(loaded: Loaded, held: Held, batch_size: int, what: str) -> float:
+    """Return the mean of -ln p over all tokens that count, each token alike."""
+    order = sorted(range(len(held.ids)), key=lambda i: len(held.ids[i]))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    total, count = 0.0, 0
+    for group in tracked(groups, f"loss {what}"):
+        labels_BT = _padded([held.labels[i] for i in group], IGNORED, loaded)
+        logits_BTV, wanted_BT = _predicted(loaded, [held.ids[i] for i in group], labels_BT)
+        for logits_TV, wanted_T in zip(logits_BTV, wanted_BT, strict=True):
+            own = cross_entropy(logits_TV.float(), wanted_T, ignore_index=IGNORED, reduction="sum")
+            total += float(own)
+        count += int((wanted_BT != IGNORED).sum())
+    return total / count
+
+
+def _predicted(loaded: Loaded, ids: list[list[int]], labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and, place by place, the labels that they predict."""
+    inputs = _inputs(loaded, ids)
+    if loaded.model.config.is_encoder_decoder:
+        return loaded.model(**inputs, labels=labels_BT).logits, labels_BT
+    logits = loaded.model(**inputs, use_cache=False).logits
+    own = logits[:, -labels_BT.shape[1] :]  # behind those of virtual tokens
+    return own[:, :-1], labels_BT[:, 1:]
+
+
+def _inputs(loaded: Loaded, ids: list[list[int]]) -> dict[str, Tensor]:
+    mask = [[1] * len(row) for row in ids]
+    return {
+        "input_ids": _padded(ids, loaded.tokenizer.pad_token_id, loaded),
+        "attention_mask": _padded(mask, 0, loaded),
+    }
+
+
+def _padded(rows: list[list[int]], value: int, loaded: Loaded) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    padded: Tensor = pad_sequence(tensors, batch_first=True, padding_value=value)
+    return padded.to(loaded.model.device)
+
+
+def _overlap(answers: list[Answer]) -> dict[str, float]:
+    """Return the mean ROUGE-L F-measure, 0 to 1, and the corpus BLEU, 0 to 100."""
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from sacrebleu import corpus_bleu
+
+    known = [found.expected or "" for found in answers]
+    said = [found.said for found in answers]
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(known, said, strict=True)
+    rouge = fmean(scorer.score(right, own)["rougeL"].fmeasure for right, own in pairs)
+    return {"rouge_l": rouge, "bleu": corpus_bleu(said, [known]).score}
+
+
+def _preferring(
+    loaded: Loaded, rows: Rows, _: int, batch_size: int
+) -> tuple[dict[str, int], Measure]:
+    """Return how many pairs there are, and how to measure a reward model on them."""
+    pairs = rows.train
+    groups = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+
+    def scores(group: list[Row], key: str) -> Tensor:
+        ids = [encoded(row, key, loaded.tokenizer)[0] for row in group]
+        scores_B: Tensor = loaded.model(**_inputs(loaded, ids)).logits[:, 0].float()
+        return scores_B
+
+    def measure(what: str) -> dict[str, float]:
+        margins: list[float] = []
+        for group in tracked(groups, f"scores {what}"):
+            margins += (scores(group, "chosen") - scores(group, "rejected")).tolist()
+        return {"accuracy": fmean(m > 0 for m in margins), "margin": fmean(margins)}
+
+    return {"rows": len(pairs)}, measure
