@@ -10,13 +10,16 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -103,17 +106,14 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
 def _started(model: Any, cfg: DictConfig) -> Any:
     """Put a saved adapter on the base, to train on; one of a text model may become a classifier."""
     adapter_config(cfg.adapter)  # a resumed run's may be gone
-    folder = str(Path(cfg.adapter).expanduser())
-    config = peft.PeftConfig.from_pretrained(folder)
-    names_only(config, model, cfg.adapter)
+    config = read_config(cfg.adapter, model)
     same = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
     if not same:  # the head is new, and peft would miss it among the weights
         config.base_model_name_or_path = None  # peft would warn that it has another name here
         made = peft.get_peft_model(model, config)
         weights = {"base_model.model.score.weight": model.score.weight.detach()}
-        with numbers_only(cfg.adapter):
-            weights |= peft.load_peft_weights(folder, device="cpu")
+        weights |= read_weights(cfg.adapter)
         peft.set_peft_model_state_dict(made, weights)
         return made
     return put(model, config, cfg.adapter, trainable=True)
@@ -131,24 +131,78 @@ def put(model: Any, config: Any, path: str, trainable: bool) -> Any:
     Raises:
         AdapterError: its weights are missing, not finite, no numbers, or of another base's shape.
     """
+    weights = read_weights(path)
     folder = str(Path(path).expanduser())
-    with numbers_only(path):
-        weights = peft.load_peft_weights(folder, device="cpu")
-        if not weights:
-            raise AdapterError(f"{path} holds no weights")
-        if bad := sorted(key for key, value in weights.items() if not value.isfinite().all()):
-            raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-                made = peft.PeftModel.from_pretrained(
-                    model, folder, is_trainable=trainable, config=config
-                )
-        except RuntimeError as error:  # torch's list of sizes, a line for each weight
-            first = str(error).splitlines()[1:2] or [str(error)]
-            raise AdapterError(f"{path} does not fit this base: {first[0].strip()}") from error
+    with fitting(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # AdaLoRA's weights
+        made = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
     _check_fit(made, weights, path)
     return made
+
+
+def add(model: Any, path: str, name: str) -> None:
+    """Add a saved adapter to a PeftModel, beside those that it has.
+
+    Raises:
+        AdapterError: as `put`.
+    """
+    config, weights = read_config(path, model.get_base_model()), read_weights(path)
+    with fitting(path):
+        model.add_adapter(name, config)
+        found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
+    lost = [key for key in found.missing_keys if f".{name}." in key]
+    if lost or found.unexpected_keys:
+        first = [*lost, *found.unexpected_keys][0]
+        raise AdapterError(f"{path} does not fit this base: {first} has no match")
+
+
+def read_config(path: str, model: Any) -> Any:
+    """Read a saved adapter's config for a base, its patterns replaced by names.
+
+    Raises:
+        AdapterError: it is none of peft's, or a pattern is none, finds nothing or takes too long.
+    """
+    with fitting(path):
+        config = peft.PeftConfig.from_pretrained(str(Path(path).expanduser()))
+    names_only(config, model, path)
+    return config
+
+
+def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
+    """Read a saved adapter's weights; `finite`: refuse such that are not.
+
+    Raises:
+        AdapterError: there are none, or they are damaged, not finite or no numbers.
+    """
+    with numbers_only(path):
+        try:
+            weights = dict(peft.load_peft_weights(str(Path(path).expanduser()), device="cpu"))
+        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+            raise AdapterError(f"{path}: its weights are damaged: {error}") from error
+    if not weights:
+        raise AdapterError(f"{path} holds no weights")
+    bad = sorted(key for key, value in weights.items() if not value.isfinite().all())
+    if bad and finite:
+        raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
+    return weights
+
+
+@contextmanager
+def fitting(path: str) -> Iterator[None]:
+    """Tell of which adapter peft says that it cannot be put on a base.
+
+    Raises:
+        AdapterError: with the first of torch's list of sizes, which has a line for each weight.
+    """
+    try:
+        yield
+    except (LoraExpError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        said = lines[1] if isinstance(error, RuntimeError) and lines[1:] else lines[0]
+        raise AdapterError(f"{path} does not fit this base: {said}") from error
 
 
 def _check_fit(model: Any, saved: dict[str, Any], path: str) -> None:

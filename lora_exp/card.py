@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import asset, plain
 from lora_exp.data import Rows
-from lora_exp.model import Base
+from lora_exp.model import CLASSES, Base
 from lora_exp.redaction import redact
 
 SECTIONS = ("peft", "quant", "train", "algorithm")
+HERE = "path/to/this/folder"
+HEAD = re.compile(r"\A---\n.*?\n---\n\s*(# [^\n]*\n\s*)?", re.S)  # metadata and title
+LOADING = re.compile(r"^To load it:\n\n```python\n.*?```\n\n", re.S | re.M)
 
 
 def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) -> str:
@@ -62,6 +67,45 @@ To load it:
 """
 
 
+def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
+    """Return the card of a merged model: what it is made of, how to load it, how that was trained.
+
+    Args:
+        merge: its merge.json.
+        task_type: what it is for, in peft's word.
+        card: of its first adapter.
+    """
+    adapters = ", ".join(f"`{a['name']}` (sha256 {a['sha256'][:12]})" for a in merge["adapters"])
+    combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""
+    quant = merge["quant"] or {}
+    held = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
+    kind = CLASSES[task_type].__name__
+    training = LOADING.sub("", HEAD.sub("", card))
+    return f"""---
+library_name: transformers
+tags:
+- lora-exp
+- merged
+---
+
+# {" + ".join(a["name"] for a in merge["adapters"])}, merged
+
+A whole model in {merge["dtype"]}: {adapters}{combined} merged with lora-exp into
+`{merge["base"]["path"]}` at `{merge["base"]["revision"]}`{held}. It needs no adapter and no peft.
+
+To load it:
+
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("{HERE}", dtype="auto")
+```
+
+## What was merged
+
+{training}"""
+
+
 def _counted(record: dict[str, Any]) -> str:
     counts = record["counts"]
     held_out = counts.get("eval_rows", 0)
@@ -86,7 +130,7 @@ def _loading(cfg: DictConfig, base: Base) -> str:
     if cfg.peft is None:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")'
         )
     packaged = base.path.startswith("pkg://")
     path = f'asset("{base.path}")' if packaged else f'"{base.path}"'
@@ -98,6 +142,6 @@ def _loading(cfg: DictConfig, base: Base) -> str:
         [
             *lines,
             f"base = AutoModelForCausalLM.from_pretrained({path}{given})",
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+            f'model = PeftModel.from_pretrained(base, "{HERE}")',
         ]
     )

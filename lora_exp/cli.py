@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -96,6 +98,8 @@ def inspect(path: Path_, as_json: Json = False) -> None:
 
     found = look(path)
     _print(found, inspection, as_json)
+    if not found.get("finite", True):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=MAKE)
@@ -127,8 +131,8 @@ def merge(
         Into, typer.Option(help="the unquantised base, or what a QLoRA run saw of it")
     ] = Into.original,
     method: Annotated[
-        str, typer.Option(help="how several become one: linear, cat, svd, ties, dare_ties, ...")
-    ] = "linear",
+        str, typer.Option(help="how several become one: cat, svd, linear, ties, dare, ...")
+    ] = "cat",
     weights: Annotated[
         str | None, typer.Option(help="of each of several adapters: 0.7,0.3", metavar="W,W...")
     ] = None,
@@ -144,7 +148,10 @@ def merge(
         adapters, out, base, dtype and dtype.value, into.value, method, shares, density,
         max_shard_size, force,
     )  # fmt: skip
-    print(f"{made}\nprove it: lora-exp check {made} --adapter {adapters[0]}")
+    print(made)
+    if len(adapters) == 1:
+        told = ["lora-exp", "check", str(made), "--adapter", str(adapters[0])]
+        print(f"prove it: {shlex.join([*told, *(['--base', base] if base else [])])}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -376,11 +383,19 @@ def main() -> None:
 
         print(_told(error), file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # who read us went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         told = refusal(error, Path.cwd())
-        if told is None:
+        if told is None and error.filename is None:
             raise
-        print(f"{type(told).__name__}: {told}", file=sys.stderr)
+        print(told or f"{error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+            raise
+        print("out of memory: take --quant nf4, smaller batches or shorter texts", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -98,6 +98,8 @@ def refusal(error: BaseException, path: Path) -> CheckpointError | None:
             there = next(p for p in (place, *place.absolute().parents) if p.exists())
             free = shutil.disk_usage(there).free // 2**20
             text = f"{place} cannot be written: {cause} ({free} MiB are free)"
-            return CheckpointError(f"{text}; make room, then resume=<run directory> goes on")
+            return CheckpointError(
+                f"{text}; make room, then do the same again (a run: resume=<its directory>)"
+            )
         cause = cause.__cause__ or cause.__context__
     return None

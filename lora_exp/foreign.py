@@ -47,7 +47,7 @@ def names_only(config: Any, model: Any, path: str) -> None:
     """
     if getattr(config, "megatron_config", None) is not None:
         raise AdapterError(f"{path}: megatron_config would import what it names; not allowed")
-    search = _Search([name for name, _ in model.named_modules() if name], path)
+    search = Search([name for name, _ in model.named_modules() if name], path)
     for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
         wanted = getattr(config, key, None)
         if isinstance(wanted, str) and wanted != "all-linear":
@@ -76,7 +76,7 @@ def _targeted(config: Any) -> bool:
     return isinstance(getattr(config, "target_modules", None), list | set | tuple)
 
 
-class _Search:
+class Search:
     """Looks for patterns among the names of a base, all of them in `SECONDS`."""
 
     def __init__(self, names: list[str], path: str) -> None:
@@ -84,6 +84,11 @@ class _Search:
         self.until = time.perf_counter() + SECONDS
 
     def found(self, pattern: str, key: str, optional: bool = False) -> list[str]:
+        """Return the names that a pattern fits whole, sorted.
+
+        Raises:
+            AdapterError: it is no pattern, takes too long, or fits none that it must.
+        """
         what = f"{self.path}: {key}: {pattern!r}"
         try:
             compiled = regex.compile(pattern)

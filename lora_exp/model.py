@@ -187,14 +187,25 @@ def sharing_copy(model: Any) -> Any:
 
 
 def dequantise(model: Any, dtype: torch.dtype) -> Any:
-    """Turn a quantised model's layers into plain ones that hold what its products saw."""
+    """Turn a quantised model's layers into plain ones that hold the floats they stand for."""
+    exact_products(model, dtype)
     speaks = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the very dtype that it was asked for
     try:
         model = model.dequantize(dtype=dtype).to(dtype)
     finally:
         logging.set_verbosity(speaks)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # peft asks before it merges
     return model.requires_grad_(False)
+
+
+def exact_products(model: Any, dtype: torch.dtype) -> None:
+    """Have 4-bit layers turn their weights into floats of this dtype, and multiply in it."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def _dequantised(folder: Path, gguf_file: str) -> str:

@@ -22,7 +22,7 @@ def render_chat(
     Raises:
         DataError: the template does not end.
     """
-    with _in_time():
+    with in_time():
         text: str = tokenizer.apply_chat_template(
             list(turns), tools=tools, tokenize=False, add_generation_prompt=answer
         )
@@ -30,8 +30,12 @@ def render_chat(
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
-    """Stop a template that loops: Jinja's sandbox limits a range, but not loops in loops."""
+def in_time() -> Iterator[None]:
+    """Stop a template that loops: Jinja's sandbox limits a range, but not loops in loops.
+
+    Raises:
+        DataError: it does not end. Only a process's first thread can tell.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return

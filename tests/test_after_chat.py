@@ -14,7 +14,7 @@ import pytest
 from lora_exp import load_adapter
 from lora_exp.after.chat import _blocks, open_chat
 from lora_exp.after.conversation import Conversation, Settings
-from lora_exp.errors import ConfigError, SavedError
+from lora_exp.errors import AdapterError, ConfigError, DataError, SavedError
 from lora_exp.samples import ends
 from lora_exp.template import render_chat
 
@@ -126,12 +126,30 @@ def test_a_long_conversation_loses_its_oldest_turns_but_not_the_system_prompt(
             break
     assert talk.dropped % 2 == 0
     assert talk.dropped > 0
-    ids = talk._ids(talk.models[talk.active])
+    ids, _ = talk._ids(talk.models[talk.active])
     text = talk.models[talk.active].tokenizer.decode(ids)
     assert "You are brief." in text
     with pytest.raises(SavedError, match="tokens do not fit: the context has room for"):
         talk.say("word " * 2000, lambda _: None)
     assert talk.turns[-1]["role"] == "assistant"
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talk: Conversation) -> None:
+    talk.say("Who are you?", lambda _: None)
+    before = list(talk.turns)
+    tokenizer = talk.models[talk.active].tokenizer
+    kept = tokenizer.chat_template
+    loop = "{% for a in range(99999) %}"
+    try:
+        tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+        with pytest.raises(DataError, match="refuses this: no system role"):
+            talk.say("Again?", lambda _: None)
+        tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
+        with pytest.raises(DataError, match="does not end within"):
+            talk.retry(lambda _: None)
+    finally:
+        tokenizer.chat_template = kept
+    assert talk.turns == before
 
 
 def test_settings_are_checked() -> None:
@@ -177,6 +195,9 @@ def test_a_chat_with_no_one_to_talk_to_is_refused(trained: Trained, tmp_path: Pa
     reward = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
     with pytest.raises(SavedError, match="gives scores"):
         open_chat([reward])
+    biased = trained("peft=lora", "peft.bias=lora_only")
+    with pytest.raises(AdapterError, match=r"changes the base itself \(bias=lora_only\)"):
+        open_chat([biased])
     with pytest.raises(SavedError, match="--merge takes one adapter"):
         open_chat([f"a={trained('peft=lora')}", f"b={trained('peft=ia3')}"], merge=True)
     with pytest.raises(SavedError, match="does not exist"):
@@ -228,8 +249,7 @@ def test_the_chat_at_a_real_terminal(taught: Path, trained: Trained, tmp_path: P
     child.expect("two> ")
     child.sendeof()
     child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 1  # /nonsense
+    assert child.wait() == 1  # /nonsense
     assert "Who are you?" in (tmp_path / "chat_history").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora_exp import load_adapter
 from lora_exp.after.loading import load_base, side_by_side
 from lora_exp.after.saved import find
-from lora_exp.errors import AdapterError, ConfigError
+from lora_exp.errors import AdapterError, ConfigError, SavedError
 from tests.test_after_saved import copied
 
 Trained = Callable[..., Path]
@@ -46,10 +47,8 @@ def test_the_base_is_quantised_as_in_the_run_or_as_asked(trained: Trained) -> No
     run = trained("peft=lora", "quant=nf4")
     held = load_adapter(run)[0].get_base_model()
     assert held.config.quantization_config.bnb_4bit_quant_type == "nf4"
-    assert not hasattr(load_adapter(run, quant="none")[0].get_base_model(), "hf_quantizer") or (
-        getattr(load_adapter(run, quant="none")[0].get_base_model(), "quantization_method", None)
-        is None
-    )
+    plain = load_adapter(run, quant="none")[0].get_base_model()
+    assert getattr(plain, "quantization_method", None) is None
     merged = load_adapter(run, merge=True)[0]
     assert merged.dtype == torch.float32
     assert not hasattr(merged.config, "quantization_config")
@@ -101,10 +100,26 @@ def test_old_weights_are_read_but_pickles_are_not(trained: Trained, tmp_path: Pa
         load_adapter(run)
 
 
+def test_a_tokenizer_that_came_with_an_adapter_runs_no_code(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    (run / "adapter" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = run / "adapter" / "tokenizer_config.json"
+    told = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | told))
+    with contextlib.suppress(SavedError):
+        load_adapter(run)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_does_not_fit_is_refused(trained: Trained, tmp_path: Path) -> None:
     run = copied(trained("peft=lora"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match="its weights are damaged"):
+        load_adapter(run)
     save_file({}, file)
     with pytest.raises(AdapterError, match="holds no weights"):
         load_adapter(run)

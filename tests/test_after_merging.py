@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,18 +14,19 @@ from safetensors.torch import load_file, save_file
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import examine, prove
+from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, SavedError
-from tests.test_after_saved import copied
+from tests.test_after_saved import ADALORA, copied
 
 Trained = Callable[..., Path]
-METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln_tuning"]
+METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln_tuning", "adalora"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
     trained: Trained, tmp_path: Path, method: str
 ) -> None:
-    run = trained(f"peft={method}")
+    run = trained(f"peft={method}", *(ADALORA if method == "adalora" else ()))
     made = merge([run], tmp_path / "merged")
     proof = prove(made, run)
     assert proof.max_difference < 1e-4
@@ -34,14 +36,24 @@ def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
     assert not any(examine(made).values())
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("method", "quant", "more"),
+    [
+        ("lora", "nf4", ()),
+        ("lora", "nf4", ("quant.double_quant=false", "model.dtype=bfloat16")),
+        ("dora", "nf4", ()),
+        ("ia3", "nf4", ()),
+        ("lora", "int8", ()),
+        ("ia3", "int8", ()),
+    ],
+)
 def test_a_qlora_adapter_in_the_dequantised_base_is_the_adapter_on_the_quantised_one(
-    trained: Trained, tmp_path: Path, quant: str
+    trained: Trained, tmp_path: Path, method: str, quant: str, more: tuple[str, ...]
 ) -> None:
-    run = trained("peft=lora", f"quant={quant}")
+    run = trained(f"peft={method}", f"quant={quant}", *more)
     made = merge([run], tmp_path / "merged", into="dequantised")
     assert prove(made, run).max_difference < 1e-3
-    original = merge([run], tmp_path / "original")
+    original = merge([run], tmp_path / "original", dtype="float32")
     assert prove(original, run).max_difference < 1e-4  # on the unquantised base
     assert not prove(original, run, quant=quant).holds  # the quantised one is another
 
@@ -55,9 +67,60 @@ def test_an_adapted_embedding_leaves_the_head_that_it_was_tied_to(
     assert prove(merge([whole], tmp_path / "whole"), whole).holds
 
 
-def test_the_proof_fails_for_another_adapter_and_for_the_bare_base(
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_proof_fails_for_the_bare_base_even_of_an_adapter_that_does_little(
+    trained: Trained, tmp_path: Path, dtype: str
+) -> None:
+    model, tokenizer = load_adapter("lora_exp/assets/tiny")
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    run = trained("peft=lora", "train.learning_rate=1e-4", "train.max_steps=4")
+    assert not prove(tmp_path / "bare", run).holds
+
+
+def test_a_merged_reward_model_scores_as_its_adapter(trained: Trained, tmp_path: Path) -> None:
+    run = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
+    proof = prove(merge([run], tmp_path / "merged"), run)
+    assert proof.holds
+    assert proof.effect > 0
+
+
+def test_a_merged_model_in_its_run_is_not_quantised_again(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    made = merge([run], run / "merged", into="dequantised")
+    assert find(made).run is None
+    assert prove(made, run).holds
+    assert not any(examine(made).values())
+
+
+def test_a_second_adapter_is_read_as_carefully_as_the_first(
     trained: Trained, tmp_path: Path
 ) -> None:
+    run = trained("peft=lora")
+    second = copied(trained("peft=lora", "seed=7"), tmp_path / "second")
+    file = second / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file(dict(list(weights.items())[2:]), file)
+    with pytest.raises(AdapterError, match="does not fit this base"):
+        merge([run, second], tmp_path / "merged")
+    config = second / "adapter" / "adapter_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"rank_pattern": {r"([\w.]+)+!": 4}}))
+    started = time.perf_counter()
+    with pytest.raises(AdapterError):
+        merge([run, second], tmp_path / "merged")
+    assert time.perf_counter() - started < 30
+    other = copied(trained("peft=lora"), tmp_path / "other")
+    config = other / "adapter" / "adapter_config.json"
+    told = json.loads(config.read_text()) | {"base_model_name_or_path": "meta/another"}
+    config.write_text(json.dumps(told))
+    for name in ("run.json", "config.yaml"):
+        (other / name).unlink()
+    with pytest.raises(AdapterError, match="were trained on two bases"):
+        merge([run, other / "adapter"], tmp_path / "merged")
+
+
+def test_the_proof_fails_for_another_adapter(trained: Trained, tmp_path: Path) -> None:
     made = merge([trained("peft=lora")], tmp_path / "merged")
     other = prove(made, trained("peft=rslora"))
     assert not other.holds
@@ -80,11 +143,12 @@ def test_a_merge_is_smaller_in_bfloat16_and_still_the_same_model(
     assert not prove(made, trained("peft=rslora")).holds
 
 
-def test_two_adapters_concatenated_act_as_the_weighted_sum_of_their_updates(
-    trained: Trained, tmp_path: Path
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "lora"), ("rslora", "rslora")])
+def test_two_adapters_become_the_weighted_sum_of_their_updates(
+    trained: Trained, tmp_path: Path, methods: tuple[str, str]
 ) -> None:
-    runs = [trained("peft=lora"), trained("peft=lora", "seed=7", "peft.r=4")]
-    made = merge(runs, tmp_path / "merged", method="cat", weights=[0.75, 0.25])
+    runs = [trained(f"peft={methods[0]}"), trained(f"peft={methods[1]}", "seed=7", "peft.r=4")]
+    made = merge(runs, tmp_path / "merged", weights=[0.75, 0.25])
     base, _ = load_adapter(made)
     deltas = []
     for run in runs:
@@ -100,7 +164,7 @@ def test_two_adapters_concatenated_act_as_the_weighted_sum_of_their_updates(
     assert len(told["adapters"]) == 2
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "svd"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare", "svd"])
 def test_two_adapters_combine_by_any_of_pefts_methods_the_same_each_time(
     trained: Trained, tmp_path: Path, method: str
 ) -> None:
@@ -121,7 +185,13 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_
     with pytest.raises(AdapterError, match="not trained on a quantised base"):
         merge([run], out, into="dequantised")
     with pytest.raises(AdapterError, match="linear cannot combine these"):
-        merge([run, trained("peft=lora", "seed=7", "peft.r=4")], out)
+        merge([run, trained("peft=lora", "seed=7", "peft.r=4")], out, method="linear")
+    for method, why in (("dora", "use_dora"), ("ia3", "IA3"), ("adalora", "ADALORA")):
+        more = ADALORA if method == "adalora" else ()
+        with pytest.raises(AdapterError, match=f"only plain LoRAs are combined, this has {why}"):
+            merge([run, trained(f"peft={method}", *more)], out)
+    with pytest.raises(SavedError, match="--max-shard-size 5G: give a size"):
+        merge([run], out, max_shard_size="5G")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,6 +222,8 @@ def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) ->
         merge([run], out)
     merge([run], out, force=True)
     assert (out / "model.safetensors").stat().st_ino != before
+    with pytest.raises(SavedError, match="is what is read"):
+        merge([run / "adapter"], run / "adapter", force=True)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years")

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from lora_exp.after.saved import base_config, find, find_all
+from lora_exp.after.saved import alike, base_config, find, find_all, named
 from lora_exp.errors import SavedError
 
 Trained = Callable[..., Path]
+ADALORA = ("peft.tinit=2", "peft.tfinal=2", "peft.deltaT=1")  # for a dozen steps
 
 
 def copied(run: Path, to: Path) -> Path:
@@ -106,6 +108,42 @@ def test_an_adapter_without_its_run_names_its_base_but_runs_none_of_its_code(
     assert find(alone).run is None
     assert base_config(find(alone)).model.path == "pkg://lora_exp/assets/tiny"
     assert base_config(find(alone)).quant is None
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "lora_exp.model.load", "path": "evil/repo", "trust_remote_code": True},
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "lora_exp.model.bnb_4bit", "quant_type": {"_target_": "builtins.print"}},
+        "nf4",
+    ],
+)
+def test_a_config_that_came_with_an_adapter_calls_nothing_of_its_own(
+    trained: Trained, tmp_path: Path, node: object
+) -> None:
+    run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(config, "quant", node, merge=False, force_add=True)
+    OmegaConf.save(config, run / "config.yaml")
+    with pytest.raises(SavedError, match="not ours; give --quant"):
+        base_config(find(run))
+    assert base_config(find(run), quant="nf4").quant.quant_type == "nf4"
+    OmegaConf.update(config, "model", {"_target_": "my.load", "path": "x"}, merge=False)
+    OmegaConf.save(config, run / "config.yaml")
+    with pytest.raises(SavedError, match="not ours; give --base"):
+        base_config(find(run), quant="none")
+    assert base_config(find(run), base="tiny", quant="none").model._target_ == "lora_exp.model.load"
+
+
+def test_a_base_is_known_by_commit_hash_or_name() -> None:
+    commit = "a" * 40
+    assert alike(commit, "b" * 40)
+    assert alike("sha256:1", "sha256:2")
+    assert not alike(commit, "sha256:1")
+    assert not alike(None, commit)
+    assert named("/cache/models--Qwen--Qwen3-0.6B/snapshots/0123") == "Qwen3-0.6B"
+    assert named("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
 
 
 def test_a_record_that_is_no_json_is_told(trained: Trained, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
+from lora_exp.after.completion import check_file
 from lora_exp.after.conversation import OFF, Conversation
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, merged, side_by_side
 from lora_exp.after.saved import find_all
@@ -82,6 +83,7 @@ class Chat:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.at_terminal = sys.stdin.isatty() and console.is_terminal
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         self.failed = False
         self.left = False
 
@@ -174,7 +176,7 @@ class Chat:
                 print(f"[{name}]\n{said}")
             return
         width = max(24, console.width // min(len(found), 3) - 2)
-        panels = [Panel(said, title=name, width=width) for name, said in found.items()]
+        panels = [Panel(Text(said), title=Text(name), width=width) for name, said in found.items()]
         console.print(Columns(panels))
 
     def _system(self, text: str) -> None:
@@ -203,7 +205,9 @@ class Chat:
     def _save(self, path: str) -> None:
         if not path:
             raise SavedError("/save FILE: where to?")
-        self.conversation.save(Path(path).expanduser())
+        file = Path(path).expanduser()
+        check_file(file, force=False)
+        self.conversation.save(file)
 
     def _help(self, _: str) -> None:
         console.print(facts("commands", HELP))

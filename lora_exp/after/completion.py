@@ -88,7 +88,7 @@ def generate(
     asked = {
         "prompts": [sha256(file) for file in files(str(prompts))],
         "tokens": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        "quant": quant or saved.settings.get("choices", {}).get("quant", "none"),
+        "quant": quant or saved.quant,
     }
     groups = batches(ids, loaded.model, batch_size)
     part = Part(target, settings | asked | _identity(saved, found), force)

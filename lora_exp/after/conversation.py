@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from lora_exp.after.loading import Loaded
 from lora_exp.disk import write_whole
-from lora_exp.errors import ConfigError, SavedError, did_you_mean
+from lora_exp.errors import ConfigError, DataError, LoraExpError, SavedError, did_you_mean
 from lora_exp.formats import Row
-from lora_exp.samples import ends
+from lora_exp.samples import ends, room
 from lora_exp.template import render_chat
 
 Write = Callable[[str], None]
@@ -103,8 +104,8 @@ class Conversation:
         """
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = self._ids(self.models[self.active])
-        except SavedError:
+            ids, self.dropped = self._ids(self.models[self.active])
+        except BaseException:
             self.turns.pop()
             raise
         said: list[str] = []
@@ -125,7 +126,13 @@ class Conversation:
         Raises:
             SavedError: nothing was said yet.
         """
-        return self.say(self.undo(), write)
+        kept = self.turns[-2:]
+        said = self.undo()
+        try:
+            return self.say(said, write)
+        except LoraExpError:
+            self.turns += kept
+            raise
 
     def undo(self) -> str:
         """Take back the last thing said and its answer, and return what was said.
@@ -151,7 +158,7 @@ class Conversation:
             for name, loaded in self.models.items():
                 self.turns = [*kept, {"role": "user", "content": text}]
                 said: list[str] = []
-                self._answer(loaded, self._ids(loaded), said.append)
+                self._answer(loaded, self._ids(loaded)[0], said.append)
                 found[name] = "".join(said)
         finally:
             self.turns = kept
@@ -165,31 +172,32 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *self.turns]
 
-    def _ids(self, loaded: Loaded) -> list[int]:
-        """Return the prompt's tokens: the whole conversation, or as much of its end as fits."""
-        room = self._room(loaded)
+    def _ids(self, loaded: Loaded) -> tuple[list[int], int]:
+        """Return the prompt's tokens and how many turns, at its beginning, they leave out."""
+        space = self._room(loaded)
         if loaded.tokenizer.chat_template is None:  # it completes texts, and knows no turns
-            return self._fitting(loaded.tokenizer(self.turns[-1]["content"])["input_ids"], room)
+            return self._fitting(loaded.tokenizer(self.turns[-1]["content"])["input_ids"], space), 0
         first = len(self._messages()) - len(self.turns)
         for start in range(0, len(self.turns), 2):
             messages = self._messages()
-            text = render_chat(
-                messages[:first] + messages[first + start :], loaded.tokenizer, answer=True
-            )
+            kept = messages[:first] + messages[first + start :]
+            try:
+                text = render_chat(kept, loaded.tokenizer, answer=True)
+            except TemplateError as error:
+                raise DataError(f"the chat template refuses this: {error}") from error
             ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) <= room:
-                self.dropped = start
-                return ids
-        return self._fitting(ids, room)
+            if len(ids) <= space:
+                break
+        return self._fitting(ids, space), start
 
-    def _fitting(self, ids: list[int], room: int) -> list[int]:
-        if len(ids) > room:
-            raise SavedError(f"{len(ids)} tokens do not fit: the context has room for {room}")
+    def _fitting(self, ids: list[int], space: int) -> list[int]:
+        if len(ids) > space:
+            raise SavedError(f"{len(ids)} tokens do not fit: the context has room for {space}")
         return ids
 
     def _room(self, loaded: Loaded) -> int:
         """Return how many tokens are the prompt's; an answer has half the context at most."""
-        whole = context(loaded.model)
+        whole = room(loaded.model, 0)
         return whole - min(self.settings.max_new_tokens, whole // 2)
 
     def _answer(self, loaded: Loaded, ids: list[int], write: Write) -> None:
@@ -214,14 +222,9 @@ class Conversation:
             loaded.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=min(settings.max_new_tokens, context(loaded.model) - len(ids)),
+                max_new_tokens=min(settings.max_new_tokens, room(loaded.model, len(ids))),
                 eos_token_id=ends(loaded.model, loaded.tokenizer),
                 pad_token_id=loaded.tokenizer.pad_token_id,
                 streamer=_Written(loaded.tokenizer, write),
                 **drawn,
             )
-
-
-def context(model: Any) -> int:
-    """Return how many tokens a model reads at once."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**20)

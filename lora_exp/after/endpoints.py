@@ -30,6 +30,7 @@ from transformers.cli.serving.utils import GenerationState
 
 from lora_exp.after.loading import Loaded
 from lora_exp.samples import ends, room
+from lora_exp.template import in_time
 
 # of transformers' own the others load models, throw them away, or read sound
 KEPT = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
@@ -48,6 +49,8 @@ class Models(ModelManager):  # type: ignore[misc]
         for loaded in served:
             loaded.model.generation_config.eos_token_id = ends(loaded.model, loaded.tokenizer)
             loaded.model.generate = self._generate(loaded)
+            # on the event loop, which is the main thread: a template that loops would hold all
+            loaded.tokenizer.apply_chat_template = in_time()(loaded.tokenizer.apply_chat_template)
 
     def load_model_and_processor(self, name: Any, **_: Any) -> tuple[Any, Any]:
         """Return a model and its tokenizer.
@@ -101,7 +104,7 @@ class _Handler:
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         if "chat_template" in (body.get("chat_template_kwargs") or {}):
-            raise HTTPException(400, "the chat template is the model's own")  # another might not end
+            raise HTTPException(400, "the chat template is the model's own")
         body.setdefault("stream", False)  # transformers streams responses that nobody asked it to
         name = body.get("model")
         return str(name), *self.model_manager.load_model_and_processor(name)

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_exp.after.completion import check_file
-from lora_exp.after.loading import Loaded, load, load_base
+from lora_exp.after.loading import Loaded, check_apart, load, load_base
 from lora_exp.after.saved import find
 from lora_exp.console import tracked
 from lora_exp.data import Rows, jsonl
@@ -83,6 +83,7 @@ def evaluate(
         check_file(Path(out).expanduser(), force=True)
     saved = find(path)
     rows = jsonl(str(data), None, 0.0, "auto", None, None, None, "raise")
+    check_apart(saved)
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:
         rows = rows.shaped("preference")
@@ -101,7 +102,7 @@ def evaluate(
     found = {
         "path": str(saved.folder),
         "base": saved.base,
-        "quant": quant or saved.settings.get("choices", {}).get("quant", "none"),
+        "quant": quant or saved.quant,
         "data": rows.source,
         **told,
         "max_new_tokens": max_new_tokens,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_exp.after.saved import Saved, find, jobs
+from lora_exp.adapter import read_weights
+from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
 from lora_exp.errors import SavedError
-from lora_exp.foreign import numbers_only
+from lora_exp.foreign import Search
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")
@@ -43,13 +42,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _adapter(saved: Saved) -> dict[str, Any]:
     assert saved.adapter is not None
-    with numbers_only(str(saved.folder)):
-        try:
-            weights = peft.load_peft_weights(str(saved.folder), device="cpu")
-        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-            raise SavedError(f"{saved.folder}: its weights are damaged: {error}") from error
-    if not weights:
-        raise SavedError(f"{saved.folder} holds no weights")
+    weights = read_weights(str(saved.folder), finite=False)
     config = saved.adapter
     targets = config.get("target_modules")
     return {
@@ -65,51 +58,64 @@ def _adapter(saved: Saved) -> dict[str, Any]:
         "bytes": sum(value.numel() * value.element_size() for value in weights.values()),
         "dtypes": sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()}),
         "finite": all(bool(value.isfinite().all()) for value in weights.values()),
-        "modules": modules(weights, config),
+        "modules": modules(weights, config, str(saved.folder)),
     }
 
 
-def modules(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def modules(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], path: str = ""
+) -> list[dict[str, Any]]:
     """Return each adapted module's name, the norm of its update and, of LoRA, rank and alpha.
 
     Args:
         weights: as saved, by name.
         config: the adapter's.
+        path: its folder, for errors.
+
+    Raises:
+        AdapterError: a pattern among its names takes too long.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
-        name = PART.sub("", key.removeprefix("base_model.model."))
-        groups.setdefault(name, {})[key] = value.float()
+        full = key.removeprefix("base_model.model.")
+        name = PART.sub("", full)
+        groups.setdefault(name, {})[full.removeprefix(f"{name}.")] = value.double()
+    alphas = dict(config.get("alpha_pattern") or {})
+    if alphas:
+        search = Search(sorted(groups), path)
+        fitting = {k: set(search.found(rf"(.*\.)?({k})", "alpha_pattern", True)) for k in alphas}
+        alphas = {n: alphas[k] for k in reversed(list(alphas)) for n in fitting[k]}
     found = []
     for name, parts in sorted(groups.items(), key=lambda item: _natural(item[0])):
-        ends = [
-            value
-            for end in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-            for key, value in parts.items()
-            if f".{end}" in key
-        ]
-        if len(ends) == 2:
-            first, second = ends
-            alpha = _of_pattern(name, config.get("alpha_pattern"), config["lora_alpha"])
-            scaling = alpha / (math.sqrt(len(first)) if config.get("use_rslora") else len(first))
-            norm = scaling * _norm_of_product(second, first)
-            found.append({"name": name, "r": len(first), "lora_alpha": alpha, "norm": norm})
-        else:
-            norm = math.sqrt(sum(float(value.square().sum()) for value in parts.values()))
-            found.append({"name": name, "norm": norm})
+        alpha = float(alphas.get(name, config.get("lora_alpha") or 0))
+        found.append({"name": name} | _update(parts, alpha, config))
     return found
+
+
+def _update(parts: dict[str, Tensor], alpha: float, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the norm of a module's update, None if it is not finite, with rank and alpha."""
+    first = next((v for key, v in parts.items() if re.match(r"lora_(embedding_)?A", key)), None)
+    second = next((v for key, v in parts.items() if re.match(r"lora_(embedding_)?B", key)), None)
+    if first is None or second is None:
+        norm = math.sqrt(sum(_square(key, value) for key, value in parts.items()))
+        return {"norm": norm if math.isfinite(norm) else None}
+    rank = made = len(first)
+    if "lora_E" in parts:  # AdaLoRA scales by the rank that it began with
+        first, made = first * parts["lora_E"], int(config["init_r"])
+    scaling = alpha / (math.sqrt(made) if config.get("use_rslora") else made) if made else 0.0
+    norm = scaling * _norm_of_product(second, first)
+    return {"r": rank, "lora_alpha": alpha, "norm": norm if math.isfinite(norm) else None}
+
+
+def _square(key: str, value: Tensor) -> float:
+    """Return a tensor's squared norm; IA3 multiplies, so that 1 changes nothing."""
+    return float((value - 1 if key.startswith("ia3_l") else value).square().sum())
 
 
 def _norm_of_product(second_OR: Tensor, first_RI: Tensor) -> float:
     """Return the Frobenius norm of B A without making it: tr((B'B)(AA')), [R, R] each."""
-    second, first = second_OR.flatten(1).double(), first_RI.flatten(1).double()
+    second, first = second_OR.flatten(1), first_RI.flatten(1)
     return float(((second.T @ second) * (first @ first.T)).sum().clamp(min=0).sqrt())
-
-
-def _of_pattern(name: str, patterns: Mapping[str, Any] | None, default: float) -> float:
-    """Return the value whose key is the end of a module's name, as peft looks it up for names."""
-    found = [v for key, v in (patterns or {}).items() if f".{name}".endswith(f".{key}")]
-    return float(found[0] if found else default)
 
 
 def _natural(name: str) -> list[Any]:
@@ -117,7 +123,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def _model(saved: Saved) -> dict[str, Any]:
-    config = json.loads((saved.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(saved.folder / "config.json")
     parameters, dtypes, sizes = 0, set(), 0
     for file in sorted(saved.folder.glob("*.safetensors")):
         sizes += file.stat().st_size
@@ -129,7 +135,7 @@ def _model(saved: Saved) -> dict[str, Any]:
                     dtypes.add(shape.get_dtype())
         except (SafetensorError, OSError) as error:
             raise SavedError(f"{file} is damaged: {error}") from error
-    merge = saved.folder / "merge.json"
+    merge = saved.folder / RECORD
     return {
         "kind": "model",
         "architecture": (config.get("architectures") or ["?"])[0],
@@ -139,7 +145,7 @@ def _model(saved: Saved) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": sizes,
         "dtypes": sorted(dtypes),
-        "merged_from": json.loads(merge.read_text(encoding="utf-8")) if merge.is_file() else None,
+        "merged_from": read_json(merge) if merge.is_file() else None,
     }
 
 
@@ -156,7 +162,7 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _job(run: Path) -> dict[str, Any]:
-    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record = read_json(run / "run.json")
     told = {key: record.get(key) for key in ("name", "status", "objective", "error")}
     value = record.get("metrics", {}).get(told["objective"])
     return {"path": str(run), **told, "value": value}

@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter import put
-from lora_exp.after.saved import Saved, base_config, find
+from lora_exp.adapter import REWRITES_BASE, put, read_config
+from lora_exp.after.saved import Saved, alike, base_config, find, named
 from lora_exp.display import quiet
-from lora_exp.errors import AdapterError
-from lora_exp.foreign import names_only
+from lora_exp.errors import AdapterError, SavedError
 from lora_exp.model import Base, dequantise, sharing_copy
 from lora_exp.place import base_of
 
@@ -108,10 +106,9 @@ def check_name(saved: Saved, base: str | None) -> None:
     Raises:
         AdapterError: it has another name.
     """
-    if base is None or saved.adapter is None or saved.record.get("base"):
+    if base is None or saved.adapter is None or saved.record.get("base") or not saved.base:
         return
-    named = Path(base_config(saved, base, "none").model.path).name
-    if Path(saved.base).name != named:
+    if named(saved.base) != named(base_config(saved, base, "none").model.path):
         raise AdapterError(f"{saved.folder} was trained on {saved.base}, not on {base}")
 
 
@@ -122,7 +119,7 @@ def check_base(saved: Saved, base: Base) -> None:
         AdapterError: the run's record knows another commit or hash.
     """
     known = saved.record.get("base")
-    if known and base.revision and known != base.revision:
+    if alike(known, base.revision) and known != base.revision:
         text = f"was trained on a base of other weights ({known}, not {base.revision})"
         raise AdapterError(f"{saved.folder} {text}")
 
@@ -135,8 +132,7 @@ def load(saved: Saved, base: Base, trainable: bool = False) -> Loaded:
     """
     model = base.model
     if saved.adapter is not None:
-        config = peft.PeftConfig.from_pretrained(str(saved.folder))
-        names_only(config, model, str(saved.folder))
+        config = read_config(str(saved.folder), model)
         config.inference_mode = not trainable
         model = put(model, config, str(saved.folder), trainable)
     if not trainable:
@@ -148,20 +144,40 @@ def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
     """Put several adapters on one base: each has a tree of modules, all share its weights.
 
     Raises:
-        AdapterError: one does not fit, or belongs to another base.
+        AdapterError: one does not fit, belongs to another base, or would change it.
     """
     loaded: list[Loaded] = []
     for saved in several:
         check_base(saved, base)
+        check_apart(saved)
         loaded.append(load(saved, replace(base, model=sharing_copy(base.model))))
     return loaded
+
+
+def check_apart(saved: Saved) -> None:
+    """Refuse an adapter that changes its base, where the base is needed beside it.
+
+    Raises:
+        AdapterError: it carries the base's biases, or starts by rewriting the base's weights.
+    """
+    config = saved.adapter or {}
+    start = str(config.get("init_lora_weights", ""))
+    if config.get("bias", "none") != "none" or start.startswith(REWRITES_BASE):
+        why = f"bias={config['bias']}" if config.get("bias", "none") != "none" else start
+        text = (
+            f"{saved.folder} changes the base itself ({why}); merge it first, then take the model"
+        )
+        raise AdapterError(text)
 
 
 def tokenizer_of(saved: Saved, base: Base) -> Any:
     """Return the tokenizer that was saved with the weights, or the base's."""
     if not (saved.folder / "tokenizer_config.json").is_file():
         return base.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(str(saved.folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(saved.folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SavedError(f"{saved.folder}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -176,7 +192,7 @@ def merged(model: Any) -> Any:
     _untie(model)
     try:
         return model.merge_and_unload(safe_merge=True)
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         kind = model.peft_config[model.active_adapter].peft_type.value
         raise AdapterError(f"{kind} cannot be merged: {error}") from error
 

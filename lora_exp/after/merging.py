@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
 from transformers import set_seed
 
+from lora_exp.adapter import REWRITES_BASE, add
 from lora_exp.after.loading import (
     check_base,
     check_name,
@@ -21,18 +21,21 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
-from lora_exp.after.saved import Saved, find
+from lora_exp.after.saved import RECORD, Saved, check_same_base, find
 from lora_exp.after.saving import check_free
+from lora_exp.card import merged_card
 from lora_exp.disk import sha256, whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.foreign import names_only, numbers_only
 
-RECORD = "merge.json"  # of what a merged model was made
 Into = Literal["original", "dequantised"]
 METHODS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
     "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
+SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
+ONLY_ALONE = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias",
 )  # fmt: skip
 SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's weights
 
@@ -43,7 +46,7 @@ def merge(
     base: str | None = None,
     dtype: str | None = None,
     into: Into = "original",
-    method: str = "linear",
+    method: str = "cat",
     weights: Sequence[float] | None = None,
     density: float = 0.5,
     max_shard_size: str = "5GB",
@@ -58,7 +61,7 @@ def merge(
         dtype: of the saved weights: `float32`, `bfloat16`, `float16`; None: the base's own.
         into: `original`: the unquantised base; `dequantised`: what an adapter that was trained on
             a quantised base saw of it.
-        method: how several adapters become one, in peft's words.
+        method: how several LoRAs become one, in peft's words; `cat` is their weighted sum exactly.
         weights: of each adapter; None: 1 each.
         density: the share of each adapter's weights that ties, dare and magnitude_prune keep.
         max_shard_size: of a weight file.
@@ -74,9 +77,12 @@ def merge(
     """
     quiet()
     folder = Path(out).expanduser()
-    check_free(folder, force)
     several = [find(path) for path in adapters]
+    method = {"dare": "dare_linear"}.get(method, method)
     _check(several, into, method, weights)
+    if not SIZE.fullmatch(max_shard_size):
+        raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
+    check_free(folder, force, [*(saved.folder for saved in several), base or several[0].base])
     for saved in several:
         check_name(saved, base)
     first = several[0]
@@ -106,8 +112,10 @@ def merge(
         model.save_pretrained(str(made), max_shard_size=max_shard_size)
         tokenizer_of(first, found).save_pretrained(str(made))
         (made / RECORD).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        if (first.folder / "README.md").is_file():
-            shutil.copy(first.folder / "README.md", made / "README.md")
+        card = first.folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        text = merged_card(told, first.task_type, text)
+        (made / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -120,11 +128,25 @@ def _check(several: list[Saved], into: Into, method: str, weights: Sequence[floa
         raise AdapterError(f"{len(weights)} weights for {len(several)} adapters; give one for each")
     if weights is not None and len(several) == 1:
         raise AdapterError("weights share several adapters out; here is one")
-    if len(several) > 1 and method not in METHODS:
-        raise AdapterError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if into == "dequantised" and not several[0].settings.get("quant"):
+    if len(several) > 1:
+        check_same_base(several)
+        if method not in METHODS:
+            raise AdapterError(f"method {method!r} is none of {', '.join(METHODS)}")
+        for saved in several:
+            _check_plain(saved)
+    if into == "dequantised" and several[0].quant == "none":
         text = "was not trained on a quantised base, or its run is not known; into=original"
         raise AdapterError(f"{several[0].folder} {text}")
+
+
+def _check_plain(saved: Saved) -> None:
+    """Refuse what peft would lose of an adapter, without a word, when it combines several."""
+    config = saved.adapter or {}
+    lost = [key for key in ONLY_ALONE if config.get(key) not in (None, False, "none", [], {})]
+    start = str(config.get("init_lora_weights", ""))
+    if config["peft_type"] != "LORA" or lost or start.startswith(REWRITES_BASE):
+        what = ", ".join(lost) or (start if config["peft_type"] == "LORA" else config["peft_type"])
+        raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {what}")
 
 
 def _combine(
@@ -133,16 +155,14 @@ def _combine(
     """Make one adapter of several, the active one."""
     names = ["default"]
     for i, saved in enumerate(several[1:], 1):
-        config = peft.PeftConfig.from_pretrained(str(saved.folder))
-        names_only(config, model.get_base_model(), str(saved.folder))
-        with numbers_only(str(saved.folder)):
-            model.load_adapter(str(saved.folder), f"adapter{i}", peft_config=config)
+        add(model, str(saved.folder), f"adapter{i}")
         names.append(f"adapter{i}")
     set_seed(0)  # dare drops weights at random
     sparse = {"density": density} if method.startswith(SPARSE) else {}
+    model.peft_config["default"].use_rslora = False  # the made one's scaling is to be 1
     try:
         model.add_weighted_adapter(names, weights, "merged", combination_type=method, **sparse)
-    except (ValueError, AttributeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise AdapterError(f"{method} cannot combine these: {error}") from error
     model.set_adapter("merged")
 

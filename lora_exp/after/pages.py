@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -69,31 +70,32 @@ def changed(modules: list[dict[str, Any]]) -> Table:
         row, _, last = module["name"].rpartition(".")
         layer = next((part for part in row.split(".") if part.isdigit()), row or "-")
         cells = places.setdefault(layer, {})
-        cells[last] = cells.get(last, 0.0) + module["norm"]
+        norm = math.nan if module["norm"] is None else module["norm"]
+        cells[last] = cells.get(last, 0.0) + norm
     columns = list(dict.fromkeys(name for cells in places.values() for name in cells))
-    largest = max((norm for cells in places.values() for norm in cells.values()), default=0.0)
+    norms = [norm for cells in places.values() for norm in cells.values()]
+    largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
     ranks = {(m["r"], m["lora_alpha"]) for m in modules if "r" in m}
     title = "norm of each module's update" if ranks else "norm of each module's saved tensors"
     if len(ranks) == 1:
         (r, alpha), *_ = ranks
         title += f" (r {r}, alpha {alpha:g} everywhere)"
+    elif ranks:
+        title += f" (r {min(ranks)[0]} to {max(ranks)[0]}; --json has each)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None)
     table.add_column("layer", style="dim")
     for name in columns:
         table.add_column(name, justify="right")
     for layer, cells in places.items():
         table.add_row(layer, *(_cell(cells.get(name), largest) for name in columns))
-    if len(ranks) > 1:
-        for module in modules:
-            what = f"r {module['r']}, alpha {module['lora_alpha']:g}" if "r" in module else ""
-            table.add_section()
-            table.add_row(module["name"], what)
     return table
 
 
 def _cell(norm: float | None, largest: float) -> Text:
     if norm is None:
         return Text("")
+    if not math.isfinite(norm):
+        return Text("not finite", style="bold red")
     shade = round((len(SHADES) - 1) * norm / largest) if largest else 0
     return Text(short(norm), style=SHADES[shade])
 
@@ -115,7 +117,8 @@ def _sweep(found: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right" if column == "value" else "left")
     for job in found["jobs"]:
         value = short(job["value"]) if job["value"] is not None else ""
-        table.add_row(job["path"], job["name"], job["status"], job["objective"] or "", value)
+        told = (job["path"], job["name"], job["status"], job["objective"], value)
+        table.add_row(*(Text(str(cell or "")) for cell in told))
     return table
 
 
@@ -137,7 +140,7 @@ def proof(found: Mapping[str, Any]) -> RenderableType:
         "merged weights": found["dtype"],
         "prompts": f"{found['prompts']}, {found['tokens']:,} tokens compared",
         "largest difference": f"{found['max_difference']:.3g} of a logit"
-        f" (let pass: {found['tolerance']:.3g}; largest logit {found['largest_logit']:.1f})",
+        f" (let pass: {found['tolerance']:.3g}; the adapter itself: {found['effect']:.3g})",
         "mean difference": f"{found['mean_difference']:.3g}",
         "KL": f"{found['kl']:.3g} nats a token",
         "same next token": f"{found['top1_agreement']:.2%}",
@@ -205,37 +208,38 @@ def parcel(files: Mapping[str, int], target: str) -> RenderableType:
 
 
 def estimate(found: Mapping[str, Any]) -> RenderableType:
-    """Return the page of `lora-exp estimate`."""
+    """Return the page of `lora-exp estimate`: a column for each way, the chosen one marked."""
     table = Table(box=None)
-    table.add_column("", no_wrap=True)
-    columns = ("weights", "gradients", "optimizer", "activations", "total", "measured")
-    for name in ("trainable", "saved", *columns):
-        table.add_column(name, justify="right")
-    refused = []
-    for row in found["rows"]:
-        method = "every weight" if row["peft"] == "none" else row["peft"]
-        name = method if row["quant"] == "none" else f"{method}, {row['quant']}"
-        if "refused" in row:
-            refused.append(f"{name}: {row['refused']}")
-            continue
-        cells = (size_of(row[c]) if row[c] is not None else "-" for c in ("saved", *columns))
-        mark, style = ("> ", "bold") if row["chosen"] else ("  ", "")
-        table.add_row(f"{mark}{name}", f"{row['trainable']:,}", *cells, style=style)
+    table.add_column("", style="dim", no_wrap=True)
+    rows = [row for row in found["rows"] if "refused" not in row]
+    for row in rows:
+        mark, style = ("> ", "bold") if row["chosen"] else ("", "")
+        table.add_column(f"{mark}{_way(row)}", justify="right", style=style, no_wrap=True)
+    table.add_row("trainable", *(f"{row['trainable']:,}" for row in rows))
+    for part in ("saved", "weights", "gradients", "optimizer", "activations", "total", "measured"):
+        sizes = (size_of(row[part]) if row[part] is not None else "-" for row in rows)
+        table.add_row(part, *sizes, end_section=part == "activations")
     title = f"{found['name']}: {found['model']}, {found['parameters']:,} parameters"
-    return Group(Text(title, style="bold"), table, *_notes(found), *refused)
+    return Group(Text(title, style="bold"), table, *_notes(found))
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    method = "every weight" if row["peft"] == "none" else row["peft"]
+    return method if row["quant"] == "none" else f"{method}, {row['quant']}"
 
 
 def _notes(found: Mapping[str, Any]) -> list[Text]:
     known = "" if found["optimizer_known"] else ", which is not known: counted as AdamW"
     lines = [
-        f"a step has up to {found['tokens']:,} tokens; its activations are a rough formula;"
-        f" optimizer {found['optimizer']}{known}",
+        f"a step has up to {found['tokens']:,} tokens; its activations are a formula's, rather"
+        f" too high; optimizer {found['optimizer']}{known}"
     ]
-    lines += [
-        f"measured: the peak of {row['run']}; on a CPU the whole process, about 0.5 GiB more"
-        for row in found["rows"]
-        if row.get("run")
-    ]
+    for row in found["rows"]:
+        if "refused" in row:
+            lines.append(f"{_way(row)}: {row['refused']}")
+        elif row["run"]:
+            told = f"measured: the peak of {row['run']}"
+            lines.append(f"{told}; on a CPU that of the process, about 0.5 GiB more")
     return [Text(line, style="dim") for line in lines]
 
 

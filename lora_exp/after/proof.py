@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lora_exp.after.loading import in_floats, load, load_base
-from lora_exp.after.merging import RECORD
 from lora_exp.after.prompts import prompts_of, read
-from lora_exp.after.saved import Saved, find
+from lora_exp.after.saved import RECORD, Saved, find, read_json
 from lora_exp.console import tracked
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.memory import give_back
-from lora_exp.model import Base
+from lora_exp.model import Base, exact_products
+from lora_exp.samples import ends, room
 from lora_exp.template import render_chat
 
-# the largest difference of a logit, as a share of the largest logit, and the least share of
-# places where both would say the same token: what rounding the merged weights explains
-TOLERANCE = {"float32": (5e-6, 1.0), "bfloat16": (5e-2, 0.9), "float16": (1e-2, 0.97)}
-SUMS = 5e-5  # the same for float32 weights beside 4-bit layers, which cannot compute in float64
+# what rounding the merged weights explains: the largest difference of a logit, in float32 as it
+# is and else as a share of the largest logit, and the least share of equal next tokens
+TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (5e-2, 0.9), "float16": (1e-2, 0.97)}
+SUMS = 1e-3  # in float32 beside 4-bit layers, which cannot compute in float64
+SHARE = 0.2  # of what the adapter itself changes: more, and the bare base might pass
 PROMPTS = (
     "Who are you, and who made you?",
     "Name three colours of the rainbow.",
@@ -52,6 +54,7 @@ class Proof:
     top1_agreement: float
     same_text: float  # share of prompts whose greedy answers are equal
     largest_logit: float
+    effect: float  # the largest difference that the adapter makes
     dtype: str  # of the merged weights
     computed_in: str  # float64 where both sides can: then only the merge differs, not the sums
     reference: str
@@ -59,10 +62,11 @@ class Proof:
     @property
     def tolerance(self) -> float:
         """The difference that is let pass."""
-        share = TOLERANCE[self.dtype][0]
-        if self.dtype == self.computed_in:
-            share = SUMS
-        return share * max(1.0, self.largest_logit)
+        if self.dtype == "float32":
+            share = TOLERANCE["float32"][0] if self.computed_in == "float64" else SUMS
+        else:
+            share = TOLERANCE[self.dtype][0] * self.largest_logit
+        return min(share, SHARE * self.effect) if self.effect else share
 
     @property
     def holds(self) -> bool:
@@ -81,7 +85,8 @@ class Seen:
 
     ids: list[int]  # prompt and answer
     asked: int  # how many of them are the prompt
-    logits_TV: Tensor  # before each next token
+    logits_TV: Tensor  # before each next token; float32
+    effect: float = 0.0  # the largest difference to the base without the adapter
 
     @property
     def answer(self) -> list[int]:
@@ -118,9 +123,8 @@ def prove(
         raise SavedError(f"{saved.folder} is a whole model; --adapter takes an adapter or its run")
     if whole_model.adapter is not None:
         raise SavedError(f"{whole_model.folder} is an adapter; the first is the merged model")
-    quant = quant or _quant(whole_model, saved)
     dtype = _stored(whole_model)
-    reference = _base(saved, base, quant)
+    reference, told = _reference(whole_model, saved, base, quant)
     exact = dtype == "float32" and getattr(reference.model, "quantization_method", None) is None
     precision = torch.float64 if exact else torch.float32
     loaded = load(saved, reference)
@@ -128,45 +132,55 @@ def prove(
         loaded.model.to(precision)
     texts = _prompts(saved, loaded.tokenizer, prompts)
     asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    asked = [ids[-room(loaded.model, max_new_tokens) :] for ids in asked]
     expected = [
         _seen(loaded.model, ids, max_new_tokens) for ids in tracked(asked, "adapter on its base")
     ]
     del loaded, reference
     gc.collect()
     give_back()
-    model = _base(whole_model, None, "none").model.eval().to(precision)
-    compared = []
+    model = load_base(whole_model, None, "none", "float32").model.eval().to(precision)
+    apart = []
     for want in tracked(expected, "merged model"):
         got = _seen(model, want.ids[: want.asked], max_new_tokens, want)
-        compared.append((want, got))
-    told = f"{saved.name} on {saved.base}" + (f" in {quant}" if quant != "none" else "")
-    return _proof(compared, dtype, str(precision).removeprefix("torch."), told)
+        apart.append(_apart(want, got))
+    return _proof(expected, apart, dtype, str(precision).removeprefix("torch."), told)
 
 
-def _stored(saved: Saved) -> str:
-    """Return the dtype of a model's weights on disk."""
-    config = json.loads((saved.folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("dtype", config.get("torch_dtype", "float32")))
-
-
-def _base(saved: Saved, base: str | None, quant: str) -> Base:
-    """Load a base whose products are as exact as can be.
+def _reference(
+    merged: Saved, saved: Saved, base: str | None, quant: str | None
+) -> tuple[Base, str]:
+    """Load the base as the merge took it, its products as exact as can be, and say how it is held.
 
     That of 8-bit layers is dequantised: they round what flows through them too.
     """
-    found = load_base(saved, base, quant, "float32")
-    for module in found.model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
-    return in_floats(found) if quant == "int8" else found
-
-
-def _quant(merged: Saved, saved: Saved) -> str:
-    """Return how the base was held that a merge took: unquantised, or as the adapter's run did."""
     path = merged.folder / RECORD
-    into = json.loads(path.read_text(encoding="utf-8")).get("into") if path.is_file() else None
-    chosen = saved.settings.get("choices", {}).get("quant", "none")
-    return str(chosen) if into == "dequantised" else "none"
+    into = read_json(path).get("into") if path.is_file() else None
+    if quant is None and into == "dequantised":  # as the run held it, to the dtype of its floats
+        found, held = load_base(saved, base), saved.quant
+    else:
+        held = quant or "none"
+        found = load_base(saved, base, held, "float32")
+    if getattr(found.model, "is_loaded_in_8bit", False):
+        found = in_floats(found)
+    exact_products(found.model, torch.float32)
+    for parameter in found.model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.float()
+    return found, f"{saved.name} on {saved.base}" + ("" if held == "none" else f" in {held}")
+
+
+def _stored(saved: Saved) -> str:
+    """Return the dtype of a model's weights on disk.
+
+    Raises:
+        SavedError: it is none that is proven.
+    """
+    config = read_json(saved.folder / "config.json")
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if dtype not in TOLERANCE:
+        raise SavedError(f"{saved.folder} is {dtype}; proven are {', '.join(TOLERANCE)}")
+    return dtype
 
 
 def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]:
@@ -187,34 +201,83 @@ def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]
 def _seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> Seen:
     """Answer greedily, then read the logits; of another's answer where one is given."""
     ids = torch.tensor([prompt], device=model.device)
-    answered = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-        do_sample=False, temperature=None, top_p=None, top_k=None,
-    )[0].tolist()  # fmt: skip
-    read = torch.tensor([like.ids if like else answered], device=model.device)
-    logits = model(input_ids=read, use_cache=False).logits[0].cpu()
-    return Seen(answered, len(prompt), logits)
+    if not model.can_generate():  # a classifier
+        answered = prompt
+    else:
+        answered = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+            do_sample=False, temperature=None, top_p=None, top_k=None,
+        )[0].tolist()  # fmt: skip
+    if model.config.is_encoder_decoder:
+        answered = prompt + answered
+    own = Seen(answered, len(prompt), torch.empty(0))
+    logits_TV = _logits(model, like or own)
+    effect = 0.0
+    if like is None and isinstance(model, PeftModel):
+        with model.disable_adapter():
+            effect = float((logits_TV - _logits(model, own)).abs().max())
+    return replace(own, logits_TV=logits_TV, effect=effect)
 
 
-def _proof(pairs: list[tuple[Seen, Seen]], dtype: str, computed_in: str, reference: str) -> Proof:
-    """Sum up; KL(adapter || merged) in nats, averaged over tokens."""
-    first, second = pairs[0][0].logits_TV, pairs[0][1].logits_TV
-    if first.shape[1] != second.shape[1]:
+def _logits(model: Any, seen: Seen) -> Tensor:
+    """Return the logits over prompt and answer, or over the answer of an encoder-decoder."""
+    read = [seen.ids]
+    told = {}
+    if model.config.is_encoder_decoder:
+        read = [seen.ids[: seen.asked]]
+        told = {"decoder_input_ids": torch.tensor([seen.answer], device=model.device)}
+    ids = torch.tensor(read, device=model.device)
+    own: Tensor = model(input_ids=ids, use_cache=False, **told).logits[0]
+    return own.reshape(-1, own.shape[-1]).float().cpu()
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far the merged model is from the adapter on one prompt, summed over its places."""
+
+    largest: float
+    total: float
+    kl: float
+    agree: int
+    same_text: bool
+
+
+def _apart(want: Seen, got: Seen) -> Apart:
+    """Compare; KL(adapter || merged) in nats.
+
+    Raises:
+        AdapterError: the vocabularies differ.
+    """
+    first, second = want.logits_TV, got.logits_TV
+    if first.shape != second.shape:
         sizes = f"{second.shape[1]} tokens, the base has {first.shape[1]}"
         raise AdapterError(f"the merged model is another one: its vocabulary has {sizes}")
-    wanted = torch.cat([want.logits_TV for want, _ in pairs])
-    found = torch.cat([got.logits_TV for _, got in pairs])
-    difference = (wanted - found).abs()
-    kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - found.log_softmax(-1))).sum(-1)
+    difference = (first - second).abs()
+    logs = first.log_softmax(-1)
+    return Apart(
+        float(difference.max()),
+        float(difference.sum()),
+        float((logs.exp() * (logs - second.log_softmax(-1))).sum()),
+        int((first.argmax(-1) == second.argmax(-1)).sum()),
+        want.answer == got.answer,
+    )
+
+
+def _proof(
+    expected: list[Seen], apart: list[Apart], dtype: str, computed_in: str, reference: str
+) -> Proof:
+    tokens = sum(len(want.logits_TV) for want in expected)
+    width = expected[0].logits_TV.shape[1]
     return Proof(
-        prompts=len(pairs),
-        tokens=len(wanted),
-        max_difference=float(difference.max()),
-        mean_difference=float(difference.mean()),
-        kl=float(kl.mean().clamp(min=0)),
-        top1_agreement=float((wanted.argmax(-1) == found.argmax(-1)).float().mean()),
-        same_text=sum(want.answer == got.answer for want, got in pairs) / len(pairs),
-        largest_logit=float(wanted.abs().max()),
+        prompts=len(expected),
+        tokens=tokens,
+        max_difference=max(each.largest for each in apart),
+        mean_difference=sum(each.total for each in apart) / (tokens * width),
+        kl=max(0.0, sum(each.kl for each in apart) / tokens),
+        top1_agreement=sum(each.agree for each in apart) / tokens,
+        same_text=sum(each.same_text for each in apart) / len(apart),
+        largest_logit=max(float(want.logits_TV.abs().max()) for want in expected),
+        effect=max(want.effect for want in expected),
         dtype=dtype,
         computed_in=computed_in,
         reference=reference,
@@ -224,8 +287,8 @@ def _proof(pairs: list[tuple[Seen, Seen]], dtype: str, computed_in: str, referen
 class _Ends(LogitsProcessor):  # type: ignore[misc]
     """Say the end token third, to see whether the model's own settings stop there."""
 
-    def __init__(self, end: int, asked: int) -> None:
-        self.end, self.at = end, asked + 2
+    def __init__(self, end: int, every: list[int], asked: int) -> None:
+        self.end, self.every, self.at = end, every, asked + 2
 
     def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
         if ids_BT.shape[1] == self.at:
@@ -233,7 +296,7 @@ class _Ends(LogitsProcessor):  # type: ignore[misc]
             forced[:, self.end] = 0
             return forced
         barred = scores_BV.clone()
-        barred[:, self.end] = float("-inf")
+        barred[:, self.every] = float("-inf")
         return barred
 
 
@@ -273,7 +336,7 @@ def _generates(model: Any, tokenizer: Any) -> dict[str, str | None]:
         found = {"generates": None if made.shape[1] > prompt.shape[1] else "no token came"}
         if end is None:
             return found | {"ends at EOS": "the tokenizer has no end token"}
-        forced = LogitsProcessorList([_Ends(end, prompt.shape[1])])
+        forced = LogitsProcessorList([_Ends(end, ends(model, tokenizer), prompt.shape[1])])
         ended = model.generate(input_ids=prompt, logits_processor=forced, **told)
     length = ended.shape[1] - prompt.shape[1]
     wrong = (

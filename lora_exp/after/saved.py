@@ -12,13 +12,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from lora_exp.config import CONF, compose
-from lora_exp.errors import ConfigError, SavedError, did_you_mean
+from lora_exp.config import CONF, compose, is_commit
+from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
 from lora_exp.start import adapter_config
 
 CHECKPOINT = "checkpoint-"
-TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+RECORD = "merge.json"  # of what a merged model was made
+# what a run's config may say of how its base is held: settings, never what else to call
+HELD = ("lora_exp.model.bnb_4bit", "lora_exp.model.bnb_8bit")
+LOADED = ("path", "revision", "gguf_file", "dtype", "random_weights")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Saved:
     @cached_property
     def record(self) -> dict[str, Any]:
         """The run's record, or nothing."""
-        return _json(self.run / "run.json") if self.run else {}
+        return read_json(self.run / "run.json") if self.run else {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -42,7 +46,7 @@ class Saved:
             return {}
         try:
             return dict(OmegaConf.to_container(OmegaConf.load(self.run / "config.yaml")))  # type: ignore[arg-type]
-        except (OSError, ValueError, OmegaConfBaseException) as error:
+        except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
             raise SavedError(f"{self.run / 'config.yaml'} cannot be read: {error}") from error
 
     @property
@@ -54,19 +58,28 @@ class Saved:
 
     @property
     def base(self) -> str:
-        """The base that it names, a whole model itself."""
+        """The base that it names, a whole model itself; empty: it names none."""
         if self.adapter is None:
             return str(self.folder)
-        told = self.settings.get("model", {}).get("path")
-        return str(told or self.adapter["base_model_name_or_path"])
+        told = (self.settings.get("model") or {}).get("path")
+        return str(told or self.adapter["base_model_name_or_path"] or "")
+
+    @property
+    def quant(self) -> str:
+        """The option that its run held the base by; a whole model is held as it is."""
+        chosen = self.settings.get("choices") or {}
+        return str(chosen.get("quant", "none")) if self.adapter is not None else "none"
 
     @property
     def task_type(self) -> str:
         """What it was trained for, in peft's word."""
         if self.adapter is not None:
             return str(self.adapter.get("task_type") or "CAUSAL_LM")
-        architectures = _json(self.folder / "config.json").get("architectures") or [""]
-        return next((t for end, t in TASKS.items() if architectures[0].endswith(end)), "CAUSAL_LM")
+        config = read_json(self.folder / "config.json")
+        architectures = config.get("architectures") or [""]
+        if str(architectures[0]).endswith("ForSequenceClassification"):
+            return "SEQ_CLS"
+        return "SEQ_2_SEQ_LM" if config.get("is_encoder_decoder") else "CAUSAL_LM"
 
 
 def find(path: str | Path) -> Saved:
@@ -80,6 +93,8 @@ def find(path: str | Path) -> Saved:
         SavedError: there is nothing of the kind, or it is damaged.
     """
     folder = Path(path).expanduser()
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if (folder / "run.json").is_file():
@@ -103,6 +118,7 @@ def find_all(paths: Iterable[str | Path]) -> list[Saved]:
 
     Raises:
         SavedError: as `find`; or two have one name, or a whole model is among several.
+        AdapterError: they name different bases.
     """
     found: list[Saved] = []
     for path in map(str, paths):
@@ -114,7 +130,36 @@ def find_all(paths: Iterable[str | Path]) -> list[Saved]:
     names = [saved.name for saved in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SavedError(f"two are called {', '.join(twice)}; name them: NAME=PATH")
+    check_same_base(found)
     return found
+
+
+def check_same_base(several: list[Saved]) -> None:
+    """Refuse adapters of different bases.
+
+    Raises:
+        AdapterError: two differ in the weights that their runs recorded, or else in name.
+    """
+    first = several[0]
+    for saved in several[1:]:
+        known, other = first.record.get("base"), saved.record.get("base")
+        same = known == other if alike(known, other) else named(first.base) == named(saved.base)
+        if not same:
+            bases = f"{first.base} ({known}) and {saved.base} ({other})"
+            text = f"{first.folder} and {saved.folder} were trained on two bases: {bases}"
+            raise AdapterError(text)
+
+
+def alike(known: str | None, found: str | None) -> bool:
+    """Say whether two revisions can be compared: both hashes of files, or both commits."""
+    pair = (str(known), str(found))
+    return all(r.startswith("sha256:") for r in pair) or all(is_commit(r) for r in pair)
+
+
+def named(base: str) -> str:
+    """Return what a base is called wherever it lies: in the Hub's cache too."""
+    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", f"{base}/")
+    return cached[1] if cached else Path(base).name
 
 
 def jobs(folder: Path) -> list[Path]:
@@ -145,7 +190,7 @@ def _of_run(run: Path) -> Saved:
         folder = checkpoints[step]
         if (its := owner(folder)) is not None and flaw(folder, its) is None:
             return find(folder)
-    status = _json(run / "run.json").get("status")
+    status = read_json(run / "run.json").get("status")
     raise SavedError(f"{run} ({status}) has saved nothing yet; resume={run} goes on")
 
 
@@ -160,13 +205,20 @@ def _check_whole(folder: Path) -> None:
 
 def _run_of(folder: Path) -> Path | None:
     """Return the run that a folder belongs to: around it, or, where it travels, inside it."""
-    parents = [folder, folder.resolve().parent]
+    parents = [folder]
+    if folder.name in ("adapter", "model", "value"):
+        parents.append(folder.resolve().parent)
     if folder.name.startswith(CHECKPOINT):
         parents.append(folder.resolve().parent.parent)
     return next((p for p in parents if (p / "run.json").is_file()), None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        SavedError: it is none.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -182,19 +234,40 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         quant: an option of conf/quant; None: as its run held it, not at all where there was none.
 
     Raises:
+        SavedError: it names no base, or one that is loaded by other code than ours.
         hydra.errors.HydraException: no such option.
     """
     chosen = base or saved.base
+    if not chosen:
+        raise SavedError(f"{saved.folder} names no base; give --base")
     is_option = base is not None and (CONF / "model" / f"{base}.yaml").is_file()
     option = chosen if is_option else "local"
     path = [] if is_option else ["model.path=here"]
     cfg = compose("tracking=none", f"model={option}", *path, f"quant={quant or 'none'}")
     values: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    if base is None and saved.adapter is not None and saved.settings:
-        values["model"] |= saved.settings["model"] | {"trust_remote_code": False}
-    elif not is_option:
+    if not is_option:
         values["model"]["path"] = chosen
-    if quant is None and saved.settings:
-        values["quant"] = saved.settings["quant"]
+    if base is None and saved.adapter is not None:
+        told = _settings(saved, "model", ("lora_exp.model.load",))
+        values["model"] |= {key: told[key] for key in LOADED if key in told}
+        if is_commit(recorded := saved.record.get("base")):
+            values["model"]["revision"] = recorded
+    if quant is None and saved.adapter is not None:
+        values["quant"] = _settings(saved, "quant", HELD) or None
     values["algorithm"]["task_type"] = saved.task_type
     return OmegaConf.create(values)
+
+
+def _settings(saved: Saved, key: str, targets: tuple[str, ...]) -> dict[str, Any]:
+    """Return a part of a run's config, if all that it says is settings of what we call.
+
+    Raises:
+        SavedError: it would have something else called; a config travels, and comes from anywhere.
+    """
+    node = saved.settings.get(key) or {}
+    target = node.get("_target_") if isinstance(node, dict) else node
+    values = node.values() if isinstance(node, dict) else [node]
+    if node and (target not in targets or any(isinstance(v, dict | list) for v in values)):
+        cure = "give --base" if key == "model" else "give --quant"
+        raise SavedError(f"{saved.run}/config.yaml: {key} is {target!r}, not ours; {cure}")
+    return dict(node)

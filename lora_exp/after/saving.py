@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 from safetensors.torch import save_file
 
-from lora_exp.adapter import REWRITES_BASE
+from lora_exp.adapter import REWRITES_BASE, read_weights
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import Saved, find
 from lora_exp.disk import whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.foreign import numbers_only
 
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
+    "merges.txt", "spiece.model",
+)  # fmt: skip
+SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".yaml")
 RECORD = ("run.json", "config.yaml")
 
 
@@ -53,7 +57,7 @@ def save(
         raise SavedError(f"{saved.folder} is a whole model; copy its folder, or push it")
     _check_converted(saved)
     folder = Path(out).expanduser()
-    check_free(folder, force)
+    check_free(folder, force, [saved.folder])
     with whole(folder) as made:
         if as_lora:
             _write_as_lora(saved, made, rank, base)
@@ -66,13 +70,14 @@ def save(
             if saved.run and (saved.run / name).is_file():
                 shutil.copy(saved.run / name, made / name)
         card = saved.folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else _card(saved)
+        kept = card.is_file() and not as_lora
+        text = card.read_text(encoding="utf-8") if kept else _card(saved, as_lora)
         (made / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def check_free(path: Path, force: bool) -> None:
-    """Refuse to write over what is there, and ever over a folder of other things.
+def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> None:
+    """Refuse to write over what is there; with `force` only over a model or adapter, no source.
 
     Raises:
         SavedError: the path is taken.
@@ -81,8 +86,13 @@ def check_free(path: Path, force: bool) -> None:
         return
     if not force:
         raise SavedError(f"{path} exists; --force replaces it")
-    ours = ("config.json", "adapter_config.json")
-    if path.is_dir() and any(path.iterdir()) and not any((path / n).is_file() for n in ours):
+    here = path.resolve()
+    read = [Path(source).expanduser().resolve() for source in sources]
+    if any(here == source or here in source.parents for source in read):
+        raise SavedError(f"{path} is what is read; name another place")
+    there = list(path.iterdir()) if path.is_dir() else [path]
+    ours = all(entry.is_file() and entry.suffix in SUFFIXES for entry in there)
+    if there and not (ours and any(entry.suffix == ".safetensors" for entry in there)):
         raise SavedError(f"{path} holds something else than a model or adapter; name another place")
 
 
@@ -103,11 +113,10 @@ def _write(saved: Saved, made: Path) -> None:
     text = json.dumps(config, indent=2, sort_keys=True)
     (made / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     source = saved.folder / "adapter_model.safetensors"
+    weights = read_weights(str(saved.folder))
     if source.is_file():
         shutil.copy(source, made / source.name)
         return
-    with numbers_only(str(saved.folder)):  # an old adapter_model.bin
-        weights = peft.load_peft_weights(str(saved.folder), device="cpu")
     tensors = {key: value.contiguous() for key, value in weights.items()}
     save_file(tensors, made / source.name, metadata={"format": "pt"})
 
@@ -128,9 +137,12 @@ def _write_as_lora(saved: Saved, made: Path, rank: float, base: str | None) -> N
     (made / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _card(saved: Saved) -> str:
+def _card(saved: Saved, as_lora: bool) -> str:
     """Return a card for an adapter that has none yet, as checkpoints have."""
     config = saved.adapter or {}
+    kind, how = config["peft_type"], ""
+    if as_lora:
+        kind, how = "LORA", f" and turned from {kind} into the nearest LoRA"
     return f"""---
 library_name: peft
 tags:
@@ -139,5 +151,5 @@ tags:
 
 # {saved.record.get("name", saved.folder.name)}
 
-{config["peft_type"]} adapter for `{saved.base}`, taken from `{saved.folder.name}`.
+{kind} adapter for `{saved.base}`, taken from `{saved.folder.name}`{how}.
 """

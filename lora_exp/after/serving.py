@@ -114,7 +114,7 @@ def vllm_command(
     command = ["vllm", "serve", str(asset(model.path)), *listen]
     if model.revision:
         command += ["--revision", model.revision]
-    held = quant or first.settings.get("choices", {}).get("quant", "none")
+    held = quant or first.quant
     if held not in ("none", "nf4"):
         raise AdapterError(f"vLLM quantises as nf4 only, not {held}; --quant nf4 or --quant none")
     if held == "nf4":
