@@ -59,26 +59,38 @@ def free_bytes() -> int:
 def training_bytes(trainer: Any) -> int:
     """Estimate, from above, what a run takes beside its base while it trains.
 
-    Weights, gradients and Adam's two moments of what trains, 16 bytes each; what a layer keeps of a
-    token for going back: 16 times the hidden size and 6 times the inner one, 4 bytes each (of every
-    layer, or of one with gradient checkpointing and the hidden states of all); logits twice. Where
-    answers are sampled, keys and values of a whole rollout, 4 bytes each.
+    Weights, gradients and Adam's two moments of what trains, 16 bytes each; what layers keep;
+    logits twice. Where answers are sampled, keys and values of a whole rollout, 4 bytes each.
     """
     model, args = trainer.model, trainer.args
     config = model.config
     longest = _longest(trainer)
     tokens = longest * args.per_device_train_batch_size
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = 4 * (16 * config.hidden_size + 6 * inner)
-    layers = config.num_hidden_layers
-    kept = layer + 4 * layers * config.hidden_size
-    kept = kept if args.gradient_checkpointing else layer * layers
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sampled = getattr(trainer, "rollout_size", getattr(args, "generation_batch_size", None)) or 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = 2 * heads * (config.hidden_size // config.num_attention_heads)
-    cache = sampled * longest * 4 * layers * width
-    return int(16 * trained + tokens * (kept + 8 * config.vocab_size) + cache)
+    cache = sampled * longest * 4 * config.num_hidden_layers * width
+    kept = layer_bytes(config, tokens, args.gradient_checkpointing)
+    return int(16 * trained + kept + tokens * 8 * config.vocab_size + cache)
+
+
+def layer_bytes(config: Any, tokens: int, checkpointing: bool) -> int:
+    """Estimate, from above, what a step's layers keep of its tokens for going back.
+
+    Of a token in a layer 16 times the hidden size and 6 times the inner one, 4 bytes each; of every
+    layer, or of one with gradient checkpointing and the hidden states of all.
+
+    Args:
+        config: the model's.
+        tokens: of a step, all its rows together.
+        checkpointing: whether layers are computed again on the way back.
+    """
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = 4 * (16 * config.hidden_size + 6 * inner)
+    layers = config.num_hidden_layers
+    kept = layer + 4 * layers * config.hidden_size if checkpointing else layer * layers
+    return int(tokens * kept)
 
 
 def _longest(trainer: Any) -> int:

@@ -26,7 +26,7 @@ from lora_exp.template import render_chat
 
 # what rounding the merged weights explains: the largest difference of a logit, in float32 as it
 # is and else as a share of the largest logit, and the least share of equal next tokens
-TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (5e-2, 0.9), "float16": (1e-2, 0.97)}
+TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (2e-2, 0.95), "float16": (5e-3, 0.98)}
 SUMS = 1e-3  # in float32 beside 4-bit layers, which cannot compute in float64
 SHARE = 0.2  # of what the adapter itself changes: more, and the bare base might pass
 PROMPTS = (
