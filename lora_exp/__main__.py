@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import CONF
 from lora_exp.disk import refusal
-from lora_exp.errors import Interrupted, LoraExpError, did_you_mean
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError, did_you_mean
 from lora_exp.interruption import EXIT_CODE, stop
 from lora_exp.place import here
 from lora_exp.record import FAILED, failure, objective, standing
@@ -31,6 +31,7 @@ from lora_exp.sweep import COMMAND, SweepTable, command
 from lora_exp.validation import settled
 
 log = logging.getLogger("lora_exp")
+ANEW = ("retry_failed=", "lockstep.")  # what a sweep that goes on may be told
 logging.raiseExceptions = False  # a log that cannot be written is no reason to print tracebacks
 
 
@@ -66,7 +67,8 @@ def job(cfg: DictConfig) -> float:
         raise LoraExpError(f"the job called sys.exit({error.code})") from error
     except Exception as error:
         known = isinstance(error, LoraExpError)
-        log.info("%s", redact_text(str(error) if known else traceback.format_exc()))  # to run.log
+        told = known and not isinstance(error, RewardError)  # the user's own code: where it failed
+        log.info("%s", redact_text(str(error) if told else traceback.format_exc()))  # to run.log
         if known and not in_sweep:
             print(_told(error), file=sys.stderr)
             raise SystemExit(1) from None  # Hydra would print its own line before ours
@@ -81,6 +83,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     try:
         sys.argv[1:] = _of_the_sweep(sys.argv[1:])
+        _check_free(sys.argv[1:])
         with stop.listening():
             job()
     except (LoraExpError, HydraException, OmegaConfBaseException) as error:
@@ -107,11 +110,34 @@ def main() -> None:
 
 def _of_the_sweep(arguments: list[str]) -> list[str]:
     """Return the command that a sweep was launched with, where `resume` names a sweep."""
-    named = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("resume=")]
-    if not named or not (Path(named[-1]) / COMMAND).is_file():
+    named = _given("resume", arguments)
+    if named is None or not (Path(named) / COMMAND).is_file():
         return arguments
     rest = [a for a in arguments if not a.startswith("resume=") and a not in ("-m", "--multirun")]
-    return [*command(Path(named[-1])), *rest]
+    if other := [a for a in rest if not a.startswith(ANEW)]:
+        text = f"a sweep goes on as it was launched; only {' and '.join(ANEW)} may be told anew"
+        raise ConfigError([(a.partition("=")[0], text) for a in other])
+    return [*command(Path(named)), *rest]
+
+
+def _check_free(arguments: list[str]) -> None:
+    """Refuse the directory of another run before Hydra writes into it.
+
+    Raises:
+        ConfigError: a run lies there.
+    """
+    named = _given("hydra.run.dir", arguments)
+    if named is None or _given("resume", arguments) is not None:
+        return
+    if (Path(named) / "run.json").is_file():
+        text = f"{named} holds a run already; resume={named}, or another directory"
+        raise ConfigError([("hydra.run.dir", text)])
+
+
+def _given(key: str, arguments: list[str]) -> str | None:
+    """Return the value that a command line gives a key last."""
+    said = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith(f"{key}=")]
+    return said[-1] if said else None
 
 
 def _told(error: BaseException) -> str:

@@ -71,7 +71,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         return Adapted(base.model, None, {}, total, total, None)
     if cfg.adapter:
         check_base("adapter", cfg.adapter, base.revision)
-    config = build(cfg, "peft", **_runtime(base.model, cfg))
+    config = None if cfg.adapter else build(cfg, "peft", **_runtime(base.model, cfg))
     try:
         with warnings.catch_warnings():
             # peft would take another block size than the one that was asked for
@@ -85,6 +85,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         raise
     except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
+    config = model.peft_config["default"]
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers
             parameter.requires_grad_(False)

@@ -34,10 +34,12 @@ def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) 
         values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in named]
     settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
     sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in rows.source.items())
+    # after a resume it is the mean of the steps since: only where nothing else says anything
+    alone = "" if any(k.startswith("eval/") for k in record["metrics"]) else "train/loss"
     numbers = "\n".join(
         f"| {key} | {value:.4f} |"
         for key, value in sorted(record["metrics"].items())
-        if key.startswith(("before/", "eval/")) or key == "train/loss"
+        if key.startswith(("before/", "eval/")) or key == alone
     )
     return f"""---
 {OmegaConf.to_yaml(head)}---

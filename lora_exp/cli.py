@@ -87,6 +87,7 @@ def run(context: typer.Context) -> None:
     from lora_exp.__main__ import main as train
 
     sys.argv = ["lora-exp run", *context.args]
+    sys.path.insert(0, str(Path.cwd()))  # rewards of one's own, as python -m finds them
     train()
 
 

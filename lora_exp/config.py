@@ -227,13 +227,21 @@ def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     """Return a fault for each `_target_` that may not be imported."""
     named = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
     listed = OmegaConf.select(cfg, "algorithm.rewards", throw_on_missing=False) or ()
+    if isinstance(listed, str):
+        return [("algorithm.rewards", f"is a list; algorithm.rewards=[{listed}]")]
     rewards = [(f"algorithm.rewards.{i}", r) for i, r in enumerate(listed) if isinstance(r, str)]
     named += [(key, name) for key, name in rewards if not is_path(name)]
     return [
-        (key, f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]")
+        (key, _distrust(target))
         for key, target in named
         if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
     ]
+
+
+def _distrust(target: Any) -> str:
+    if str(target).startswith("lora_exp."):
+        return f"{target!r} is not trusted: nothing of that name is lora_exp's own"
+    return f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]"
 
 
 def is_commit(revision: str | None) -> bool:

@@ -123,3 +123,22 @@ def test_simultaneous_launches_have_directories_of_their_own(tmp_path: Path) -> 
     ]
     assert {process.wait() for process in started} == {1}
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 20
+
+
+def test_a_refused_command_leaves_what_lies_there_as_it_was(tmp_path: Path) -> None:
+    run, sweep = tmp_path / "run", tmp_path / "sweep"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / ".hydra" / "overrides.yaml").write_text("- peft.r=8\n")
+    done = cli("hydra.run.dir=run", "peft.r=4", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "hydra.run.dir: run holds a run already; resume=run, or another" in done.stderr
+    assert (run / ".hydra" / "overrides.yaml").read_text() == "- peft.r=8\n"
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text('["-m", "peft.r=8,16"]')
+    (sweep / "summary.csv").write_text("kept")
+    done = cli("resume=sweep", "train.max_steps=40", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "train.max_steps: a sweep goes on as it was launched" in done.stderr
+    assert sorted(path.name for path in sweep.iterdir()) == ["summary.csv", "sweep.json"]
+    assert (sweep / "summary.csv").read_text() == "kept"

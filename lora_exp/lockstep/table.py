@@ -96,7 +96,8 @@ class Table:
         row.status = status
         if not self.console.is_terminal:
             loss = f"  loss {row.shown['loss']}" if row.shown else ""
-            self.console.print(f"job {row.number} ({row.name}): {status} at step {row.step}{loss}")
+            told = f"job {row.number} ({row.name}): {status} at step {row.step}{loss}"
+            self.console.print(Text(told))
 
     def _drawn(self) -> RenderableType:
         table = RichTable(title=self.title, title_justify="left", caption=self._summed())
