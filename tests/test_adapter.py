@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,3 +134,16 @@ def test_check_names_accepts_whole_names_and_last_parts() -> None:
     check_names(model, "key", ["a.b", "b"])
     with pytest.raises(TargetError):
         check_names(model, "key", ["x.b"])
+
+
+def test_a_run_starts_from_an_adapter_whose_modules_are_a_pattern(
+    trained: Callable[..., Path], quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    shutil.copytree(trained("targets=qv") / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pattern = {"target_modules": r".*\.(q_proj|v_proj)$"}  # as other trainers write it
+    (folder / "adapter_config.json").write_text(json.dumps(config | pattern))
+    result = quick_run(f"adapter={folder}")
+    made = json.loads((result.saved / "adapter_config.json").read_text())["target_modules"]
+    assert {name.rpartition(".")[2] for name in made} == {"q_proj", "v_proj"}

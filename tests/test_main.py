@@ -142,3 +142,14 @@ def test_a_refused_command_leaves_what_lies_there_as_it_was(tmp_path: Path) -> N
     assert "train.max_steps: a sweep goes on as it was launched" in done.stderr
     assert sorted(path.name for path in sweep.iterdir()) == ["summary.csv", "sweep.json"]
     assert (sweep / "summary.csv").read_text() == "kept"
+
+
+def test_a_reward_that_fails_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    return [1 / 0]\n")
+    told = ["algorithm=grpo", "algorithm.rewards=[mine.reward]", "trusted_targets=[mine.reward]"]
+    told += ["experiment=demo_grpo", "tracking=none", "hydra.run.dir=run", "train.max_steps=1"]
+    done = cli(*told, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "RewardError: reward" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert 'mine.py", line 2, in reward' in (tmp_path / "run" / "run.log").read_text()
