@@ -173,6 +173,10 @@ def check(
     from lora_exp.after import pages, proof
 
     if adapter is None:
+        if prompts or base or quant:
+            raise typer.BadParameter(
+                "--prompts, --base and --quant need it", param_hint="--adapter"
+            )
         found = proof.examine(merged)
         _print(found, pages.examination, as_json)
         holds = not any(found.values())

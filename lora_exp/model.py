@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -135,7 +136,7 @@ def load(
             model = _floats(model) if gguf_file else model
     except ConfigError:  # also a ValueError, and says its key already
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
     settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)

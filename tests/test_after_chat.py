@@ -198,6 +198,8 @@ def test_a_chat_with_no_one_to_talk_to_is_refused(trained: Trained, tmp_path: Pa
     biased = trained("peft=lora", "peft.bias=lora_only")
     with pytest.raises(AdapterError, match=r"changes the base itself \(bias=lora_only\)"):
         open_chat([biased])
+    with pytest.raises(SavedError, match="off is the bare base here"):
+        open_chat([f"off={trained('peft=lora')}"])
     with pytest.raises(SavedError, match="--merge takes one adapter"):
         open_chat([f"a={trained('peft=lora')}", f"b={trained('peft=ia3')}"], merge=True)
     with pytest.raises(SavedError, match="does not exist"):

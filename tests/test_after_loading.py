@@ -32,6 +32,9 @@ def test_load_adapter_gives_a_model_and_a_tokenizer(trained: Trained) -> None:
     assert tokenizer.chat_template
     merged, _ = load_adapter(run / "adapter", merge=True)
     assert not isinstance(merged, peft.PeftModel)
+    trains, _ = load_adapter(run, merge=True, trainable=True)
+    assert trains.training
+    assert all(p.requires_grad for p in trains.parameters())
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, merged(IDS).logits, atol=1e-4)
 
@@ -135,6 +138,8 @@ def test_another_base_needs_the_same_weights(trained: Trained, tmp_path: Path) -
     run = copied(trained("peft=lora"), tmp_path / "run")
     moved = tmp_path / "moved"
     shutil.copytree("lora_exp/assets/tiny", moved)
+    with pytest.raises(SavedError, match="is an adapter, not a base"):
+        load_adapter(run, base=str(run / "adapter"))
     load_adapter(run, base=str(moved))  # elsewhere, by another name, with the same hash
     weights = load_file(moved / "model.safetensors")
     weights["model.norm.weight"][0] += 1

@@ -15,7 +15,7 @@ from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import examine, prove
 from lora_exp.after.saved import find
-from lora_exp.errors import AdapterError, SavedError
+from lora_exp.errors import AdapterError, ConfigError, SavedError
 from tests.test_after_saved import ADALORA, copied
 
 Trained = Callable[..., Path]
@@ -190,6 +190,9 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_
         more = ADALORA if method == "adalora" else ()
         with pytest.raises(AdapterError, match=f"only plain LoRAs are combined, this has {why}"):
             merge([run, trained(f"peft={method}", *more)], out)
+    for weights in ([0, 0], [1, float("nan")]):
+        with pytest.raises(AdapterError, match="give finite numbers, not all of them 0"):
+            merge([run, run], out, weights=weights)
     with pytest.raises(SavedError, match="--max-shard-size 5G: give a size"):
         merge([run], out, max_shard_size="5G")
     assert list(tmp_path.iterdir()) == []
@@ -230,6 +233,14 @@ def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) ->
     with pytest.raises(SavedError, match="something else"):
         merge([run], precious, force=True)
     assert (precious / "thesis.tex").read_text() == "years"
+
+
+def test_a_damaged_model_is_told(trained: Trained, tmp_path: Path) -> None:
+    made = merge([trained("peft=lora")], tmp_path / "merged")
+    file = made / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"merged cannot be loaded: .*incomplete metadata"):
+        examine(made)
 
 
 def test_a_model_that_does_not_stop_at_its_end_token_is_found_out(

@@ -62,6 +62,8 @@ def open_chat(
     scores = [saved for saved in several if saved.task_type == "SEQ_CLS"]
     if scores:
         raise SavedError(f"{scores[0].folder} gives scores (algorithm=reward), it does not answer")
+    if any(saved.name == OFF for saved in several):
+        raise SavedError(f"{OFF} is the bare base here; give the adapter another name: NAME=PATH")
     if merge and len(several) > 1:
         raise SavedError("--merge takes one adapter; several stay apart on their base")
     first = several[0]

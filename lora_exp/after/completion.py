@@ -77,6 +77,8 @@ def generate(
     if saved.task_type == "SEQ_CLS":
         text = "gives scores (algorithm=reward), it does not answer; lora-exp evaluate measures it"
         raise SavedError(f"{saved.folder} {text}")
+    if target.resolve() in (file.resolve() for file in files(str(prompts))):
+        raise SavedError(f"{target} is what is read; name another place")
     rows = read(prompts, as_chat)
     found = load_base(saved, base, quant)
     loaded = load(saved, found)

@@ -56,7 +56,7 @@ def load_adapter(
         merge: true: return the base with the adapter merged in; a quantised base is dequantised.
         quant: `nf4`, `fp4`, `int8` or `none`; None: as its run held the base.
         base: where the base lies, if not where the adapter says.
-        trainable: true: the adapter's weights take gradients.
+        trainable: true: the adapter's weights take gradients, or all of a merged model's.
 
     Returns:
         The model, a PeftModel unless it was merged or is whole, and its tokenizer.
@@ -71,7 +71,7 @@ def load_adapter(
     found = load_base(saved, base, quant)
     if merge and saved.adapter is not None:
         loaded = load(saved, in_floats(found))
-        return merged(loaded.model), loaded.tokenizer
+        return merged(loaded.model).train(trainable).requires_grad_(trainable), loaded.tokenizer
     loaded = load(saved, found, trainable)
     return loaded.model, loaded.tokenizer
 
@@ -109,7 +109,8 @@ def check_name(saved: Saved, base: str | None) -> None:
     if base is None or saved.adapter is None or saved.record.get("base") or not saved.base:
         return
     if named(saved.base) != named(base_config(saved, base, "none").model.path):
-        raise AdapterError(f"{saved.folder} was trained on {saved.base}, not on {base}")
+        cure = "if that is the same, name it so in its adapter_config.json"
+        raise AdapterError(f"{saved.folder} was trained on {saved.base}, not on {base}; {cure}")
 
 
 def check_base(saved: Saved, base: Base) -> None:

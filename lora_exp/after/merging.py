@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,8 @@ def _check(several: list[Saved], into: Into, method: str, weights: Sequence[floa
         raise SavedError(f"{whole_models[0].folder} {text}")
     if weights is not None and len(weights) != len(several):
         raise AdapterError(f"{len(weights)} weights for {len(several)} adapters; give one for each")
+    if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
+        raise AdapterError(f"weights {list(weights)}: give finite numbers, not all of them 0")
     if weights is not None and len(several) == 1:
         raise AdapterError("weights share several adapters out; here is one")
     if len(several) > 1:

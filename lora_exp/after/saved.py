@@ -240,6 +240,8 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
     chosen = base or saved.base
     if not chosen:
         raise SavedError(f"{saved.folder} names no base; give --base")
+    if (Path(chosen).expanduser() / "adapter_config.json").is_file():
+        raise SavedError(f"{chosen} is an adapter, not a base")
     is_option = base is not None and (CONF / "model" / f"{base}.yaml").is_file()
     option = chosen if is_option else "local"
     path = [] if is_option else ["model.path=here"]
