@@ -78,8 +78,9 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
     words = ["generate", run, "--prompts", prompts, "-o", out, "--max-new-tokens", "64"]
     words += ["--batch-size", "2", "--seed", "5", "--temperature", temperature]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lora_exp.cli", *map(str, words)], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "lora_exp.cli", *map(str, words)], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal
+    )  # fmt: skip
     while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 3):
         time.sleep(0.01)
     process.send_signal(number)
@@ -172,12 +173,14 @@ def _asked_to_stop(part: Path) -> Iterator[None]:
             time.sleep(0.001)
         signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     thread = Thread(target=press)
     thread.start()
     try:
         yield
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_rows_keep_their_columns_their_order_and_what_was_known(
