@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from rich.console import Console
+
+from lora_exp.after.pages import doctor
 
 
 def asked(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +34,14 @@ def fake(folder: Path, name: str, version: str) -> str:
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     return str(folder)
+
+
+def test_brackets_stand_as_they_are() -> None:
+    told = "pip install 'lora-exp[eval]' brings sacrebleu"
+    console = Console(file=io.StringIO(), width=100)
+    console.print(doctor([{"state": "known", "what": "extra [eval]", "told": told}]))
+    assert isinstance(console.file, io.StringIO)
+    assert f"extra [eval]  {told}" in console.file.getvalue()
 
 
 def test_a_machine_that_passes_the_tests_is_well(tmp_path: Path) -> None:

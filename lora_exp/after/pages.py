@@ -112,7 +112,7 @@ def _run(run: Mapping[str, Any]) -> Table:
 
 
 def _sweep(found: Mapping[str, Any]) -> Table:
-    table = Table(title=found["path"], title_justify="left", title_style="bold", box=None)
+    table = Table(title=Text(found["path"]), title_justify="left", title_style="bold", box=None)
     for column in ("run", "name", "status", "objective", "value"):
         table.add_column(column, justify="right" if column == "value" else "left")
     for job in found["jobs"]:
@@ -167,7 +167,7 @@ def evaluation(found: Mapping[str, Any]) -> RenderableType:
     for metric in next(iter(results.values())):
         values = [own[metric] for own in results.values()]
         change = [f"{values[1] - values[0]:+.4g}"] if both else []
-        table.add_row(metric.replace("_", " "), *map(short, values), *change)
+        table.add_row(Text(metric.replace("_", " ")), *map(short, values), *change)
     if "tokens" not in found:  # a reward model's pairs
         return Group(Text(title, style="bold"), table, Text(f"{found['rows']} pairs", style="dim"))
     told = f"{found['rows']} rows: {found['with_loss']} with a loss ({found['tokens']:,} tokens), "
@@ -248,7 +248,8 @@ def _findings(title: str, lines: Iterable[tuple[str, str, str]]) -> Table:
         title=title, title_justify="left", title_style="bold", show_header=False, box=None
     )
     for state, what, told in lines:
-        table.add_row(Text("" if state == "known" else state, style=STATES[state]), what, told)
+        mark = Text("" if state == "known" else state, style=STATES[state])
+        table.add_row(mark, Text(what), Text(told))  # [extra] is no markup
     return table
 
 
