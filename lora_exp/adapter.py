@@ -10,29 +10,25 @@ import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.config import build
 from lora_exp.errors import (
-    AdapterError,
     ConfigError,
     LoraExpError,
     TargetError,
     did_you_mean,
 )  # fmt: skip
-from lora_exp.foreign import names_only, numbers_only
+from lora_exp.fit import put, read_config, read_weights
 from lora_exp.model import Base, new_head
 from lora_exp.start import adapter_config, check_base
 
@@ -95,7 +91,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     modules = Counter(name.rpartition(".")[2] for name in adapted)
     trainable, total = model.get_nb_trainable_parameters()
     start = None
-    if str(getattr(config, "init_lora_weights", "")).startswith(REWRITES_BASE):
+    begins = str(getattr(config, "init_lora_weights", ""))
+    if not cfg.adapter and begins.startswith(REWRITES_BASE):
         start = directory / "start"
         _save_start(model, config, start)
     callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
@@ -118,101 +115,6 @@ def _started(model: Any, cfg: DictConfig) -> Any:
         peft.set_peft_model_state_dict(made, weights)
         return made
     return put(model, config, cfg.adapter, trainable=True)
-
-
-def put(model: Any, config: Any, path: str, trainable: bool) -> Any:
-    """Put a saved adapter on the base that it was trained on.
-
-    Args:
-        model: the base.
-        config: the adapter's, its patterns replaced by names.
-        path: its folder.
-        trainable: whether its weights take gradients.
-
-    Raises:
-        AdapterError: its weights are missing, not finite, no numbers, or of another base's shape.
-    """
-    weights = read_weights(path)
-    folder = str(Path(path).expanduser())
-    with fitting(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # AdaLoRA's weights
-        made = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
-    _check_fit(made, weights, path)
-    return made
-
-
-def add(model: Any, path: str, name: str) -> None:
-    """Add a saved adapter to a PeftModel, beside those that it has.
-
-    Raises:
-        AdapterError: as `put`.
-    """
-    config, weights = read_config(path, model.get_base_model()), read_weights(path)
-    with fitting(path):
-        model.add_adapter(name, config)
-        found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
-    lost = [key for key in found.missing_keys if f".{name}." in key]
-    if lost or found.unexpected_keys:
-        first = [*lost, *found.unexpected_keys][0]
-        raise AdapterError(f"{path} does not fit this base: {first} has no match")
-
-
-def read_config(path: str, model: Any) -> Any:
-    """Read a saved adapter's config for a base, its patterns replaced by names.
-
-    Raises:
-        AdapterError: it is none of peft's, or a pattern is none, finds nothing or takes too long.
-    """
-    with fitting(path):
-        config = peft.PeftConfig.from_pretrained(str(Path(path).expanduser()))
-    names_only(config, model, path)
-    return config
-
-
-def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
-    """Read a saved adapter's weights; `finite`: refuse such that are not.
-
-    Raises:
-        AdapterError: there are none, or they are damaged, not finite or no numbers.
-    """
-    with numbers_only(path):
-        try:
-            weights = dict(peft.load_peft_weights(str(Path(path).expanduser()), device="cpu"))
-        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-            raise AdapterError(f"{path}: its weights are damaged: {error}") from error
-    if not weights:
-        raise AdapterError(f"{path} holds no weights")
-    bad = sorted(key for key, value in weights.items() if not value.isfinite().all())
-    if bad and finite:
-        raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
-    return weights
-
-
-@contextmanager
-def fitting(path: str) -> Iterator[None]:
-    """Tell of which adapter peft says that it cannot be put on a base.
-
-    Raises:
-        AdapterError: with the first of torch's list of sizes, which has a line for each weight.
-    """
-    try:
-        yield
-    except (LoraExpError, torch.OutOfMemoryError):
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        said = lines[1] if isinstance(error, RuntimeError) and lines[1:] else lines[0]
-        raise AdapterError(f"{path} does not fit this base: {said}") from error
-
-
-def _check_fit(model: Any, saved: dict[str, Any], path: str) -> None:
-    """Refuse an adapter of a base with more layers, or fewer: peft would only warn."""
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    kept = {key for key in saved if "embed" not in key}
-    if lost := sorted({key for key in own if "embed" not in key} ^ kept):
-        text = f"{path} does not fit this base: {len(lost)} of its weights have no match"
-        raise AdapterError(f"{text}, the first is {lost[0]}")
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:

@@ -170,14 +170,14 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Prove that a merged model is its adapter on its base; without --adapter, that it works."""
-    from lora_exp.after import pages, proof
+    from lora_exp.after import pages, proof, soundness
 
     if adapter is None:
         if prompts or base or quant:
             raise typer.BadParameter(
                 "--prompts, --base and --quant need it", param_hint="--adapter"
             )
-        found = proof.examine(merged)
+        found = soundness.examine(merged)
         _print(found, pages.examination, as_json)
         holds = not any(found.values())
     else:
@@ -349,6 +349,8 @@ def estimate(
     Not counted: PPO's value, the reference that DPO of every weight keeps, keys and values of
     sampled answers, and what the process itself takes.
     """
+    if wrong := [word for word in overrides or () if "=" not in word]:
+        raise typer.BadParameter(f"{wrong[0]}: give KEY=VALUE", param_hint="OVERRIDES")
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count
     from lora_exp.config import compose
@@ -378,6 +380,7 @@ def _print(found: Any, page: Any, as_json: bool) -> None:
 def main() -> None:
     """Run the command line; errors that the user can mend are one message without a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try of a Hub out of reach
     if "=" in "".join(sys.argv[1:2]):
         print(f"lora-exp run {' '.join(sys.argv[1:])} trains; see lora-exp --help", file=sys.stderr)
         sys.exit(2)

@@ -137,7 +137,8 @@ def load(
     except ConfigError:  # also a ValueError, and says its key already
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError([("model.path", f"{path} cannot be loaded: {error}")]) from error
+        told = " ".join(str(error).split())  # some of transformers' are a page
+        raise ConfigError([("model.path", f"{path} cannot be loaded: {told}")]) from error
     settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, TaskType
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, PeftType, TaskType
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_exp.errors import AdapterError
-from lora_exp.foreign import names_only, numbers_only
+from lora_exp.fit import read_config, read_weights
 from lora_exp.model import Base
 
 ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
@@ -98,14 +98,12 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
     Raises:
         AdapterError: it cannot stand on this model, or has no head.
     """
-    config = PeftConfig.from_pretrained(str(path))
-    names_only(config, model.get_base_model(), str(path))
+    config = read_config(str(path), model.get_base_model())
     trained = model.peft_config["default"]
     if config.peft_type != trained.peft_type or config.peft_type in ALONE:
         kinds = f"{config.peft_type.value} beside {trained.peft_type.value}"
         raise AdapterError(f"{path}: {kinds} cannot share a base; train both with peft=lora")
-    with numbers_only(str(path)):
-        weights = load_peft_weights(str(path), device="cpu")
+    weights = read_weights(str(path))
     heads = [key for key in weights if key.endswith("score.weight")]
     if not heads:
         text = "has no score head; a reward adapter is made by algorithm=reward"

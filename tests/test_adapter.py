@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
-from lora_exp import compose
+from lora_exp import compose, load_adapter
 from lora_exp.adapter import attach, check_names, resolve
 from lora_exp.errors import ConfigError, TargetError
 
@@ -147,3 +147,15 @@ def test_a_run_starts_from_an_adapter_whose_modules_are_a_pattern(
     result = quick_run(f"adapter={folder}")
     made = json.loads((result.saved / "adapter_config.json").read_text())["target_modules"]
     assert {name.rpartition(".")[2] for name in made} == {"q_proj", "v_proj"}
+
+
+def test_a_start_that_rewrites_its_base_is_gone_on_from_whole(
+    trained: Callable[..., Path], quick_run: Callable[..., Any]
+) -> None:
+    run = trained("peft=pissa", "train.save_strategy=steps", "train.save_steps=6")
+    begun = run / "checkpoints" / "checkpoint-12"  # not yet the difference to the original base
+    result = quick_run(f"adapter={begun}", "train.learning_rate=1e-12", "peft.lora_dropout=0")
+    ids = torch.tensor([[5, 9, 101, 7, 300, 12]])
+    with torch.no_grad():
+        wanted, found = (load_adapter(path)[0](ids).logits for path in (run, result.saved))
+    assert torch.allclose(wanted, found, atol=1e-3)

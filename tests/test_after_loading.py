@@ -138,6 +138,9 @@ def test_another_base_needs_the_same_weights(trained: Trained, tmp_path: Path) -
     run = copied(trained("peft=lora"), tmp_path / "run")
     moved = tmp_path / "moved"
     shutil.copytree("lora_exp/assets/tiny", moved)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SavedError, match="empty is a folder without a model"):
+        load_adapter(run, base=str(tmp_path / "empty"))
     with pytest.raises(SavedError, match="is an adapter, not a base"):
         load_adapter(run, base=str(run / "adapter"))
     load_adapter(run, base=str(moved))  # elsewhere, by another name, with the same hash

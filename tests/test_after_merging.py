@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
-from lora_exp.after.proof import examine, prove
+from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
+from lora_exp.after.soundness import examine
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from tests.test_after_saved import ADALORA, copied
 

@@ -75,5 +75,7 @@ def test_every_module_has_its_tests() -> None:
     # and these by whole packs in test_lockstep_pack.py
     untested -= {f"lockstep_{name}" for name in ("segment", "linear", "body", "seat")} | {"place"}
     # a proof is of a merge, the others are seen from the commands
-    untested -= {f"after_{name}" for name in ("proof", "conversation", "endpoints", "pages")}
+    untested -= {
+        f"after_{name}" for name in ("proof", "soundness", "conversation", "endpoints", "pages")
+    }
     assert not untested

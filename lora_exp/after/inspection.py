@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_exp.adapter import read_weights
 from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
 from lora_exp.errors import SavedError
+from lora_exp.fit import read_weights
 from lora_exp.foreign import Search
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")

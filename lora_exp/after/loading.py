@@ -14,10 +14,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter import REWRITES_BASE, put, read_config
+from lora_exp.adapter import REWRITES_BASE
 from lora_exp.after.saved import Saved, alike, base_config, find, named
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.fit import put, read_config
 from lora_exp.model import Base, dequantise, sharing_copy
 from lora_exp.place import base_of
 

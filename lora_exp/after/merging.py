@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
-from lora_exp.adapter import REWRITES_BASE, add
+from lora_exp.adapter import REWRITES_BASE
 from lora_exp.after.loading import (
     check_base,
     check_name,
@@ -28,6 +28,7 @@ from lora_exp.card import merged_card
 from lora_exp.disk import sha256, whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.fit import add
 
 Into = Literal["original", "dequantised"]
 METHODS = (

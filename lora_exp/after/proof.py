@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from lora_exp.after.loading import in_floats, load, load_base
 from lora_exp.after.prompts import prompts_of, read
@@ -21,7 +20,7 @@ from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.memory import give_back
 from lora_exp.model import Base, exact_products
-from lora_exp.samples import ends, room
+from lora_exp.samples import room
 from lora_exp.template import render_chat
 
 # what rounding the merged weights explains: the largest difference of a logit, in float32 as it
@@ -140,6 +139,7 @@ def prove(
     gc.collect()
     give_back()
     model = load_base(whole_model, None, "none", "float32").model.eval().to(precision)
+    _check_vocabulary(model, expected)
     apart = []
     for want in tracked(expected, "merged model"):
         got = _seen(model, want.ids[: want.asked], max_new_tokens, want)
@@ -197,6 +197,15 @@ def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]
     return [render_chat(turn, tokenizer, answer=True) for turn in turns]
 
 
+def _check_vocabulary(model: Any, expected: list[Seen]) -> None:
+    words = expected[0].logits_TV.shape[1]
+    head = model.get_output_embeddings()
+    own = model.config.num_labels if head is None else len(head.weight)
+    if own != words:
+        text = f"it tells {own} tokens apart, the adapter on its base {words}"
+        raise AdapterError(f"the merged model is another one: {text}")
+
+
 @torch.no_grad()
 def _seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> Seen:
     """Answer greedily, then read the logits; of another's answer where one is given."""
@@ -243,15 +252,8 @@ class Apart:
 
 
 def _apart(want: Seen, got: Seen) -> Apart:
-    """Compare; KL(adapter || merged) in nats.
-
-    Raises:
-        AdapterError: the vocabularies differ.
-    """
+    """Compare; KL(adapter || merged) in nats."""
     first, second = want.logits_TV, got.logits_TV
-    if first.shape != second.shape:
-        sizes = f"{second.shape[1]} tokens, the base has {first.shape[1]}"
-        raise AdapterError(f"the merged model is another one: its vocabulary has {sizes}")
     difference = (first - second).abs()
     logs = first.log_softmax(-1)
     return Apart(
@@ -282,64 +284,3 @@ def _proof(
         computed_in=computed_in,
         reference=reference,
     )
-
-
-class _Ends(LogitsProcessor):  # type: ignore[misc]
-    """Say the end token third, to see whether the model's own settings stop there."""
-
-    def __init__(self, end: int, every: list[int], asked: int) -> None:
-        self.end, self.every, self.at = end, every, asked + 2
-
-    def __call__(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
-        if ids_BT.shape[1] == self.at:
-            forced = torch.full_like(scores_BV, float("-inf"))
-            forced[:, self.end] = 0
-            return forced
-        barred = scores_BV.clone()
-        barred[:, self.every] = float("-inf")
-        return barred
-
-
-def examine(path: str | Path) -> dict[str, str | None]:
-    """See whether a model can be used as it lies there.
-
-    Returns:
-        What was looked at -> what is wrong with it, or None.
-
-    Raises:
-        SavedError: no whole model lies there.
-        ConfigError: it cannot be loaded.
-    """
-    quiet()
-    saved = find(path)
-    if saved.adapter is not None:
-        raise SavedError(f"{saved.folder} is an adapter; check takes a merged or whole model")
-    loaded = load(saved, load_base(saved))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    found = {"weights are finite": f"{len(bad)} are not, the first is {bad[0]}" if bad else None}
-    rows = model.get_input_embeddings().weight.shape[0]
-    found["tokenizer fits the embeddings"] = (
-        f"{len(tokenizer)} tokens, {rows} embeddings" if len(tokenizer) > rows else None
-    )
-    if bad or not model.can_generate():
-        return found
-    return found | _generates(model, tokenizer)
-
-
-def _generates(model: Any, tokenizer: Any) -> dict[str, str | None]:
-    end = tokenizer.eos_token_id
-    prompt = torch.tensor([tokenizer("Hello")["input_ids"]], device=model.device)
-    told = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
-    with torch.no_grad():
-        made = model.generate(input_ids=prompt, **told)
-        found = {"generates": None if made.shape[1] > prompt.shape[1] else "no token came"}
-        if end is None:
-            return found | {"ends at EOS": "the tokenizer has no end token"}
-        forced = LogitsProcessorList([_Ends(end, ends(model, tokenizer), prompt.shape[1])])
-        ended = model.generate(input_ids=prompt, logits_processor=forced, **told)
-    length = ended.shape[1] - prompt.shape[1]
-    wrong = (
-        f"goes on after {tokenizer.eos_token!r}; generation_config.json has another eos_token_id"
-    )
-    return found | {"ends at EOS": None if length == 3 else wrong}

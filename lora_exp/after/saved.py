@@ -242,6 +242,12 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         raise SavedError(f"{saved.folder} names no base; give --base")
     if (Path(chosen).expanduser() / "adapter_config.json").is_file():
         raise SavedError(f"{chosen} is an adapter, not a base")
+    if (
+        base is not None
+        and Path(base).is_dir()
+        and not ((Path(base) / "config.json").is_file() or any(Path(base).glob("*.gguf")))
+    ):
+        raise SavedError(f"{base} is a folder without a model")
     is_option = base is not None and (CONF / "model" / f"{base}.yaml").is_file()
     option = chosen if is_option else "local"
     path = [] if is_option else ["model.path=here"]

@@ -11,12 +11,13 @@ from typing import Any
 import peft
 from safetensors.torch import save_file
 
-from lora_exp.adapter import REWRITES_BASE, read_weights
+from lora_exp.adapter import REWRITES_BASE
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import Saved, find
 from lora_exp.disk import whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.fit import read_weights
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
