@@ -125,7 +125,7 @@ def save_classifier(model: Any, name: str, head_1C: Tensor, base: Base, folder: 
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     config.base_model_name_or_path, config.inference_mode = base.path, True
     config.target_modules = sorted(config.target_modules or ())
-    weights = get_peft_model_state_dict(model, adapter_name=name)
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     weights |= {"base_model.model.score.weight": head_1C}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
