@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, read_write
 
 from lora_exp.config import CONF
 from lora_exp.disk import refusal
-from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError, did_you_mean
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.interruption import EXIT_CODE, stop
+from lora_exp.mistakes import mistake
 from lora_exp.place import here
 from lora_exp.record import FAILED, failure, objective, standing
 from lora_exp.redaction import redact_files, redact_text
@@ -70,7 +67,7 @@ def job(cfg: DictConfig) -> float:
         told = known and not isinstance(error, RewardError)  # the user's own code: where it failed
         log.info("%s", redact_text(str(error) if told else traceback.format_exc()))  # to run.log
         if known and not in_sweep:
-            print(_told(error), file=sys.stderr)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(1) from None  # Hydra would print its own line before ours
         traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
         raise
@@ -86,14 +83,11 @@ def main() -> None:
         _check_free(sys.argv[1:])
         with stop.listening():
             job()
-    except (LoraExpError, HydraException, OmegaConfBaseException) as error:
-        print(_told(error), file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        told = refusal(error, Path.cwd())
+    except Exception as error:
+        told = mistake(error) or refusal(error, Path.cwd())
         if told is None:
             raise
-        print(_told(told), file=sys.stderr)
+        print(f"{type(told).__name__}: {told}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
@@ -138,43 +132,6 @@ def _given(key: str, arguments: list[str]) -> str | None:
     """Return the value that a command line gives a key last."""
     said = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith(f"{key}=")]
     return said[-1] if said else None
-
-
-def _told(error: BaseException) -> str:
-    """Return an error's text, Hydra's own made short and given the near names it lacks."""
-    if isinstance(error, LoraExpError):
-        return f"{type(error).__name__}: {error}"
-    text = str(error).partition("\nConfig search path")[0].strip()
-    ours = re.search(
-        r"ConfigError raised while resolving interpolation: (.*?)\n\s+full_key", text, re.S
-    )
-    if ours:
-        return f"ConfigError: {ours[1]}"
-    wrong = re.search(r"Could not override '([\w.]+)'", text)
-    if wrong:
-        return f"ConfigError: 1 fault\n  {wrong[1]}: {_no_such_key(wrong[1])}"
-    if re.search(r"Could not (find|load) 'targets/", text):
-        text += "\nA list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
-    option = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if option:
-        options = [path.stem for path in (CONF / option[1]).glob("*.yaml")]
-        text += "\n" + did_you_mean(option[2], options).strip()
-    if error.__cause__ is not None and str(error.__cause__) not in text:
-        text += f"\n{error.__cause__}"
-    return f"{type(error).__name__}: {text}"
-
-
-def _no_such_key(key: str) -> str:
-    """Compare a key, part by part, with what the default config has at the same place."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        node: Any = hydra.compose("config")
-    for part in key.split("."):
-        if not isinstance(node, DictConfig):
-            break
-        if part not in node:
-            return f"no such key{did_you_mean(part, map(str, node))}"
-        node = OmegaConf.select(node, part)
-    return f"exists with another option of {key.partition('.')[0]}"
 
 
 if __name__ == "__main__":

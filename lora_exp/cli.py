@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.disk import refusal
 from lora_exp.errors import LoraExpError
@@ -349,8 +347,6 @@ def estimate(
     Not counted: PPO's value, the reference that DPO of every weight keeps, keys and values of
     sampled answers, and what the process itself takes.
     """
-    if wrong := [word for word in overrides or () if "=" not in word]:
-        raise typer.BadParameter(f"{wrong[0]}: give KEY=VALUE", param_hint="OVERRIDES")
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count
     from lora_exp.config import compose
@@ -386,10 +382,8 @@ def main() -> None:
         sys.exit(2)
     try:
         app()
-    except (LoraExpError, HydraException, OmegaConfBaseException) as error:
-        from lora_exp.__main__ import _told  # as a run tells it
-
-        print(_told(error), file=sys.stderr)
+    except LoraExpError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # who read us went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

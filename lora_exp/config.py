@@ -26,6 +26,7 @@ from lora_exp.start import started
 
 PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
 # what a run is called, where it reports and what it may import does not change what it computes
 NOT_COMPUTED = (
     "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
@@ -70,16 +71,21 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig
         config_dir: a folder with options of your own.
 
     Raises:
-        ConfigError: every fault of the config at once.
-        hydra.errors.HydraException: an override that names no option or key.
+        ConfigError: an override that names no option or key, or every fault of the config.
     """
     import hydra
 
+    from lora_exp.mistakes import mistake
     from lora_exp.validation import validate
 
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-        full = hydra.compose("config", [*own, *overrides], return_hydra_config=True)
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+            full = hydra.compose("config", [*own, *overrides], return_hydra_config=True)
+    except Exception as error:
+        if (ours := mistake(error)) is None:
+            raise
+        raise ours from error
     choices = OmegaConf.to_container(full.hydra.runtime.choices)
     with open_dict(full):
         del full["hydra"]
@@ -99,6 +105,9 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
         )
     if cfg.resume:
         return _freeze(_resumed(cfg, choices, overrides))
+    if apart := [group for group in GROUPS if group not in choices]:
+        text = "is one option; several of them are a sweep: -m {0}=A,B"
+        raise ConfigError((group, text.format(group)) for group in apart)
     try:
         missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]

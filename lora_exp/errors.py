@@ -31,8 +31,9 @@ class ConfigError(LoraExpError, ValueError):
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
         self.faults = list(faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        super().__init__("\n".join([count, *(f"  {key}: {text}" for key, text in self.faults)]))
+        told = [f"{key}: {text}" for key, text in self.faults]
+        several = f"{len(told)} faults" + "".join(f"\n  {line}" for line in told)
+        super().__init__(told[0] if len(told) == 1 else several)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[tuple[str, str]]]]:
         return ConfigError, (self.faults,)  # a sweep's worker sends it to the launcher

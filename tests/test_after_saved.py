@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from lora_exp.after.saved import alike, base_config, find, find_all, named
-from lora_exp.errors import SavedError
+from lora_exp.errors import ConfigError, SavedError
 
 Trained = Callable[..., Path]
 ADALORA = ("peft.tinit=2", "peft.tfinal=2", "peft.deltaT=1")  # for a dozen steps
@@ -90,7 +89,7 @@ def test_the_base_is_held_as_the_run_held_it_unless_asked_otherwise(trained: Tra
     assert base_config(saved, quant="int8").quant.outlier_threshold == 6
     assert base_config(saved, base="tiny").model.path == "pkg://lora_exp/assets/tiny"
     assert base_config(saved, base="some/model").model.path == "some/model"
-    with pytest.raises(HydraException, match="nf5"):
+    with pytest.raises(ConfigError, match="nf5"):
         base_config(saved, base="tiny", quant="nf5")
 
 

@@ -137,7 +137,7 @@ def test_the_plan_is_told_before_anything_loads(tmp_path: Path) -> None:
     assert "0, 2 in lockstep (exact) on pkg://lora_exp/assets/tiny" in said
     assert "1, 3 alone: pissa starts from weights of its own" in said
     assert "4-5 refused, not run" in said
-    assert "job 4: 1 fault" in said
+    assert "job 4: peft.r: " in said
     assert done.returncode == 1
 
 
@@ -261,7 +261,7 @@ def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> 
     before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
     done = cli(*command, "peft.r=2,8", cwd=tmp_path)
     assert done.returncode == 1
-    assert "job 1: 1 fault" in done.stdout
+    assert "job 1: peft.r: " in done.stdout
     assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
     rows = {r["job"]: r for r in json.loads((tmp_path / "multirun/a/b/summary.json").read_text())}
     assert (rows["1"]["status"], rows["1"]["metrics"]) == ("failed", {})

@@ -48,7 +48,7 @@ def test_help_shows_commands_groups_and_values() -> None:
         (["sead=1"], "did you mean seed"),
         (["peft=none", "peft.r=8"], "peft.r: exists with another option of peft"),
         (["targets=[q_proj]"], "peft.target_modules=[q_proj,v_proj]"),
-        (["resume=nowhere"], "ConfigError: 1 fault\n  resume: no run in nowhere"),
+        (["resume=nowhere"], "ConfigError: resume: no run in nowhere"),
         (["trian.max_steps=3"], "trian.max_steps: no such key (did you mean train"),
     ],
 )
@@ -97,10 +97,10 @@ def test_a_sweep_makes_a_directory_a_job_a_table_and_survives_a_failure(tmp_path
     assert float(table[0]["eval/loss"]) == summary[0]["objective"]
     assert all((sweep / n / "adapter" / "README.md").is_file() for n in ("0", "2"))
     assert "peft.r: 0 is no rank" in (sweep / "1" / "run.log").read_text()
-    assert "ConfigError: 1 fault" in done.stderr
+    assert "ConfigError: peft.r: 0 is no rank" in done.stderr
     assert "summary.csv" in done.stdout
     assert done.stdout.rindex("finished") < done.stdout.rindex("failed")
-    assert "job 1: 1 fault" in done.stdout
+    assert "job 1: peft.r: 0 is no rank" in done.stdout
     assert "eval/loss" in done.stdout
 
 

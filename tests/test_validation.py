@@ -29,10 +29,14 @@ def test_all_faults_are_told_together() -> None:
     assert "lora_alpha" in found["peft.lora_alpa"]
 
 
-def test_the_error_reads_as_a_list() -> None:
+def test_one_fault_is_a_line_and_several_are_a_list() -> None:
     with pytest.raises(ConfigError) as caught:
         compose("peft.r=0")
-    assert str(caught.value) == "1 fault\n  peft.r: 0 is no rank; give 1 or more"
+    assert str(caught.value) == "peft.r: 0 is no rank; give 1 or more"
+    with pytest.raises(ConfigError) as caught:
+        compose("peft.r=0", "seed=x")
+    assert str(caught.value).startswith("2 faults\n  ")
+    assert str(caught.value).count("\n  ") == 2
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
 
     Raises:
         SavedError: it names no base, or one that is loaded by other code than ours.
-        hydra.errors.HydraException: no such option.
+        ConfigError: no such option.
     """
     chosen = base or saved.base
     if not chosen:
