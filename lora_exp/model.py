@@ -129,10 +129,10 @@ def load(
         elif gguf_file and quantization:
             # transformers cannot quantise while it reads GGUF: go through float weights, once
             floats = _dequantised(Path(source), gguf_file)
-            model = kind.from_pretrained(floats, **options, quantization_config=quantization)
+            model = _whole(kind, floats, options | {"quantization_config": quantization})
         else:
             quantized = {"quantization_config": quantization} if quantization else {}
-            model = kind.from_pretrained(source, **options, **gguf, **quantized)
+            model = _whole(kind, source, options | gguf | quantized)
             model = _floats(model) if gguf_file else model
     except ConfigError:  # also a ValueError, and says its key already
         raise
@@ -147,6 +147,29 @@ def load(
 def device() -> str:
     """Return the one device that a run uses."""
     return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
+    """Load a model of which every weight is there; only a classification head may be new.
+
+    Raises:
+        ValueError: some are not; transformers would draw them anew, and go on.
+    """
+    reports = logging.get_logger("transformers.modeling_utils")
+    level = reports.level
+    reports.setLevel(logging.ERROR)  # a table of what is told here in a line
+    try:
+        model, found = kind.from_pretrained(source, **options, output_loading_info=True)
+    finally:
+        reports.setLevel(level)
+    heads = ("score.", "lm_head.") if kind is AutoModelForSequenceClassification else ()
+    lost = sorted(key for key in found["missing_keys"] if not key.startswith(heads))
+    if lost:
+        raise ValueError(f"its files lack {len(lost)} weights, the first is {lost[0]}")
+    if rest := sorted(key for key in found["unexpected_keys"] if not key.startswith(heads)):
+        told = "%d weights in %s have no place in the model, the first is %s"
+        logging.get_logger("lora_exp").warning(told, len(rest), source, rest[0])
+    return model
 
 
 def _untrained(kind: Any, source: str, options: dict[str, Any]) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_exp import compose
@@ -78,6 +81,33 @@ def test_an_error_of_ours_keeps_its_own_key(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^model.gguf_file: x.gguf of a hub model"):
         load(str(path), None, "x.gguf", "auto", "sdpa", False, False, bnb_8bit(6.0))
+
+
+def test_weights_that_are_missing_are_never_drawn_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(asset("pkg://lora_exp/assets/tiny"), tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    (lost,) = (key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
+    kept = weights.pop(lost)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"lack 1 weights, the first is {lost}"):
+        loaded("model=local", f"model.path={folder}")
+    extra = {lost: kept, "vision.weight": kept.clone()}
+    save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded("model=local", f"model.path={folder}")
+    assert "have no place in the model, the first is vision.weight" in caplog.text
+
+
+def test_a_new_classification_head_is_no_reason_for_a_report(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    made = load(
+        "pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None, "SEQ_CLS"
+    )
+    assert made.model.score.out_features == 1
+    said = capfd.readouterr()
+    assert "REPORT" not in said.err + said.out
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Any) -> None:

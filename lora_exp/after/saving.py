@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,9 +82,12 @@ def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> N
     """Refuse to write over what is there; with `force` only over a model or adapter, no source.
 
     Raises:
-        SavedError: the path is taken.
+        SavedError: the path is taken, or can be no folder.
     """
     if not path.exists():
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise SavedError(f"{above} is no folder that can be written to")
         return
     if not force:
         raise SavedError(f"{path} exists; --force replaces it")
