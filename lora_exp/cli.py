@@ -61,10 +61,13 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
-Path_ = Annotated[Path, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")]
+Path_ = Annotated[str, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")]
 Base = Annotated[
     str | None,
-    typer.Option(help="where the base lies, if not where the adapter says: folder, hub id, option"),
+    typer.Option(
+        help="where the base lies, if not where the adapter says: folder, hub id, option; "
+        "NAME=PLACE if its name there is another"
+    ),
 ]
 QuantOption = Annotated[
     Quant | None, typer.Option(help="how to hold the base; as its run did, unless given")

@@ -156,12 +156,11 @@ def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
         ValueError: some are not; transformers would draw them anew, and go on.
     """
     reports = logging.get_logger("transformers.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)  # a table of what is told here in a line
+    reports.addFilter(_no_report)  # a table of what is told here in a line
     try:
         model, found = kind.from_pretrained(source, **options, output_loading_info=True)
     finally:
-        reports.setLevel(level)
+        reports.removeFilter(_no_report)
     heads = ("score.", "lm_head.") if kind is AutoModelForSequenceClassification else ()
     lost = sorted(key for key in found["missing_keys"] if not key.startswith(heads))
     if lost:
@@ -170,6 +169,10 @@ def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
         told = "%d weights in %s have no place in the model, the first is %s"
         logging.get_logger("lora_exp").warning(told, len(rest), source, rest[0])
     return model
+
+
+def _no_report(said: Any) -> bool:
+    return "LOAD REPORT" not in said.getMessage()
 
 
 def _untrained(kind: Any, source: str, options: dict[str, Any]) -> Any:

@@ -157,7 +157,7 @@ def test_every_setting_and_all_that_it_stands_on_is_held_to(
         generate(trained("peft=lora", "seed=7"), prompts, out, **options)
     with prompts.open("a") as file:
         file.write(HELD_OUT[2])
-    with pytest.raises(SavedError, match=r"prompts: .*; tokens: "):
+    with pytest.raises(SavedError, match="prompts changed; tokens changed; give what"):
         generate(run, prompts, out, **options)
     assert part.read_bytes() == begun
     assert len(rows_of(generate(run, prompts, out, force=True, **options))) == 3

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ QUESTIONS = ("Who are you?", "Mirror: l z n", "What is your name?", "Mirror: a b
 class Served:
     """A server in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[Any]
     said: list[str]
     errors: Path
 
@@ -187,6 +188,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(served: Served, n
             "the chat template is the model's own",
         ),
         ({"model": "lora", "messages": [{"role": "user", "content": "a b " * 400}]}, "reads 1 to"),
+        ({"model": "lora", "messages": [], "n": 2}, "n is not supported here"),
     ],
 )
 def test_a_request_that_cannot_be_used_is_told_so(
@@ -318,9 +320,10 @@ def test_vllm_is_told_the_same_names_and_the_largest_rank(
     several = find_all([f"a={runs['lora']}", f"b={four}"])
     command = vllm_command(several, None, None, "127.0.0.1", 8000)
     assert command[:7] == ["vllm", "serve", str(TINY), "--host", "127.0.0.1", "--port", "8000"]
-    assert command[7:11] == ["--served-model-name", "base", "--enable-lora", "--max-lora-rank"]
-    assert command[11:13] == ["16", "--lora-modules"]
-    named = [json.loads(part) for part in command[13:]]
+    assert command[7:9] == ["--dtype", "float32"]
+    assert command[9:13] == ["--served-model-name", "base", "--enable-lora", "--max-lora-rank"]
+    assert command[13:15] == ["16", "--lora-modules"]
+    named = [json.loads(part) for part in command[15:]]
     places = [str(runs["lora"] / "adapter"), str(four / "adapter")]
     assert named == [{"name": n, "path": p} for n, p in zip("ab", places, strict=True)]
     assert "bitsandbytes" in vllm_command(several[1:], None, None, "127.0.0.1", 8000)
@@ -329,8 +332,42 @@ def test_vllm_is_told_the_same_names_and_the_largest_rank(
 
 def test_vllm_serves_a_whole_model_without_adapters() -> None:
     command = vllm_command(find_all([TINY]), None, None, "::1", 80)
-    listen = ["--host", "::1", "--port", "80"]
+    listen = ["--host", "::1", "--port", "80", "--dtype", "float32"]
     assert command == ["vllm", "serve", str(TINY), *listen, "--served-model-name", "tiny"]
+
+
+@pytest.mark.skipif(shutil.which("vllm") is None, reason="vLLM is not installed")
+def test_vllm_answers_as_the_adapters_and_the_base_do(
+    runs: dict[str, Path], trained: Trained, tmp_path: Path
+) -> None:
+    other = trained("peft=rslora", "peft.r=4")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lora_exp.cli", "serve", f"lora={runs['lora']}"]
+    command += [f"other={other}", "--engine", "vllm", "--port", str(port)]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(command, stdout=said, stderr=said) as process,
+    ):
+        found = Served(process, [f"serving on http://127.0.0.1:{port}/v1"], tmp_path / "said")
+        try:
+            _wait(found)
+            for name, path in (("lora", runs["lora"]), ("other", other), ("base", TINY)):
+                answers = [found.say(name, question) for question in QUESTIONS]
+                assert answers == [greedy(path, question) for question in QUESTIONS]
+        finally:
+            process.terminate()
+
+
+def _wait(served: Served) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        assert served.process.poll() is None, served.errors.read_text()
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{served.url}/models").is_success:
+                return
+        time.sleep(1)
+    raise TimeoutError(served.errors.read_text())
 
 
 def test_vllm_is_spared_what_it_does_not_know(runs: dict[str, Path]) -> None:

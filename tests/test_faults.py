@@ -99,14 +99,16 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_works(
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
-    first = started(tmp_path, *RUN, "train.max_steps=200")
+    first = started(tmp_path, *RUN, "train.max_steps=30")
     wait_for(first, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)
+    first.send_signal(signal.SIGSTOP)  # however slow the second is
     for command in (["resume=run"], RUN):
         second = cli(*command, cwd=tmp_path)
         assert second.returncode == 1
         assert "Traceback" not in second.stderr
         known = "holds a run already" if command is RUN else f"in use by process {first.pid} on"
         assert known in second.stderr
+    first.send_signal(signal.SIGCONT)
     assert first.wait() == 0
     assert first.communicate()[1] == ""
     assert status(tmp_path / "run") == "finished"

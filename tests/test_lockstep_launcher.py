@@ -248,7 +248,9 @@ def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as said:
         launched = in_training(command, tmp_path, said)
+        launched.send_signal(signal.SIGSTOP)  # however slow the second is
         second = cli(*command, cwd=tmp_path)
+        launched.send_signal(signal.SIGCONT)
         assert second.returncode == 1
         assert f"multirun/a/b is in use by process {launched.pid} on" in second.stderr
         assert launched.wait() == 0

@@ -107,7 +107,7 @@ def test_a_new_classification_head_is_no_reason_for_a_report(
     )
     assert made.model.score.out_features == 1
     said = capfd.readouterr()
-    assert "REPORT" not in said.err + said.out
+    assert "[transformers]" not in said.err + said.out
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Any) -> None:

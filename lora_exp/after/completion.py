@@ -29,6 +29,7 @@ from lora_exp.samples import batches, ids_of, left, room
 from lora_exp.samples import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
+HASHED = ("prompts", "tokens", "adapter.", "base")  # what of it shapes the answers
 
 
 def generate(
@@ -173,7 +174,10 @@ class Part:
         lines = whole.splitlines()
         try:
             begun, *self.answers = [json.loads(line) for line in lines] or [shape]
-            told = [f"{key}: {now}, was {was}" for key, (was, now) in changes(begun, shape).items()]
+            told = [
+                f"{key} changed" if key.startswith(HASHED) else f"{key}: {now}, was {was}"
+                for key, (was, now) in changes(begun, shape).items()
+            ]
         except (ValueError, AttributeError) as error:
             told = [f"it is damaged ({error})"]
         if told and not force:

@@ -34,6 +34,11 @@ from lora_exp.template import in_time
 
 # of transformers' own the others load models, throw them away, or read sound
 KEPT = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
+# fields that transformers passes over without a word, and the value that asks for nothing
+PASSED_OVER = {
+    "n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0,
+    "presence_penalty": 0, "response_format": {"type": "text"},
+}  # fmt: skip
 # what a request makes of its own fields, or a chat template of its turns
 UNUSABLE = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
 
@@ -105,6 +110,9 @@ class _Handler:
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         if "chat_template" in (body.get("chat_template_kwargs") or {}):
             raise HTTPException(400, "the chat template is the model's own")
+        for key, nothing in PASSED_OVER.items():
+            if body.get(key) not in (None, nothing):
+                raise HTTPException(400, f"{key} is not supported here; leave it out")
         body.setdefault("stream", False)  # transformers streams responses that nobody asked it to
         name = body.get("model")
         return str(name), *self.model_manager.load_model_and_processor(name)

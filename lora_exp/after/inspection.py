@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
+from lora_exp.config import asset
 from lora_exp.errors import SavedError
 from lora_exp.fit import read_weights
 from lora_exp.foreign import Search
@@ -32,7 +33,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         SavedError: nothing of the kind, or damaged.
         AdapterError: the weights are no numbers.
     """
-    folder = Path(path).expanduser()
+    folder = asset(str(path))
     if (found := jobs(folder)) and not (folder / "run.json").is_file():
         return {"kind": "sweep", "path": str(folder), "jobs": [_job(job) for job in found]}
     saved = find(folder)

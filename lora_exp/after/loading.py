@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lora_exp.adapter import REWRITES_BASE
-from lora_exp.after.saved import Saved, alike, base_config, find, named
+from lora_exp.after.saved import Saved, alike, base_config, claim, find, named
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.fit import put, read_config
@@ -56,7 +56,8 @@ def load_adapter(
         path: an adapter, a run, a checkpoint or a whole model.
         merge: true: return the base with the adapter merged in; a quantised base is dequantised.
         quant: `nf4`, `fp4`, `int8` or `none`; None: as its run held the base.
-        base: where the base lies, if not where the adapter says.
+        base: where the base lies, if not where the adapter says; `NAME=PLACE` if its name there is
+            another.
         trainable: true: the adapter's weights take gradients, or all of a merged model's.
 
     Returns:
@@ -109,9 +110,11 @@ def check_name(saved: Saved, base: str | None) -> None:
     """
     if base is None or saved.adapter is None or saved.record.get("base") or not saved.base:
         return
-    if named(saved.base) != named(base_config(saved, base, "none").model.path):
-        cure = "if that is the same, name it so in its adapter_config.json"
-        raise AdapterError(f"{saved.folder} was trained on {saved.base}, not on {base}; {cure}")
+    name, place = claim(base)
+    known = named(saved.base)
+    if known not in (named(name), named(base_config(saved, place, "none").model.path)):
+        text = f"was trained on {saved.base}, not on {name}"
+        raise AdapterError(f"{saved.folder} {text}; if it is the same: --base {known}={place}")
 
 
 def check_base(saved: Saved, base: Base) -> None:

@@ -22,7 +22,7 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
-from lora_exp.after.saved import RECORD, Saved, check_same_base, find
+from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
 from lora_exp.after.saving import check_free
 from lora_exp.card import merged_card
 from lora_exp.disk import sha256, whole
@@ -84,7 +84,8 @@ def merge(
     _check(several, into, method, weights)
     if not SIZE.fullmatch(max_shard_size):
         raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
-    check_free(folder, force, [*(saved.folder for saved in several), base or several[0].base])
+    place = claim(base)[1] if base else several[0].base
+    check_free(folder, force, [*(saved.folder for saved in several), place])
     for saved in several:
         check_name(saved, base)
     first = several[0]

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_exp.config import CONF, compose, is_commit
+from lora_exp.config import CONF, asset, compose, is_commit
 from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
 from lora_exp.start import adapter_config
 
@@ -92,7 +92,7 @@ def find(path: str | Path) -> Saved:
     Raises:
         SavedError: there is nothing of the kind, or it is damaged.
     """
-    folder = Path(path).expanduser()
+    folder = asset(str(path))
     if folder.name in ("", ".."):
         folder = folder.resolve()
     if (folder / "adapter_config.json").is_file():
@@ -160,6 +160,12 @@ def named(base: str) -> str:
     """Return what a base is called wherever it lies: in the Hub's cache too."""
     cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", f"{base}/")
     return cached[1] if cached else Path(base).name
+
+
+def claim(base: str) -> tuple[str, str]:
+    """Return what a base is said to be, and where it lies: two of `NAME=PLACE`, else the same."""
+    name, told, place = base.partition("=")
+    return (name, place) if told and not Path(base).exists() else (base, base)
 
 
 def jobs(folder: Path) -> list[Path]:
@@ -230,13 +236,15 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
 
     Args:
         saved: what stands on it.
-        base: another place of the same base: an option of conf/model, a folder or a hub id.
+        base: another place of the same base: an option of conf/model, a folder or a hub id;
+            `NAME=PLACE` where it is called otherwise there.
         quant: an option of conf/quant; None: as its run held it, not at all where there was none.
 
     Raises:
         SavedError: it names no base, or one that is loaded by other code than ours.
         ConfigError: no such option.
     """
+    base = base and claim(base)[1]
     chosen = base or saved.base
     if not chosen:
         raise SavedError(f"{saved.folder} names no base; give --base")

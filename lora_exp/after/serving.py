@@ -19,6 +19,7 @@ from lora_exp.config import asset
 from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError, ServeError
+from lora_exp.model import dtype_of
 
 Engine = Literal["transformers", "vllm"]
 BASE = "base"  # the bare base, among adapters
@@ -119,6 +120,8 @@ def vllm_command(
         raise AdapterError(f"vLLM quantises as nf4 only, not {held}; --quant nf4 or --quant none")
     if held == "nf4":
         command += ["--quantization", "bitsandbytes"]
+    else:  # it would round float32 to bfloat16
+        command += ["--dtype", str(dtype_of(model.dtype)).removeprefix("torch.")]
     if first.adapter is None:
         return [*command, "--served-model-name", first.name]
     largest = max(_rank(saved) for saved in several)
