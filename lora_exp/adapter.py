@@ -28,7 +28,8 @@ from lora_exp.errors import (
     TargetError,
     did_you_mean,
 )  # fmt: skip
-from lora_exp.fit import put, read_config, read_weights
+from lora_exp.fit import put, read_config
+from lora_exp.foreign import read_weights
 from lora_exp.model import Base, new_head
 from lora_exp.start import adapter_config, check_base
 

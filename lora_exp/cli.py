@@ -95,6 +95,7 @@ def run(context: typer.Context) -> None:
 @app.command(rich_help_panel=LOOK)
 def inspect(path: Path_, as_json: Json = False) -> None:
     """Show what an adapter, run, sweep or model is, and which of its layers changed."""
+    _look_for(path)
     from lora_exp.after.inspection import inspect as look
     from lora_exp.after.pages import inspection
 
@@ -116,6 +117,7 @@ def save(
     force: Force = False,
 ) -> None:
     """Take an adapter out of a run or checkpoint, with tokenizer, model card and record."""
+    _look_for(path)
     from lora_exp.after.saving import save as take
 
     print(take(path, out, as_lora, rank, base, force))
@@ -143,9 +145,10 @@ def merge(
     force: Force = False,
 ) -> None:
     """Merge adapters into their base: a whole model for engines that know no adapters."""
+    shares = _numbers("--weights", weights) if weights else None
+    _look_for(*adapters)
     from lora_exp.after.merging import merge as make
 
-    shares = _numbers("--weights", weights) if weights else None
     made = make(
         adapters, out, base, dtype and dtype.value, into.value, method, shares, density,
         max_shard_size, force,
@@ -171,13 +174,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Prove that a merged model is its adapter on its base; without --adapter, that it works."""
+    if adapter is None and (prompts or base or quant):
+        raise typer.BadParameter("--prompts, --base and --quant need it", param_hint="--adapter")
+    _look_for(merged, *([adapter] if adapter else []))
     from lora_exp.after import pages, proof, soundness
 
     if adapter is None:
-        if prompts or base or quant:
-            raise typer.BadParameter(
-                "--prompts, --base and --quant need it", param_hint="--adapter"
-            )
         found = soundness.examine(merged)
         _print(found, pages.examination, as_json)
         holds = not any(found.values())
@@ -201,6 +203,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
 ) -> None:
     """Talk to what was trained; several adapters answer beside their base. Pipes work too."""
+    _look_for(*paths)
     from lora_exp.after.chat import Chat, open_chat
 
     if not Chat(open_chat(paths, base, quant and quant.value, merge, system)).run():
@@ -224,6 +227,7 @@ def serve(
     ] = Engine.transformers,
 ) -> None:
     """Serve what was trained as OpenAI's interface does: each adapter is a model, and the base."""
+    _look_for(*paths)
     from lora_exp.after import pages, serving
 
     def ready(url: str, chats: dict[str, bool]) -> None:
@@ -254,6 +258,7 @@ def generate(
     force: Force = False,
 ) -> None:
     """Answer a file of prompts; the same command goes on where an interrupted one stopped."""
+    _look_for(path)
     from lora_exp.after.completion import generate as answer
 
     made = answer(
@@ -277,6 +282,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure loss, exact match, ROUGE-L and BLEU, with the adapter and without it."""
+    _look_for(path)
     from lora_exp.after import evaluation, pages
 
     found = evaluation.evaluate(
@@ -306,11 +312,12 @@ def push(
     force: Force = False,
 ) -> None:
     """Send an adapter or model to the Hugging Face Hub with its card: private unless --public."""
+    if out is not None and not dry:
+        raise typer.BadParameter("is for --dry-run", param_hint="--out")
+    _look_for(path)
     from lora_exp.after import pages, publication
     from lora_exp.console import console
 
-    if out is not None and not dry:
-        raise typer.BadParameter("is for --dry-run", param_hint="--out")
     if dry:
         made = publication.dry_run(path, repo_id, out, base_id, force)
         files = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
@@ -355,6 +362,15 @@ def estimate(
     from lora_exp.config import compose
 
     _print(count(compose(*overrides or (), config_dir=config_dir)), pages.estimate, as_json)
+
+
+def _look_for(*paths: str | Path) -> None:
+    """Tell that there is nothing at a path before torch is imported, which takes seconds."""
+    from lora_exp.after.saved import find_all
+
+    for path in map(str, paths):
+        if not Path(path).expanduser().exists():  # or it is NAME=PATH, or in a package
+            find_all([path])
 
 
 def _numbers(option: str, text: str) -> list[float]:

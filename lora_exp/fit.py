@@ -13,10 +13,9 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
 
 from lora_exp.errors import AdapterError, LoraExpError
-from lora_exp.foreign import names_only, numbers_only
+from lora_exp.foreign import names_only, read_weights
 
 
 def put(model: Any, config: Any, path: str, trainable: bool) -> Any:
@@ -67,25 +66,6 @@ def read_config(path: str, model: Any) -> Any:
         config = peft.PeftConfig.from_pretrained(str(Path(path).expanduser()))
     names_only(config, model, path)
     return config
-
-
-def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
-    """Read a saved adapter's weights; `finite`: refuse such that are not.
-
-    Raises:
-        AdapterError: there are none, or they are damaged, not finite or no numbers.
-    """
-    with numbers_only(path):
-        try:
-            weights = dict(peft.load_peft_weights(str(Path(path).expanduser()), device="cpu"))
-        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
-            raise AdapterError(f"{path}: its weights are damaged: {error}") from error
-    if not weights:
-        raise AdapterError(f"{path} holds no weights")
-    bad = sorted(key for key, value in weights.items() if not value.isfinite().all())
-    if bad and finite:
-        raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
-    return weights
 
 
 @contextmanager

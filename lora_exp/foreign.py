@@ -10,11 +10,16 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import regex
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lora_exp.errors import AdapterError, LoraExpError
+from lora_exp.start import WEIGHTS
 
 SECONDS = 2.0  # for all names and patterns together
 PLAIN = re.compile(r"[\w.\-]+")  # a name, whole or its last parts
@@ -32,6 +37,32 @@ def numbers_only(path: str | None, kind: type[LoraExpError] = AdapterError) -> I
     except pickle.UnpicklingError as error:
         text = f"{path} holds code where numbers belong, or is damaged; it is not loaded"
         raise kind(f"{text} ({str(error).splitlines()[0]})") from error
+
+
+def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
+    """Read a saved adapter's weights; `finite`: refuse such that are not.
+
+    Raises:
+        AdapterError: there are none, or they are damaged, not finite or no numbers.
+    """
+    folder = Path(path).expanduser()
+    file = folder / WEIGHTS[0]
+    with numbers_only(path):
+        try:
+            if file.is_file():
+                weights: dict[str, Any] = load_file(file)
+            else:  # as adapters were saved once
+                weights = torch.load(folder / WEIGHTS[1], "cpu", weights_only=True)
+        except (SafetensorError, OSError, EOFError, RuntimeError) as error:
+            raise AdapterError(f"{path}: its weights are damaged: {error}") from error
+    if not weights:
+        raise AdapterError(f"{path} holds no weights")
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise AdapterError(f"{path}: its weights are no tensors with names")
+    bad = sorted(key for key, value in weights.items() if not value.isfinite().all())
+    if bad and finite:
+        raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
+    return weights
 
 
 def names_only(config: Any, model: Any, path: str) -> None:

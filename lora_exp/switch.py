@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_exp.errors import AdapterError
-from lora_exp.fit import read_config, read_weights
+from lora_exp.fit import read_config
+from lora_exp.foreign import read_weights
 from lora_exp.model import Base
 
 ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)

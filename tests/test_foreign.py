@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from lora_exp.errors import AdapterError
-from lora_exp.foreign import names_only
+from lora_exp.foreign import names_only, read_weights
+
+Trained = Callable[..., Path]
+
+
+def test_weights_are_whole_finite_numbers_or_refused(trained: Trained, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained("peft=lora") / "adapter", tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert read_weights(str(folder)).keys() == weights.keys()
+    first = min(weights)
+    save_file(weights | {first: torch.full_like(weights[first], float("inf"))}, file)
+    with pytest.raises(AdapterError, match=f"1 weights are not finite, the first is {first}"):
+        read_weights(str(folder))
+    assert read_weights(str(folder), finite=False)
+    file.write_bytes(b"")
+    with pytest.raises(AdapterError, match="its weights are damaged"):
+        read_weights(str(folder))
+    file.unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    assert all(torch.equal(value, weights[key]) for key, value in read_weights(str(folder)).items())
+    for other in ({first: 3.0}, [weights[first]]):
+        torch.save(other, folder / "adapter_model.bin")
+        with pytest.raises(AdapterError, match="no tensors with names"):
+            read_weights(str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft's word for no_such

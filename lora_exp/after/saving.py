@@ -18,7 +18,7 @@ from lora_exp.after.saved import Saved, find
 from lora_exp.disk import whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.fit import read_weights
+from lora_exp.foreign import read_weights
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
