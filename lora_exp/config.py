@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.redaction import redact_text
 from lora_exp.resume import continued
-from lora_exp.signature import signature
+from lora_exp.signature import functions, signature
 from lora_exp.start import started
 
 PACKAGE = Path(__file__).parent
@@ -241,7 +241,7 @@ def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     rewards = [(f"algorithm.rewards.{i}", r) for i, r in enumerate(listed) if isinstance(r, str)]
     named += [(key, name) for key, name in rewards if not is_path(name)]
     return [
-        (key, _distrust(target))
+        (key, _distrust(target) + (_near_reward(target) if "rewards" in key else ""))
         for key, target in named
         if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
     ]
@@ -251,6 +251,11 @@ def _distrust(target: Any) -> str:
     if str(target).startswith("lora_exp."):
         return f"{target!r} is not trusted: nothing of that name is lora_exp's own"
     return f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]"
+
+
+def _near_reward(name: Any) -> str:
+    own = functions("lora_exp.rewards")
+    return did_you_mean(f"lora_exp.rewards.{str(name).rpartition('.')[2]}", own, 1)
 
 
 def is_commit(revision: str | None) -> bool:

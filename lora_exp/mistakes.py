@@ -35,8 +35,10 @@ def mistake(error: Exception) -> LoraExpError | None:
         key, values = several[1], several[2]
         cure = f"-m {key}={values} sweeps over them, {key}=[{values}] is a list"
         return ConfigError([(key, f"{values} are several values; {cure}")])
-    if twice := re.search(r"Multiple values for ([\w/@.]+)\.", text):
-        return ConfigError([(twice[1], f"is there already; give {twice[1]}=... without the +")])
+    there = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
+    if twice := re.search(there, text):
+        key = twice[1] or twice[2]
+        return ConfigError([(key, f"is there already; give {key}=... without the +")])
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return ConfigError([(str(error.full_key), text.splitlines()[0])])
     if error.__cause__ is not None and str(error.__cause__) not in text:

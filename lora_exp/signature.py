@@ -143,6 +143,26 @@ def members(target: str) -> frozenset[str]:
     return frozenset(str(v.value) for v in assigned if isinstance(v, ast.Constant))
 
 
+@cache
+def compared(target: str, name: str) -> frozenset[str]:
+    """Return the texts that a class compares a variable or attribute of its own with."""
+    module, _, own = target.rpartition(".")
+    found = _find(module, own)
+    texts = set()
+    for node in ast.walk(found[1]) if found else ():
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == name:
+            inside = [n for side in node.comparators for n in ast.walk(side)]
+            texts |= {n.value for n in inside if isinstance(n, ast.Constant)}
+    return frozenset(text for text in texts if isinstance(text, str))
+
+
+@cache
+def functions(module: str) -> tuple[str, ...]:
+    """Return the public functions of a module, as dotted names."""
+    found = (n.name for n in _tree(module).body if isinstance(n, ast.FunctionDef))
+    return tuple(f"{module}.{name}" for name in found if not name.startswith("_"))
+
+
 def fits(value: Any, annotation: ast.expr | None) -> bool:
     """Say whether a value may have this annotation; what is not plainly wrong fits."""
     match annotation:

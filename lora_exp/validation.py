@@ -28,7 +28,7 @@ from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.formats import SHAPES
 from lora_exp.ranges import Fault, is_number, ranges
 from lora_exp.redaction import redact
-from lora_exp.signature import fits, members, signature
+from lora_exp.signature import compared, fits, members, signature
 from lora_exp.start import adapter_config
 
 FLOAT_BASE = "takes its start from the base's float weights and rewrites them; quant=none"
@@ -200,6 +200,13 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.task_type", f"{node.task_type!r} is none of {', '.join(TASKS)}"
     if "rewards" in node:
         yield from _rewards(cfg)
+    asked = node.args.get("loss_type") or []
+    losses = compared(str(node.trainer.get("_target_")), "loss_type") if asked else ()
+    for loss in asked if isinstance(asked, ListConfig) else [asked]:
+        if losses and loss not in losses:
+            near = did_you_mean(str(loss), losses)
+            text = f"{loss!r} is none of {', '.join(sorted(losses))}{near}"
+            yield "algorithm.args.loss_type", text
 
 
 def _rewards(cfg: DictConfig) -> Iterator[Fault]:

@@ -256,7 +256,18 @@ def test_rows_that_are_all_too_long_are_an_error(go: Callable[..., Any]) -> None
         (["algorithm=grpo"], "algorithm.rewards: is required"),
         (["algorithm=grpo", "algorithm.rewards=[]"], "algorithm.rewards: name at least one"),
         (["algorithm=grpo", "algorithm.rewards=[os.system]"], "'os.system' is not trusted"),
-        (["algorithm=grpo", "algorithm.rewards=[lora_exp.rewards.exact]"], "algorithm.rewards.0"),
+        (
+            ["algorithm=grpo", "algorithm.rewards=[lora_exp.rewards.exact]"],
+            r"own \(did you mean lora_exp.rewards.exact_match\?\)",
+        ),
+        (
+            ["algorithm=grpo", "algorithm.rewards=[exact_match]"],
+            r"\(did you mean lora_exp.rewards.exact_match\?\)",
+        ),
+        (
+            ["algorithm=dpo", "algorithm.args.loss_type=[sigmoid,ipoo]"],
+            "algorithm.args.loss_type: 'ipoo' is none of",
+        ),
         (["algorithm=grpo", "algorithm.rewards=[./nowhere]"], "no adapter in ./nowhere"),
         (
             ["algorithm=ppo", REWARDS, "+algorithm.args.reward_weights=[1,2]"],

@@ -236,6 +236,8 @@ def test_a_sweep_that_goes_on_runs_failed_jobs_again_only_when_asked(tmp_path: P
     assert done.returncode == 1
     assert "diverged before, not run again but with retry_failed=true" in done.stdout
     assert [(sweep / n / "run.json").read_bytes() for n in "01"] == before
+    rows = json.loads((sweep / "summary.json").read_text())
+    assert [row["status"] for row in rows] == ["finished", "diverged"]
     done = cli("resume=multirun/a/b", "retry_failed=true", cwd=tmp_path)
     assert done.returncode == 1
     after = [(sweep / n / "run.json").read_bytes() for n in "01"]

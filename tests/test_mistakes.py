@@ -23,6 +23,7 @@ from lora_exp.mistakes import mistake
         ("quant=3", "an option is a word, like quant=nf4, not a number"),
         ("=3", "an option is a word"),
         ("+quant=nf4", "quant: is there already; give quant=... without the +"),
+        ("+peft.r=8", "peft.r: is there already; give peft.r=... without the +"),
         ("peft.r=2,4", "peft.r: 2,4 are several values; -m peft.r=2,4 sweeps over them"),
         ("peft.rr=3", "peft.rr: no such key (did you mean r?)"),
         ("peft.r.x=3", "peft.r.x: no such key"),

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from lora_exp.config import shipped_targets
-from lora_exp.signature import fits, signature
+from lora_exp.signature import compared, fits, functions, signature
 
 
 @pytest.mark.parametrize("target", sorted(shipped_targets()))
@@ -33,6 +33,18 @@ def test_a_target_that_swallows_arguments_is_seen() -> None:
 @pytest.mark.parametrize("target", ["peft.LoraConfigg", "nowhere.at.all", "json", "peft", ""])
 def test_a_target_that_does_not_exist_is_none(target: str) -> None:
     assert signature(target) is None
+
+
+def test_the_losses_that_a_trainer_knows_are_those_it_compares_with() -> None:
+    assert compared("trl.KTOTrainer", "loss_type") == {"kto", "apo_zero_unpaired"}
+    assert {"sigmoid", "ipo", "sft"} < compared("trl.DPOTrainer", "loss_type")
+    assert compared("trl.RewardTrainer", "loss_type") == frozenset()
+    assert compared("trl.NoTrainer", "loss_type") == frozenset()
+
+
+def test_the_functions_of_a_module_are_dotted_names() -> None:
+    assert "lora_exp.rewards.exact_match" in functions("lora_exp.rewards")
+    assert not any("._" in name for name in functions("lora_exp.rewards"))
 
 
 def test_reading_a_signature_imports_neither_torch_nor_peft() -> None:

@@ -62,6 +62,8 @@ def test_one_fault_is_a_line_and_several_are_a_list() -> None:
         "train.eval_strategy=epochs",
         "model.dtype=fp32",
         "tracking.mode=of",
+        "tracking.project=a/b",
+        "+algorithm.args.loss_type=ntl",
         "data.format=csv",
         "data.chat_template=none.jinja",
         "data.path=[a,b]",
