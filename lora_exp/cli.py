@@ -395,7 +395,7 @@ def _print(found: Any, page: Any, as_json: bool) -> None:
 def main() -> None:
     """Run the command line; errors that the user can mend are one message without a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each try of a Hub out of reach
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells each try of a Hub out of reach
     if "=" in "".join(sys.argv[1:2]):
         print(f"lora-exp run {' '.join(sys.argv[1:])} trains; see lora-exp --help", file=sys.stderr)
         sys.exit(2)

@@ -138,7 +138,8 @@ def load(
         raise
     except (OSError, ValueError, SafetensorError) as error:
         told = " ".join(str(error).split())  # some of transformers' are a page
-        raise ConfigError([("model.path", f"{path} cannot be loaded: {told}")]) from error
+        place = "" if Path(source).exists() else "no such folder here; from the Hub: "
+        raise ConfigError([("model.path", f"{path} cannot be loaded: {place}{told}")]) from error
     settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from lora_exp.adapter import REWRITES_BASE
 from lora_exp.after.saved import Saved, alike, base_config, claim, find, named
+from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.fit import put, read_config
@@ -89,7 +90,8 @@ def load_base(
     cfg = base_config(saved, base, quant)
     check_name(saved, base)
     cfg.model.dtype = dtype or cfg.model.dtype
-    found = base_of(cfg)
+    with console.status(f"loading {cfg.model.path}"):  # a Hub out of reach takes half a minute
+        found = base_of(cfg)
     if saved.adapter is not None:
         check_base(saved, found)
     return found

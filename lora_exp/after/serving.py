@@ -16,7 +16,6 @@ from transformers.utils.import_utils import is_serve_available
 from lora_exp.after.loading import Loaded, load, load_base, side_by_side
 from lora_exp.after.saved import Saved, base_config, find_all
 from lora_exp.config import asset
-from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError, ServeError
 from lora_exp.model import dtype_of
@@ -63,8 +62,7 @@ def serve(
     if not is_serve_available():
         raise ServeError('fastapi, uvicorn or openai is missing: pip install "lora-exp[serve]"')
     with _listen(host, port) as listener:
-        with console.status("loading"):
-            served = _load(several, base, quant)
+        served = _load(several, base, quant)
         from lora_exp.after.endpoints import Models, Server
 
         shown = f"[{host}]" if ":" in host else host
