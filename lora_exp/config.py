@@ -258,11 +258,6 @@ def _near_reward(name: Any) -> str:
     return did_you_mean(f"lora_exp.rewards.{str(name).rpartition('.')[2]}", own, 1)
 
 
-def is_commit(revision: str | None) -> bool:
-    """Tell a commit from a branch or tag, which may move."""
-    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", str(revision)) is not None
-
-
 def is_path(name: str) -> bool:
     """Tell a folder from a dotted name."""
     return "/" in name or name.startswith(("~", "."))

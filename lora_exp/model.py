@@ -26,8 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lora_exp.config import asset, is_commit
+from lora_exp.config import asset
 from lora_exp.errors import ConfigError
+from lora_exp.revision import is_commit
 from lora_exp.tokens import cache_dir
 
 CLASSES: dict[str, Any] = {

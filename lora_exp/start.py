@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.revision import comparable
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # peft_type -> the config class; shortened, the class is the type everywhere else
@@ -54,7 +55,7 @@ def check_base(key: str, path: str, revision: str | None) -> None:
         known = json.loads(record.read_text(encoding="utf-8")).get("base")
     except (OSError, ValueError):
         return
-    if known and revision and known != revision:
+    if comparable(known, revision) and known != revision:
         text = f"{path} was trained on a base of other weights ({known}, not {revision})"
         raise ConfigError([(key, text)])
 

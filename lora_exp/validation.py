@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lora_exp.config import (
     asset,
     every_target,
-    is_commit,
     is_path,
     is_trusted,
     plain,
@@ -28,6 +27,7 @@ from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.formats import SHAPES
 from lora_exp.ranges import Fault, is_number, ranges
 from lora_exp.redaction import redact
+from lora_exp.revision import is_commit
 from lora_exp.signature import compared, fits, members, signature
 from lora_exp.start import adapter_config
 

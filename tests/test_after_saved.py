@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_exp.after.saved import alike, base_config, find, find_all, named
+from lora_exp.after.saved import base_config, find, find_all, named
 from lora_exp.errors import ConfigError, SavedError
 
 Trained = Callable[..., Path]
@@ -135,19 +135,14 @@ def test_a_config_that_came_with_an_adapter_calls_nothing_of_its_own(
     assert base_config(find(run), base="tiny", quant="none").model._target_ == "lora_exp.model.load"
 
 
-def test_a_base_is_known_by_commit_hash_or_name() -> None:
-    commit = "a" * 40
-    assert alike(commit, "b" * 40)
-    assert alike("sha256:1", "sha256:2")
-    assert not alike(commit, "sha256:1")
-    assert not alike(None, commit)
-    assert named("/cache/models--Qwen--Qwen3-0.6B/snapshots/0123") == "Qwen3-0.6B"
-    assert named("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
-
-
 def test_a_record_that_is_no_json_is_told(trained: Trained, tmp_path: Path) -> None:
     run = copied(trained("peft=lora"), tmp_path / "run")
     (run / "run.json").write_text('{"name"')
     with pytest.raises(SavedError, match=r"run\.json cannot be read"):
         _ = find(run).record
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())
+
+
+def test_a_base_is_called_the_same_in_the_hubs_cache() -> None:
+    assert named("/cache/models--Qwen--Qwen3-0.6B/snapshots/0123") == "Qwen3-0.6B"
+    assert named("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"

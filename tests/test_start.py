@@ -12,6 +12,7 @@ import pytest
 
 from lora_exp import compose
 from lora_exp.errors import ConfigError
+from lora_exp.start import check_base
 
 LORA = {
     "peft_type": "LORA", "base_model_name_or_path": "pkg://lora_exp/assets/tiny",
@@ -80,3 +81,14 @@ def test_a_start_is_read_without_torch(tmp_path: Path) -> None:
     code = "import sys; from lora_exp import compose; compose(sys.argv[1])\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, saved(tmp_path / "a")], check=True)
+
+
+def test_a_base_is_another_one_only_where_the_two_can_be_compared(tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    saved(adapter)
+    check_base("adapter", str(adapter), "sha256:1")  # no record says anything
+    (tmp_path / "run" / "run.json").write_text('{"base": "sha256:1"}')
+    check_base("adapter", str(adapter), "sha256:1")
+    check_base("adapter", str(adapter), "a" * 40)  # the hub's own of the same name
+    with pytest.raises(ConfigError, match="base of other weights"):
+        check_base("adapter", str(adapter), "sha256:2")

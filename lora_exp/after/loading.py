@@ -15,13 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lora_exp.adapter import REWRITES_BASE
-from lora_exp.after.saved import Saved, alike, base_config, claim, find, named
+from lora_exp.after.saved import Saved, base_config, claim, find, named
 from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.fit import put, read_config
 from lora_exp.model import Base, dequantise, sharing_copy
 from lora_exp.place import base_of
+from lora_exp.revision import comparable
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def check_base(saved: Saved, base: Base) -> None:
         AdapterError: the run's record knows another commit or hash.
     """
     known = saved.record.get("base")
-    if alike(known, base.revision) and known != base.revision:
+    if comparable(known, base.revision) and known != base.revision:
         text = f"was trained on a base of other weights ({known}, not {base.revision})"
         raise AdapterError(f"{saved.folder} {text}")
 

@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_exp.config import CONF, asset, compose, is_commit
+from lora_exp.config import CONF, asset, compose
 from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
+from lora_exp.revision import comparable, is_commit
 from lora_exp.start import adapter_config
 
 CHECKPOINT = "checkpoint-"
@@ -143,17 +144,13 @@ def check_same_base(several: list[Saved]) -> None:
     first = several[0]
     for saved in several[1:]:
         known, other = first.record.get("base"), saved.record.get("base")
-        same = known == other if alike(known, other) else named(first.base) == named(saved.base)
+        same = (
+            known == other if comparable(known, other) else named(first.base) == named(saved.base)
+        )
         if not same:
             bases = f"{first.base} ({known}) and {saved.base} ({other})"
             text = f"{first.folder} and {saved.folder} were trained on two bases: {bases}"
             raise AdapterError(text)
-
-
-def alike(known: str | None, found: str | None) -> bool:
-    """Say whether two revisions can be compared: both hashes of files, or both commits."""
-    pair = (str(known), str(found))
-    return all(r.startswith("sha256:") for r in pair) or all(is_commit(r) for r in pair)
 
 
 def named(base: str) -> str:
