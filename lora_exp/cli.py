@@ -154,16 +154,19 @@ def merge(
         max_shard_size, force,
     )  # fmt: skip
     print(made)
-    if len(adapters) == 1:
-        told = ["lora-exp", "check", str(made), "--adapter", str(adapters[0])]
-        print(f"prove it: {shlex.join([*told, *(['--base', base] if base else [])])}")
+    told = ["lora-exp", "check", str(made)]
+    told += [word for adapter in adapters for word in ("--adapter", str(adapter))]
+    print(f"prove it: {shlex.join([*told, *(['--base', base] if base else [])])}")
 
 
 @app.command(rich_help_panel=LOOK)
 def check(
     merged: Annotated[Path, typer.Argument(metavar="MODEL", help="a merged or whole model")],
     adapter: Annotated[
-        Path | None, typer.Option(help="the adapter, or its run, that it was merged from")
+        list[Path] | None,
+        typer.Option(
+            help="the adapter, or its run, that it was merged from; again for each of them"
+        ),
     ] = None,
     base: Base = None,
     quant: QuantOption = None,
@@ -174,12 +177,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Prove that a merged model is its adapter on its base; without --adapter, that it works."""
-    if adapter is None and (prompts or base or quant):
+    if not adapter and (prompts or base or quant):
         raise typer.BadParameter("--prompts, --base and --quant need it", param_hint="--adapter")
-    _look_for(merged, *([adapter] if adapter else []))
+    _look_for(merged, *(adapter or []))
     from lora_exp.after import pages, proof, soundness
 
-    if adapter is None:
+    if not adapter:
         found = soundness.examine(merged)
         _print(found, pages.examination, as_json)
         holds = not any(found.values())

@@ -29,7 +29,7 @@ def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
 ) -> None:
     run = trained(f"peft={method}", *(ADALORA if method == "adalora" else ()))
     made = merge([run], tmp_path / "merged")
-    proof = prove(made, run)
+    proof = prove(made, [run])
     assert proof.max_difference < 1e-4
     assert proof.top1_agreement == 1
     assert proof.same_text == 1
@@ -53,19 +53,19 @@ def test_a_qlora_adapter_in_the_dequantised_base_is_the_adapter_on_the_quantised
 ) -> None:
     run = trained(f"peft={method}", f"quant={quant}", *more)
     made = merge([run], tmp_path / "merged", into="dequantised")
-    assert prove(made, run).max_difference < 1e-3
+    assert prove(made, [run]).max_difference < 1e-3
     original = merge([run], tmp_path / "original", dtype="float32")
-    assert prove(original, run).max_difference < 1e-4  # on the unquantised base
-    assert not prove(original, run, quant=quant).holds  # the quantised one is another
+    assert prove(original, [run]).max_difference < 1e-4  # on the unquantised base
+    assert not prove(original, [run], quant=quant).holds  # the quantised one is another
 
 
 def test_an_adapted_embedding_leaves_the_head_that_it_was_tied_to(
     trained: Trained, tmp_path: Path
 ) -> None:
     run = trained("peft=lora", "peft.target_modules=[embed_tokens,q_proj]")
-    assert prove(merge([run], tmp_path / "merged"), run).holds
+    assert prove(merge([run], tmp_path / "merged"), [run]).holds
     whole = trained("peft=lora", "targets=qv", "+peft.modules_to_save=[embed_tokens]")
-    assert prove(merge([whole], tmp_path / "whole"), whole).holds
+    assert prove(merge([whole], tmp_path / "whole"), [whole]).holds
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -76,12 +76,12 @@ def test_the_proof_fails_for_the_bare_base_even_of_an_adapter_that_does_little(
     model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     run = trained("peft=lora", "train.learning_rate=1e-4", "train.max_steps=4")
-    assert not prove(tmp_path / "bare", run).holds
+    assert not prove(tmp_path / "bare", [run]).holds
 
 
 def test_a_merged_reward_model_scores_as_its_adapter(trained: Trained, tmp_path: Path) -> None:
     run = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
-    proof = prove(merge([run], tmp_path / "merged"), run)
+    proof = prove(merge([run], tmp_path / "merged"), [run])
     assert proof.holds
     assert proof.effect > 0
 
@@ -90,7 +90,7 @@ def test_a_merged_model_in_its_run_is_not_quantised_again(trained: Trained, tmp_
     run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
     made = merge([run], run / "merged", into="dequantised")
     assert find(made).run is None
-    assert prove(made, run).holds
+    assert prove(made, [run]).holds
     assert not any(examine(made).values())
 
 
@@ -123,7 +123,7 @@ def test_a_second_adapter_is_read_as_carefully_as_the_first(
 
 def test_the_proof_fails_for_another_adapter(trained: Trained, tmp_path: Path) -> None:
     made = merge([trained("peft=lora")], tmp_path / "merged")
-    other = prove(made, trained("peft=rslora"))
+    other = prove(made, [trained("peft=rslora")])
     assert not other.holds
     assert other.kl > 0.01
 
@@ -138,10 +138,10 @@ def test_a_merge_is_smaller_in_bfloat16_and_still_the_same_model(
     assert {value.dtype for shard in shards for value in load_file(shard).values()} == {
         torch.bfloat16
     }
-    proof = prove(made, run)
+    proof = prove(made, [run])
     assert proof.dtype == "bfloat16"
     assert proof.holds
-    assert not prove(made, trained("peft=rslora")).holds
+    assert not prove(made, [trained("peft=rslora")]).holds
 
 
 @pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "lora"), ("rslora", "rslora")])
@@ -173,6 +173,11 @@ def test_two_adapters_combine_by_any_of_pefts_methods_the_same_each_time(
     made = [merge(runs, tmp_path / f"{i}", method=method) for i in range(2)]
     first, second = (load_file(folder / "model.safetensors") for folder in made)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert prove(made[0], runs).holds
+    with pytest.raises(AdapterError, match=r"was merged from r16-all_linear.*, .*: give --adapter"):
+        prove(made[0], runs[:1])
+    with pytest.raises(AdapterError, match="give --adapter for each"):
+        prove(made[0], runs[::-1])
 
 
 def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_path: Path) -> None:

@@ -98,19 +98,19 @@ def merge(
     model = load(first, found).model
     if len(several) > 1:
         shares = list(weights or [1.0] * len(several))
-        _combine(model, several, shares, method, density)
+        combine(model, several, shares, method, density)
     model = merged(model)
     model = model.to(getattr(torch, dtype)) if dtype else model
     _check_finite(model)
     told = {
-        "adapters": [_identity(saved) for saved in several],
+        "adapters": [identity(saved) for saved in several],
         "base": {"path": found.path, "revision": found.revision},
         "dtype": str(model.dtype).removeprefix("torch."),
         "into": into,
         "quant": first.settings.get("quant") if into == "dequantised" else None,
     }
     if len(several) > 1:
-        told |= {"method": method, "weights": shares}
+        told |= {"method": method, "weights": shares, "density": density}
     with whole(folder) as made:
         model.save_pretrained(str(made), max_shard_size=max_shard_size)
         tokenizer_of(first, found).save_pretrained(str(made))
@@ -154,10 +154,21 @@ def _check_plain(saved: Saved) -> None:
         raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {what}")
 
 
-def _combine(
+def combine(
     model: Any, several: list[Saved], weights: list[float], method: str, density: float
 ) -> None:
-    """Make one adapter of several, the active one."""
+    """Make one adapter of several, the active one.
+
+    Args:
+        model: a PeftModel with the first of them.
+        several: all of them.
+        weights: of each.
+        method: in peft's words.
+        density: the share that the methods keep which keep one.
+
+    Raises:
+        AdapterError: one does not fit, or the method cannot combine them.
+    """
     names = ["default"]
     for i, saved in enumerate(several[1:], 1):
         add(model, str(saved.folder), f"adapter{i}")
@@ -179,6 +190,7 @@ def _check_finite(model: Any) -> None:
         raise AdapterError(f"{len(bad)} merged weights are not finite ({bad[0]}); {text}")
 
 
-def _identity(saved: Saved) -> dict[str, str]:
+def identity(saved: Saved) -> dict[str, str]:
+    """Return what a merged model's record says of an adapter."""
     files = sorted(saved.folder.glob("adapter_model.*"))
     return {"name": saved.name, "sha256": sha256(files[0])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_exp.after.loading import in_floats, load, load_base
+from lora_exp.after.merging import combine, identity
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import RECORD, Saved, find, read_json
 from lora_exp.console import tracked
@@ -95,7 +97,7 @@ class Seen:
 
 def prove(
     merged: str | Path,
-    adapter: str | Path,
+    adapters: Sequence[str | Path],
     base: str | None = None,
     quant: str | None = None,
     prompts: str | Path | None = None,
@@ -105,7 +107,7 @@ def prove(
 
     Args:
         merged: the merged model's folder.
-        adapter: the adapter, or its run.
+        adapters: the adapter, or its run; if several were merged, all of them, in their order.
         base: where the base lies, if not where the adapter says.
         quant: how the reference holds the base; None: as the merge says that it took it.
         prompts: a JSON Lines file with a `prompt` in each row; None: those that the run answered,
@@ -114,19 +116,26 @@ def prove(
 
     Raises:
         SavedError: one of them is missing.
-        AdapterError: the merged model has another vocabulary than the base.
+        AdapterError: the merged model has another vocabulary than the base, or was made of another
+            number of adapters.
     """
     quiet()
-    whole_model, saved = find(merged), find(adapter)
-    if saved.adapter is None:
-        raise SavedError(f"{saved.folder} is a whole model; --adapter takes an adapter or its run")
+    whole_model, several = find(merged), [find(path) for path in adapters]
+    saved = several[0]
+    for each in several:
+        if each.adapter is None:
+            text = "is a whole model; --adapter takes an adapter or its run"
+            raise SavedError(f"{each.folder} {text}")
     if whole_model.adapter is not None:
         raise SavedError(f"{whole_model.folder} is an adapter; the first is the merged model")
+    made = _made(whole_model, several)
     dtype = _stored(whole_model)
-    reference, told = _reference(whole_model, saved, base, quant)
+    reference, told = _reference(made, several, base, quant)
     exact = dtype == "float32" and getattr(reference.model, "quantization_method", None) is None
     precision = torch.float64 if exact else torch.float32
     loaded = load(saved, reference)
+    if len(several) > 1:
+        combine(loaded.model, several, made["weights"], made["method"], made["density"])
     if exact:
         loaded.model.to(precision)
     texts = _prompts(saved, loaded.tokenizer, prompts)
@@ -147,16 +156,34 @@ def prove(
     return _proof(expected, apart, dtype, str(precision).removeprefix("torch."), told)
 
 
+def _made(merged: Saved, several: list[Saved]) -> dict[str, Any]:
+    """Return a merged model's record, or nothing: others merge too.
+
+    Raises:
+        AdapterError: it was made of other adapters than several, or of more than one.
+    """
+    path = merged.folder / RECORD
+    made = read_json(path) if path.is_file() else {}
+    theirs = made.get("adapters", [{}])
+    if len(several) != len(theirs) or (
+        len(several) > 1
+        and [identity(saved)["sha256"] for saved in several] != [each["sha256"] for each in theirs]
+    ):
+        names = ", ".join(str(each.get("name", "one adapter")) for each in theirs)
+        text = f"was merged from {names}: give --adapter for each, in this order"
+        raise AdapterError(f"{merged.folder} {text}")
+    return made
+
+
 def _reference(
-    merged: Saved, saved: Saved, base: str | None, quant: str | None
+    made: dict[str, Any], several: list[Saved], base: str | None, quant: str | None
 ) -> tuple[Base, str]:
     """Load the base as the merge took it, its products as exact as can be, and say how it is held.
 
     That of 8-bit layers is dequantised: they round what flows through them too.
     """
-    path = merged.folder / RECORD
-    into = read_json(path).get("into") if path.is_file() else None
-    if quant is None and into == "dequantised":  # as the run held it, to the dtype of its floats
+    saved = several[0]
+    if quant is None and made.get("into") == "dequantised":  # as the run held it
         found, held = load_base(saved, base), saved.quant
     else:
         held = quant or "none"
@@ -167,7 +194,8 @@ def _reference(
     for parameter in found.model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.float()
-    return found, f"{saved.name} on {saved.base}" + ("" if held == "none" else f" in {held}")
+    names = " and ".join(each.name for each in several)
+    return found, f"{names} on {saved.base}" + ("" if held == "none" else f" in {held}")
 
 
 def _stored(saved: Saved) -> str:
