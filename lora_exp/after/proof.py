@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
 
+from lora_exp.after.difference import Apart, Seen, apart, seen
 from lora_exp.after.loading import in_floats, load, load_base
 from lora_exp.after.merging import combine, identity
 from lora_exp.after.prompts import prompts_of, read
@@ -80,21 +79,6 @@ class Proof:
         return asdict(self) | {"tolerance": self.tolerance, "holds": self.holds}
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a model makes of a prompt, and answers."""
-
-    ids: list[int]  # prompt and answer
-    asked: int  # how many of them are the prompt
-    logits_TV: Tensor  # before each next token; float32
-    effect: float = 0.0  # the largest difference to the base without the adapter
-
-    @property
-    def answer(self) -> list[int]:
-        """The answer's tokens."""
-        return self.ids[self.asked :]
-
-
 def prove(
     merged: str | Path,
     adapters: Sequence[str | Path],
@@ -142,18 +126,18 @@ def prove(
     asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     asked = [ids[-room(loaded.model, max_new_tokens) :] for ids in asked]
     expected = [
-        _seen(loaded.model, ids, max_new_tokens) for ids in tracked(asked, "adapter on its base")
+        seen(loaded.model, ids, max_new_tokens) for ids in tracked(asked, "adapter on its base")
     ]
     del loaded, reference
     gc.collect()
     give_back()
     model = load_base(whole_model, None, "none", "float32").model.eval().to(precision)
     _check_vocabulary(model, expected)
-    apart = []
+    found = []
     for want in tracked(expected, "merged model"):
-        got = _seen(model, want.ids[: want.asked], max_new_tokens, want)
-        apart.append(_apart(want, got))
-    return _proof(expected, apart, dtype, str(precision).removeprefix("torch."), told)
+        got = seen(model, want.ids[: want.asked], max_new_tokens, want)
+        found.append(apart(want, got))
+    return _proof(expected, found, dtype, str(precision).removeprefix("torch."), told)
 
 
 def _made(merged: Saved, several: list[Saved]) -> dict[str, Any]:
@@ -234,78 +218,19 @@ def _check_vocabulary(model: Any, expected: list[Seen]) -> None:
         raise AdapterError(f"the merged model is another one: {text}")
 
 
-@torch.no_grad()
-def _seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> Seen:
-    """Answer greedily, then read the logits; of another's answer where one is given."""
-    ids = torch.tensor([prompt], device=model.device)
-    if not model.can_generate():  # a classifier
-        answered = prompt
-    else:
-        answered = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
-            do_sample=False, temperature=None, top_p=None, top_k=None,
-        )[0].tolist()  # fmt: skip
-    if model.config.is_encoder_decoder:
-        answered = prompt + answered
-    own = Seen(answered, len(prompt), torch.empty(0))
-    logits_TV = _logits(model, like or own)
-    effect = 0.0
-    if like is None and isinstance(model, PeftModel):
-        with model.disable_adapter():
-            effect = float((logits_TV - _logits(model, own)).abs().max())
-    return replace(own, logits_TV=logits_TV, effect=effect)
-
-
-def _logits(model: Any, seen: Seen) -> Tensor:
-    """Return the logits over prompt and answer, or over the answer of an encoder-decoder."""
-    read = [seen.ids]
-    told = {}
-    if model.config.is_encoder_decoder:
-        read = [seen.ids[: seen.asked]]
-        told = {"decoder_input_ids": torch.tensor([seen.answer], device=model.device)}
-    ids = torch.tensor(read, device=model.device)
-    own: Tensor = model(input_ids=ids, use_cache=False, **told).logits[0]
-    return own.reshape(-1, own.shape[-1]).float().cpu()
-
-
-@dataclass(frozen=True)
-class Apart:
-    """How far the merged model is from the adapter on one prompt, summed over its places."""
-
-    largest: float
-    total: float
-    kl: float
-    agree: int
-    same_text: bool
-
-
-def _apart(want: Seen, got: Seen) -> Apart:
-    """Compare; KL(adapter || merged) in nats."""
-    first, second = want.logits_TV, got.logits_TV
-    difference = (first - second).abs()
-    logs = first.log_softmax(-1)
-    return Apart(
-        float(difference.max()),
-        float(difference.sum()),
-        float((logs.exp() * (logs - second.log_softmax(-1))).sum()),
-        int((first.argmax(-1) == second.argmax(-1)).sum()),
-        want.answer == got.answer,
-    )
-
-
 def _proof(
-    expected: list[Seen], apart: list[Apart], dtype: str, computed_in: str, reference: str
+    expected: list[Seen], found: list[Apart], dtype: str, computed_in: str, reference: str
 ) -> Proof:
     tokens = sum(len(want.logits_TV) for want in expected)
     width = expected[0].logits_TV.shape[1]
     return Proof(
         prompts=len(expected),
         tokens=tokens,
-        max_difference=max(each.largest for each in apart),
-        mean_difference=sum(each.total for each in apart) / (tokens * width),
-        kl=max(0.0, sum(each.kl for each in apart) / tokens),
-        top1_agreement=sum(each.agree for each in apart) / tokens,
-        same_text=sum(each.same_text for each in apart) / len(apart),
+        max_difference=max(each.largest for each in found),
+        mean_difference=sum(each.total for each in found) / (tokens * width),
+        kl=max(0.0, sum(each.kl for each in found) / tokens),
+        top1_agreement=sum(each.agree for each in found) / tokens,
+        same_text=sum(each.same_text for each in found) / len(found),
         largest_logit=max(float(want.logits_TV.abs().max()) for want in expected),
         effect=max(want.effect for want in expected),
         dtype=dtype,
