@@ -10,8 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import asset, plain
-from lora_exp.data import Rows
-from lora_exp.model import CLASSES, Base
+from lora_exp.model import CLASSES
 from lora_exp.redaction import redact
 
 SECTIONS = ("peft", "quant", "train", "algorithm")
@@ -20,20 +19,25 @@ HEAD = re.compile(r"\A---\n.*?\n---\n\s*(# [^\n]*\n\s*)?", re.S)  # metadata and
 LOADING = re.compile(r"^To load it:\n\n```python\n.*?```\n\n", re.S | re.M)
 
 
-def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) -> str:
+def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
     """Return the card: base, data, method, numbers, and how to load it.
 
     No times, and no folders but the base's own as the config names it.
+
+    Args:
+        cfg: the run's.
+        record: its run.json.
     """
     head = {"library_name": "peft" if cfg.peft else "transformers", "tags": ["lora-exp"]}
-    if not asset(base.path).exists() and base.path.count("/") == 1:
-        head["base_model"] = base.path
+    base = cfg.model.path
+    if not asset(base).exists() and base.count("/") == 1:
+        head["base_model"] = base
     values = redact(plain(cfg))
     if "rewards" in values["algorithm"]:
         named = values["algorithm"]["rewards"]
         values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in named]
     settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
-    sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in rows.source.items())
+    sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in record["data"].items())
     # after a resume it is the mean of the steps since: only where nothing else says anything
     alone = "" if any(k.startswith("eval/") for k in record["metrics"]) else "train/loss"
     numbers = "\n".join(
@@ -46,9 +50,9 @@ def model_card(cfg: DictConfig, base: Base, rows: Rows, record: dict[str, Any]) 
 
 # {cfg.name}
 
-Trained with lora-exp. Base: `{base.path}` at `{base.revision}`.{_start(cfg)}
+Trained with lora-exp. Base: `{base}` at `{record["base"]}`.{_start(cfg)}
 
-Data, {_counted(record)}, read as {rows.format}:
+Data, {_counted(record)}:
 
 {sources}
 
@@ -59,7 +63,7 @@ Data, {_counted(record)}, read as {rows.format}:
 To load it:
 
 ```python
-{_loading(cfg, base)}
+{_loading(cfg)}
 ```
 
 ## Settings
@@ -108,7 +112,7 @@ model = {kind}.from_pretrained("{HERE}", dtype="auto")
 {training}"""
 
 
-def _counted(record: dict[str, Any]) -> str:
+def _counted(record: Mapping[str, Any]) -> str:
     counts = record["counts"]
     held_out = counts.get("eval_rows", 0)
     return f"{counts['train_rows']:,} rows to train on and {held_out:,} held out"
@@ -128,14 +132,14 @@ def _short(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def _loading(cfg: DictConfig, base: Base) -> str:
+def _loading(cfg: DictConfig) -> str:
     if cfg.peft is None:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{HERE}")'
         )
-    packaged = base.path.startswith("pkg://")
-    path = f'asset("{base.path}")' if packaged else f'"{base.path}"'
+    packaged = cfg.model.path.startswith("pkg://")
+    path = f'asset("{cfg.model.path}")' if packaged else f'"{cfg.model.path}"'
     options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
     given = "".join(f', {name}="{value}"' for name, value in options.items() if value)
     lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]

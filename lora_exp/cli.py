@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
-from lora_exp.disk import refusal
+from lora_exp.disk import STAGE, refusal
 from lora_exp.errors import LoraExpError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+EXIT_INTERRUPTED = 130  # typer's, of Ctrl-C
 LOOK, MAKE, USE, TRAIN = "Look", "Make", "Use", "Train"  # help's panels
 
 
@@ -283,13 +285,14 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="a JSON file to write to, too")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Measure loss, exact match, ROUGE-L and BLEU, with the adapter and without it."""
     _look_for(path)
     from lora_exp.after import evaluation, pages
 
     found = evaluation.evaluate(
-        path, data, base, quant and quant.value, max_new_tokens, batch_size, out
+        path, data, base, quant and quant.value, max_new_tokens, batch_size, out, force
     )
     _print(found, pages.evaluation, as_json)
 
@@ -403,7 +406,13 @@ def main() -> None:
         print(f"lora-exp run {' '.join(sys.argv[1:])} trains; see lora-exp --help", file=sys.stderr)
         sys.exit(2)
     try:
-        app()
+        code = app(standalone_mode=False)
+        if code == EXIT_INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        sys.exit(code)
+    except TyperException as error:
+        print(_usage(error), file=sys.stderr)
+        sys.exit(2)
     except LoraExpError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -414,16 +423,21 @@ def main() -> None:
         told = refusal(error, Path.cwd())
         if told is None and error.filename is None:
             raise
-        print(told or f"{error.filename}: {error.strerror}", file=sys.stderr)
+        place = str(error.filename).replace(STAGE, "")
+        print(told or f"{place}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
             raise
         print("out of memory: take --quant nf4, smaller batches or shorter texts", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+
+def _usage(error: Any) -> str:
+    """Return a mistake in the command line, in a line; or help, where there is no command."""
+    told = error.format_message().replace("Value error, ", "")
+    command = error.ctx.command_path if error.ctx else "lora-exp"
+    return told if "\n" in told else f"{command}: {told} See {command} --help"
 
 
 if __name__ == "__main__":

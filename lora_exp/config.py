@@ -78,6 +78,8 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig
     from lora_exp.mistakes import mistake
     from lora_exp.validation import validate
 
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError([("--config-dir", f"{config_dir} is no folder")])
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             own = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
@@ -106,7 +108,7 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     if cfg.resume:
         return _freeze(_resumed(cfg, choices, overrides))
     if apart := [group for group in GROUPS if group not in choices]:
-        text = "is one option; several of them are a sweep: -m {0}=A,B"
+        text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in apart)
     try:
         missing = OmegaConf.missing_keys(cfg)

@@ -178,7 +178,7 @@ def files(pattern: str) -> list[Path]:
     paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise DataError(f"data.path: no file matches {pattern}")
+        raise DataError(f"no file matches {pattern}")
     return paths
 
 

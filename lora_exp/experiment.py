@@ -145,7 +145,7 @@ def _save(
             save_value(trainer.model, base, made)
     folder = record.directory / ("adapter" if adapted.method else "model")
     with whole(folder) as made:
-        save(adapted, base, made, model_card(cfg, base, rows, record.values))
+        save(adapted, base, made, model_card(cfg, record.values))
     return folder
 
 

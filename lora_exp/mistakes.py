@@ -24,7 +24,7 @@ def mistake(error: Exception) -> LoraExpError | None:
     if isinstance(error, OverrideParseException):
         return ConfigError([(error.override, 'cannot be read; give key=value, or key="a text"')])
     if text.startswith("Config group override must be"):
-        return ConfigError([("overrides", "an option is a word, like quant=nf4, not a number")])
+        return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     if ours := re.search(r"ConfigError raised while resolving interpolation: (\S+?): (.*)", text):

@@ -181,6 +181,8 @@ def test_a_pipe_gets_the_answers_and_nothing_else(taught: Path, tmp_path: Path) 
     assert done.stdout.strip() == greedy(taught, "Who are you?").strip()
     row = json.loads(file.read_text())
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
+    again = lora_exp("chat", str(taught), said=f"/save {file}\n")
+    assert again.stderr == f"SavedError: {file} exists; name another file\n"
 
 
 def test_a_pipe_that_holds_a_mistake_ends_with_exit_code_1(taught: Path) -> None:
@@ -251,7 +253,7 @@ def test_the_chat_at_a_real_terminal(taught: Path, trained: Trained, tmp_path: P
     child.expect("two> ")
     child.sendeof()
     child.expect(pexpect.EOF)
-    assert child.wait() == 1  # /nonsense
+    assert child.wait() == 0  # /nonsense was seen
     assert "Who are you?" in (tmp_path / "chat_history").read_text()
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_exp import compose, load_adapter, run
 from lora_exp.after.evaluation import _overlap, evaluate
+from lora_exp.after.merging import merge
 from lora_exp.corpus import pairs
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.samples import Answer
@@ -199,6 +201,22 @@ def test_no_file_and_no_place_are_refused(trained: Trained, tmp_path: Path) -> N
         evaluate(trained("peft=lora"), held_out(tmp_path, 1), out=tmp_path)
     with pytest.raises(DataError, match="no file matches nowhere"):
         evaluate(trained("peft=lora"), "nowhere")
+    rows = held_out(tmp_path, 1)
+    before = rows.read_bytes()
+    with pytest.raises(SavedError, match="exists; --force replaces it"):
+        evaluate(trained("peft=lora"), rows, out=rows)
+    with pytest.raises(SavedError, match="is what is read"):
+        evaluate(trained("peft=lora"), rows, out=rows, force=True)
+    assert rows.read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_is_no_result(trained: Trained, tmp_path: Path) -> None:
+    model = merge([trained("peft=lora")], tmp_path / "merged")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SavedError, match="the loss of the model is nan: lora-exp check"):
+        evaluate(model, held_out(tmp_path, 1), max_new_tokens=1)
 
 
 def test_evaluate_by_hand(trained: Trained, tmp_path: Path) -> None:

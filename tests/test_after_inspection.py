@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from lora_exp import load_adapter
 from lora_exp.after.inspection import inspect, modules
 from lora_exp.after.pages import inspection
+from lora_exp.after.saving import save
 from lora_exp.errors import AdapterError
 from tests.test_after_saved import ADALORA, copied
 
@@ -106,6 +107,18 @@ def test_a_damaged_file_is_told(trained: Trained, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(AdapterError, match="its weights are damaged"):
         inspect(run)
+
+
+def test_parts_that_do_not_fit_each_other_are_told(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = min(key for key in weights if "lora_A" in key)
+    save_file(weights | {first: weights[first][:3].clone()}, file)
+    for read in (inspect, lambda path: save(path, tmp_path / "taken")):
+        with pytest.raises(AdapterError, match=r"down_proj do not fit: lora_A.weight \[3, "):
+            read(run)
+    assert not (tmp_path / "taken").exists()
 
 
 def test_weights_that_are_not_finite_are_told(trained: Trained, tmp_path: Path) -> None:

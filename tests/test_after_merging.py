@@ -199,6 +199,9 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_
     for weights in ([0, 0], [1, float("nan")]):
         with pytest.raises(AdapterError, match="give finite numbers, not all of them 0"):
             merge([run, run], out, weights=weights)
+    for density in (0.0, 1.5):
+        with pytest.raises(AdapterError, match="is no share to keep; give above 0"):
+            merge([run, run], out, method="ties", density=density)
     with pytest.raises(SavedError, match="--max-shard-size 5G: give a size"):
         merge([run], out, max_shard_size="5G")
     assert list(tmp_path.iterdir()) == []

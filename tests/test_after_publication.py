@@ -294,6 +294,10 @@ def test_a_base_that_lies_on_this_machine_needs_a_name_for_others(
     made = dry_run(run, "me/x", tmp_path / "dry", base_id="them/tiny")
     config = json.loads((made / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "them/tiny"
+    packaged = dry_run(trained("peft=lora"), "me/x", tmp_path / "packaged", base_id="them/tiny")
+    card = (packaged / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("them/tiny")' in card
+    assert "lora_exp.config" not in card
 
 
 def test_an_adapter_that_names_no_base_is_given_one(trained: Trained, tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def test_a_checkpoint_becomes_an_adapter_that_knows_its_base(
     assert config["base_model_name_or_path"] == "pkg://lora_exp/assets/tiny"
     assert config["target_modules"] == sorted(config["target_modules"])
     assert "optimizer.pt" not in {path.name for path in made.iterdir()}
-    assert "taken from `checkpoint-12`" in (made / "README.md").read_text()
+    card = (made / "README.md").read_text()
+    assert "taken from `checkpoint-12`" in card
+    told = ("pkg://lora_exp/assets/demo_train.jsonl", "PeftModel.from_pretrained", "save_steps: 6")
+    assert all(word in card for word in told)
     models = [load_adapter(folder)[0] for folder in (made, run)]
     with torch.no_grad():
         assert torch.equal(models[0](IDS).logits, models[1](IDS).logits)
@@ -92,6 +95,12 @@ def test_a_method_of_another_kind_becomes_lora(trained: Trained, tmp_path: Path)
     with pytest.raises(AdapterError, match="PROMPT_TUNING cannot be written as LoRA"):
         save(trained("peft=prompt_tuning"), tmp_path / "again", as_lora=True)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("rank", [0, -2, 1.5])
+def test_a_rank_that_is_none_is_refused(trained: Trained, tmp_path: Path, rank: float) -> None:
+    with pytest.raises(AdapterError, match="give a whole number, or a share below 1"):
+        save(trained("peft=lora"), tmp_path / "taken", as_lora=True, rank=rank)
 
 
 def test_a_pissa_checkpoint_is_not_taken_for_a_lora(trained: Trained, tmp_path: Path) -> None:

@@ -231,6 +231,11 @@ def test_only_config_py_knows_instantiate() -> None:
     assert knowing == {"config.py"}
 
 
+def test_a_folder_of_options_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config-dir: .* is no folder"):
+        compose(config_dir=tmp_path / "none")
+
+
 def test_every_shipped_target_is_trusted_and_settling_needs_no_environment() -> None:
     assert all(is_trusted(target) for target in shipped_targets())
     assert "HYDRA_FULL_ERROR" not in os.environ

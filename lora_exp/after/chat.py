@@ -64,7 +64,7 @@ def open_chat(
         raise SavedError(f"{scores[0].folder} gives scores (algorithm=reward), it does not answer")
     if any(saved.name == OFF for saved in several):
         raise SavedError(f"{OFF} is the bare base here; give the adapter another name: NAME=PATH")
-    if merge and len(several) > 1:
+    if merge and (len(several) > 1 or several[0].adapter is None):
         raise SavedError("--merge takes one adapter; several stay apart on their base")
     first = several[0]
     found = load_base(first, base, quant)
@@ -93,7 +93,7 @@ class Chat:
         """Talk until the lines end.
 
         Returns:
-            Whether every line could be answered or obeyed.
+            Whether a pipe's every line could be answered or obeyed; at a terminal one sees it.
         """
         if self.at_terminal:
             names = ", ".join(self.conversation.models)
@@ -113,7 +113,7 @@ class Chat:
                 console.print(Text("(stopped)", style="dim"))
             if self.left:
                 break
-        return not self.failed
+        return self.at_terminal or not self.failed
 
     def _terminal(self) -> Iterator[str]:
         history = cache_dir() / "chat_history"
@@ -208,6 +208,8 @@ class Chat:
         if not path:
             raise SavedError("/save FILE: where to?")
         file = Path(path).expanduser()
+        if file.exists():
+            raise SavedError(f"{file} exists; name another file")
         check_file(file, force=False)
         self.conversation.save(file)
 

@@ -73,13 +73,11 @@ def generate(
     """
     quiet()
     target = Path(out).expanduser()
-    check_file(target, force)
+    check_file(target, force, str(prompts))
     saved = find(path)
     if saved.task_type == "SEQ_CLS":
         text = "gives scores (algorithm=reward), it does not answer; lora-exp evaluate measures it"
         raise SavedError(f"{saved.folder} {text}")
-    if target.resolve() in (file.resolve() for file in files(str(prompts))):
-        raise SavedError(f"{target} is what is read; name another place")
     rows = read(prompts, as_chat)
     found = load_base(saved, base, quant)
     loaded = load(saved, found)
@@ -103,8 +101,8 @@ def generate(
     return target
 
 
-def check_file(path: Path, force: bool) -> None:
-    """Refuse to write a file over another, or where there can be none.
+def check_file(path: Path, force: bool, source: str | None = None) -> None:
+    """Refuse to write a file over another, or where there can be none; never over its source.
 
     Raises:
         SavedError: the path is taken, or its folder is missing or closed.
@@ -115,6 +113,8 @@ def check_file(path: Path, force: bool) -> None:
         raise SavedError(f"{path} exists; --force replaces it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise SavedError(f"{path.parent} is no folder that can be written to")
+    if source and path.resolve() in (file.resolve() for file in files(source)):
+        raise SavedError(f"{path} is what is read; name another place")
 
 
 def _tokens(rows: list[Asking], loaded: Loaded, max_new_tokens: int) -> list[list[int]]:

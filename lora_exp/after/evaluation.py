@@ -27,7 +27,7 @@ from lora_exp.console import tracked
 from lora_exp.data import Rows, jsonl
 from lora_exp.disk import write_whole
 from lora_exp.display import quiet
-from lora_exp.errors import DataError, ExtraError
+from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.formats import Row
 from lora_exp.measure import encoded
 from lora_exp.samples import Answer, answer, exact_match, room
@@ -54,6 +54,7 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     out: str | Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Measure an adapter and its bare base, or a whole model, on rows with known answers.
 
@@ -65,6 +66,7 @@ def evaluate(
         max_new_tokens: of each greedy answer.
         batch_size: rows at a time.
         out: a JSON file to write what is returned to.
+        force: replace `out` if it is there.
 
     Returns:
         What was measured, and `results`: `base` and `adapter`, or `model`, each with its metrics:
@@ -73,14 +75,14 @@ def evaluate(
 
     Raises:
         ExtraError: the extra `eval` is not installed.
-        SavedError: there is nothing to measure, or no place for `out`.
+        SavedError: there is nothing to measure, or `out` is taken.
         DataError: rows that cannot be used, or none that tells what is right.
     """
     if missing := [name for name in ("rouge_score", "sacrebleu") if find_spec(name) is None]:
         raise ExtraError(f'{" and ".join(missing)} missing: pip install "lora-exp[eval]"')
     quiet()
     if out is not None:
-        check_file(Path(out).expanduser(), force=True)
+        check_file(Path(out).expanduser(), force, str(data))
     saved = find(path)
     rows = jsonl(str(data), None, 0.0, "auto", None, None, None, "raise")
     check_apart(saved)
@@ -130,6 +132,8 @@ def _answering(
 
     def measure(what: str) -> dict[str, float]:
         loss = _loss(loaded, held, batch_size, what)
+        if not math.isfinite(loss):
+            raise SavedError(f"the loss {what} is {loss}: lora-exp check or inspect tells why")
         found = {"loss": loss, "perplexity": math.exp(loss)}
         if not held.asking:
             return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
 from lora_exp.config import asset
-from lora_exp.errors import SavedError
+from lora_exp.errors import AdapterError, SavedError
 from lora_exp.foreign import Search, read_weights
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
@@ -73,7 +73,7 @@ def modules(
         path: its folder, for errors.
 
     Raises:
-        AdapterError: a pattern among its names takes too long.
+        AdapterError: a pattern among its names takes too long, or a module's A and B do not fit.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
@@ -88,7 +88,11 @@ def modules(
     found = []
     for name, parts in sorted(groups.items(), key=lambda item: _natural(item[0])):
         alpha = float(alphas.get(name, config.get("lora_alpha") or 0))
-        found.append({"name": name} | _update(parts, alpha, config))
+        try:
+            found.append({"name": name} | _update(parts, alpha, config))
+        except RuntimeError as error:
+            shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in parts.items())
+            raise AdapterError(f"{path}: weights of {name} do not fit: {shapes}") from error
     return found
 
 

@@ -82,6 +82,8 @@ def merge(
     several = [find(path) for path in adapters]
     method = {"dare": "dare_linear"}.get(method, method)
     _check(several, into, method, weights)
+    if not 0 < density <= 1:
+        raise AdapterError(f"density {density:g} is no share to keep; give above 0 and at most 1")
     if not SIZE.fullmatch(max_shard_size):
         raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
     place = claim(base)[1] if base else several[0].base

@@ -170,6 +170,9 @@ def _rewritten(
         for base in bases:
             pattern = rf"(?<![\w/.-]){re.escape(base)}(?![\w/-])"
             card = re.sub(pattern, lambda _: str(known), card)
+        if base_id is not None:  # it lay in a package
+            card = card.replace(f'asset("{known}")', f'"{known}"')
+            card = card.replace("from lora_exp.config import asset\n", "")
         texts["README.md"] = _linked(card, known)
     return texts
 

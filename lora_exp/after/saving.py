@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lora_exp.adapter import REWRITES_BASE
+from lora_exp.after.inspection import modules
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import Saved, find
+from lora_exp.card import model_card
 from lora_exp.disk import whole
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
@@ -52,12 +55,14 @@ def save(
 
     Raises:
         SavedError: there is no adapter, or `out` is there already.
-        AdapterError: peft cannot turn this method into LoRA.
+        AdapterError: peft cannot turn this method into LoRA, or not of this rank.
     """
     saved = find(path)
     if saved.adapter is None:
         raise SavedError(f"{saved.folder} is a whole model; copy its folder, or push it")
     _check_converted(saved)
+    if rank <= 0 or (rank > 1 and rank % 1):
+        raise AdapterError(f"rank {rank:g}: give a whole number, or a share below 1")
     folder = Path(out).expanduser()
     check_free(folder, force, [saved.folder])
     with whole(folder) as made:
@@ -119,6 +124,7 @@ def _write(saved: Saved, made: Path) -> None:
     (made / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     source = saved.folder / "adapter_model.safetensors"
     weights = read_weights(str(saved.folder))
+    modules(weights, config, str(saved.folder))  # each one's parts fit
     if source.is_file():
         shutil.copy(source, made / source.name)
         return
@@ -143,18 +149,14 @@ def _write_as_lora(saved: Saved, made: Path, rank: float, base: str | None) -> N
 
 
 def _card(saved: Saved, as_lora: bool) -> str:
-    """Return a card for an adapter that has none yet, as checkpoints have."""
+    """Return a card for an adapter that has none yet, as checkpoints have: its run's so far."""
     config = saved.adapter or {}
     kind, how = config["peft_type"], ""
     if as_lora:
         kind, how = "LORA", f" and turned from {kind} into the nearest LoRA"
-    return f"""---
-library_name: peft
-tags:
-- lora-exp
----
-
-# {saved.record.get("name", saved.folder.name)}
-
-{kind} adapter for `{saved.base}`, taken from `{saved.folder.name}`{how}.
-"""
+    said = f"{kind} adapter for `{saved.base}`, taken from `{saved.folder.name}`{how}."
+    if saved.settings and "data" in saved.record:
+        told = model_card(OmegaConf.create(saved.settings), saved.record)
+        return told.replace("Trained with", f"{said} Trained with", 1)
+    name = saved.record.get("name", saved.folder.name)
+    return f"---\nlibrary_name: peft\ntags:\n- lora-exp\n---\n\n# {name}\n\n{said}\n"

@@ -87,7 +87,8 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         why = str(error.strerror).partition(" (")[0]
-        raise ServeError(f"cannot listen on {host}:{port}: {why}; give another --port") from error
+        other = "--host" if isinstance(error, socket.gaierror) else "--port"
+        raise ServeError(f"cannot listen on {host}:{port}: {why}; give another {other}") from error
 
 
 def _load(several: list[Saved], base: str | None, quant: str | None) -> list[Loaded]:
