@@ -128,7 +128,7 @@ def save(
 @app.command(rich_help_panel=MAKE)
 def merge(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER...", help="adapters or runs of one base")
+        list[str], typer.Argument(metavar="ADAPTER...", help="adapters or runs of one base")
     ],
     out: Out,
     base: Base = None,
@@ -163,7 +163,7 @@ def merge(
 
 @app.command(rich_help_panel=LOOK)
 def check(
-    merged: Annotated[Path, typer.Argument(metavar="MODEL", help="a merged or whole model")],
+    merged: Annotated[str, typer.Argument(metavar="MODEL", help="a merged or whole model")],
     adapter: Annotated[
         list[Path] | None,
         typer.Option(

@@ -256,6 +256,8 @@ def _distrust(target: Any) -> str:
 
 
 def _near_reward(name: Any) -> str:
+    if "." in str(name) and not str(name).startswith("lora_exp."):
+        return ""
     own = functions("lora_exp.rewards")
     return did_you_mean(f"lora_exp.rewards.{str(name).rpartition('.')[2]}", own, 1)
 

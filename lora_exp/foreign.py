@@ -55,11 +55,12 @@ def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
                 weights = torch.load(folder / WEIGHTS[1], "cpu", weights_only=True)
         except (SafetensorError, OSError, EOFError, RuntimeError) as error:
             raise AdapterError(f"{path}: its weights are damaged: {error}") from error
+    named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+    if not named or not all(map(torch.is_tensor, weights.values())):
+        raise AdapterError(f"{path}: its weights are no tensors with names")
     if not weights:
         raise AdapterError(f"{path} holds no weights")
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-        raise AdapterError(f"{path}: its weights are no tensors with names")
-    bad = sorted(key for key, value in weights.items() if not value.isfinite().all())
+    bad = sorted(key for key, value in weights.items() if not value.float().isfinite().all())
     if bad and finite:
         raise AdapterError(f"{path}: {len(bad)} weights are not finite, the first is {bad[0]}")
     return weights

@@ -9,18 +9,21 @@ import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lora_exp.config import CONF
 from lora_exp.errors import ConfigError, LoraExpError, did_you_mean
 
 
 def mistake(error: Exception) -> LoraExpError | None:
-    """Return an error as one of ours, or None: it is neither ours, Hydra's nor OmegaConf's."""
+    """Return an error as one of ours, or None: it is neither ours, Hydra's nor of a YAML file."""
     if isinstance(error, LoraExpError):
         return error
     text = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return ConfigError([_no_such_option(error)])
+    if isinstance(error, YAMLError):
+        return ConfigError([("an option's file", " ".join(text.split()))])
     if isinstance(error, OverrideParseException):
         return ConfigError([(error.override, 'cannot be read; give key=value, or key="a text"')])
     if text.startswith("Config group override must be"):
@@ -33,7 +36,8 @@ def mistake(error: Exception) -> LoraExpError | None:
         return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
     if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
         key, values = several[1], several[2]
-        cure = f"-m {key}={values} sweeps over them, {key}=[{values}] is a list"
+        listed = f", {key}=[{values}] is a list" if "." in key else ""
+        cure = f"-m {key}={values} sweeps over them{listed}"
         return ConfigError([(key, f"{values} are several values; {cure}")])
     there = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
     if twice := re.search(there, text):
@@ -63,6 +67,9 @@ def _no_such_key(key: str) -> str:
         if not isinstance(node, DictConfig):
             return "no such key"
         if part not in node:
-            return f"no such key{did_you_mean(part, map(str, node))}"
+            near = did_you_mean(part, map(str, node))
+            takes = "_target_" in node or key.startswith("train.")
+            more = f"; an argument that the config does not name yet: +{key}=..." if takes else ""
+            return f"no such key{near}{more}"
         node = OmegaConf.select(node, part)
     return f"exists with another option of {key.partition('.')[0]}"

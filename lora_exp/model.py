@@ -125,6 +125,8 @@ def load(
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
+        if not gguf_file:
+            _check_unquantised(AutoConfig.from_pretrained(source, **common))
         if random_weights:
             model = _untrained(kind, source, options)
         elif gguf_file and quantization:
@@ -151,6 +153,18 @@ def device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
+def _check_unquantised(config: Any) -> None:
+    """Refuse a base that was saved quantised: it cannot be held otherwise, nor merged into.
+
+    Raises:
+        ValueError: it was.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+        raise ValueError(f"it is quantised ({method}); name what it was made from, with quant=nf4")
+
+
 def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
     """Load a model of which every weight is there; only a classification head may be new.
 
@@ -160,13 +174,22 @@ def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
     reports = logging.get_logger("transformers.modeling_utils")
     reports.addFilter(_no_report)  # a table of what is told here in a line
     try:
-        model, found = kind.from_pretrained(source, **options, output_loading_info=True)
+        model, found = kind.from_pretrained(
+            source, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     finally:
         reports.removeFilter(_no_report)
     heads = ("score.", "lm_head.") if kind is AutoModelForSequenceClassification else ()
     lost = sorted(key for key in found["missing_keys"] if not key.startswith(heads))
     if lost:
-        raise ValueError(f"its files lack {len(lost)} weights, the first is {lost[0]}")
+        cure = "fetch it again" + ("; a reward's head must be called score" if heads else "")
+        raise ValueError(f"its files lack {len(lost)} weights, the first is {lost[0]}; {cure}")
+    if other := sorted(
+        (key, list(saved), list(own)) for key, saved, own in found["mismatched_keys"]
+    ):
+        key, saved, own = other[0]
+        text = f"{len(other)} of its weights have other sizes than its config.json says"
+        raise ValueError(f"{text}, the first is {key}: {saved}, not {own}")
     if rest := sorted(key for key in found["unexpected_keys"] if not key.startswith(heads)):
         told = "%d weights in %s have no place in the model, the first is %s"
         logging.get_logger("lora_exp").warning(told, len(rest), source, rest[0])
@@ -249,7 +272,7 @@ def _dequantised(folder: Path, gguf_file: str) -> str:
     if not floats.is_dir():
         floats.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(dir=floats.parent))  # two runs may do this at once
-        model = _floats(AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file))
+        model = _floats(_whole(AutoModelForCausalLM, str(folder), {"gguf_file": gguf_file}))
         model.save_pretrained(staged)
         with suppress(OSError):  # the other run was first, with the same weights
             staged.rename(floats)
@@ -282,17 +305,23 @@ def _revision(
     model: Any, path: str, revision: str | None, gguf_file: str | None
 ) -> tuple[str | None, str | None]:
     """Find what identifies the weights: the hub's commit, or a hash of the local files."""
-    folder = asset(path)
-    if not folder.exists():
+    if not asset(path).exists():
         commit = getattr(model.config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
         return commit, None if is_commit(revision) else text
+    found = files_hash(asset(path), gguf_file)
+    text = f"model.path: {path} holds no weights that could be told apart by a hash"
+    return found, None if found else text
+
+
+def files_hash(folder: Path, gguf_file: str | None) -> str | None:
+    """Return the hash of a folder's weights, in the order of their names, or None: it has none."""
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     files = [folder / gguf_file] if gguf_file else sorted(weights)
     if not files:
-        return None, f"model.path: {path} holds no weights that could be told apart by a hash"
+        return None
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}", None
+    return f"sha256:{digest.hexdigest()}"

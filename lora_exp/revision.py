@@ -1,8 +1,9 @@
-"""What identifies a base's weights: a hub's commit, or the hash of local files."""
+"""What identifies a base: a hub's commit, or the hash of local files; else its name."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 
 def is_commit(revision: str | None) -> bool:
@@ -14,3 +15,9 @@ def comparable(known: str | None, found: str | None) -> bool:
     """Say whether two revisions can be compared: both hashes of files, or both commits."""
     pair = (str(known), str(found))
     return all(r.startswith("sha256:") for r in pair) or all(is_commit(r) for r in pair)
+
+
+def named(base: str) -> str:
+    """Return what a base is called wherever it lies: in the Hub's cache too."""
+    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", f"{base}/")
+    return cached[1] if cached else Path(base).name

@@ -145,11 +145,16 @@ def members(target: str) -> frozenset[str]:
 
 @cache
 def compared(target: str, name: str) -> frozenset[str]:
-    """Return the texts that a class compares a variable or attribute of its own with."""
+    """Return the texts that a class, or one it stands on, compares a variable or attribute with."""
     module, _, own = target.rpartition(".")
     found = _find(module, own)
-    texts = set()
-    for node in ast.walk(found[1]) if found else ():
+    if found is None:
+        return frozenset()
+    texts: set[Any] = set()
+    for base in found[1].bases if isinstance(found[1], ast.ClassDef) else ():
+        if isinstance(base, ast.Name) and base.id != own:
+            texts |= compared(f"{found[0]}.{base.id}", name)
+    for node in ast.walk(found[1]):
         if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == name:
             inside = [n for side in node.comparators for n in ast.walk(side)]
             texts |= {n.value for n in inside if isinstance(n, ast.Constant)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.errors import ConfigError, did_you_mean
-from lora_exp.revision import comparable
+from lora_exp.revision import comparable, named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # peft_type -> the config class; shortened, the class is the type everywhere else
@@ -104,7 +104,7 @@ def _unlike(
     if bool(found.get("use_dora")) != bool(peft.get("use_dora")):
         yield "peft", f"{path} is {'DoRA; peft=dora' if found.get('use_dora') else 'no DoRA'}"
     base, model = str(found["base_model_name_or_path"]), str(values["model"]["path"])
-    if Path(base).name != Path(model).name:
+    if named(base) != named(model):
         yield "adapter", f"{path} was trained on {base}, not on {model}"
     task, own = found.get("task_type"), values["algorithm"]["task_type"]
     if task not in (own, None) and (task, own) != ("CAUSAL_LM", "SEQ_CLS"):

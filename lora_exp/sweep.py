@@ -114,8 +114,9 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     path = directory / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = job_return._return_value
-    told, known = redact_text(str(result)), str(record.get("error"))
-    if isinstance(result, BaseException) and told not in known and known not in told:
+    told, known = redact_text(str(result)), str(record.get("error") or "")
+    its = known != "" and (told in known or known in told)
+    if isinstance(result, BaseException) and not its:
         record = {}  # of another run, which has the directory; the job was refused
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
     objective = result if isinstance(result, float) and math.isfinite(result) else None

@@ -35,7 +35,7 @@ def test_weights_are_whole_finite_numbers_or_refused(trained: Trained, tmp_path:
     file.unlink()
     torch.save(weights, folder / "adapter_model.bin")
     assert all(torch.equal(value, weights[key]) for key, value in read_weights(str(folder)).items())
-    for other in ({first: 3.0}, [weights[first]]):
+    for other in ({first: 3.0}, [weights[first]], weights[first], {1: weights[first]}, []):
         torch.save(other, folder / "adapter_model.bin")
         with pytest.raises(AdapterError, match="no tensors with names"):
             read_weights(str(folder))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lora_exp import compose
@@ -27,6 +29,9 @@ from lora_exp.mistakes import mistake
         ("peft.r=2,4", "peft.r: 2,4 are several values; -m peft.r=2,4 sweeps over them"),
         ("peft.rr=3", "peft.rr: no such key (did you mean r?)"),
         ("peft.r.x=3", "peft.r.x: no such key"),
+        ("train.neftune_noise_alpha=5", "does not name yet: +train.neftune_noise_alpha=..."),
+        ("peft.init_lora_weights=true", "yet: +peft.init_lora_weights=..."),
+        ("quant=none,nf4", "none,nf4 are several values; -m quant=none,nf4 sweeps over them"),
         ("peft.rank_pattern=[", 'peft.rank_pattern=[: cannot be read; give key=value'),
         ("a b", "a b: cannot be read; give key=value"),
         ("peft.r=${train.nope}", "peft.r: Interpolation key 'train.nope' not found"),
@@ -39,6 +44,13 @@ def test_a_mistake_is_told_in_a_line(override: str, said: str) -> None:
         compose(override)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_options_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "mine.yaml").write_text("r: [8\nlora_alpha: 3\n")
+    with pytest.raises(ConfigError, match=r"an option's file: .*mine.yaml.* line 2"):
+        compose("peft=mine", config_dir=tmp_path)
 
 
 def test_a_key_of_another_option_is_told_so() -> None:

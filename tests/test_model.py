@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -98,6 +99,25 @@ def test_weights_that_are_missing_are_never_drawn_anew(
     save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
     loaded("model=local", f"model.path={folder}")
     assert "have no place in the model, the first is vision.weight" in caplog.text
+
+
+def test_weights_of_other_sizes_than_the_config_says_are_told(tmp_path: Path) -> None:
+    folder = shutil.copytree(asset("pkg://lora_exp/assets/tiny"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(ConfigError, match=r"12 of its weights .*: \[192, 512\], not \[192, 96\]"):
+        loaded("model=local", f"model.path={folder}")
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_base_that_was_saved_quantised_is_refused_with_the_cure(
+    tmp_path: Path, quant: str
+) -> None:
+    folder = tmp_path / "base"
+    loaded("quant=nf4").model.save_pretrained(folder)
+    loaded().tokenizer.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"it is quantised \(bitsandbytes\); .* with quant=nf4"):
+        loaded("model=local", f"model.path={folder}", f"quant={quant}")
 
 
 def test_a_new_classification_head_is_no_reason_for_a_report(

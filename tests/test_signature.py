@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from trl import KTOTrainer
 
 from lora_exp.config import shipped_targets
 from lora_exp.signature import compared, fits, functions, signature
@@ -40,6 +41,9 @@ def test_the_losses_that_a_trainer_knows_are_those_it_compares_with() -> None:
     assert {"sigmoid", "ipo", "sft"} < compared("trl.DPOTrainer", "loss_type")
     assert compared("trl.RewardTrainer", "loss_type") == frozenset()
     assert compared("trl.NoTrainer", "loss_type") == frozenset()
+    assert compared("tests.test_signature.Mine", "loss_type") > compared(
+        "trl.KTOTrainer", "loss_type"
+    )
 
 
 def test_the_functions_of_a_module_are_dotted_names() -> None:
@@ -77,3 +81,10 @@ def test_values_are_held_against_annotations(
     value: object, annotation: str, expected: bool
 ) -> None:
     assert fits(value, ast.parse(annotation, mode="eval").body) is expected
+
+
+class Mine(KTOTrainer):  # type: ignore[misc]
+    """A trainer of one's own knows its base's losses, and another."""
+
+    def knows(self) -> bool:
+        return bool(self.loss_type == "mine")

@@ -29,7 +29,7 @@ from lora_exp.samples import batches, ids_of, left, room
 from lora_exp.samples import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
-HASHED = ("prompts", "tokens", "adapter.", "base")  # what of it shapes the answers
+HASHED = ("prompts", "tokens", "adapter.", "base")  # told without their values
 
 
 def generate(

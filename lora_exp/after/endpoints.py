@@ -34,10 +34,13 @@ from lora_exp.template import in_time
 
 # of transformers' own the others load models, throw them away, or read sound
 KEPT = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
-# fields that transformers passes over without a word, and the value that asks for nothing
-PASSED_OVER = {
+# transformers passes over many fields without a word: these may be, others if they ask for nothing
+HARMLESS = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls"}
+NOTHING = {
     "n": 1, "best_of": 1, "echo": False, "logprobs": False, "top_logprobs": 0,
-    "presence_penalty": 0, "response_format": {"type": "text"},
+    "presence_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "auto",
+    "text": {"format": {"type": "text"}}, "truncation": "disabled", "background": False,
+    "modalities": ["text"],
 }  # fmt: skip
 # what a request makes of its own fields, or a chat template of its turns
 UNUSABLE = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
@@ -106,12 +109,13 @@ class _Handler:
     """What our endpoints do otherwise than transformers'."""
 
     model_manager: Models
+    _unused_fields: set[str]
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         if "chat_template" in (body.get("chat_template_kwargs") or {}):
             raise HTTPException(400, "the chat template is the model's own")
-        for key, nothing in PASSED_OVER.items():
-            if body.get(key) not in (None, nothing):
+        for key in sorted(body.keys() & self._unused_fields - HARMLESS):
+            if body[key] not in (None, [], NOTHING.get(key)):
                 raise HTTPException(400, f"{key} is not supported here; leave it out")
         body.setdefault("stream", False)  # transformers streams responses that nobody asked it to
         name = body.get("model")

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lora_exp.adapter import REWRITES_BASE
-from lora_exp.after.saved import Saved, base_config, claim, find, named
+from lora_exp.after.saved import Saved, base_config, claim, find
 from lora_exp.console import console
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.fit import put, read_config
 from lora_exp.model import Base, dequantise, sharing_copy
 from lora_exp.place import base_of
-from lora_exp.revision import comparable
+from lora_exp.revision import comparable, named
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load_base(
     with console.status(f"loading {cfg.model.path}"):  # a Hub out of reach takes half a minute
         found = base_of(cfg)
     if saved.adapter is not None:
-        check_base(saved, found)
+        check_base(saved, found.revision)
     return found
 
 
@@ -120,15 +120,15 @@ def check_name(saved: Saved, base: str | None) -> None:
         raise AdapterError(f"{saved.folder} {text}; if it is the same: --base {known}={place}")
 
 
-def check_base(saved: Saved, base: Base) -> None:
+def check_base(saved: Saved, revision: str | None) -> None:
     """Refuse a base of other weights than those that an adapter was trained on.
 
     Raises:
         AdapterError: the run's record knows another commit or hash.
     """
     known = saved.record.get("base")
-    if comparable(known, base.revision) and known != base.revision:
-        text = f"was trained on a base of other weights ({known}, not {base.revision})"
+    if comparable(known, revision) and known != revision:
+        text = f"was trained on a base of other weights ({known}, not {revision})"
         raise AdapterError(f"{saved.folder} {text}")
 
 
@@ -156,7 +156,7 @@ def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
     """
     loaded: list[Loaded] = []
     for saved in several:
-        check_base(saved, base)
+        check_base(saved, base.revision)
         check_apart(saved)
         loaded.append(load(saved, replace(base, model=sharing_copy(base.model))))
     return loaded

@@ -151,7 +151,8 @@ def _made(merged: Saved, several: list[Saved]) -> dict[str, Any]:
     theirs = made.get("adapters", [{}])
     if len(several) != len(theirs) or (
         len(several) > 1
-        and [identity(saved)["sha256"] for saved in several] != [each["sha256"] for each in theirs]
+        and [identity(saved)["sha256"] for saved in several]
+        != [each.get("sha256") for each in theirs]
     ):
         names = ", ".join(str(each.get("name", "one adapter")) for each in theirs)
         text = f"was merged from {names}: give --adapter for each, in this order"

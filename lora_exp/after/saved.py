@@ -16,8 +16,9 @@ from yaml import YAMLError
 
 from lora_exp.config import CONF, asset, compose
 from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
-from lora_exp.revision import comparable, is_commit
+from lora_exp.revision import comparable, is_commit, named
 from lora_exp.start import adapter_config
+from lora_exp.validation import TASKS
 
 CHECKPOINT = "checkpoint-"
 RECORD = "merge.json"  # of what a merged model was made
@@ -124,8 +125,8 @@ def find_all(paths: Iterable[str | Path]) -> list[Saved]:
     found: list[Saved] = []
     for path in map(str, paths):
         alias, told, place = path.partition("=")
-        named = told and not Path(path).exists() and re.fullmatch(r"[\w.-]+", alias)
-        found.append(replace(find(place), alias=alias) if named else find(path))
+        aliased = told and not Path(path).exists() and re.fullmatch(r"[\w.-]+", alias)
+        found.append(replace(find(place), alias=alias) if aliased else find(path))
     if len(found) > 1 and (whole := [s for s in found if s.adapter is None]):
         raise SavedError(f"{whole[0].folder} is a whole model; several must be adapters of a base")
     names = [saved.name for saved in found]
@@ -151,12 +152,6 @@ def check_same_base(several: list[Saved]) -> None:
             bases = f"{first.base} ({known}) and {saved.base} ({other})"
             text = f"{first.folder} and {saved.folder} were trained on two bases: {bases}"
             raise AdapterError(text)
-
-
-def named(base: str) -> str:
-    """Return what a base is called wherever it lies: in the Hub's cache too."""
-    cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", f"{base}/")
-    return cached[1] if cached else Path(base).name
 
 
 def claim(base: str) -> tuple[str, str]:
@@ -238,7 +233,8 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         quant: an option of conf/quant; None: as its run held it, not at all where there was none.
 
     Raises:
-        SavedError: it names no base, or one that is loaded by other code than ours.
+        SavedError: it names no base, or one that is loaded by other code than ours, or it is for
+            another task than we have.
         ConfigError: no such option.
     """
     base = base and claim(base)[1]
@@ -247,6 +243,9 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         raise SavedError(f"{saved.folder} names no base; give --base")
     if (Path(chosen).expanduser() / "adapter_config.json").is_file():
         raise SavedError(f"{chosen} is an adapter, not a base")
+    if saved.task_type not in TASKS:
+        text = f"is for {saved.task_type}; lora-exp has {', '.join(TASKS)}"
+        raise SavedError(f"{saved.folder} {text}")
     if (
         base is not None
         and Path(base).is_dir()

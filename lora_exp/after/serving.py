@@ -13,12 +13,19 @@ from typing import Literal
 
 from transformers.utils.import_utils import is_serve_available
 
-from lora_exp.after.loading import Loaded, load, load_base, side_by_side
+from lora_exp.after.loading import (
+    Loaded,
+    check_base,
+    check_name,
+    load,
+    load_base,
+    side_by_side,
+)
 from lora_exp.after.saved import Saved, base_config, find_all
 from lora_exp.config import asset
 from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError, ServeError
-from lora_exp.model import dtype_of
+from lora_exp.model import dtype_of, files_hash
 
 Engine = Literal["transformers", "vllm"]
 BASE = "base"  # the bare base, among adapters
@@ -106,12 +113,18 @@ def vllm_command(
     """Return the command line that has vLLM serve the same, under the same names.
 
     Raises:
-        AdapterError: an adapter is no plain LoRA, or its base is held as vLLM cannot.
+        AdapterError: an adapter is no plain LoRA, or of another base, or that is held as vLLM
+            cannot.
     """
     first = several[0]
     model = base_config(first, base, quant).model
+    place = asset(model.path)
+    revision = files_hash(place, None) if place.is_dir() else model.revision
+    for saved in several:
+        check_name(saved, base)
+        check_base(saved, revision)
     listen = ["--host", host, "--port", str(port)]
-    command = ["vllm", "serve", str(asset(model.path)), *listen]
+    command = ["vllm", "serve", str(place), *listen]
     if model.revision:
         command += ["--revision", model.revision]
     held = quant or first.quant
