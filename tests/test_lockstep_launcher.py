@@ -265,7 +265,7 @@ def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> 
     before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
     done = cli(*command, "peft.r=2,8", cwd=tmp_path)
     assert done.returncode == 1
-    assert "job 1: peft.r: " in done.stdout
+    assert "multirun/a/b/1 holds another run" in done.stdout
     assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
     rows = {r["job"]: r for r in json.loads((tmp_path / "multirun/a/b/summary.json").read_text())}
     assert (rows["1"]["status"], rows["1"]["metrics"]) == ("failed", {})

@@ -30,6 +30,22 @@ def test_a_refused_job_does_not_show_the_run_that_has_its_directory(tmp_path: Pa
     assert found["error"] == "held"
 
 
+@pytest.mark.parametrize("text", ["seed: None is no seed", ""])
+def test_what_a_refusal_says_is_not_taken_for_the_other_runs(tmp_path: Path, text: str) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "run.json").write_text('{"status": "finished", "error": null}')
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError(text)))
+    assert found["status"] == "failed"
+
+
+def test_a_job_that_failed_before_and_is_not_run_again_keeps_its_status(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "run.json").write_text('{"status": "diverged", "error": "loss is nan"}')
+    told = ValueError("diverged before and not run again (loss is nan)")
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=told))
+    assert found["status"] == "diverged"
+
+
 def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
     done = SimpleNamespace(_return_value=0.5)
     for name, metrics in (("0", {"a": 1.0}), ("1", {"b": 2.0})):
