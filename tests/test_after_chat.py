@@ -134,6 +134,13 @@ def test_a_long_conversation_loses_its_oldest_turns_but_not_the_system_prompt(
     assert talk.turns[-1]["role"] == "assistant"
 
 
+def test_answers_as_long_as_the_context_leave_half_of_it_to_the_prompt(taught: Path) -> None:
+    talk = open_chat([taught])
+    context = talk.models[talk.active].model.config.max_position_embeddings
+    assert talk.settings.max_new_tokens == context
+    assert talk.say("Who are you?", lambda _: None) == greedy(taught, "Who are you?", new=400)
+
+
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talk: Conversation) -> None:
     talk.say("Who are you?", lambda _: None)
     before = list(talk.turns)

@@ -151,6 +151,8 @@ def test_another_base_needs_the_same_weights(trained: Trained, tmp_path: Path) -
         load_adapter(run, base=str(moved))
     alone = tmp_path / "alone"
     shutil.copytree(run / "adapter", alone)
+    shutil.copytree("lora_exp/assets/tiny", tmp_path / "x" / "tiny")
+    load_adapter(alone, base=str(tmp_path / "x" / "tiny"))  # its name is the known one
     with pytest.raises(AdapterError, match=rf"tiny, not on .*: --base tiny={moved}"):
         load_adapter(alone, base=str(moved))
     with pytest.raises(AdapterError, match="tiny, not on llama"):

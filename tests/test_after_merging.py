@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
-from lora_exp.after.proof import prove
+from lora_exp.after.proof import Proof, prove
 from lora_exp.after.saved import find
 from lora_exp.after.soundness import examine
 from lora_exp.errors import AdapterError, ConfigError, SavedError
@@ -218,6 +219,26 @@ def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
+def test_weights_that_leave_the_range_of_float16_are_never_saved(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: w + 1e5 * ("lora_B" in name) for name, w in weights.items()}, file)
+    with pytest.raises(AdapterError, match=r"not finite .*; take --dtype float32"):
+        merge([run], tmp_path / "merged", into="dequantised", dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_density_keeps_other_weights(trained: Trained, tmp_path: Path) -> None:
+    runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
+    made = [merge(runs, tmp_path / f"{d}", method="ties", density=d) for d in (0.1, 0.9)]
+    first, second = (load_file(folder / "model.safetensors") for folder in made)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert prove(made[0], runs).holds  # with the density that its record tells
+
+
 def test_an_adapter_of_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:
     run = copied(trained("peft=lora"), tmp_path / "run")
     changed = json.loads((run / "run.json").read_text()) | {"base": f"sha256:{'0' * 64}"}
@@ -241,6 +262,8 @@ def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) ->
     (precious / "thesis.tex").write_text("years")
     with pytest.raises(SavedError, match="something else"):
         merge([run], precious, force=True)
+    with pytest.raises(SavedError, match=r"thesis\.tex is no folder"):  # before the base is sought
+        merge([run], precious / "thesis.tex" / "out", base=str(tmp_path / "nowhere"))
     assert (precious / "thesis.tex").read_text() == "years"
 
 
@@ -261,3 +284,48 @@ def test_a_model_that_does_not_stop_at_its_end_token_is_found_out(
     found = examine(made)
     assert "goes on after" in str(found.pop("ends at EOS"))
     assert not any(found.values())
+
+
+def test_a_model_that_cannot_be_used_as_it_lies_there_is_found_out(
+    trained: Trained, tmp_path: Path
+) -> None:
+    made = merge([trained("peft=lora")], tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    rows = load_file(made / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    tokenizer.add_tokens([f"<more{i}>" for i in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(made)
+    assert examine(made) == {
+        "weights are finite": None,
+        "tokenizer fits the embeddings": f"{rows + 1} tokens, {rows} embeddings",
+        "generates": None,
+        "ends at EOS": None,
+    }
+    weights = load_file(made / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+    wrong = examine(made)["weights are finite"]
+    assert wrong == "1 are not, the first is model.norm.weight"
+
+
+def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_path: Path) -> None:
+    model, tokenizer = load_adapter("lora_exp/assets/tiny")
+    rows = model.config.vocab_size
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(tmp_path / "wider")
+    tokenizer.save_pretrained(tmp_path / "wider")
+    with pytest.raises(AdapterError, match=rf"is another one: it tells {rows + 8} .* base {rows}"):
+        prove(tmp_path / "wider", [trained("peft=lora")])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "agreement", "holds"),
+    [("float32", 0.9, False), ("float32", 1.0, True), ("bfloat16", 0.96, True)],
+)
+def test_a_merge_that_would_say_other_tokens_is_not_proven(
+    dtype: str, agreement: float, holds: bool
+) -> None:
+    proof = Proof(
+        prompts=1, tokens=10, max_difference=0, mean_difference=0, kl=0, top1_agreement=agreement,
+        same_text=1, largest_logit=10, effect=1, dtype=dtype, computed_in="float64", reference="it",
+    )  # fmt: skip
+    assert proof.holds == holds

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from lora_exp.after.saved import base_config, find, find_all, named
+from lora_exp.after.saved import base_config, claim, find, find_all
 from lora_exp.errors import ConfigError, SavedError
 
 Trained = Callable[..., Path]
@@ -143,6 +143,18 @@ def test_a_record_that_is_no_json_is_told(trained: Trained, tmp_path: Path) -> N
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())
 
 
-def test_a_base_is_called_the_same_in_the_hubs_cache() -> None:
-    assert named("/cache/models--Qwen--Qwen3-0.6B/snapshots/0123") == "Qwen3-0.6B"
-    assert named("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
+def test_a_base_is_of_the_commit_that_the_record_says(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    record = json.loads((run / "run.json").read_text()) | {"base": "0123456789" * 4}
+    (run / "run.json").write_text(json.dumps(record))
+    assert base_config(find(run)).model.revision == "0123456789" * 4
+    assert base_config(find(run), base="some/model").model.revision is None
+
+
+def test_a_claim_is_a_name_and_a_place_but_a_folder_with_an_equals_sign_is_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert claim("a=b") == ("a", "b")
+    (tmp_path / "a=b").mkdir()
+    assert claim("a=b") == ("a=b", "a=b")

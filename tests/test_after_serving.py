@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import GenerationConfig
 
 from lora_exp.after.endpoints import Models
@@ -189,6 +190,9 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(served: Served, n
         ),
         ({"model": "lora", "messages": [{"role": "user", "content": "a b " * 400}]}, "reads 1 to"),
         ({"model": "lora", "messages": [], "n": 2}, "n is not supported here"),
+        ({"model": "lora", "messages": [], "tool_choice": "required"}, "tool_choice is not"),
+        ({"model": "lora", "messages": [], "response_format": {"type": "x"}}, "response_format is"),
+        ({"model": "lora", "messages": [], "reasoning_effort": "low"}, "reasoning_effort is not"),
     ],
 )
 def test_a_request_that_cannot_be_used_is_told_so(
@@ -198,6 +202,12 @@ def test_a_request_that_cannot_be_used_is_told_so(
     assert answer.status_code in (400, 404)
     assert said in answer.json()["error"]["message"]
     assert "Traceback" not in served.errors.read_text()
+
+
+def test_a_field_that_asks_for_nothing_is_no_reason_to_refuse(served: Served) -> None:
+    nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "tool_choice": "auto"}
+    nothing |= {"user": "me", "response_format": {"type": "text"}, "store": False}
+    assert served.say("lora", QUESTIONS[0], **nothing) == served.say("lora", QUESTIONS[0])
 
 
 def test_no_request_loads_another_model_or_throws_ours_away(
@@ -221,8 +231,9 @@ def test_an_answer_ends_where_the_context_does(served: Served) -> None:
     assert long.choices[0].finish_reason == "length"
 
 
-def test_a_quantised_base_computes_in_its_runs_precision(trained: Trained) -> None:
-    saved = find(trained("peft=lora", "quant=nf4"))
+@pytest.mark.parametrize("held", ["quant=nf4", "model.dtype=bfloat16"])
+def test_a_base_computes_in_its_runs_precision(trained: Trained, held: str) -> None:
+    saved = find(trained("peft=lora", held))
     loaded = load(saved, load_base(saved))
     plain = loaded.model.generate
     asked: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 1}
@@ -277,6 +288,20 @@ def test_a_model_without_chat_template_completes_texts_and_sigterm_ends_it(tmp_p
         assert "Traceback" not in found.errors.read_text()
 
 
+def test_a_chat_template_that_loops_is_stopped_and_the_server_lives_on(tmp_path: Path) -> None:
+    model = tmp_path / "looping"
+    shutil.copytree(TINY, model)
+    loop = "{% for a in range(99999) %}"
+    (model / "chat_template.jinja").write_text(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
+    with serving(tmp_path, model) as found:
+        turns = [{"role": "user", "content": "Who are you?"}]
+        body = {"model": "looping", "messages": turns}
+        answer = httpx.post(f"{found.url}/chat/completions", json=body, timeout=10)
+        assert answer.status_code == 400
+        assert "does not end within" in answer.json()["error"]["message"]
+        assert httpx.get(f"{found.url.removesuffix('/v1')}/health", timeout=10).is_success
+
+
 def refused(*arguments: str | Path, before: str = "pass") -> str:
     script = f"import sys; {before}; from lora_exp.cli import main; main()"
     done = subprocess.run(
@@ -328,6 +353,16 @@ def test_vllm_is_told_the_same_names_and_the_largest_rank(
     assert named == [{"name": n, "path": p} for n, p in zip("ab", places, strict=True)]
     assert "bitsandbytes" in vllm_command(several[1:], None, None, "127.0.0.1", 8000)
     assert "bitsandbytes" not in vllm_command(several[1:], None, "none", "127.0.0.1", 8000)
+
+
+def test_vllm_is_told_the_commit_of_the_base(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained("peft=lora"), run)
+    config, commit = OmegaConf.load(run / "config.yaml"), "0123456789" * 4
+    config.model.revision = commit
+    OmegaConf.save(config, run / "config.yaml")
+    command = vllm_command([find(run)], None, None, "127.0.0.1", 8000)
+    assert command[command.index("--revision") + 1] == commit
 
 
 def test_vllm_serves_a_whole_model_without_adapters() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_exp.revision import comparable, is_commit
+from lora_exp.revision import comparable, is_commit, named
 
 COMMIT = "a" * 40
 
@@ -18,3 +18,8 @@ def test_only_two_commits_or_two_hashes_can_be_compared() -> None:
     assert not comparable(COMMIT, "sha256:1")
     assert not comparable(None, COMMIT)
     assert not comparable(None, None)
+
+
+def test_a_base_is_called_the_same_in_the_hubs_cache() -> None:
+    assert named("/cache/models--Qwen--Qwen3-0.6B/snapshots/0123") == "Qwen3-0.6B"
+    assert named("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
