@@ -140,12 +140,17 @@ def load(
     except ConfigError:  # also a ValueError, and says its key already
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        told = " ".join(str(error).split())  # some of transformers' are a page
-        place = "" if Path(source).exists() else "no such folder here; from the Hub: "
-        raise ConfigError([("model.path", f"{path} cannot be loaded: {place}{told}")]) from error
+        raise unloadable(path, error) from error
     settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
+
+
+def unloadable(path: str, error: Exception) -> ConfigError:
+    """Return in a line what transformers tells, sometimes on a page, of a model it cannot load."""
+    told = " ".join(str(error).split())
+    place = "" if asset(path).exists() else "no such folder here; from the Hub: "
+    return ConfigError([("model.path", f"{path} cannot be loaded: {place}{told}")])
 
 
 def device() -> str:

@@ -24,7 +24,7 @@ from lora_exp.config import CONF, asset, fingerprint, plain
 from lora_exp.display import quiet
 from lora_exp.errors import ConfigError
 from lora_exp.memory import layer_bytes
-from lora_exp.model import CLASSES, Base, device, dtype_of
+from lora_exp.model import CLASSES, Base, device, dtype_of, unloadable
 from lora_exp.validation import validate
 
 BESIDE = ("none", "nf4", "int8")
@@ -126,8 +126,7 @@ def model_config(cfg: DictConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(str(asset(cfg.model.path)), **options)
     except (OSError, ValueError) as error:
-        text = f"{cfg.model.path} cannot be loaded: {error}"
-        raise ConfigError([("model.path", text)]) from error
+        raise unloadable(cfg.model.path, error) from error
 
 
 def skeleton(cfg: DictConfig, config: Any) -> Any:
