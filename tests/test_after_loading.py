@@ -149,6 +149,12 @@ def test_another_base_needs_the_same_weights(trained: Trained, tmp_path: Path) -
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="trained on a base of other weights"):
         load_adapter(run, base=str(moved))
+    record = json.loads((run / "run.json").read_text())
+    of_the_hub = shutil.copytree(run, tmp_path / "of the hub")
+    (of_the_hub / "run.json").write_text(json.dumps(record | {"base": "a" * 40}))
+    with pytest.raises(AdapterError, match=rf"tiny, not on .*: --base tiny={moved}"):
+        load_adapter(of_the_hub, base=str(moved))  # a commit and a hash tell nothing
+    load_adapter(of_the_hub, base=f"tiny={moved}")
     alone = tmp_path / "alone"
     shutil.copytree(run / "adapter", alone)
     shutil.copytree("lora_exp/assets/tiny", tmp_path / "x" / "tiny")

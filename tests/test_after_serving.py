@@ -405,6 +405,19 @@ def _wait(served: Served) -> None:
     raise TimeoutError(served.errors.read_text())
 
 
+def test_vllm_gets_no_adapter_of_another_base(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = str(shutil.copytree(TINY, tmp_path / "other"))
+    alone = shutil.copytree(runs["lora"] / "adapter", tmp_path / "alone")
+    with pytest.raises(AdapterError, match=r"tiny, not on .*: --base tiny="):
+        vllm_command(find_all([alone]), other, None, "127.0.0.1", 8000)
+    vllm_command(find_all([runs["lora"]]), other, None, "127.0.0.1", 8000)  # of the same hash
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="trained on a base of other weights"):
+        vllm_command(find_all([runs["lora"]]), other, None, "127.0.0.1", 8000)
+
+
 def test_vllm_is_spared_what_it_does_not_know(runs: dict[str, Path]) -> None:
     with pytest.raises(AdapterError, match=r"no plain LoRA.*lora-exp merge"):
         vllm_command(find_all([runs["dora"]]), None, None, "127.0.0.1", 8000)

@@ -94,7 +94,7 @@ def load_base(
     with console.status(f"loading {cfg.model.path}"):  # a Hub out of reach takes half a minute
         found = base_of(cfg)
     if saved.adapter is not None:
-        check_base(saved, found.revision)
+        check_base(saved, found.revision, base)
     return found
 
 
@@ -106,30 +106,43 @@ def in_floats(base: Base) -> Base:
 
 
 def check_name(saved: Saved, base: str | None) -> None:
-    """Refuse a base of another name where nothing better tells bases apart.
+    """Refuse a base of another name, before it is loaded, where no record tells its weights.
 
     Raises:
         AdapterError: it has another name.
     """
-    if base is None or saved.adapter is None or saved.record.get("base") or not saved.base:
+    if not saved.record.get("base"):
+        _check_called(saved, base)
+
+
+def check_base(saved: Saved, revision: str | None, base: str | None = None) -> None:
+    """Refuse a base of other weights than those that an adapter was trained on.
+
+    Args:
+        saved: the adapter.
+        revision: the base's commit or hash.
+        base: what it is called, if not as the adapter says.
+
+    Raises:
+        AdapterError: the run's record knows another commit or hash; or the two cannot be compared,
+            and it has another name.
+    """
+    known = saved.record.get("base")
+    if not comparable(known, revision):
+        _check_called(saved, base)
+    elif known != revision:
+        text = f"was trained on a base of other weights ({known}, not {revision})"
+        raise AdapterError(f"{saved.folder} {text}")
+
+
+def _check_called(saved: Saved, base: str | None) -> None:
+    if base is None or saved.adapter is None or not saved.base:
         return
     name, place = claim(base)
     known = named(saved.base)
     if known not in (named(name), named(base_config(saved, place, "none").model.path)):
         text = f"was trained on {saved.base}, not on {name}"
         raise AdapterError(f"{saved.folder} {text}; if it is the same: --base {known}={place}")
-
-
-def check_base(saved: Saved, revision: str | None) -> None:
-    """Refuse a base of other weights than those that an adapter was trained on.
-
-    Raises:
-        AdapterError: the run's record knows another commit or hash.
-    """
-    known = saved.record.get("base")
-    if comparable(known, revision) and known != revision:
-        text = f"was trained on a base of other weights ({known}, not {revision})"
-        raise AdapterError(f"{saved.folder} {text}")
 
 
 def load(saved: Saved, base: Base, trainable: bool = False) -> Loaded:

@@ -96,7 +96,7 @@ def merge(
     else:
         found = in_floats(load_base(first, base))
     for saved in several:
-        check_base(saved, found.revision)
+        check_base(saved, found.revision, base)
     model = load(first, found).model
     if len(several) > 1:
         shares = list(weights or [1.0] * len(several))

@@ -16,7 +16,6 @@ from transformers.utils.import_utils import is_serve_available
 from lora_exp.after.loading import (
     Loaded,
     check_base,
-    check_name,
     load,
     load_base,
     side_by_side,
@@ -121,8 +120,7 @@ def vllm_command(
     place = asset(model.path)
     revision = files_hash(place, None) if place.is_dir() else model.revision
     for saved in several:
-        check_name(saved, base)
-        check_base(saved, revision)
+        check_base(saved, revision, base)
     listen = ["--host", host, "--port", str(port)]
     command = ["vllm", "serve", str(place), *listen]
     if model.revision:
