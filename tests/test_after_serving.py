@@ -22,6 +22,7 @@ import openai
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from lora_exp.after.endpoints import Models
