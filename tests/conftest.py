@@ -23,6 +23,14 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LORA_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    """As commands begin; else what warns hangs on which test trained first in this process."""
+    from lora_exp.display import quiet
+
+    quiet()
+
+
 @pytest.fixture
 def quick_run(tmp_path: Path) -> Callable[..., Any]:
     """Compose and run a few steps into tmp_path, without W&B unless asked for."""
