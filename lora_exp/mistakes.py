@@ -1,4 +1,7 @@
-"""A mistake in overrides, told in our words: the key, what is wrong, what would be right."""
+"""A mistake in overrides, told in our words: the key, what is wrong, what would be right.
+
+Values are not repeated: one of them may be a secret.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ def mistake(error: Exception) -> LoraExpError | None:
     if isinstance(error, YAMLError):
         return ConfigError([("an option's file", " ".join(text.split()))])
     if isinstance(error, OverrideParseException):
-        return ConfigError([(error.override, 'cannot be read; give key=value, or key="a text"')])
+        key = error.override.partition("=")[0]
+        return ConfigError([(key, 'cannot be read; give key=value, or key="a text"')])
     if text.startswith("Config group override must be"):
         return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):
@@ -34,11 +38,10 @@ def mistake(error: Exception) -> LoraExpError | None:
         return ConfigError([(ours[1], ours[2])])
     if wrong := re.search(r"Could not override '([^']+)'", text):
         return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
-    if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
-        key, values = several[1], several[2]
-        listed = f", {key}=[{values}] is a list" if "." in key else ""
-        cure = f"-m {key}={values} sweeps over them{listed}"
-        return ConfigError([(key, f"{values} are several values; {cure}")])
+    if several := re.search(r"Ambiguous value for argument '([^=]+)=", text):
+        key = several[1]
+        listed = f", {key}=[A,B] is a list" if "." in key else ""
+        return ConfigError([(key, f"has several values; -m {key}=A,B sweeps over them{listed}")])
     there = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
     if twice := re.search(there, text):
         key = twice[1] or twice[2]

@@ -26,13 +26,13 @@ from lora_exp.mistakes import mistake
         ("=3", "an option is a word"),
         ("+quant=nf4", "quant: is there already; give quant=... without the +"),
         ("+peft.r=8", "peft.r: is there already; give peft.r=... without the +"),
-        ("peft.r=2,4", "peft.r: 2,4 are several values; -m peft.r=2,4 sweeps over them"),
+        ("peft.r=2,4", "peft.r: has several values; -m peft.r=A,B sweeps over them, peft.r=[A,B]"),
         ("peft.rr=3", "peft.rr: no such key (did you mean r?)"),
         ("peft.r.x=3", "peft.r.x: no such key"),
         ("train.neftune_noise_alpha=5", "does not name yet: +train.neftune_noise_alpha=..."),
         ("peft.init_lora_weights=true", "yet: +peft.init_lora_weights=..."),
-        ("quant=none,nf4", "none,nf4 are several values; -m quant=none,nf4 sweeps over them"),
-        ("peft.rank_pattern=[", 'peft.rank_pattern=[: cannot be read; give key=value'),
+        ("quant=none,nf4", "quant: has several values; -m quant=A,B sweeps over them"),
+        ("peft.rank_pattern=[", 'peft.rank_pattern: cannot be read; give key=value'),
         ("a b", "a b: cannot be read; give key=value"),
         ("peft.r=${train.nope}", "peft.r: Interpolation key 'train.nope' not found"),
         ("~seed=3", "overrides: Could not delete from config. The value of 'seed' is 42 and not 3"),
@@ -51,6 +51,15 @@ def test_a_file_of_options_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "peft" / "mine.yaml").write_text("r: [8\nlora_alpha: 3\n")
     with pytest.raises(ConfigError, match=r"an option's file: .*mine.yaml.* line 2"):
         compose("peft=mine", config_dir=tmp_path)
+
+
+@pytest.mark.parametrize("value", ["canary[", "canary,canary", "canary"])
+def test_a_value_that_may_be_a_secret_is_not_repeated(value: str) -> None:
+    for plus in ("", "+"):
+        with pytest.raises(ConfigError) as caught:
+            compose(f"{plus}train.hub_token={value}")
+        assert "train.hub_token" in str(caught.value)
+        assert "canary" not in str(caught.value)
 
 
 def test_a_key_of_another_option_is_told_so() -> None:

@@ -124,8 +124,8 @@ def find_all(paths: Iterable[str | Path]) -> list[Saved]:
     """
     found: list[Saved] = []
     for path in map(str, paths):
-        alias, told, place = path.partition("=")
-        aliased = told and not Path(path).exists() and re.fullmatch(r"[\w.-]+", alias)
+        alias, _, place = path.partition("=")
+        aliased = place and not Path(path).exists() and re.fullmatch(r"[\w.-]+", alias)
         found.append(replace(find(place), alias=alias) if aliased else find(path))
     if len(found) > 1 and (whole := [s for s in found if s.adapter is None]):
         raise SavedError(f"{whole[0].folder} is a whole model; several must be adapters of a base")
@@ -156,8 +156,8 @@ def check_same_base(several: list[Saved]) -> None:
 
 def claim(base: str) -> tuple[str, str]:
     """Return what a base is said to be, and where it lies: two of `NAME=PLACE`, else the same."""
-    name, told, place = base.partition("=")
-    return (name, place) if told and not Path(base).exists() else (base, base)
+    name, _, place = base.partition("=")
+    return (name, place) if place and not Path(base).exists() else (base, base)
 
 
 def jobs(folder: Path) -> list[Path]:
