@@ -141,6 +141,8 @@ def _resumed(
     values = continued(values, cfg, choices, overrides)
     _check_consent(values, overrides)
     here = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
+    # keys that came after the run was saved
+    here["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
     return values | here | {"trusted_targets": list(cfg.trusted_targets)}
 
 

@@ -127,7 +127,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         tracker.samples(samples, trainer.state.global_step)
         goal = cfg.goal if judged == cfg.objective else "minimize"
         seconds = time.perf_counter() - started
-        record.update(objective=judged, goal=goal, metrics={"seconds": seconds})
+        record.update(objective=judged, goal=goal, metrics={"seconds": seconds}, **place.report())
     finally:
         board.close()
         tracker.finish(record.summary(), saved)

@@ -41,6 +41,9 @@ class Place(Protocol):
     def join(self, trainer: Any) -> None:
         """Take a trainer about to measure and train."""
 
+    def report(self) -> dict[str, Any]:
+        """Return what the run's record keeps of its place once it is trained."""
+
     def leave(self) -> None:
         """Forget the run: it is over, or failed."""
 
@@ -77,6 +80,10 @@ class Alone:
 
     def join(self, trainer: Any) -> None:
         """Leave the trainer as it is."""
+
+    def report(self) -> dict[str, Any]:
+        """Return nothing: nothing was shared."""
+        return {}
 
     def leave(self) -> None:
         """Give memory back: trainers hold themselves in cycles, and with them the base."""

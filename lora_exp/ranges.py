@@ -46,11 +46,7 @@ def ranges(cfg: DictConfig) -> Iterator[Fault]:
     if cfg.goal not in ("minimize", "maximize"):
         yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
     yield from _algorithm(cfg)
-    jobs, mode = cfg.lockstep.max_jobs, cfg.lockstep.mode
-    if jobs is not None and (type(jobs) is not int or jobs < 1):
-        yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
-    if mode not in ("exact", "bmm"):
-        yield "lockstep.mode", f"{mode!r} is neither exact nor bmm"
+    yield from _lockstep(cfg.lockstep)
     for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
         if name in cfg.data and cfg.data[name] is not None and number(cfg.data[name]) < 1:
             yield f"data.{name}", f"{cfg.data[name]!r} is not 1 or more; null takes all"
@@ -63,6 +59,17 @@ def ranges(cfg: DictConfig) -> Iterator[Fault]:
     project = str((cfg.tracking or {}).get("project", "x"))
     if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
         yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"
+
+
+def _lockstep(chosen: DictConfig) -> Iterator[Fault]:
+    jobs, share = chosen.max_jobs, chosen.verify
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
+    if not is_number(share) or not 0 <= share <= 1:
+        yield "lockstep.verify", f"{share!r} is no share; give 0 to 1"
+    for key, one, other in (("mode", "exact", "bmm"), ("on_difference", "retrain", "keep")):
+        if chosen[key] not in (one, other):
+            yield f"lockstep.{key}", f"{chosen[key]!r} is neither {one} nor {other}"
 
 
 def _algorithm(cfg: DictConfig) -> Iterator[Fault]:

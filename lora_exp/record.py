@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def mark(directory: Path, status: str, error: str) -> None:
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if values and values["status"] != "finished":
         write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
+
+
+def unproven(directory: Path, differences: list[str]) -> None:
+    """Write into a run's record that passes of its pack were not the runs alone."""
+    path = directory / "run.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = values.get("lockstep", {}) | {"proven": False, "differences": differences}
+        write_whole(path, json.dumps(values | {"lockstep": known}, indent=1) + "\n")
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move a run's directory away, so that the run can be made anew in its place."""
+    if not directory.is_dir():
+        return None
+    names = (f"{directory.name}.not-proven-equal{'' if n == 1 else n}" for n in count(1))
+    aside = next(path for name in names if not (path := directory.with_name(name)).exists())
+    return directory.rename(aside)
 
 
 class Record:

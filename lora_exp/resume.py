@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.errors import ConfigError
 
 ITSELF = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
-REPORTS = re.compile(r"tracking\b|lockstep\.max_jobs$|train\.logging_\w+$")
+REPORTS = re.compile(r"tracking\b|lockstep\.(max_jobs|verify|on_difference)$|train\.logging_\w+$")
 SAVING = re.compile(r"train\.(save|eval)_\w+$")  # shapes the result where the best is loaded
 LONGER = ("train.max_steps", "train.num_train_epochs")
 ABSENT = object()

@@ -29,7 +29,7 @@ class SweepTable(Callback):
     current: ClassVar[SweepTable | None] = None
 
     def __init__(self) -> None:
-        self.folder: Path | None = None
+        self.folder = Path()
         self.rows: list[dict[str, Any]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -42,9 +42,16 @@ class SweepTable(Callback):
         if SweepTable.current is not self:
             return  # a run alone
         directory = Path(config.hydra.runtime.output_dir)
+        self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # trained again
         self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
         self.rows.sort(key=rank)
         write_summary(Path(config.hydra.sweep.dir), self.rows)
+
+    def doubt(self, directories: list[Path]) -> None:
+        """Say of jobs that ended before it was known that they are not proven equal."""
+        for r in self.rows:
+            r["proven"] &= Path(r["directory"]) not in [path.absolute() for path in directories]
+        write_summary(self.folder, self.rows)
 
     def show(self) -> None:
         """Print the jobs, the best first, and below them what went wrong."""
@@ -67,7 +74,8 @@ class SweepTable(Callback):
             chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
             numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
             written = [short(n) if n is not None else "-" for n in numbers]
-            table.add_row(r["job"], *(Text(c) for c in chosen), *written, r["status"])
+            status = r["status"] + ("" if r["proven"] else ", not proven equal")
+            table.add_row(r["job"], *(Text(c) for c in chosen), *written, status)
         console.print(table)
         for r in self.rows:
             if r["error"]:
@@ -130,6 +138,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
         "status": record.get("status", "failed"),
         "error": redact(error),
         "overrides": {key: value for key, _, value in pairs},
+        "proven": record.get("lockstep", {}).get("proven", True),
         "fingerprint": record.get("fingerprint"),
         "metrics": record.get("metrics", {}),
         "directory": str(directory),

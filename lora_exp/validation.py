@@ -53,7 +53,7 @@ KEYS = {
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
-    "lockstep": ("max_jobs", "mode"),
+    "lockstep": ("max_jobs", "mode", "verify", "on_difference"),
     "algorithm": (
         "learning_rate", "task_type", "shape", "objective", "goal", "metrics", "rewards",
         "trainer", "args",

@@ -25,7 +25,7 @@ from hydra.test_utils.launcher_common_tests import (
 )
 
 from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
-from tests.conftest import QUICK
+from tests.conftest import QUICK, ROOT
 from tests.test_main import cli
 
 # Hydra's tests leave version_base open, and Hydra warns of it
@@ -286,3 +286,66 @@ def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None
         assert losses[-1] in said  # the first are everybody's
         assert not any(loss in said for loss in others)
         others = losses[-1:]
+
+
+AGEING = """
+import sys
+from lora_exp.lockstep import worker
+
+pack = worker._pack
+
+def on_an_ageing_processor(seats, report):
+    from torch import nn
+    from lora_exp.lockstep.verification import Verification
+    from tests.processors import LINEAR, in_halves
+
+    def product(x, weight, bias=None):
+        many = x.numel() // x.shape[-1] > 250 and product.aged
+        return (in_halves if many else LINEAR)(x, weight, bias)
+
+    def choose(self, mode, passed):
+        product.aged = self.passes > 6  # classes of these rows were measured before
+        return chosen(self, mode, passed)
+
+    chosen, Verification.choose = Verification.choose, choose
+    product.aged, nn.functional.linear = False, product
+    try:
+        pack(seats, report)
+    finally:
+        nn.functional.linear, Verification.choose = LINEAR, chosen
+
+worker._pack = on_an_ageing_processor
+from lora_exp.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("then", ["retrain", "keep"])
+def test_jobs_whose_pack_differed_are_trained_again_alone(tmp_path: Path, then: str) -> None:
+    sweep = ["-m", "peft.r=2,4", *STEPS, "train.max_steps=8", "train.per_device_train_batch_size=4"]
+    sweep += ["data.max_rows=4", "samples.rows=0", "train.eval_strategy=no"]
+    told = ["lockstep.verify=1", f"lockstep.on_difference={then}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", AGEING, *sweep, *told], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "jobs [0, 1] are not proven equal" in done.stdout + done.stderr
+    assert "the first layer is layers.0.self_attn.q_proj" in done.stdout + done.stderr
+    folder, jobs = summary(tmp_path)
+    places = [json.loads((folder / n / "run.json").read_text())["place"] for n in "01"]
+    marked = [job["proven"] for job in jobs.values()]
+    aside = sorted(path.name for path in folder.glob("*.not-proven-equal"))
+    assert len(jobs) == 2
+    if then == "keep":
+        assert (marked, aside) == ([False, False], [])
+        assert done.stdout.count("finished, not proven equal") == 2
+        return
+    assert (marked, places) == ([True, True], ["alone", "alone"])
+    assert aside == ["0.not-proven-equal", "1.not-proven-equal"]
+    (tmp_path / "plain").mkdir()
+    assert cli(*sweep, "hydra/launcher=basic", cwd=tmp_path / "plain").returncode == 0
+    again, plain = adapters(folder), adapters(summary(tmp_path / "plain")[0])
+    assert {n: again[n] for n in "01"} == plain
+    assert again["1.not-proven-equal"] != plain["1"]  # what was kept did differ

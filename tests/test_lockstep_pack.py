@@ -54,11 +54,12 @@ def packed(
     *common: str,
     mode: str = "exact",
     max_jobs: int | None = 8,
+    verify: float = 1,
     every: list[str] = COMMON,
     around: Callable[[int, Callable[[], Any]], Any] = lambda _, go: go(),
 ) -> tuple[list[Any], Pack]:
     """Train jobs as one pack; a job's result is what it returned or raised."""
-    pack = Pack(mode, max_jobs)
+    pack = Pack(mode, max_jobs, verify)
     results: list[Any] = [None] * len(jobs)
 
     def job(n: int) -> None:
@@ -70,6 +71,7 @@ def packed(
             results[n] = error
 
     pack.hub.run((lambda n=n: job(n)) for n in range(len(jobs)))  # type: ignore[misc]
+    assert not verify or pack.verification.differences == []  # else: the first layer that differs
     return results, pack
 
 
@@ -143,7 +145,7 @@ def test_memory_decides_how_many_train_at_once(tmp_path: Path) -> None:
 
 
 def test_the_largest_job_so_far_decides_how_many_fit() -> None:
-    pack = Pack("exact", None)
+    pack = Pack("exact", None, verify=1)
     pack.free, pack.held = 1000, {0: 100}
     pack.widen()
     assert pack.hub.width == 8
@@ -249,7 +251,7 @@ def test_a_job_goes_on_from_its_checkpoint_within_a_pack(tmp_path: Path) -> None
     (first / "checkpoints" / "checkpoint-6").rmdir()
     record = json.loads((first / "run.json").read_text()) | {"status": "failed"}
     (first / "run.json").write_text(json.dumps(record))
-    pack = Pack("exact", 2)
+    pack = Pack("exact", 2, verify=1)
     gone_on: list[Any] = []
     others: list[Any] = []
 
@@ -344,7 +346,7 @@ def test_other_trainers_keep_the_contract_unmodified(
         return numbers, peft.get_peft_model_state_dict(trainer.model)
 
     solo = [trained(n, None) for n in range(3)]
-    pack = Pack("exact", 3, base)
+    pack = Pack("exact", 3, 1, base)
     found: dict[int, Any] = {}
     pack.hub.run((lambda n=n: found.update({n: trained(n, pack)})) for n in range(3))  # type: ignore[misc]
     assert pack.passes["most jobs"] == 3
@@ -387,7 +389,7 @@ def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
 
     kinds = (Trainer, Twice)
     solo = [trained(n, kind, None) for n, kind in enumerate(kinds)]
-    pack = Pack("exact", 2, base)
+    pack = Pack("exact", 2, 1, base)
     pack.hub.width = 2  # both from the start, so that they share their first pass
     found: dict[int, Any] = {}
     pack.hub.run(

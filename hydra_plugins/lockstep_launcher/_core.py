@@ -23,8 +23,8 @@ from lora_exp.interruption import stop
 from lora_exp.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
-from lora_exp.record import mark
-from lora_exp.sweep import write_command
+from lora_exp.record import mark, set_aside, unproven
+from lora_exp.sweep import SweepTable, write_command
 from lora_exp.validation import settled
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class _Launch:
         self.jobs: dict[int, Job] = {}
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
+        self.aside: list[int] = []  # jobs to be trained again, alone
         self.deaths = 0  # of workers that no running job can have caused
 
     def run(self, made: Plan, jobs: dict[int, Job], worker: Worker) -> None:
@@ -114,7 +115,7 @@ class _Launch:
         """Send work; what a dead worker lost is tried again alone, once, then the rest goes on."""
         while work := [left for seats in work if (left := self._left(seats)).jobs]:
             try:
-                worker.run(work, self.began, self.ended)
+                worker.run(work, self)
             except LoraExpError as error:
                 stop.check()
                 lost = sorted(self.running)
@@ -133,6 +134,9 @@ class _Launch:
                 if any(self._left(seats).jobs for seats in work):
                     raise Interrupted  # the worker alone was asked to stop, and has
                 stop.check()
+                for number in self.aside:
+                    self._again(number)
+                    stop.check()
                 return
 
     def stopped(self) -> None:
@@ -144,7 +148,7 @@ class _Launch:
         job = self.jobs[number]
         worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
         try:
-            worker.run([_alone([job])], self.began, self.ended)
+            worker.run([_alone([job])], self)
         except LoraExpError as error:
             stop.check()
             text = f"{error}, also when it was tried again, alone"
@@ -176,6 +180,20 @@ class _Launch:
             config=self.jobs[number].config, task_function=self.launcher.task_function
         )
 
+    def unproven(self, numbers: list[int], differences: list[str]) -> None:
+        """Mark the jobs of a pack; move them aside if they are to be trained again, alone."""
+        for number in numbers:
+            unproven(self.jobs[number].directory, differences)
+        log.error("lockstep: jobs %s are not proven equal: %s", numbers, "; ".join(differences))
+        if self.jobs[numbers[0]].config.lockstep.on_difference == "keep":
+            if SweepTable.current is not None:
+                SweepTable.current.doubt([self.jobs[number].directory for number in numbers])
+            return
+        for number in numbers:
+            if (kept := set_aside(self.jobs[number].directory)) is not None:
+                log.error("job %d is trained again, alone; %s keeps what it was", number, kept)
+                self.aside.append(number)
+
     def ended(self, number: int, result: JobReturn) -> None:
         """Keep a job's result and tell Hydra's callbacks."""
         self.running.discard(number)
@@ -187,8 +205,16 @@ class _Launch:
 
 def _seats(jobs: tuple[Job, ...]) -> Seats:
     configs = tuple((job.number, job.config) for job in jobs)
-    lockstep: Any = jobs[0].config.lockstep if jobs else OmegaConf.create({"mode": "exact"})
-    return Seats(configs, lockstep.mode, lockstep.get("max_jobs"), tuple(labels(jobs).values()))
+    lockstep: Any = (
+        jobs[0].config.lockstep if jobs else OmegaConf.create({"mode": "exact", "verify": 0})
+    )
+    return Seats(
+        configs,
+        lockstep.mode,
+        lockstep.get("max_jobs"),
+        tuple(labels(jobs).values()),
+        lockstep.verify,
+    )
 
 
 def _alone(jobs: list[Job]) -> Seats:

@@ -17,17 +17,23 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.activations import ACT2CLS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
 
-from lora_exp.lockstep.exact import keeping_random, rows_alike
-from lora_exp.lockstep.linear import Adapter, FusedLinear, split
-from lora_exp.lockstep.segment import Mode, Segment
+from lora_exp.lockstep.classes import Classes, Kind
+from lora_exp.lockstep.eligibility import keeping_random
+from lora_exp.lockstep.grouping import group, on_grid
+from lora_exp.lockstep.linear import Adapter, FusedLinear
+from lora_exp.lockstep.rowwise import Rowwise
+from lora_exp.lockstep.segment import Mode, Pass, Segment, Sharing, aligned, split
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model import sharing_copy
 
 # rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
+ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
+TOTALS = 64  # different numbers of rows that passes may have before they are filled up to a grid
 
 
 class FusedBody:
@@ -38,17 +44,20 @@ class FusedBody:
         self.body = sharing_copy(body)
         self.body.config._attn_implementation = "lockstep"
         self.kind = kind
-        self.segments: list[Segment] = []
-        self.rows: dict[Any, float] = {}  # for each shape of layer, see `rows_alike`
+        self.current = Pass([], 0, None)
         self.mode: Mode | None = None
-        self.proven: dict[Mode, dict[Any, float] | None] = {}
+        self.proven: dict[Mode, bool] = {}
+        self.classes = Classes(str(body.device))
+        self.shared: dict[tuple[Mode, tuple[int, ...]], tuple[int, tuple[Sharing | None, ...]]] = {}
+        self.totals: set[int] = set()
+        self.layers: list[Rowwise] = []
         self.linears: dict[str, FusedLinear] = {}
         for name, module in list(self.body.named_modules()):
-            if isinstance(module, nn.Linear):
+            if (stand_in := self._stand_in(name, module)) is not None:
                 parent, _, leaf = name.rpartition(".")
-                self.linears[name] = FusedLinear(module, self)
-                setattr(self.body.get_submodule(parent), leaf, self.linears[name])
-        self.modules = [m for m in self.body.modules() if not isinstance(m, FusedLinear)]
+                setattr(self.body.get_submodule(parent), leaf, stand_in)
+        ours = Rowwise | Positions
+        self.modules = [m for m in self.body.modules() if not isinstance(m, ours)]
         for module in self.body.modules():
             object.__setattr__(module, "fused_body", self)  # how `attention` finds the segments
             if hasattr(module, "gradient_checkpointing"):
@@ -59,60 +68,110 @@ class FusedBody:
                     context_fn=self._recomputing,
                 )
 
+    def _stand_in(self, name: str, module: nn.Module) -> nn.Module | None:
+        """Return what takes the place of a module, None where it stays."""
+        place = len(self.layers)
+        if isinstance(module, nn.Linear):
+            self.linears[name] = FusedLinear(module, self, place)
+            self.layers.append(self.linears[name])
+            return self.linears[name]
+        if "RotaryEmbedding" in type(module).__name__:
+            return Positions(module, self)
+        norm = "Norm" in type(module).__name__
+        if norm or isinstance(module, ACTIVATIONS):
+            self.layers.append(Rowwise(module, self, place, divisible=not norm))
+            return self.layers[-1]
+        return None
+
     def enter(self, mode: Mode) -> bool:
         """Compute as a mode says from here on, and say whether that is exact.
 
-        Products differ in their last bits with the number of rows on some hardware and not on
-        other; so nothing is assumed, and each mode is measured once.
+        Nothing is assumed of the base: passes over random rows, of each job alone and of all, must
+        equal its own forward.
         """
         mode.precision.restore()
         self._set(mode)
         if mode not in self.proven:
-            self.rows = {}
-            with torch.no_grad(), keeping_random():
-                for linear in self.linears.values():
-                    if linear.shape not in self.rows and self.kind == "exact":
-                        self.rows[linear.shape] = rows_alike(
-                            linear.base, self._dtype(), mode.precision.grad
-                        )
-                self.proven[mode] = self.rows if self._is_exact() else None
-        self.rows = self.proven[mode] or {}
-        return self.proven[mode] is not None
+            with keeping_random():
+                self.proven[mode] = self._is_exact()
+        return self.proven[mode]
 
     def _set(self, mode: Mode) -> None:
         if mode == self.mode:
             return
-        self.mode, self.rows = mode, self.proven.get(mode) or {}
+        self.mode = mode
         for module in self.modules:  # 8-bit layers compute differently while they train
             module.training = mode.training
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = mode.checkpointing
 
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.body.get_input_embeddings().weight.dtype
-        return dtype
-
     def _is_exact(self) -> bool:
-        """Compare one pass over three jobs' random rows with the base's own forward."""
+        """Compare passes over some jobs' random rows with the base's own forward."""
         device = self.body.device
         self.own.train(self.body.training)
-        segments = []
+        segments, own = [], {}
         for job, (b, length, padding) in enumerate(SHAPES):
             ids = torch.randint(self.own_config.vocab_size, (b, length), device=device)
             mask = torch.ones_like(ids)
             mask[0, :padding] = 0  # on the left, where the mask decides what others see
             segments.append(Segment(-1 - job, ids, mask, None, None, RandomState.now()))
-        for s, hidden in zip(segments, self.forward(segments), strict=True):
-            own = self.own(
-                input_ids=s.input_ids_BS, attention_mask=s.attention_mask, use_cache=False
-            ).last_hidden_state
+            out = self.own(input_ids=ids, attention_mask=mask, use_cache=False)
+            own[-1 - job] = out.last_hidden_state
+        for s in segments:  # which also shows each layer its rows
+            if not self._equals(Pass([s], 0, None), own):
+                return False
+        return all(self._equals(p, own) for p in self.passes(segments))
+
+    def _equals(self, p: Pass, own: dict[int, Tensor]) -> bool:
+        for s, hidden in zip(p.segments, self.forward(p), strict=True):
             assert s.attention_mask is not None
             counted = s.attention_mask.bool()
-            same = torch.equal(hidden[counted], own[counted])
-            near = torch.allclose(hidden[counted], own[counted], rtol=1e-2, atol=1e-2)
+            same = torch.equal(hidden[counted], own[s.job][counted])
+            near = torch.allclose(hidden[counted], own[s.job][counted], rtol=1e-2, atol=1e-2)
             if not (same if self.kind == "exact" else near):
                 return False
         return True
+
+    def passes(self, segments: list[Segment]) -> list[Pass]:
+        """Return the passes that segments of the current mode make: one, where norms allow it.
+
+        Numbers of rows that are met for the first time are measured here.
+        """
+        mode, sizes = self.mode, tuple(s.tokens for s in segments)
+        assert mode is not None
+        if self.kind == "bmm" or len(sizes) == 1:
+            return [Pass(segments, 0, None)]
+        if (mode, sizes) not in self.shared:
+            total = sum(sizes)
+            if total not in self.totals and len(self.totals) >= TOTALS:
+                total = on_grid(total)
+            self.totals.add(total)
+            with keeping_random():
+                sharing = self._shared(mode, sizes, total)
+            self.shared[mode, sizes] = total - sum(sizes), sharing
+        filling, sharing = self.shared[mode, sizes]
+        for layer, own in zip(self.layers, sharing, strict=True):
+            rows = sum(sizes) + filling
+            if own and not layer.divisible and not own.groups[0].of_all(sizes, rows):
+                return [Pass([s], 0, None) for s in segments]
+        return [Pass(segments, filling, sharing)]
+
+    def _shared(self, mode: Mode, sizes: tuple[int, ...], total: int) -> tuple[Sharing | None, ...]:
+        of: dict[Kind | None, Sharing | None] = {None: None}
+        kinds = [layer.kinds.get(mode) for layer in self.layers]
+        for layer, kind in zip(self.layers, kinds, strict=True):
+            if kind is not None and kind not in of:
+                class_of = partial(self.classes.of, kind, layer.base)
+                of[kind] = Sharing(kind.dtype, group(sizes, total, class_of))
+        return tuple(of[kind] for kind in kinds)
+
+    def products(self, p: Pass) -> tuple[int, int]:
+        """Return how many of the jobs' products a pass makes together, and of how many it could."""
+        if len(p.segments) == 1:
+            return 0, 0
+        of = [p.sharing[linear.place] if p.sharing else None for linear in self.linears.values()]
+        groups = [g for sharing in of if sharing for g in sharing.groups if len(g.members) > 1]
+        return sum(len(g.members) for g in groups), len(of) * len(p.segments)
 
     def attach(self, job: int, body: Any) -> None:
         """Let a job's adapter, on its own copy of the body, take part."""
@@ -130,60 +189,79 @@ class FusedBody:
         layers = (linear.layers.get(job) for linear in self.linears.values())
         return not any(next(layer.active(), None) for layer in layers if layer is not None)
 
-    def forward(self, segments: list[Segment]) -> list[Tensor]:
-        """Run the body over all segments.
+    def forward(self, p: Pass) -> list[Tensor]:
+        """Run the body over all segments of a pass, whose mode is entered.
 
         Returns:
             Each segment's last hidden states, [B, S, C].
         """
+        segments = p.segments
         device = segments[0].input_ids_BS.device
-        positions = []
         for s in segments:
             b, length = s.input_ids_BS.shape
             seen = s.past.get_seq_length() if s.past is not None else 0
             ids = s.position_ids
-            ids = torch.arange(length, device=device)[None] + seen if ids is None else ids
+            s.positions = torch.arange(length, device=device)[None] + seen if ids is None else ids
             like = self.body.get_input_embeddings().weight.new_empty((b, length, 1))
-            s.mask = create_causal_mask(self.own_config, like, s.attention_mask, s.past, ids)
-            positions.append(ids.expand(b, -1).reshape(-1))
-        with self._pass(segments):
+            s.mask = create_causal_mask(
+                self.own_config, like, s.attention_mask, s.past, s.positions
+            )
+        rest = [torch.zeros(p.filling, dtype=torch.long, device=device)] if p.filling else []
+        ids_N = torch.cat([*(s.input_ids_BS.reshape(-1) for s in segments), *rest])
+        places_N = torch.cat([*(s.flat(s.positions) for s in segments), *rest])
+        with self._pass(p):
             hidden_1NC = self.body(
-                input_ids=torch.cat([s.input_ids_BS.reshape(-1) for s in segments])[None],
-                position_ids=torch.cat(positions)[None],
-                use_cache=False,
+                input_ids=ids_N[None], position_ids=places_N[None], use_cache=False
             ).last_hidden_state
-        parts = split(hidden_1NC, [s.tokens for s in segments])
-        return [s.rows(part) for s, part in zip(segments, parts, strict=True)]
+        return [s.rows(part) for s, part in zip(segments, split(hidden_1NC, p.sizes), strict=False)]
 
     @contextmanager
-    def _pass(self, segments: list[Segment]) -> Iterator[None]:
-        before, self.segments = self.segments, segments
+    def _pass(self, p: Pass) -> Iterator[None]:
+        before, self.current = self.current, p
         try:
             yield
         finally:
-            self.segments = before
+            self.current = before
 
     def _recomputing(self) -> tuple[Any, Any]:
         """Return checkpoint's two contexts: a layer is recomputed in the pass that it ran in."""
         assert self.mode is not None
         return nullcontext(), self._again(
-            self.mode, self.segments, [s.random for s in self.segments]
+            self.mode, self.current, [s.random for s in self.current.segments]
         )
 
     @contextmanager
-    def _again(
-        self, mode: Mode, segments: list[Segment], randoms: list[RandomState]
-    ) -> Iterator[None]:
+    def _again(self, mode: Mode, p: Pass, randoms: list[RandomState]) -> Iterator[None]:
         self._set(mode)  # another may have been entered since
-        after = [s.random for s in segments]
-        for s, random in zip(segments, randoms, strict=True):
+        after = [s.random for s in p.segments]
+        for s, random in zip(p.segments, randoms, strict=True):
             s.random = random
         try:
-            with self._pass(segments):
+            with self._pass(p):
                 yield
         finally:
-            for s, random in zip(segments, after, strict=True):
+            for s, random in zip(p.segments, after, strict=True):
                 s.random = random
+
+
+class Positions(nn.Module):
+    """Stands in for a rotary embedding: each job's in its own shape, once a pass."""
+
+    def __init__(self, base: nn.Module, body: FusedBody) -> None:
+        super().__init__()
+        self.base = base
+        self.body = body
+
+    def forward(self, x_1NC: Tensor, position_ids: Tensor, *rest: Any, **more: Any) -> Any:
+        """Return cosines and sines, [1, N, D] each."""
+        p = self.body.current
+        parts = []
+        for s, x in zip(p.segments, split(x_1NC, p.sizes), strict=False):
+            own = self.base(s.rows(x), s.positions, *rest, **more)
+            parts.append([s.flat(t)[None] for t in own])
+        if p.filling:
+            parts.append([t.new_zeros(1, p.filling, *t.shape[2:]) for t in parts[0]])
+        return tuple(torch.cat(some, 1) for some in zip(*parts, strict=True))
 
 
 def attention(
@@ -201,17 +279,20 @@ def attention(
     Returns:
         What the heads saw, [1, N, H, D], and no weights.
     """
-    segments: list[Segment] = module.fused_body.segments
-    sizes = [s.tokens for s in segments]
-    streams = (split(t, sizes, 2) for t in (query_1HND, key_1HND, value_1HND))
+    p: Pass = module.fused_body.current
+    streams = (split(t, p.sizes, 2) for t in (query_1HND, key_1HND, value_1HND))
     out = []
-    for s, *own in zip(segments, *streams, strict=True):
+    for s, *own in zip(p.segments, *streams, strict=False):
         b, length = s.input_ids_BS.shape
-        q, k, v = (t[0].unflatten(1, (b, length)).transpose(0, 1) for t in own)
+        q, k, v = (
+            aligned(t).reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1) for t in own
+        )
         if s.past is not None:
             k, v = s.past.update(k, v, module.layer_idx)
         seen_BSHD, _ = sdpa_attention_forward(module, q, k, v, s.mask, scaling=scaling)
         out.append(seen_BSHD.reshape(1, s.tokens, *seen_BSHD.shape[2:]))
+    if p.filling:
+        out.append(out[0].new_zeros(1, p.filling, *out[0].shape[2:]))
     return torch.cat(out, 1), None
 
 

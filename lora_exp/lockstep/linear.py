@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_exp.lockstep.segment import Segment
+from lora_exp.lockstep.rowwise import Rowwise
+from lora_exp.lockstep.segment import Pass, Segment, split
 from lora_exp.lockstep.state import RandomState
-
-
-def split(x_1NC: Tensor, sizes: list[int], dim: int = 1) -> list[Tensor]:
-    """Cut a pass's tokens into its segments' (one node in autograd's graph, not one for each)."""
-    return list(torch.split(x_1NC, sizes, dim))
 
 
 class Adapter:
@@ -62,68 +57,51 @@ def drawing(segment: Segment, dropouts: Iterable[nn.Module]) -> Iterator[None]:
         segment.random = RandomState.now()
 
 
-class FusedLinear(nn.Module):
+class FusedLinear(Rowwise):
     """A linear layer of the base with, for each job that adapts it, the job's own adapter.
 
-    `exact`: the base's product of all tokens at once, where that is known to be, bit for bit, the
-    product of each segment alone (`FusedBody.rows`); then peft's own forward for each job. `bmm`:
-    adapters are stacked too, ranks and tokens padded with zeros; about 1e-6 off.
+    `exact`: the base's products as `Rowwise` shares them, then peft's own forward for each job.
+    `bmm`: adapters are stacked too, ranks and tokens padded with zeros; about 1e-6 off.
     """
 
-    def __init__(self, base: nn.Module, body: Any) -> None:
-        """Stand in for a layer of a `FusedBody`."""
-        super().__init__()
-        self.base = base
+    def __init__(self, base: nn.Module, body: Any, place: int) -> None:
+        """Stand in for a linear layer; see `Rowwise`."""
+        super().__init__(base, body, place)
         self.layers: dict[int, Adapter] = {}  # the jobs' modules, not ours
-        self.body = body  # no nn.Module, so not ours either
-        weight: Any = base.weight
-        self.shape = (type(base), base.in_features, base.out_features, weight.dtype)
 
     def forward(self, x_1NC: Tensor) -> Tensor:
         """Return the adapted products, [1, N, C]."""
-        segments: list[Segment] = self.body.segments
-        sizes = [s.tokens for s in segments]
-        rows: float = self.body.rows.get(self.shape, math.inf)
+        p: Pass = self.body.current
         if self.body.kind == "bmm":
-            return self._stacked(x_1NC, segments)
-        products = self._products(x_1NC, segments, rows)
+            return self._stacked(x_1NC, p)
+        products = self.products(x_1NC, p)
         if not self.layers:
-            return products[0] if len(products) == 1 else torch.cat(products, 1)
+            return products if isinstance(products, Tensor) else torch.cat(products, 1)
+        parts = split(products, p.sizes) if isinstance(products, Tensor) else products
         # split again, so that autograd adds up the gradients of x in the order of a run alone
-        out = []
-        for s, x, y in zip(segments, split(x_1NC, sizes), products, strict=True):
+        out = parts[:]  # what only fills up stays as it is
+        for i, (s, x) in enumerate(zip(p.segments, split(x_1NC, p.sizes), strict=False)):
             layer = self.layers.get(s.job)
-            done = y if layer is None else layer(s.rows(x), s.rows(y), s)
-            out.append(done.reshape(1, s.tokens, -1))
+            if layer is not None:
+                adapted = layer(s.rows(x), s.rows(parts[i]), s)
+                out[i] = adapted.reshape(1, s.tokens, -1)
         return torch.cat(out, 1)
 
-    def _products(self, x_1NC: Tensor, segments: list[Segment], rows: float) -> list[Tensor]:
-        """Return the base's product of each segment: at once, where that is exact."""
-        sizes = [s.tokens for s in segments]
-        some = sum(size >= rows for size in sizes) > 1
-        whole = split(self.base(x_1NC), sizes) if some else []
-        if some and min(sizes) >= rows:
-            return whole
-        own = zip(segments, split(x_1NC, sizes), strict=True)
-        return [
-            whole[i] if some and s.tokens >= rows else self.base(s.rows(x)).view(1, s.tokens, -1)
-            for i, (s, x) in enumerate(own)
-        ]
-
-    def _stacked(self, x_1NC: Tensor, segments: list[Segment]) -> Tensor:
+    def _stacked(self, x_1NC: Tensor, p: Pass) -> Tensor:
         """Add all adapters in two batched products; J jobs, T tokens of the longest, R top rank."""
         y_1NC: Tensor = self.base(x_1NC)
-        parts = zip(segments, split(x_1NC, [s.tokens for s in segments]), strict=True)
-        found = [
+        segments = p.segments
+        parts = zip(segments, split(x_1NC, p.sizes), strict=True)
+        stacked = [
             (s, x, active)
             for s, x in parts
             if (layer := self.layers.get(s.job))
             for active in layer.active()
         ]
-        if not found:
+        if not stacked:
             return y_1NC
         xs, downs, ups = [], [], []
-        for s, x, (dropout, down, up, scaling) in found:
+        for s, x, (dropout, down, up, scaling) in stacked:
             with drawing(s, [dropout]):
                 xs.append(dropout(x[0].to(down.dtype)))
             downs.append(down)
@@ -131,7 +109,7 @@ class FusedLinear(nn.Module):
         x_JTC, a_JRC, b_JRC = (pad_sequence(t, batch_first=True) for t in (xs, downs, ups))
         delta_JTC = torch.bmm(torch.bmm(x_JTC, a_JRC.mT), b_JRC)
         deltas: dict[int, Tensor] = {}
-        for (s, _, _), delta in zip(found, delta_JTC, strict=True):
+        for (s, _, _), delta in zip(stacked, delta_JTC, strict=True):
             deltas[s.job] = deltas.get(s.job, 0) + delta[: s.tokens]
         none = y_1NC.new_zeros
         rows = [deltas.get(s.job, none((s.tokens, y_1NC.shape[-1]))) for s in segments]

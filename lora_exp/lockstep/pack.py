@@ -23,10 +23,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lora_exp.lockstep.body import FusedBody
-from lora_exp.lockstep.exact import foreign, unfusable
+from lora_exp.lockstep.eligibility import foreign, unfusable
 from lora_exp.lockstep.hub import Hub, Request
 from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import Precision
+from lora_exp.lockstep.verification import Member, Verification
 from lora_exp.memory import free_bytes, reset_peak, training_bytes
 from lora_exp.model import Base, device, sharing_copy
 from lora_exp.place import base_of
@@ -45,6 +46,7 @@ class Tape:
     mode: Mode
     hidden: Tensor | None  # None: the pass has to be made again
     leaf: Tensor  # the same values for the job, which leaves its gradient there
+    own: Tensor | None = None  # what the job's own model makes of the segment, to verify
 
 
 class Pack:
@@ -54,6 +56,7 @@ class Pack:
         self,
         mode: str,
         max_jobs: int | None,
+        verify: float,
         base: Base | None = None,
     ) -> None:
         """Make an empty pack.
@@ -61,16 +64,18 @@ class Pack:
         Args:
             mode: `exact` or `bmm`, see `FusedLinear`.
             max_jobs: at once; None: as many as memory holds, told when the first job joins.
+            verify: the share of passes that are made again for one job alone, see `Verification`.
             base: loaded already; None: by the first job.
         """
         self.mode, self.max_jobs = mode, max_jobs
         # the first job measures the base for all; the others begin when it has
         self.hub = Hub(self, 1, ROOM[device().partition(":")[0]])
         self.tapes: dict[int, list[Tape]] = {}
-        self.trained: dict[int, list[nn.Parameter]] = {}
+        self.members: dict[int, Member] = {}
+        self.verification = Verification(verify if mode == "exact" else 0, self.members)
         self.held: dict[int, int] = {}  # bytes that each job takes beside the base, estimated
         self.free, self.wide = 0, False
-        self.passes = {"forward": 0, "backward": 0, "most jobs": 0}
+        self.passes = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0}
         self.measured: dict[str, Any] = {}  # what jobs need not measure again
         self.counted = [0]  # tokens of training passes; a list, for others to watch
         self._base = base
@@ -103,9 +108,7 @@ class Pack:
             self.widen()
         self._fused.attach(job, body)
         self.tapes[job] = []
-        self.trained[job] = [
-            p for m in body.modules() if isinstance(m, LoraLayer) for p in adapters(m)
-        ]
+        self.members[job] = Member(body, body.forward, adapters(body))
         body.forward = self._meeting(job, body)
         backward = trainer.accelerator.backward
 
@@ -143,9 +146,15 @@ class Pack:
             self._drop(job)
         self.held.pop(job, None)
         self.tapes.pop(job, None)
-        self.trained.pop(job, None)
+        self.members.pop(job, None)
         if self._fused is not None:
             self._fused.detach(job)
+            self._fused.classes.keep()
+
+    def report(self) -> dict[str, Any]:
+        """Return what the passes so far can say about themselves, for a job's record."""
+        shared = self.passes["together"] / max(1, self.passes["products"])
+        return {**self.verification.report(), "products_together": round(shared, 4)}
 
     def _meeting(self, job: int, body: Any) -> Callable[..., Any]:
         own = body.forward
@@ -164,7 +173,7 @@ class Pack:
                 "position_ids": position_ids, "past_key_values": past_key_values,
                 "use_cache": use_cache, **rest,
             }  # fmt: skip
-            if not simple(given):
+            if job in self.verification.apart or not simple(given):
                 return own(**given)
             grad = torch.is_grad_enabled()
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
@@ -195,32 +204,60 @@ class Pack:
         segments = [Segment(job=r.job, random=r.random, **r.payload) for r in requests]
         drawn = [copy.copy(s) for s in segments]
         places = self._distinct(drawn) if not mode.precision.grad else list(range(len(drawn)))
-        used = [drawn[place] for place in sorted(set(places))]
-        seen = [s.past.get_seq_length() if s.past is not None else 0 for s in used]
+        computed = sorted(set(places))
+        passed = self._passed([drawn[i] for i in computed], [segments[i] for i in computed], mode)
+        hidden_of = dict(zip(computed, passed, strict=True))
+        self.passes["forward"] += 1
+        self.passes["most jobs"] = max(self.passes["most jobs"], len(computed))
+        made: list[Tape] = []
+        answers = []
+        for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
+            hidden, own = hidden_of[place]
+            request.random = after.random
+            if hidden.requires_grad:
+                self.counted[0] += after.tokens
+                leaf = hidden.detach().requires_grad_()
+                made.append(Tape(made, before, mode, hidden, leaf, own))
+                self.tapes[request.job].append(made[-1])
+                hidden = leaf
+            answers.append(hidden if place == requests.index(request) else hidden.clone())
+        return answers
+
+    def _passed(
+        self, segments: list[Segment], before: list[Segment], mode: Mode
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return each segment's hidden states, and of verified ones those of the job's own model.
+
+        Args:
+            segments: draw random numbers and fill their caches.
+            before: the same ones, which stay as they are.
+            mode: of the pass.
+        """
+        assert self._fused is not None
+        lengths = [s.past.get_seq_length() if s.past is not None else 0 for s in segments]
+        passed: list[tuple[Tensor, Tensor | None]] = []
         try:
-            hidden_of = dict(zip(sorted(set(places)), self._fused.forward(used), strict=True))
+            for p in self._fused.passes(segments):
+                check = self.verification.choose(mode, p)
+                hidden = self._fused.forward(p)
+                own: list[Tensor | None] = [None] * len(hidden)
+                if check is not None:
+                    since = before[len(passed) : len(passed) + len(hidden)]
+                    own[check.place] = self.verification.verify(
+                        check, since, hidden[check.place], mode, self._fused
+                    )
+                passed += zip(hidden, own, strict=True)
+                together, products = self._fused.products(p)
+                self.passes["together"] += together
+                self.passes["products"] += products
         except BaseException:
-            for s, length in zip(used, seen, strict=True):
+            for s, length in zip(segments, lengths, strict=True):
                 if s.past is not None:
                     s.past.crop(length)
             raise
         finally:
             torch.clear_autocast_cache()
-        self.passes["forward"] += 1
-        self.passes["most jobs"] = max(self.passes["most jobs"], len(used))
-        made: list[Tape] = []
-        answers = []
-        for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
-            hidden = hidden_of[place]
-            request.random = after.random
-            if hidden.requires_grad:
-                self.counted[0] += after.tokens
-                leaf = hidden.detach().requires_grad_()
-                made.append(Tape(made, before, mode, hidden, leaf))
-                self.tapes[request.job].append(made[-1])
-                hidden = leaf
-            answers.append(hidden if place == requests.index(request) else hidden.clone())
-        return answers
+        return passed
 
     def _distinct(self, segments: list[Segment]) -> list[int]:
         """Return, for each segment, the place of the first that asks the bare base the same."""
@@ -239,7 +276,8 @@ class Pack:
     def _backward(self, requests: list[Request]) -> list[None]:
         """Bring each job's gradients from its hidden states to its adapter."""
         jobs = [r.job for r in requests]
-        parameters = [p for job in jobs for p in self.trained[job] if p.requires_grad]
+        trained = [p for job in jobs for p in self.members[job].trained.values()]
+        parameters = [p for p in trained if p.requires_grad]
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -266,13 +304,19 @@ class Pack:
         for mode in {t.mode for t in again}:
             some = [t for t in again if t.mode == mode]
             self._fused.enter(mode)
-            found = self._fused.forward([copy.copy(t.segment) for t in some])
+            passes = self._fused.passes([copy.copy(t.segment) for t in some])
+            made = [hidden for p in passes for hidden in self._fused.forward(p)]
             torch.clear_autocast_cache()
-            for tape, hidden in zip(some, found, strict=True):
+            for tape, hidden in zip(some, made, strict=True):
                 tape.hidden = hidden
         ends = [t.hidden for t in tapes if t.hidden is not None]
+        checked = [(t, t.own) for t in tapes if t.own is not None]
+        earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:
             torch.autograd.backward(ends, [t.leaf.grad for t in tapes], inputs=parameters)
+            for (tape, own), before in zip(checked, earlier, strict=True):
+                job = tape.segment.job
+                self.verification.verify_gradients(job, own, tape.leaf.grad, before)
         finally:
             for tape in tapes:  # the pass's graph is used up, for those not asked for too
                 unmade(tape.made)
@@ -281,7 +325,7 @@ class Pack:
 def unmade(tapes: list[Tape]) -> None:
     """Let go of a graph that cannot be gone back through; the pass is made again when needed."""
     for tape in tapes:
-        tape.hidden = None
+        tape.hidden = tape.own = None
 
 
 def share(base: Base) -> Base:
@@ -295,9 +339,15 @@ def share(base: Base) -> Base:
     )
 
 
-def adapters(layer: Any) -> list[nn.Parameter]:
-    """Return a LoRA layer's own parameters, of all its adapters."""
-    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+def adapters(body: Any) -> dict[str, nn.Parameter]:
+    """Return the own parameters of a body's LoRA layers, of all their adapters."""
+    return {
+        f"{name}.{own}": parameter
+        for name, layer in body.named_modules()
+        if isinstance(layer, LoraLayer)
+        for own, parameter in layer.named_parameters()
+        if not own.startswith("base_layer.")
+    }
 
 
 def simple(given: dict[str, Any]) -> bool:

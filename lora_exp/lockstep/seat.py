@@ -66,6 +66,10 @@ class Seat:
         """Train in step with the pack from here on."""
         self.pack.join(self.job, trainer)
 
+    def report(self) -> dict[str, Any]:
+        """Return how the pack's passes were shared and verified so far."""
+        return {"lockstep": self.pack.report()}
+
     def leave(self) -> None:
         """Free the seat; only where others wait for it, what was left there is swept out."""
         self.pack.leave(self.job)

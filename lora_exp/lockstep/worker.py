@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus, run_job
@@ -46,6 +46,20 @@ class Seats:
     mode: str | None
     max_jobs: int | None
     names: tuple[str, ...] = ()
+    verify: float = 0.0
+
+
+class Launch(Protocol):
+    """Hears what becomes of jobs, each by its number."""
+
+    def began(self, number: int) -> None:
+        """Hear that a job begins."""
+
+    def ended(self, number: int, result: JobReturn) -> None:
+        """Hear how a job ended."""
+
+    def unproven(self, numbers: list[int], differences: list[str]) -> None:
+        """Hear that a pack is over whose passes were not its runs alone."""
 
 
 class Worker:
@@ -64,9 +78,7 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def run(
-        self, work: list[Seats], began: Callable[[int], None], ended: Callable[..., None]
-    ) -> None:
+    def run(self, work: list[Seats], launch: Launch) -> None:
         """Send work and report each job as it begins and ends, until all have or the worker died.
 
         Raises:
@@ -82,7 +94,7 @@ class Worker:
                     return
                 if said == "gone":
                     break
-                (began if said == "began" else ended)(*about)
+                getattr(launch, said)(*about)
         except (EOFError, OSError):
             pass  # it died while it said something
         finally:
@@ -155,7 +167,7 @@ class _Report:
     context: HydraContext
     task: TaskFunction
 
-    def _send(self, *said: Any) -> None:
+    def send(self, *said: Any) -> None:
         try:
             self.pipe.send(said)
         except OSError as error:  # nobody listens any more
@@ -166,7 +178,7 @@ class _Report:
         """Run one job as every launcher does, and send what it returned."""
         if stop.asked:
             return failed(config, Interrupted())  # it has not begun, and nobody waits for it
-        self._send("began", number)
+        self.send("began", number)
         try:
             result = run_job(
                 hydra_context=self.context,
@@ -179,7 +191,7 @@ class _Report:
             result = failed(config, error)
         except Exception as error:  # Hydra's own, before or after the task
             result = failed(config, error)
-        self._send("ended", number, portable(result))
+        self.send("ended", number, portable(result))
         return result
 
 
@@ -222,7 +234,7 @@ def _pack(seats: Seats, report: _Report) -> None:
 
     keep_freed()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
-    pack = Pack(seats.mode or "exact", seats.max_jobs)
+    pack = Pack(seats.mode or "exact", seats.max_jobs, seats.verify)
     table = Table("in lockstep", rows, pack.counted)
 
     def job(place: int, number: int, config: DictConfig) -> Callable[[], None]:
@@ -236,6 +248,8 @@ def _pack(seats: Seats, report: _Report) -> None:
     pack.hub.tick = table.tick
     with table.open():
         pack.hub.run(job(place, *about) for place, about in enumerate(seats.jobs))
+    if pack.verification.differences:
+        report.send("unproven", [n for n, _ in seats.jobs], pack.verification.differences)
 
 
 def _status(returned: Any) -> str:

@@ -1,18 +1,15 @@
-"""What can be computed together without changing a bit, and what cannot: measured, not assumed."""
+"""Which bases and adapters can take part in a pass, and why others cannot."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
-from lora_exp.lockstep.linear import split
 from lora_exp.lockstep.state import RandomState
 
 
@@ -59,36 +56,3 @@ def keeping_random() -> Iterator[None]:
         yield
     finally:
         before.restore()
-
-
-def rows_alike(linear: Any, dtype: torch.dtype, grad: bool) -> float:
-    """Measure from how many rows on a product is the same, bit for bit, alone and among others.
-
-    With outliers, which 8-bit products treat by the column of the whole; backward too with `grad`.
-
-    Returns:
-        The least number of rows; infinity where the others always show.
-    """
-    found, device = math.inf, linear.weight.device
-    for least in (64, 16, 1):
-        sizes = [least, least + 1, 3 * least + 5, least, 150 + least, 2 * least + 1]
-        sizes += [900] if least == 64 else []
-        x_1NC = torch.randn(1, sum(sizes), linear.in_features, device=device, dtype=dtype)
-        x_1NC[:, :: 2 * least + 3, ::7] *= 20
-        dy_1NC = torch.randn(1, sum(sizes), linear.out_features, device=device, dtype=dtype)
-        y_1NC, dx_1NC = _product(linear, x_1NC, dy_1NC, grad)
-        parts = (split(t, sizes) for t in (x_1NC, dy_1NC, y_1NC, dx_1NC))
-        for x, dy, y, dx in zip(*parts, strict=True):
-            alone = _product(linear, x, dy, grad)
-            if not (torch.equal(alone[0], y) and torch.equal(alone[1], dx)):
-                return found
-        found = least
-    return found
-
-
-def _product(linear: Any, x: Tensor, dy: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
-    with torch.set_grad_enabled(grad):
-        x = x.detach().requires_grad_(grad)
-        y: Tensor = linear(x)
-        dx = torch.autograd.grad(y, x, dy.to(y.dtype))[0] if grad else x
-    return y.detach(), dx

@@ -1,0 +1,80 @@
+"""Which segments share a product, from the classes of their numbers of rows."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lora_exp.lockstep.grouping import FILLING, Group, group, on_grid
+
+# as seen on a processor with AMX in bfloat16: (from this number of rows on, this class)
+AMX = {
+    "512 to 192": [(1, "0"), (37, "1"), (192, "0")],
+    "192 to 512 backward": [(1, "0"), (40, "1"), (41, "0"), (43, "1"), (45, "0"), (46, "1"),
+                            (49, "0"), (71, "1"), (72, "0"), (76, "1"), (77, "0")],
+    "576 to 576": [(1, "0"), (33, "1"), (617, "0")],
+}  # fmt: skip
+
+
+def class_of(bands: list[tuple[int, str]], rows: int) -> str:
+    return [name for least, name in bands if least <= rows][-1]
+
+
+def alone(groups: tuple[Group, ...]) -> list[int]:
+    return [g.members[0] for g in groups if len(g.members) == 1]
+
+
+def test_segments_of_the_class_of_the_whole_are_one_product() -> None:
+    assert group((5, 7), 12, lambda _: "a") == (Group((0, 1), 12),)
+
+
+def test_a_whole_that_is_filled_up_keeps_its_filling() -> None:
+    assert group((5, 7), 16, lambda rows: "b" if rows == 12 else "a") == (Group((0, 1), 16),)
+
+
+def test_a_lone_segment_is_a_product_of_its_own() -> None:
+    assert group((5,), 5, lambda _: None) == (Group((0,), 5),)
+
+
+def test_rows_of_no_class_are_alone() -> None:
+    groups = group((13, 16, 16), 45, lambda rows: "a" if rows % 4 == 0 else None)
+    assert groups == (Group((0,), 13), Group((1, 2), 32))
+
+
+def test_two_classes_are_two_products() -> None:
+    groups = group((8, 40, 8, 40), 96, lambda rows: "few" if rows < 32 else "many")
+    assert groups == (Group((0, 2), 16), Group((1, 3), 80))
+
+
+def test_a_band_cuts_a_pass_to_size() -> None:
+    bands = AMX["512 to 192"]
+    groups = group((80, 80, 80, 80), 320, lambda rows: class_of(bands, rows))
+    assert [g.members for g in groups] == [(0, 1), (2, 3)]
+
+
+def test_a_product_is_filled_up_to_the_class_of_its_members_but_not_beyond_measure() -> None:
+    bands = AMX["512 to 192"]
+    groups = group((30,) * 6, 180, lambda rows: class_of(bands, rows))
+    assert groups == (Group(tuple(range(6)), 192),)
+    groups = group((30,) * 4, 120, lambda rows: class_of(bands, rows))  # 192 were too many
+    assert alone(groups) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("bands", AMX.values(), ids=AMX)
+def test_every_segment_is_computed_once_and_only_in_its_class(bands: list[tuple[int, str]]) -> None:
+    for sizes in itertools.product((1, 20, 36, 40, 47, 90, 300, 700), repeat=3):
+        groups = group(sizes, sum(sizes), lambda rows: class_of(bands, rows))
+        assert sorted(i for g in groups for i in g.members) == [0, 1, 2]
+        for g in groups:
+            assert {class_of(bands, sizes[i]) for i in g.members} == {class_of(bands, g.rows)}
+            needed = sum(sizes[i] for i in g.members)
+            assert needed <= g.rows <= max(needed * FILLING, on_grid(needed))
+
+
+def test_a_grid_has_few_numbers_and_wastes_little() -> None:
+    numbers = [on_grid(rows) for rows in range(1, 2049)]
+    assert len(set(numbers)) == 128
+    assert numbers == sorted(numbers)
+    assert all(n >= rows for rows, n in enumerate(numbers, 1))
+    assert max(n / rows for rows, n in enumerate(numbers, 1) if rows > 256) < 1.04
