@@ -18,6 +18,13 @@ QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "dat
 QUICK += ["data.max_eval_rows=16"]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say on what the bits were compared: they are those of a processor."""
+    from lora_exp.processor import capability
+
+    terminalreporter.write_line(f"on {capability()}")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LORA_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))

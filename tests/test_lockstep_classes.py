@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_exp.lockstep.classes import Classes, Kind, processor
+from lora_exp.lockstep.classes import Classes, Kind
 from lora_exp.lockstep.state import PLAIN
+from lora_exp.processor import processor
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.lockstep.classes import processor as here
+from lora_exp.processor import processor as here
 from tests.conftest import ROOT
 from tests.processors import Product, banded, combed, placed, processor
 from tests.test_lockstep_pack import COMMON, alone, packed, seen

@@ -185,6 +185,9 @@ def _write_in(folder: Path) -> None:
 
 
 def _machine() -> Iterator[Finding]:
+    from lora_exp.processor import capability
+
+    yield Finding("known", "processor", capability())
     free = shutil.disk_usage(Path.cwd()).free
     cure = "" if free >= ROOM else "; checkpoints may not fit: make room, or work elsewhere"
     yield Finding("warning" if cure else "ok", "disk", f"{size(free)} free here{cure}")

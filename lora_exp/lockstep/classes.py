@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,11 +21,12 @@ import torch
 from lora_exp.disk import write_whole
 from lora_exp.lockstep.probe import Probe
 from lora_exp.lockstep.state import Precision
+from lora_exp.processor import processor
 from lora_exp.tokens import cache_dir
 
 # settings by which libraries choose their kernels
 CHOOSING = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS", "CUDNN_", "NVIDIA_", "ATEN_", "TORCH_", "OMP_")
-CPU, DRIVER = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,3 @@ def _conditions(device: str) -> dict[str, Any]:
             ],
         }
     return found
-
-
-def processor() -> dict[str, str]:
-    """Return the processor's name and what it can do, as far as the system tells."""
-    lines = CPU.read_text().splitlines() if CPU.exists() else []
-    pairs = dict(line.partition(":")[::2] for line in reversed(lines))  # the first processor's
-    values = {key.strip(): value.strip() for key, value in pairs.items()}
-    names = ("model name", "flags", "Features", "CPU part", "microcode")
-    return {key: values[key] for key in names if key in values} or {"machine": platform.machine()}
