@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from lora_exp.config import compose
+from lora_exp.config.settled import compose
 
 if TYPE_CHECKING:
     from lora_exp.after.loading import load_adapter

@@ -18,30 +18,30 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from lora_exp.adapter import Adapted, attach, save
-from lora_exp.card import model_card
-from lora_exp.checkpoint import newest
-from lora_exp.config import build, is_path, plain, run_dir
-from lora_exp.console import show
-from lora_exp.data import Rows
-from lora_exp.disk import sha256, whole
-from lora_exp.display import Progression, quiet
+from lora_exp.adapter.attach import Adapted, attach, save
+from lora_exp.algorithm.critic import save_value
+from lora_exp.config.settled import build, is_path, plain, run_dir
+from lora_exp.data.examples import prompts, raw, seen
+from lora_exp.data.rows import Rows
+from lora_exp.data.tokens import Tokens, tokenise
 from lora_exp.errors import ConfigError, DivergedError, Interrupted
-from lora_exp.examples import prompts, raw, seen
-from lora_exp.guard import check_finite
-from lora_exp.interruption import stop
-from lora_exp.measure import after, before, objective
-from lora_exp.memory import peak_bytes
-from lora_exp.model import Base
-from lora_exp.place import Alone, Place
-from lora_exp.record import Record
-from lora_exp.redaction import redact
-from lora_exp.samples import virtual_tokens
-from lora_exp.summary import announce, conclude, counts
-from lora_exp.tokens import Tokens, tokenise
-from lora_exp.tracking import Metrics, Nowhere, Tracker
-from lora_exp.trainer import trainer_of
-from lora_exp.value import save_value
+from lora_exp.files.redaction import redact
+from lora_exp.files.whole import sha256, whole
+from lora_exp.model.loading import Base
+from lora_exp.model.memory import peak_bytes
+from lora_exp.record.card import model_card
+from lora_exp.record.console import show
+from lora_exp.record.progress import Progression, quiet
+from lora_exp.record.run import Record
+from lora_exp.record.summary import announce, conclude, counts
+from lora_exp.tracking.wandb import Metrics, Nowhere, Tracker
+from lora_exp.training.answers import virtual_tokens
+from lora_exp.training.checkpoint import newest
+from lora_exp.training.guards import check_finite
+from lora_exp.training.interruption import stop
+from lora_exp.training.measure import after, before, objective
+from lora_exp.training.place import Alone, Place
+from lora_exp.training.trainer import trainer_of
 
 log = logging.getLogger("lora_exp")
 

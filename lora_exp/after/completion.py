@@ -16,17 +16,17 @@ import torch
 from lora_exp.after.loading import Loaded, load, load_base
 from lora_exp.after.prompts import Asking, prompts_of, read
 from lora_exp.after.saved import Saved, find
-from lora_exp.console import tracked
-from lora_exp.data import files
-from lora_exp.disk import sha256, write_whole
-from lora_exp.display import quiet
+from lora_exp.config.resume import changes
+from lora_exp.data.formats import Row
+from lora_exp.data.rows import files
 from lora_exp.errors import DataError, SavedError
-from lora_exp.formats import Row
-from lora_exp.model import Base
-from lora_exp.record import versions
-from lora_exp.resume import changes
-from lora_exp.samples import batches, ids_of, left, room
-from lora_exp.samples import generate as answer_batch
+from lora_exp.files.whole import sha256, write_whole
+from lora_exp.model.loading import Base
+from lora_exp.record.console import tracked
+from lora_exp.record.progress import quiet
+from lora_exp.record.run import versions
+from lora_exp.training.answers import batches, ids_of, left, room
+from lora_exp.training.answers import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
 HASHED = ("prompts", "tokens", "adapter.", "base")  # told without their values

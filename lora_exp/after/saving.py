@@ -13,15 +13,15 @@ import peft
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lora_exp.adapter import REWRITES_BASE
+from lora_exp.adapter.attach import REWRITES_BASE
+from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.inspection import modules
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import Saved, find
-from lora_exp.card import model_card
-from lora_exp.disk import whole
-from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.foreign import read_weights
+from lora_exp.files.whole import whole
+from lora_exp.record.card import model_card
+from lora_exp.record.progress import quiet
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",

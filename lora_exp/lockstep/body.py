@@ -24,7 +24,7 @@ from lora_exp.lockstep.exact import keeping_random, rows_alike
 from lora_exp.lockstep.linear import Adapter, FusedLinear, split
 from lora_exp.lockstep.segment import Mode, Segment
 from lora_exp.lockstep.state import RandomState
-from lora_exp.model import sharing_copy
+from lora_exp.model.loading import sharing_copy
 
 # rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]

@@ -1,0 +1,3 @@
+"""A config."""
+
+from lora_exp.config.settled import asset as asset

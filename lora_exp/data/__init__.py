@@ -1,0 +1,3 @@
+"""A row."""
+
+from lora_exp.data.rows import Rows as Rows

@@ -1,0 +1,1 @@
+"""A number or word going out."""
