@@ -16,8 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+from lora_exp.config.door import CONF
 from lora_exp.config.mistakes import mistake
-from lora_exp.config.settled import CONF
 from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_files, redact_text

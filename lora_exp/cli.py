@@ -365,7 +365,7 @@ def estimate(
     """
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count
-    from lora_exp.config.settled import compose
+    from lora_exp.config.composition import compose
 
     _print(count(compose(*overrides or (), config_dir=config_dir)), pages.estimate, as_json)
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import compose, run
-from lora_exp.config.settled import CONF, asset
+from lora_exp.config.door import CONF
 from lora_exp.config.validation import REFUSED
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset
 
 METHODS = sorted(path.stem for path in (CONF / "peft").glob("*.yaml"))
 PAIRS = [

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.config.settled import asset
+from lora_exp.files.paths import asset
 from tests.conftest import QUICK
 from tests.files.test_whole import in_a_small_disk
 from tests.test_experiment import digest

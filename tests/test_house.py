@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.config.settled import CONF
+from lora_exp.config.door import CONF
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

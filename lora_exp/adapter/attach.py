@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_exp.adapter.mounting import put, read_config
 from lora_exp.adapter.untrusted import read_weights
-from lora_exp.config.settled import build
+from lora_exp.config.door import build
 from lora_exp.config.start import adapter_config, check_base
 from lora_exp.errors import (
     ConfigError,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_exp.after.loading import Loaded, load, load_base
+from lora_exp.after.output import check_file
 from lora_exp.after.prompts import Asking, prompts_of, read
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.resume import changes
@@ -99,22 +100,6 @@ def generate(
     write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
     part.path.unlink()
     return target
-
-
-def check_file(path: Path, force: bool, source: str | None = None) -> None:
-    """Refuse to write a file over another, or where there can be none; never over its source.
-
-    Raises:
-        SavedError: the path is taken, or its folder is missing or closed.
-    """
-    if path.is_dir():
-        raise SavedError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise SavedError(f"{path} exists; --force replaces it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SavedError(f"{path.parent} is no folder that can be written to")
-    if source and path.resolve() in (file.resolve() for file in files(source)):
-        raise SavedError(f"{path} is what is read; name another place")
 
 
 def _tokens(rows: list[Asking], loaded: Loaded, max_new_tokens: int) -> list[list[int]]:

@@ -163,7 +163,7 @@ def _hub() -> Iterator[Finding]:
 def _caches() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from lora_exp.data.tokens import cache_dir
+    from lora_exp.files.paths import cache_dir
 
     folders = {"LORA_EXP_CACHE": cache_dir(), "HF_HUB_CACHE": Path(constants.HF_HUB_CACHE)}
     for name, folder in folders.items():

@@ -20,9 +20,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_exp.adapter.attach import REWRITES_BASE, attach
-from lora_exp.config.settled import CONF, asset, fingerprint, plain
+from lora_exp.config.door import CONF, plain
+from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset
 from lora_exp.model.loading import CLASSES, Base, device, dtype_of, unloadable
 from lora_exp.model.memory import layer_bytes
 from lora_exp.record.progress import quiet

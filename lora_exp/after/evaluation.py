@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_exp.after.completion import check_file
 from lora_exp.after.loading import Loaded, check_apart, load, load_base
+from lora_exp.after.output import check_file
 from lora_exp.after.saved import find
 from lora_exp.data.formats import Row
 from lora_exp.data.rows import Rows, jsonl

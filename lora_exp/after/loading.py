@@ -19,10 +19,9 @@ from lora_exp.adapter.mounting import put, read_config
 from lora_exp.after.saved import Saved, base_config, claim, find
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
-from lora_exp.model.loading import Base, dequantise, sharing_copy
+from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
-from lora_exp.training.place import base_of
 
 
 @dataclass(frozen=True)

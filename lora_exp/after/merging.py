@@ -23,8 +23,8 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
+from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
-from lora_exp.after.saving import check_free
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.whole import sha256, whole
 from lora_exp.record.card import merged_card

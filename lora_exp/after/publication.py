@@ -18,8 +18,9 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # typ
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
+from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, find, read_json
-from lora_exp.after.saving import TOKENIZER, check_free, save
+from lora_exp.after.saving import TOKENIZER, save
 from lora_exp.errors import HubError, LoraExpError, SavedError
 from lora_exp.files.redaction import redact_text
 from lora_exp.files.whole import whole

@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_exp.config.settled import CONF, asset, compose
+from lora_exp.config.composition import compose
+from lora_exp.config.door import CONF, renamed
 from lora_exp.config.start import adapter_config
 from lora_exp.config.validation import TASKS
 from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
+from lora_exp.files.paths import asset
 from lora_exp.files.revision import comparable, is_commit, named
 
 CHECKPOINT = "checkpoint-"
@@ -47,7 +49,8 @@ class Saved:
         if self.run is None or not (self.run / "config.yaml").is_file():
             return {}
         try:
-            return dict(OmegaConf.to_container(OmegaConf.load(self.run / "config.yaml")))  # type: ignore[arg-type]
+            saved = OmegaConf.to_container(OmegaConf.load(self.run / "config.yaml"))
+            return dict(renamed(saved))
         except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
             raise SavedError(f"{self.run / 'config.yaml'} cannot be read: {error}") from error
 

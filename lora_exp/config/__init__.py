@@ -1,3 +1,3 @@
 """A config."""
 
-from lora_exp.config.settled import asset as asset
+from lora_exp.files.paths import asset as asset

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_exp.config.settled import CONF
+from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError, LoraExpError, did_you_mean
 
 

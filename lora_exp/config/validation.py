@@ -1,7 +1,7 @@
 """Every fault of a config at once, in about a second and without importing torch.
 
 Knows arguments, ranges and pairs that do not work; what only the loaded base can tell (module
-names) is checked in `adapter.py`.
+names) is checked when the adapter is attached.
 """
 
 from __future__ import annotations
@@ -14,20 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lora_exp.config.door import every_target, is_trusted, plain, untrusted
 from lora_exp.config.ranges import Fault, is_number, ranges
-from lora_exp.config.settled import (
-    asset,
-    every_target,
-    is_path,
-    is_trusted,
-    plain,
-    settle,
-    untrusted,
-)  # fmt: skip
+from lora_exp.config.settled import settle
 from lora_exp.config.signature import compared, fits, members, signature
 from lora_exp.config.start import adapter_config
 from lora_exp.data.formats import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.files.paths import asset, is_path
 from lora_exp.files.redaction import redact
 from lora_exp.files.revision import is_commit
 

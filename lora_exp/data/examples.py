@@ -1,18 +1,21 @@
-"""What trainers learn from beside completions: pairs, marked answers, prompts."""
+"""What trainers learn from: rows as tokens, pairs, marked answers or prompts, and their counts."""
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
 import pyarrow
 from datasets import Dataset
 from jinja2.exceptions import TemplateError
+from omegaconf import DictConfig
 
 from lora_exp.data.formats import SHAPES, Row
+from lora_exp.data.rows import Rows
 from lora_exp.data.template import render_chat
-from lora_exp.data.tokens import IGNORED, Counts, Tokens
-from lora_exp.errors import DataError
+from lora_exp.data.tokens import IGNORED, Counts, Tokens, tokenise, virtual_tokens
+from lora_exp.errors import ConfigError, DataError
 
 Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
 
@@ -26,6 +29,62 @@ def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
         row["prompt"], tools=row.get("tools"), add_generation_prompt=True, return_dict=True
     )["input_ids"]
     return chat
+
+
+def prepared(
+    rows: Rows, tokenizer: Any, model: Any, cfg: DictConfig
+) -> tuple[Tokens, Tokens | None]:
+    """Prepare rows as the algorithm's trainer takes them: to train on, and held out.
+
+    Args:
+        rows: in the algorithm's shape.
+        tokenizer: the base's; it gets the chat template of the rows, where they bring one.
+        model: with its adapter, whose trained tokens stand before every prompt.
+        cfg: the run's.
+
+    Raises:
+        ConfigError: `max_length` is longer than the model's context.
+        DataError: rows that cannot be used.
+    """
+    args, shape = cfg.algorithm.args, cfg.algorithm.shape
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if (args.get("max_length") or 0) > context:
+        text = f"{args.max_length} is longer than the model's context of {context} tokens"
+        raise ConfigError([("algorithm.args.max_length", text)])
+    if rows.chat_template is not None:
+        tokenizer.chat_template = rows.chat_template
+    context -= virtual_tokens(model)
+    splits = {"train": rows.train, "eval": rows.eval}
+    if shape == "prompt":
+        room = context - args.max_completion_length
+        made = {what: prompts(some, tokenizer, room, what) for what, some in splits.items() if some}
+    elif shape != "completion":
+        made = {what: raw(some, shape, tokenizer) for what, some in splits.items() if some}
+    else:
+        cut = args.get("packing") and args.get("packing_strategy") in ("wrapped", "bfd_split")
+        room = min(args.max_length or math.inf, context)
+        options: dict[str, Any] = {
+            "max_length": None if cut or room == math.inf else int(room),
+            "completion_only": bool(args.get("completion_only_loss")),
+            "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
+        }
+        made = {
+            what: tokenise(some, tokenizer, what=what, **options)
+            for what, some in splits.items()
+            if some
+        }
+    return made["train"], made.get("eval")
+
+
+def recounted(
+    train: Tokens, held_out: Tokens | None, trainer: Any, cfg: DictConfig
+) -> tuple[Tokens, Tokens | None]:
+    """Return the rows as the trainer holds them: some trainers tokenise for themselves."""
+    if cfg.algorithm.shape in ("completion", "prompt"):
+        return train, held_out
+    length = cfg.algorithm.args.max_length
+    train = seen(train, trainer.train_dataset, length, "train")
+    return train, held_out and seen(held_out, trainer.eval_dataset, length, "eval")
 
 
 def prompts(rows: list[Row], tokenizer: Any, room: float, what: str) -> Tokens:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_exp.config.settled import asset
 from lora_exp.data import tasks as generated
 from lora_exp.data.formats import FORMATS, FieldError, Row, detect, reshape
 from lora_exp.errors import DataError
+from lora_exp.files.paths import asset
 from lora_exp.files.whole import sha256
 
 Format = Literal[

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from rich.progress import track
 from lora_exp.data.formats import Row
 from lora_exp.data.template import render_chat
 from lora_exp.errors import DataError
+from lora_exp.files.paths import cache_dir
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 VERSION = 3  # of this module's rule; part of the cache's key
@@ -92,12 +92,6 @@ def tokenise(
             f" (max_length {max_length}): raise algorithm.args.max_length or shorten the prompts"
         )
     return tokens
-
-
-def cache_dir() -> Path:
-    """Return where what can be computed again is kept: `LORA_EXP_CACHE`, else the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LORA_EXP_CACHE") or Path(home) / "lora-exp")
 
 
 def _key(rows: list[Row], tokenizer: Any, *options: Any) -> str:
@@ -317,3 +311,9 @@ def _decoded(text: str, tokenizer: Any) -> str:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
     return decoded
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many trained tokens stand before every prompt."""
+    configs = getattr(model, "peft_config", {}).values()
+    return max((getattr(config, "num_virtual_tokens", 0) or 0 for config in configs), default=0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config.settled import plain
+from lora_exp.config.door import plain
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
 from lora_exp.record.run import FAILED, standing

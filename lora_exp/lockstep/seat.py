@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config.settled import plain
+from lora_exp.config.door import plain
 from lora_exp.lockstep.pack import Pack
 from lora_exp.model.loading import Base
 from lora_exp.record.progress import Board

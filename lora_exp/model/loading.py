@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,9 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lora_exp.config.settled import asset
-from lora_exp.data.tokens import cache_dir
+from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset, cache_dir
 from lora_exp.files.revision import is_commit
 
 CLASSES: dict[str, Any] = {
@@ -144,6 +145,14 @@ def load(
     settle(model, tokenizer)
     found, warning = _revision(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
+
+
+def base_of(cfg: DictConfig) -> Base:
+    """Load the base that a config names, for what its algorithm trains it to do."""
+    quantization = build(cfg, "quant")
+    task_type = cfg.algorithm.task_type
+    base: Base = build(cfg, "model", quantization=quantization, task_type=task_type)
+    return base
 
 
 def unloadable(path: str, error: Exception) -> ConfigError:

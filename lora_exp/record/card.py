@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.settled import asset, plain
+from lora_exp.config.door import plain
+from lora_exp.files.paths import asset
 from lora_exp.files.redaction import redact
 from lora_exp.model.loading import CLASSES
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from lora_exp.data.tokens import IGNORED
 from lora_exp.record.console import console
-from lora_exp.tracking.wandb import named
+from lora_exp.record.metrics import named
 
 log = logging.getLogger("lora_exp")
 SHOWN_TOKENS = 160

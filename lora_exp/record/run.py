@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -10,16 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.door import plain, renamed
 from lora_exp.config.resume import LONGER, changes
-from lora_exp.config.settled import fingerprint, plain
+from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.files.lock import Lock
+from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
-from lora_exp.files.whole import refusal, write_whole
+from lora_exp.files.whole import refusal, sha256, write_whole
+
+if TYPE_CHECKING:
+    from lora_exp.data.rows import Rows
+    from lora_exp.model.loading import Base
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
@@ -111,7 +118,7 @@ class Record:
     def _check_changes(self) -> None:
         """Note what a run that goes on is told anew; a finished one needs more steps."""
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
-        told = changes(saved, self._config)  # type: ignore[arg-type]
+        told = changes(renamed(saved), self._config)
         told = {key: pair for key, pair in told.items() if key not in ITSELF}
         limit = LONGER[0] if self._config["train"]["max_steps"] > 0 else LONGER[1]
         if self.values["status"] == "finished" and limit not in told:
@@ -224,6 +231,19 @@ class Record:
             self.update(status="finished")
         finally:
             self.lock.release()
+
+
+def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
+    """Return what a run cannot go on without: commits and hashes of all that it is made of."""
+    data = dict(rows.source)
+    if rows.chat_template is not None:
+        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
+        data["chat_template"] = f"sha256:{template}"
+    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    folders = [Path(n).expanduser() for n in named if isinstance(n, str) and is_path(n)]
+    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
+    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
+    return {"data": data, "base": base.revision, "adapters": adapters}
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_exp.data.formats import Row
-from lora_exp.data.tokens import Prompt, prompt_of
+from lora_exp.data.tokens import Prompt, prompt_of, virtual_tokens
 from lora_exp.record.console import tracked
 
 
@@ -91,12 +91,6 @@ def room(model: Any, max_new_tokens: int) -> int:
     """Return how many prompt tokens fit beside the answer."""
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
     return max(1, context - max_new_tokens - virtual_tokens(model))
-
-
-def virtual_tokens(model: Any) -> int:
-    """Return how many trained tokens stand before every prompt."""
-    configs = getattr(model, "peft_config", {}).values()
-    return max((getattr(config, "num_virtual_tokens", 0) or 0 for config in configs), default=0)
 
 
 def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:

@@ -12,8 +12,8 @@ from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.model.loading import Base
+from lora_exp.record.metrics import named
 from lora_exp.record.run import Record
-from lora_exp.tracking.wandb import named
 from lora_exp.training.answers import Answer, answer, exact_match
 from lora_exp.training.place import Place
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig
 
-from lora_exp.config.settled import build
-
 if TYPE_CHECKING:
     from lora_exp.model.loading import Base
     from lora_exp.record.progress import Board
@@ -45,14 +43,6 @@ class Place(Protocol):
         """Forget the run: it is over, or failed."""
 
 
-def base_of(cfg: DictConfig) -> Base:
-    """Load the base that a config names, for what its algorithm trains it to do."""
-    quantization = build(cfg, "quant")
-    task_type = cfg.algorithm.task_type
-    base: Base = build(cfg, "model", quantization=quantization, task_type=task_type)
-    return base
-
-
 class Alone:
     """A process of its own: nothing is shared."""
 
@@ -60,6 +50,7 @@ class Alone:
 
     def base(self, cfg: DictConfig) -> Base:
         """Load the base."""
+        from lora_exp.model.loading import base_of
         from lora_exp.model.memory import reset_peak
 
         reset_peak()

@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler
 
 from lora_exp.adapter.attach import Adapted
 from lora_exp.adapter.several import copy_to
-from lora_exp.config.settled import build, plain
+from lora_exp.config.door import build, plain
 from lora_exp.config.signature import signature
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lora_exp import compose
 from lora_exp.after.estimate import base_bytes, estimate, model_config, need, skeleton
 from lora_exp.errors import ConfigError, TargetError
-from lora_exp.training.place import base_of
+from lora_exp.model.loading import base_of
 from tests.after.test_chat import lora_exp
 from tests.conftest import ROOT
 

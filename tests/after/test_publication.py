@@ -277,7 +277,7 @@ def test_a_merged_models_card_says_what_it_is_made_of(trained: Trained, tmp_path
 def test_a_base_that_lies_on_this_machine_needs_a_name_for_others(
     trained: Trained, tmp_path: Path
 ) -> None:
-    from lora_exp.config.settled import asset
+    from lora_exp.files.paths import asset
 
     own = copied(asset("pkg://lora_exp/assets/tiny"), tmp_path / "own base")
     run = trained("peft=lora", "model=local", f"model.path='{own}'", "rate.model=10")

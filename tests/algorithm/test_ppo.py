@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_exp import compose, run
 from lora_exp.algorithm.critic import save_value
 from lora_exp.algorithm.ppo import PPOConfig, PPOTrainer
-from lora_exp.config.settled import asset
+from lora_exp.files.paths import asset
 from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit, load
 from tests.algorithm.test_algorithms import words
 from tests.algorithm.test_rollout import ROWS, characters, stirred

@@ -11,19 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from lora_exp import compose
-from lora_exp.config.settled import (
-    CONF,
-    GROUPS,
-    asset,
-    build,
-    fingerprint,
-    is_trusted,
-    product,
-    run_dir,
-    settle,
-    shipped_targets,
-)
+from lora_exp.config.door import CONF, build, is_trusted, shipped_targets
+from lora_exp.config.settled import GROUPS, fingerprint, product, run_dir, settle
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
@@ -166,7 +157,7 @@ PROBES = [
     "hydra.utils.instantiate",
     "importlib.import_module",
     "lora_exp.config.settled.json.loads",
-    "lora_exp.config.settled.instantiate",
+    "lora_exp.config.door.instantiate",
     "lora_exp.record.run.Path.write_text",
     "lora_exp.tracking.wandb.os.system",
     "lora_exp",
@@ -225,10 +216,10 @@ def test_null_builds_nothing() -> None:
     assert build(compose(), "quant") is None
 
 
-def test_only_config_py_knows_instantiate() -> None:
+def test_only_the_door_knows_instantiate() -> None:
     sources = Path(CONF.parent / "lora_exp").rglob("*.py")
     knowing = {path.name for path in sources if "import instantiate" in path.read_text()}
-    assert knowing == {"config.py"}
+    assert knowing == {"door.py"}
 
 
 def test_a_folder_of_options_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 from trl import KTOTrainer
 
-from lora_exp.config.settled import shipped_targets
+from lora_exp.config.door import shipped_targets
 from lora_exp.config.signature import compared, fits, functions, signature
 
 

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from lora_exp.config.settled import PACKAGE
 from lora_exp.data import tasks
+from lora_exp.files.paths import PACKAGE
 
 
 @pytest.mark.parametrize("seed", range(20))

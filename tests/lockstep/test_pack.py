@@ -26,8 +26,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from lora_exp import compose, run
-from lora_exp.config.settled import asset
 from lora_exp.errors import DivergedError
+from lora_exp.files.paths import asset
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row

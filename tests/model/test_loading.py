@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_exp import compose
-from lora_exp.config.settled import asset, build
+from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset
 from lora_exp.model.loading import (
     bnb_4bit,
     bnb_8bit,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
-from lora_exp.tracking.wandb import named
+from lora_exp.record.metrics import named
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import killed
 
