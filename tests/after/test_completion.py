@@ -256,18 +256,6 @@ def test_rows_that_cannot_be_answered_are_told_by_file_and_line(
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_place_that_is_taken_or_missing_is_refused_before_anything_loads(tmp_path: Path) -> None:
-    (tmp_path / "there").write_text("mine")
-    for out, said in (
-        ("there", "exists; --force replaces it"),
-        (".", "is a folder; name a file"),
-        ("none/out", "is no folder that can be written to"),
-    ):
-        with pytest.raises(SavedError, match=said):
-            generate("nowhere", "nowhere", tmp_path / out)
-    assert (tmp_path / "there").read_text() == "mine"
-
-
 def test_what_gives_scores_does_not_answer(trained: Trained, tmp_path: Path) -> None:
     reward = trained("algorithm=reward", "data=demo_pairs", "data.rows=64", "data.eval_rows=8")
     with pytest.raises(SavedError, match=r"gives scores .*; lora-exp evaluate measures it"):

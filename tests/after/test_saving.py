@@ -112,9 +112,3 @@ def test_a_pissa_checkpoint_is_not_taken_for_a_lora(trained: Trained, tmp_path: 
     with pytest.raises(AdapterError, match=r"is pissa.* before its end.*resume="):
         save(run, tmp_path / "early")
     assert not (tmp_path / "early").exists()
-
-
-def test_a_place_below_a_file_is_refused(trained: Trained, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SavedError, match="file is no folder that can be written to"):
-        save(trained("peft=lora"), tmp_path / "file" / "out")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
-from lora_exp.record.metrics import named
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import killed
 
@@ -114,8 +113,3 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
 
 def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]) -> None:
     assert not (quick_run().directory / "wandb").exists()
-
-
-def test_metrics_are_named_by_group() -> None:
-    logs = {"loss": 1, "eval_loss": 2.0, "grad_norm": 0.5, "note": "x", "eval_runtime": 3.0}
-    assert named(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
