@@ -1,1 +1,4 @@
-"""A tracker."""
+"""A tracker: where numbers and artifacts go beside the run's directory.
+
+wandb  numbers and artifacts to W&B
+"""

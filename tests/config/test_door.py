@@ -9,7 +9,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_exp import compose
-from lora_exp.config.door import CONF, build, is_trusted, shipped_targets
+from lora_exp.config.door import (
+    CONF,
+    RENAMED,
+    build,
+    first_named,
+    is_trusted,
+    renamed,
+    shipped_targets,
+)
 from lora_exp.errors import ConfigError
 
 PROBES = [
@@ -78,3 +86,22 @@ def test_only_the_door_knows_instantiate() -> None:
 
 def test_every_shipped_target_is_trusted() -> None:
     assert all(is_trusted(target) for target in shipped_targets())
+
+
+def test_every_name_of_before_leads_to_one_that_is_shipped_and_back() -> None:
+    assert set(RENAMED.values()) <= shipped_targets()
+    assert len(set(RENAMED.values())) == len(RENAMED)
+    assert not set(RENAMED) & shipped_targets()
+    deep = {"a": [{"_target_": old, "b": old} for old in RENAMED], "_target_": "peft.LoraConfig"}
+    new = {"a": [{"_target_": n, "b": o} for o, n in RENAMED.items()], "_target_": deep["_target_"]}
+    assert renamed(deep) == new
+    assert first_named(new) == deep
+
+
+def test_an_option_of_ones_own_may_say_the_name_of_before(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(
+        "defaults: [jsonl]\n_target_: lora_exp.data.jsonl\n"
+        "path: pkg://lora_exp/assets/demo_eval.jsonl\n"
+    )
+    assert compose("data=mine", config_dir=tmp_path).data._target_ == "lora_exp.data.rows.jsonl"

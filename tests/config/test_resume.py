@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_exp import compose, run
+from lora_exp.after.inspection import inspect
+from lora_exp.after.saved import base_config, find
+from lora_exp.config.door import first_named
 from lora_exp.errors import ConfigError
+from lora_exp.record.run import standing
 from tests.conftest import QUICK
 from tests.test_experiment import digest, killed, rows_of
 
@@ -113,3 +118,24 @@ def test_an_unreadable_record_is_told(quick_run: Callable[..., Any]) -> None:
     (result.directory / "run.json").write_text("")
     with pytest.raises(ConfigError, match=r"run.json cannot be read .* the run cannot go on"):
         run(compose(f"resume={result.directory}"))
+
+
+def test_a_run_of_before_the_rooms_goes_on_and_is_known_again(
+    quick_run: Callable[..., Any],
+) -> None:
+    constant = ["train.lr_scheduler_type=constant", "quant=nf4"]
+    whole = quick_run(*constant, "train.max_steps=5", name="whole")
+    first = quick_run(*constant, name="short")
+    path = first.directory / "config.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    path.write_text(OmegaConf.to_yaml(first_named(values)))
+    for old in ("lora_exp.model.load", "lora_exp.model.bnb_4bit", "lora_exp.data.jsonl"):
+        assert f"_target_: {old}\n" in path.read_text()
+    assert standing(first.directory, compose(f"resume={first.directory}")) == "finished"
+    assert inspect(first.directory)["method"] == "LORA"
+    assert base_config(find(first.directory)).quant._target_ == "lora_exp.model.loading.bnb_4bit"
+    longer = run(compose(f"resume={first.directory}", "train.max_steps=5"))
+    weights = "adapter_model.safetensors"
+    assert digest(longer.saved)[weights] == digest(whole.saved)[weights]
+    record = json.loads((first.directory / "run.json").read_text())
+    assert record["resumed"][0]["changes"] == {"train.max_steps": [3, 5]}

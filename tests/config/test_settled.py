@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ReadonlyConfigError
 
 from lora_exp import compose
+from lora_exp.config.door import renamed
 from lora_exp.config.settled import GROUPS, fingerprint, product, run_dir, settle
 from lora_exp.errors import ConfigError
 
@@ -47,6 +48,19 @@ def test_the_fingerprint_sees_what_is_computed_and_nothing_else() -> None:
     assert fingerprint(compose("peft.r=16")) == one
     assert fingerprint(compose("peft.r=8")) != one
     assert fingerprint(compose("seed=1")) != one
+
+
+def test_the_fingerprint_of_a_run_of_before_is_what_it_was_then() -> None:
+    before = {
+        "name": "before", "train": {"max_steps": 5, "save_steps": 2}, "lockstep": {"mode": "exact"},
+        "model": {"_target_": "lora_exp.model.load", "path": "pkg://lora_exp/assets/tiny"},
+        "quant": {"_target_": "lora_exp.model.bnb_4bit", "quant_type": "nf4"},
+        "algorithm": {"trainer": {"_target_": "lora_exp.ppo.PPOTrainer"}, "rewards": ["a.b"]},
+        "data": {"_target_": "lora_exp.data.pairs", "seed": 0},
+    }  # fmt: skip
+    taken = "89d461b2ecdbc8c5c7d6c0484afea1ab783733b0b98c9c46e89a7e375acaf523"  # by 0.1.0
+    assert fingerprint(OmegaConf.create(before)) == taken
+    assert fingerprint(OmegaConf.create(renamed(before))) == taken
 
 
 def test_a_missing_value_is_named_with_its_cure() -> None:
