@@ -25,6 +25,7 @@ Format = Literal[
 ]  # fmt: skip
 OnError = Literal["raise", "skip"]
 SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
+DRAWN = "lora_exp.corpus"  # the source's name in records; a run resumes with the same one
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,15 @@ def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> R
     tasks = generated.CORPUS
     train = generated.take(tasks, seed, rows, held_out=False)
     held_out = generated.take(tasks, seed, eval_rows, held_out=True)
-    source = {"lora_exp.corpus": f"seed {seed}, {rows} rows"}
+    source = {DRAWN: f"seed {seed}, {rows} rows"}
     return Rows(train, held_out, "messages", source, _template(chat_template))
 
 
 def pairs(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:
-    """Draw questions with a right and a wrong answer from a seed; see `corpus.pairs`."""
+    """Draw questions with a right and a wrong answer from a seed; see `tasks.pairs`."""
     train = generated.pairs(seed, rows, held_out=False)
     held_out = generated.pairs(seed, eval_rows, held_out=True)
-    source = {"lora_exp.corpus": f"pairs, seed {seed}, {rows} rows"}
+    source = {DRAWN: f"pairs, seed {seed}, {rows} rows"}
     return Rows(train, held_out, "preference", source, _template(chat_template))
 
 

@@ -63,7 +63,7 @@ def tokenise(
     """Tokenise rows, or take them from the cache if these rows met this tokenizer before.
 
     Args:
-        rows: as `data.py` leaves them.
+        rows: as `rows` leaves them.
         tokenizer: a fast tokenizer, its chat template in place.
         max_length: tokens to keep of a row, from its start; None keeps all.
         completion_only: whether prompts are left out of the loss.

@@ -23,7 +23,7 @@ HARMLESS = (
     "`(is_)?gradient_checkpointing` is deprecated",  # trl still takes transformers' older name
     "Position ids are not supported for parameter efficient tuning",  # prompts carry their own
     "Unsupported layer type .*Norm",  # ln_tuning says so of the very layers it is made for
-    "(PiSSA|OLoRA) changes the base weights",  # adapter.save converts them, as it asks
+    "(PiSSA|OLoRA) changes the base weights",  # attach.save converts them, as it asks
     "Could not find a config file in pkg://",  # peft looks for it while it converts those two
     "Model has `tie_word_embeddings=True`",  # a merge parts the two
     "Setting `save_embedding_layers` to `True`",  # that of an adapted embedding, as it should
