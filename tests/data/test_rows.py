@@ -216,3 +216,14 @@ def test_generated_pairs_hold_questions_out_and_are_the_same_every_time() -> Non
         right, wrong = (row[key][0]["content"] for key in ("chosen", "rejected"))
         assert right.split()[::-1] == row["prompt"][0]["content"].removeprefix("Flip: ").split()
         assert right != wrong
+
+
+def test_the_name_of_rows_in_docs_extending_stays() -> None:
+    from lora_exp.data import Rows as public
+
+    assert isinstance(corpus(0, 4, 2, None), public)
+
+
+def test_generated_rows_keep_the_name_of_their_source_which_resumed_runs_compare() -> None:
+    assert corpus(0, 4, 2, None).source == {"lora_exp.corpus": "seed 0, 4 rows"}
+    assert pairs(0, 4, 2, None).source == {"lora_exp.corpus": "pairs, seed 0, 4 rows"}
