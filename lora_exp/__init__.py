@@ -11,10 +11,9 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from lora_exp.config import compose
-
 if TYPE_CHECKING:
     from lora_exp.after.loading import load_adapter
+    from lora_exp.config.composition import compose
     from lora_exp.experiment import run
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # trl would ping for every trainer
@@ -27,7 +26,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for."""
+    """Import what is asked for, and with it what it needs: torch, for all but `compose`."""
+    if name == "compose":
+        from lora_exp.config.composition import compose
+
+        return compose
     if name == "run":
         from lora_exp.experiment import run
 

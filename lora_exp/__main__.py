@@ -16,16 +16,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
-from lora_exp.config import CONF
-from lora_exp.disk import refusal
+from lora_exp.config.door import CONF
+from lora_exp.config.mistakes import mistake
+from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
-from lora_exp.interruption import EXIT_CODE, stop
-from lora_exp.mistakes import mistake
-from lora_exp.place import here
-from lora_exp.record import FAILED, failure, objective, standing
-from lora_exp.redaction import redact_files, redact_text
-from lora_exp.sweep import COMMAND, SweepTable, command
-from lora_exp.validation import settled
+from lora_exp.files.redaction import redact_files, redact_text
+from lora_exp.files.whole import refusal
+from lora_exp.record.run import FAILED, failure, objective, standing
+from lora_exp.record.sweep import COMMAND, SweepTable, command
+from lora_exp.training.interruption import EXIT_CODE, stop
+from lora_exp.training.place import here
 
 log = logging.getLogger("lora_exp")
 ANEW = ("retry_failed=", "lockstep.")  # what a sweep that goes on may be told

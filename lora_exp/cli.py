@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from lora_exp.disk import STAGE, refusal
 from lora_exp.errors import LoraExpError
+from lora_exp.files.whole import STAGE, refusal
 
 app = typer.Typer(
     name="lora-exp",
@@ -322,7 +322,7 @@ def push(
         raise typer.BadParameter("is for --dry-run", param_hint="--out")
     _look_for(path)
     from lora_exp.after import pages, publication
-    from lora_exp.console import console
+    from lora_exp.record.console import console
 
     if dry:
         made = publication.dry_run(path, repo_id, out, base_id, force)
@@ -365,7 +365,7 @@ def estimate(
     """
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count
-    from lora_exp.config import compose
+    from lora_exp.config.composition import compose
 
     _print(count(compose(*overrides or (), config_dir=config_dir)), pages.estimate, as_json)
 
@@ -393,7 +393,7 @@ def _print(found: Any, page: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1, default=str))
         return
-    from lora_exp.console import console
+    from lora_exp.record.console import console
 
     console.print(page(found))
 

@@ -5,7 +5,6 @@ Only this module knows all stages; numbers flow outward, the config is read-only
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -18,30 +17,29 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from lora_exp.adapter import Adapted, attach, save
-from lora_exp.card import model_card
-from lora_exp.checkpoint import newest
-from lora_exp.config import build, is_path, plain, run_dir
-from lora_exp.console import show
-from lora_exp.data import Rows
-from lora_exp.disk import sha256, whole
-from lora_exp.display import Progression, quiet
+from lora_exp.adapter.attach import Adapted, attach, save
+from lora_exp.algorithm.critic import save_value
+from lora_exp.config.door import build, plain
+from lora_exp.config.settled import run_dir
+from lora_exp.data.examples import prepared, recounted
+from lora_exp.data.rows import Rows
 from lora_exp.errors import ConfigError, DivergedError, Interrupted
-from lora_exp.examples import prompts, raw, seen
-from lora_exp.guard import check_finite
-from lora_exp.interruption import stop
-from lora_exp.measure import after, before, objective
-from lora_exp.memory import peak_bytes
-from lora_exp.model import Base
-from lora_exp.place import Alone, Place
-from lora_exp.record import Record
-from lora_exp.redaction import redact
-from lora_exp.samples import virtual_tokens
-from lora_exp.summary import announce, conclude, counts
-from lora_exp.tokens import Tokens, tokenise
-from lora_exp.tracking import Metrics, Nowhere, Tracker
-from lora_exp.trainer import trainer_of
-from lora_exp.value import save_value
+from lora_exp.files.redaction import redact
+from lora_exp.files.whole import whole
+from lora_exp.model.loading import Base
+from lora_exp.model.memory import peak_bytes
+from lora_exp.record.card import model_card
+from lora_exp.record.console import show
+from lora_exp.record.metrics import Metrics, Nowhere, Tracker
+from lora_exp.record.progress import Progression, quiet
+from lora_exp.record.run import Record, stands_on
+from lora_exp.record.summary import announce, conclude, counts
+from lora_exp.training.checkpoint import newest
+from lora_exp.training.guards import check_finite
+from lora_exp.training.interruption import stop
+from lora_exp.training.measure import after, before, objective
+from lora_exp.training.place import Alone, Place
+from lora_exp.training.trainer import trainer_of
 
 log = logging.getLogger("lora_exp")
 
@@ -94,26 +92,26 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     set_seed(cfg.seed)
     _tell_skipped(rows)
     base = place.base(cfg)
-    stands_on = _stands_on(cfg, rows, base)
-    for key, found in stands_on.items():
+    known = stands_on(cfg, rows, base)
+    for key, found in known.items():
         record.same(key, found)
     record.begin()
     set_seed(cfg.seed)  # the adapter's start does not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
-    data = _tokens(shaped, base, adapted, cfg)
+    data = prepared(shaped, base.tokenizer, adapted.model, cfg)
     tracker = _tracker(cfg, record, sweep)
     board = place.board()
     saved = None
     try:
         callbacks = [Metrics(record, tracker), Progression(board)]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
-        train, held_out = _seen(trainer, cfg, *data)
+        train, held_out = recounted(*data, trainer, cfg)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         adapted = replace(adapted, trainable=trained)  # PPO adds a value
         record.update(
             place=place.name,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
-            **stands_on,
+            **known,
         )
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
@@ -159,72 +157,12 @@ def _kept(trainer: Any) -> Iterator[None]:
         raise
 
 
-def _stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
-    """Return what a run cannot go on without: commits and hashes of all that it is made of."""
-    data = dict(rows.source)
-    if rows.chat_template is not None:
-        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
-        data["chat_template"] = f"sha256:{template}"
-    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
-    folders = [Path(n).expanduser() for n in named if isinstance(n, str) and is_path(n)]
-    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
-    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
-    return {"data": data, "base": base.revision, "adapters": adapters}
-
-
 def _tell_skipped(rows: Rows) -> None:
     for why in rows.skipped:
         log.info("skipped: %s", why)
     if rows.skipped:
         text = "%d rows were skipped (data.on_error=skip), the first: %s; run.log lists them"
         log.warning(text, len(rows.skipped), rows.skipped[0])
-
-
-def _tokens(
-    rows: Rows, base: Base, adapted: Adapted, cfg: DictConfig
-) -> tuple[Tokens, Tokens | None]:
-    """Prepare rows as the algorithm's trainer takes them."""
-    args, shape = cfg.algorithm.args, cfg.algorithm.shape
-    context = getattr(base.model.config, "max_position_embeddings", None) or math.inf
-    if (args.get("max_length") or 0) > context:
-        text = f"{args.max_length} is longer than the model's context of {context} tokens"
-        raise ConfigError([("algorithm.args.max_length", text)])
-    if rows.chat_template is not None:
-        base.tokenizer.chat_template = rows.chat_template
-    context -= virtual_tokens(adapted.model)
-    splits = {"train": rows.train, "eval": rows.eval}
-    if shape == "prompt":
-        room = context - args.max_completion_length
-        made = {
-            what: prompts(some, base.tokenizer, room, what) for what, some in splits.items() if some
-        }
-    elif shape != "completion":
-        made = {what: raw(some, shape, base.tokenizer) for what, some in splits.items() if some}
-    else:
-        cut = args.get("packing") and args.get("packing_strategy") in ("wrapped", "bfd_split")
-        room = min(args.max_length or math.inf, context)
-        options: dict[str, Any] = {
-            "max_length": None if cut or room == math.inf else int(room),
-            "completion_only": bool(args.get("completion_only_loss")),
-            "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
-        }
-        made = {
-            what: tokenise(some, base.tokenizer, what=what, **options)
-            for what, some in splits.items()
-            if some
-        }
-    return made["train"], made.get("eval")
-
-
-def _seen(
-    trainer: Any, cfg: DictConfig, train: Tokens, held_out: Tokens | None
-) -> tuple[Tokens, Tokens | None]:
-    """Return the rows as the trainer holds them: some trainers tokenise for themselves."""
-    if cfg.algorithm.shape in ("completion", "prompt"):
-        return train, held_out
-    length = cfg.algorithm.args.max_length
-    train = seen(train, trainer.train_dataset, length, "train")
-    return train, held_out and seen(held_out, trainer.eval_dataset, length, "eval")
 
 
 def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:

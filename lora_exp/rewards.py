@@ -20,13 +20,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lora_exp.config import build, is_path, untrusted
+from lora_exp.adapter.several import add_saved, is_adapted, score, using
+from lora_exp.config.door import build, untrusted
+from lora_exp.config.start import adapter_config, check_base
+from lora_exp.data.formats import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
-from lora_exp.formats import Row
-from lora_exp.model import Base
-from lora_exp.place import base_of
-from lora_exp.start import adapter_config, check_base
-from lora_exp.switch import add_saved, is_adapted, score, using
+from lora_exp.files.paths import is_path
+from lora_exp.model.loading import Base, base_of
 
 Function = Callable[..., list[float | None]]
 # what a trainer hands to reward functions beside the rows' columns

@@ -20,7 +20,7 @@ QUICK += ["data.max_eval_rows=16"]
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say on what the bits were compared: they are those of a processor."""
-    from lora_exp.processor import capability
+    from lora_exp.model.processor import capability
 
     terminalreporter.write_line(f"on {capability()}")
 
@@ -33,7 +33,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     """As commands begin; else what warns hangs on which test trained first in this process."""
-    from lora_exp.display import quiet
+    from lora_exp.record.progress import quiet
 
     quiet()
 
@@ -71,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def base() -> Any:
     """The embedded model; tests must not change it."""
-    from lora_exp.model import load
+    from lora_exp.model.loading import load
 
     return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
 
@@ -79,6 +79,6 @@ def base() -> Any:
 @pytest.fixture
 def fresh_base() -> Any:
     """The embedded model, to change as the test likes."""
-    from lora_exp.model import load
+    from lora_exp.model.loading import load
 
     return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_after_chat import lora_exp
+from tests.after.test_chat import lora_exp
 
 Trained = Callable[..., Path]
 

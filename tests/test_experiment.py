@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import compose, run
-from lora_exp.config import CONF, asset
+from lora_exp.config.door import CONF
+from lora_exp.config.validation import REFUSED
 from lora_exp.errors import ConfigError
-from lora_exp.validation import REFUSED
+from lora_exp.files.paths import asset
 
 METHODS = sorted(path.stem for path in (CONF / "peft").glob("*.yaml"))
 PAIRS = [
@@ -119,10 +120,10 @@ def test_the_saved_adapter_answers_on_the_original_base_as_the_trained_one(
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, result.saved).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.saved)
-    from lora_exp import corpus
-    from lora_exp.tokens import encode
+    from lora_exp.data import tasks
+    from lora_exp.data.tokens import encode
 
-    rows = corpus.take(corpus.DEMO, 0, 16, held_out=True)
+    rows = tasks.take(tasks.DEMO, 0, 16, held_out=True)
     losses = tokens = 0.0
     for ids, labels in encode(rows, tokenizer, True):
         count = sum(label != -100 for label in labels)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.config import asset
+from lora_exp.files.paths import asset
 from tests.conftest import QUICK
-from tests.test_disk import in_a_small_disk
+from tests.files.test_whole import in_a_small_disk
 from tests.test_experiment import digest
-from tests.test_interruption import lines, started, status, wait_for
 from tests.test_main import cli
+from tests.training.test_interruption import lines, started, status, wait_for
 
 RUN = ["tracking=none", *QUICK, "train.max_steps=60", "train.save_strategy=steps"]
 RUN += ["train.save_steps=5", "train.logging_steps=1", "train.per_device_train_batch_size=4"]
@@ -159,7 +159,7 @@ def test_after_three_jobs_without_memory_a_run_is_as_in_a_fresh_process(tmp_path
 def test_a_pickle_for_an_adapter_is_never_executed(tmp_path: Path) -> None:
     import pickle
 
-    from tests.test_checkpoint import Payload
+    from tests.training.test_checkpoint import Payload
 
     (tmp_path / "bad").mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "pkg://lora_exp/assets/tiny"}

@@ -1,44 +1,108 @@
-"""The front door tells the truth: files, links, options and the way imports point."""
+"""The front door tells the truth: files, links, options, rooms and the way imports point."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from lora_exp.config import CONF
+from lora_exp.config.door import CONF
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 LINES = re.findall(r"^( *)([\w./]+)  +\S", README.split("## The house")[1], re.M)
-FOLDERS = [""]
-for indent, name in LINES:  # a folder's lines stand four deep below it
-    FOLDERS.append(name if len(indent) == 2 else FOLDERS[-1])
-PAIRS = zip(LINES, FOLDERS[1:], strict=True)
-TREE = [f"{folder}{name}" if len(indent) == 4 else name for (indent, name), folder in PAIRS]
-ORDER = [name.removesuffix(".py") for name in TREE if name.endswith(".py") and name != "run.py"]
+INSIDE = [name for indent, name in LINES if indent]  # the package's own, top floor first
+FLOORS = ["__init__", "hydra_plugins", *(name.rstrip("/").removesuffix(".py") for name in INSIDE)]
+PACKAGE = ROOT / "lora_exp"
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
+# groups of conf/ -> the room that answers to them; a preset of experiment/ chooses among them all
+ANSWERS = {
+    "data": "data", "model": "model", "quant": "model", "peft": "adapter", "targets": "adapter",
+    "algorithm": "algorithm", "tracking": "tracking",
+}  # fmt: skip
+# what no test file of its own tells of, by room, and why
+COVERED = {
+    "": {"errors"},  # every room's tests expect its errors
+    "record": {"summary", "card"},  # whole runs in test_experiment.py write them
+    "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
+    "lockstep": {"segment", "rowwise", "linear", "body", "seat"},  # whole packs in test_pack.py
+    # a proof is of a merge, in test_merging.py; the others are seen from their commands
+    "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
+}
 
 
-def test_every_module_stands_in_the_file_tree_and_every_line_exists() -> None:
-    package = ROOT / "lora_exp"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    modules -= {"__init__.py", "lockstep/__init__.py", "after/__init__.py"}
-    assert {name for name in TREE if name.endswith(".py")} == modules | {"run.py"}
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the modules of ours that a file imports anywhere: in functions, and for types too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in inside]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES)
+
+
+def room_of(module: str) -> str:
+    top, _, rest = module.partition(".")
+    return (rest.partition(".")[0] or "__init__") if top == "lora_exp" else top
+
+
+def test_a_room_imports_only_rooms_below_it() -> None:
+    for module, path in MODULES.items():
+        here = room_of(module)
+        for there in map(room_of, imported(path)):
+            assert FLOORS.index(there) >= FLOORS.index(here), f"{module} imports up, from {there}"
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    graph = {module: set(imported(path)) - {module} for module, path in MODULES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_every_room_stands_in_the_file_tree_and_every_line_exists() -> None:
+    there = {f"{room.name}/" for room in ROOMS} | {path.name for path in PACKAGE.glob("*.py")}
+    assert set(INSIDE) == there - {"__init__.py"} | {"assets/"}
+    for name in (name for indent, name in LINES if not indent):
+        assert (ROOT / name).exists(), name
     scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").iterdir()}
-    assert {name for name in TREE if name.startswith("scripts/")} == scripts
+    assert {name for _, name in LINES if name.startswith("scripts/")} == scripts
 
 
-def test_imports_point_one_way_down_the_file_tree() -> None:
-    for name in ORDER:
-        for node in ast.walk(ast.parse((ROOT / "lora_exp" / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_exp."):
-                module = node.module.removeprefix("lora_exp.").replace(".", "/")
-                inside = [f"{module}/{alias.name}" for alias in node.names]
-                for imported in [module] if module in ORDER else inside:
-                    late = name == "config" and imported in ("validation", "mistakes")  # compose
-                    assert ORDER.index(imported) < ORDER.index(name) or late, f"{name}: {imported}"
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_says_its_noun_and_lists_its_files(room: Path) -> None:
+    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    listed = re.findall(r"^(\w+)  +(\S.*)", said, re.M)
+    assert said.splitlines()[0].endswith(".")
+    assert sorted(name for name, _ in listed) == sorted(
+        path.stem for path in room.glob("*.py") if path.name != "__init__.py"
+    )
+    assert all(len(words.split()) <= 6 for _, words in listed)
+
+
+def test_the_groups_of_conf_and_the_rooms_answer_each_other() -> None:
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups - {"experiment"} == set(ANSWERS)
+    for group, room in ANSWERS.items():
+        assert (PACKAGE / room / "__init__.py").is_file()
+        for path in (CONF / group).glob("*.yaml"):
+            own = set(re.findall(r"_target_:\s*lora_exp\.(\w+)", path.read_text()))
+            assert own <= {room}, f"{path}: {own}"
 
 
 def test_every_option_stands_in_the_readme() -> None:
@@ -67,16 +131,10 @@ def test_option_files_are_short_and_say_what_they_are() -> None:
             assert lines[1].startswith("# "), path
 
 
-def test_every_module_has_its_tests() -> None:
-    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    # these are walked by whole runs in test_experiment.py, and their files are held there
-    untested = {name.replace("/", "_") for name in ORDER} - tested
-    untested -= {"errors", "summary", "card", "__main__", "validation"}
-    # and these by whole packs in test_lockstep_pack.py
-    walked = ("segment", "rowwise", "linear", "body", "seat")
-    untested -= {f"lockstep_{name}" for name in walked} | {"place"}
-    # a proof is of a merge, the others are seen from the commands
-    untested -= {
-        f"after_{name}" for name in ("proof", "soundness", "conversation", "endpoints", "pages")
-    }
-    assert not untested
+def test_tests_mirror_the_rooms_and_every_module_has_its_tests() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
+    assert folders == {room.name for room in ROOMS}
+    for room in ("", *sorted(folders)):
+        modules = {path.stem.strip("_") for path in (PACKAGE / room).glob("*.py")} - {"init"}
+        tested = {path.stem[5:] for path in (ROOT / "tests" / room).glob("test_*.py")}
+        assert modules - tested == COVERED.get(room, set()), room

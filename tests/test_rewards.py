@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, rewards, run
-from lora_exp.config import asset
 from lora_exp.errors import DataError, RewardError
+from lora_exp.files.paths import asset
 from lora_exp.rewards import AdapterReward, Reward, exact_match, length, regex, said, similarity
 
 CHAT = [{"role": "assistant", "content": "a b"}]

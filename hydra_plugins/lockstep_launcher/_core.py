@@ -18,14 +18,14 @@ from hydra.core.utils import (
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from lora_exp.config.validation import settled
 from lora_exp.errors import Interrupted, LoraExpError
-from lora_exp.interruption import stop
-from lora_exp.lock import Lock
+from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
-from lora_exp.record import mark, set_aside, unproven
-from lora_exp.sweep import SweepTable, write_command
-from lora_exp.validation import settled
+from lora_exp.record.run import mark, set_aside, unproven
+from lora_exp.record.sweep import SweepTable, write_command
+from lora_exp.training.interruption import stop
 
 log = logging.getLogger(__name__)
 GROUPS = {"model", "quant", "peft", "algorithm", "lockstep"}

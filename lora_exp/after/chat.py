@@ -11,14 +11,14 @@ from rich.columns import Columns
 from rich.panel import Panel
 from rich.text import Text
 
-from lora_exp.after.completion import check_file
 from lora_exp.after.conversation import OFF, Conversation
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, merged, side_by_side
+from lora_exp.after.output import check_file
 from lora_exp.after.saved import find_all
-from lora_exp.console import console, facts
-from lora_exp.display import quiet
 from lora_exp.errors import LoraExpError, SavedError, did_you_mean
-from lora_exp.tokens import cache_dir
+from lora_exp.files.paths import cache_dir
+from lora_exp.record.console import console, facts
+from lora_exp.record.progress import quiet
 
 HISTORY = 1000  # lines kept between chats
 BLOCK = '"""'  # around a text of several lines

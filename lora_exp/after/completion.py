@@ -14,19 +14,20 @@ from typing import Any
 import torch
 
 from lora_exp.after.loading import Loaded, load, load_base
+from lora_exp.after.output import check_file
 from lora_exp.after.prompts import Asking, prompts_of, read
 from lora_exp.after.saved import Saved, find
-from lora_exp.console import tracked
-from lora_exp.data import files
-from lora_exp.disk import sha256, write_whole
-from lora_exp.display import quiet
+from lora_exp.config.resume import changes
+from lora_exp.data.formats import Row
+from lora_exp.data.rows import files
 from lora_exp.errors import DataError, SavedError
-from lora_exp.formats import Row
-from lora_exp.model import Base
-from lora_exp.record import versions
-from lora_exp.resume import changes
-from lora_exp.samples import batches, ids_of, left, room
-from lora_exp.samples import generate as answer_batch
+from lora_exp.files.whole import sha256, write_whole
+from lora_exp.model.loading import Base
+from lora_exp.record.console import tracked
+from lora_exp.record.progress import quiet
+from lora_exp.record.run import versions
+from lora_exp.training.answers import batches, ids_of, left, room
+from lora_exp.training.answers import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
 HASHED = ("prompts", "tokens", "adapter.", "base")  # told without their values
@@ -99,22 +100,6 @@ def generate(
     write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
     part.path.unlink()
     return target
-
-
-def check_file(path: Path, force: bool, source: str | None = None) -> None:
-    """Refuse to write a file over another, or where there can be none; never over its source.
-
-    Raises:
-        SavedError: the path is taken, or its folder is missing or closed.
-    """
-    if path.is_dir():
-        raise SavedError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise SavedError(f"{path} exists; --force replaces it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SavedError(f"{path.parent} is no folder that can be written to")
-    if source and path.resolve() in (file.resolve() for file in files(source)):
-        raise SavedError(f"{path} is what is read; name another place")
 
 
 def _tokens(rows: list[Asking], loaded: Loaded, max_new_tokens: int) -> list[list[int]]:

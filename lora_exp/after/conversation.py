@@ -13,11 +13,11 @@ from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from lora_exp.after.loading import Loaded
-from lora_exp.disk import write_whole
+from lora_exp.data.formats import Row
+from lora_exp.data.template import render_chat
 from lora_exp.errors import ConfigError, DataError, LoraExpError, SavedError, did_you_mean
-from lora_exp.formats import Row
-from lora_exp.samples import ends, room
-from lora_exp.template import render_chat
+from lora_exp.files.whole import write_whole
+from lora_exp.training.answers import ends, room
 
 Write = Callable[[str], None]
 OFF = "off"  # the bare base, among adapters

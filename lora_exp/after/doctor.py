@@ -15,7 +15,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from lora_exp.console import size
+from lora_exp.record.console import size
 
 NAME = "lora-exp"
 ROOM = 5 * 2**30  # bytes; a run of a 7B model with its checkpoints takes about that
@@ -126,7 +126,7 @@ def _product_in_4_bits() -> tuple[float, str]:
     import bitsandbytes
     import torch
 
-    from lora_exp.model import device
+    from lora_exp.model.loading import device
 
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(256, 256, generator=generator).to(device()) for _ in range(2))
@@ -163,7 +163,7 @@ def _hub() -> Iterator[Finding]:
 def _caches() -> Iterator[Finding]:
     from huggingface_hub import constants
 
-    from lora_exp.tokens import cache_dir
+    from lora_exp.files.paths import cache_dir
 
     folders = {"LORA_EXP_CACHE": cache_dir(), "HF_HUB_CACHE": Path(constants.HF_HUB_CACHE)}
     for name, folder in folders.items():
@@ -185,7 +185,7 @@ def _write_in(folder: Path) -> None:
 
 
 def _machine() -> Iterator[Finding]:
-    from lora_exp.processor import capability
+    from lora_exp.model.processor import capability
 
     yield Finding("known", "processor", capability())
     free = shutil.disk_usage(Path.cwd()).free

@@ -29,8 +29,8 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
 from lora_exp.after.loading import Loaded
-from lora_exp.samples import ends, room
-from lora_exp.template import in_time
+from lora_exp.data.template import in_time
+from lora_exp.training.answers import ends, room
 
 # of transformers' own the others load models, throw them away, or read sound
 KEPT = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")

@@ -19,13 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_exp.adapter import REWRITES_BASE, attach
-from lora_exp.config import CONF, asset, fingerprint, plain
-from lora_exp.display import quiet
+from lora_exp.adapter.attach import REWRITES_BASE, attach
+from lora_exp.config.door import CONF, plain
+from lora_exp.config.settled import fingerprint
+from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
-from lora_exp.memory import layer_bytes
-from lora_exp.model import CLASSES, Base, device, dtype_of, unloadable
-from lora_exp.validation import validate
+from lora_exp.files.paths import asset
+from lora_exp.model.loading import CLASSES, Base, device, dtype_of, unloadable
+from lora_exp.model.memory import layer_bytes
+from lora_exp.record.progress import quiet
 
 BESIDE = ("none", "nf4", "int8")
 BLOCK, OUTER_BLOCK = 64, 256  # weights to a 4-bit scale, and scales to a scale of theirs

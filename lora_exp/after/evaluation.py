@@ -1,6 +1,6 @@
 """How well a saved model does on held-out rows, beside its bare base: loss, answers, preferences.
 
-A loss is of the tokens that count, by the labels that training takes (`lora_exp.tokens`).
+A loss is of the tokens that count, by the labels that training takes (`lora_exp.data.tokens`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_exp.after.completion import check_file
 from lora_exp.after.loading import Loaded, check_apart, load, load_base
+from lora_exp.after.output import check_file
 from lora_exp.after.saved import find
-from lora_exp.console import tracked
-from lora_exp.data import Rows, jsonl
-from lora_exp.disk import write_whole
-from lora_exp.display import quiet
+from lora_exp.data.formats import Row
+from lora_exp.data.rows import Rows, jsonl
+from lora_exp.data.tokens import IGNORED, prompt_of, tokenise
 from lora_exp.errors import DataError, ExtraError, SavedError
-from lora_exp.formats import Row
-from lora_exp.measure import encoded
-from lora_exp.samples import Answer, answer, exact_match, room
-from lora_exp.tokens import IGNORED, prompt_of, tokenise
+from lora_exp.files.whole import write_whole
+from lora_exp.record.console import tracked
+from lora_exp.record.progress import quiet
+from lora_exp.training.answers import Answer, answer, exact_match, room
+from lora_exp.training.measure import encoded
 
 Measure = Callable[[str], dict[str, float]]
 

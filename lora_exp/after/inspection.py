@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_exp.adapter.untrusted import Search, read_weights
 from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
-from lora_exp.config import asset
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.foreign import Search, read_weights
+from lora_exp.files.paths import asset
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")

@@ -14,15 +14,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter import REWRITES_BASE
+from lora_exp.adapter.attach import REWRITES_BASE
+from lora_exp.adapter.mounting import put, read_config
 from lora_exp.after.saved import Saved, base_config, claim, find
-from lora_exp.console import console
-from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.fit import put, read_config
-from lora_exp.model import Base, dequantise, sharing_copy
-from lora_exp.place import base_of
-from lora_exp.revision import comparable, named
+from lora_exp.files.revision import comparable, named
+from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
+from lora_exp.record.console import console
+from lora_exp.record.progress import quiet
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
-from lora_exp.adapter import REWRITES_BASE
+from lora_exp.adapter.attach import REWRITES_BASE
+from lora_exp.adapter.mounting import add
 from lora_exp.after.loading import (
     check_base,
     check_name,
@@ -22,13 +23,12 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
+from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
-from lora_exp.after.saving import check_free
-from lora_exp.card import merged_card
-from lora_exp.disk import sha256, whole
-from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.fit import add
+from lora_exp.files.whole import sha256, whole
+from lora_exp.record.card import merged_card
+from lora_exp.record.progress import quiet
 
 Into = Literal["original", "dequantised"]
 METHODS = (

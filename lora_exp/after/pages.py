@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_exp.console import facts, short, size
+from lora_exp.record.console import facts, short, size
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest

@@ -16,13 +16,13 @@ from lora_exp.after.loading import in_floats, load, load_base
 from lora_exp.after.merging import combine, identity
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import RECORD, Saved, find, read_json
-from lora_exp.console import tracked
-from lora_exp.display import quiet
+from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.memory import give_back
-from lora_exp.model import Base, exact_products
-from lora_exp.samples import room
-from lora_exp.template import render_chat
+from lora_exp.model.loading import Base, exact_products
+from lora_exp.model.memory import give_back
+from lora_exp.record.console import tracked
+from lora_exp.record.progress import quiet
+from lora_exp.training.answers import room
 
 # what rounding the merged weights explains: the largest difference of a logit, in float32 as it
 # is and else as a share of the largest logit, and the least share of equal next tokens

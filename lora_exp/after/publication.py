@@ -18,13 +18,14 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # typ
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
+from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, find, read_json
-from lora_exp.after.saving import TOKENIZER, check_free, save
-from lora_exp.card import HERE
-from lora_exp.console import console, tracked
-from lora_exp.disk import whole
+from lora_exp.after.saving import TOKENIZER, save
 from lora_exp.errors import HubError, LoraExpError, SavedError
-from lora_exp.redaction import redact_text
+from lora_exp.files.redaction import redact_text
+from lora_exp.files.whole import whole
+from lora_exp.record.card import HERE
+from lora_exp.record.console import console, tracked
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("adapter_model.safetensors", "model*.safetensors")

@@ -14,16 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_exp.config import CONF, asset, compose
+from lora_exp.config.composition import compose
+from lora_exp.config.door import CONF, renamed
+from lora_exp.config.start import adapter_config
+from lora_exp.config.validation import TASKS
 from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
-from lora_exp.revision import comparable, is_commit, named
-from lora_exp.start import adapter_config
-from lora_exp.validation import TASKS
+from lora_exp.files.paths import asset
+from lora_exp.files.revision import comparable, is_commit, named
 
 CHECKPOINT = "checkpoint-"
 RECORD = "merge.json"  # of what a merged model was made
 # what a run's config may say of how its base is held: settings, never what else to call
-HELD = ("lora_exp.model.bnb_4bit", "lora_exp.model.bnb_8bit")
+HELD = ("lora_exp.model.loading.bnb_4bit", "lora_exp.model.loading.bnb_8bit")
 LOADED = ("path", "revision", "gguf_file", "dtype", "random_weights")
 
 
@@ -47,7 +49,8 @@ class Saved:
         if self.run is None or not (self.run / "config.yaml").is_file():
             return {}
         try:
-            return dict(OmegaConf.to_container(OmegaConf.load(self.run / "config.yaml")))  # type: ignore[arg-type]
+            saved = OmegaConf.to_container(OmegaConf.load(self.run / "config.yaml"))
+            return dict(renamed(saved))
         except (OSError, ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
             raise SavedError(f"{self.run / 'config.yaml'} cannot be read: {error}") from error
 
@@ -181,7 +184,7 @@ def _of_run(run: Path) -> Saved:
     for name in ("adapter", "model"):
         if (run / name).is_dir():
             return find(run / name)
-    from lora_exp.checkpoint import flaw, numbered, owner
+    from lora_exp.training.checkpoint import flaw, numbered, owner
 
     checkpoints = numbered(run / "checkpoints")
     for step in sorted(checkpoints, reverse=True):
@@ -194,7 +197,7 @@ def _of_run(run: Path) -> Saved:
 
 def _check_whole(folder: Path) -> None:
     """Refuse a checkpoint that its manifest does not vouch for."""
-    from lora_exp.checkpoint import MANIFEST, flaw, owner
+    from lora_exp.training.checkpoint import MANIFEST, flaw, owner
 
     its = owner(folder)
     if (folder / MANIFEST).exists() and (wrong := flaw(folder, its or "")) is not None:
@@ -260,7 +263,7 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
     if not is_option:
         values["model"]["path"] = chosen
     if base is None and saved.adapter is not None:
-        told = _settings(saved, "model", ("lora_exp.model.load",))
+        told = _settings(saved, "model", ("lora_exp.model.loading.load",))
         values["model"] |= {key: told[key] for key in LOADED if key in told}
         if is_commit(recorded := saved.record.get("base")):
             values["model"]["revision"] = recorded

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,21 @@ import peft
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lora_exp.adapter import REWRITES_BASE
+from lora_exp.adapter.attach import REWRITES_BASE
+from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.inspection import modules
 from lora_exp.after.loading import load, load_base
+from lora_exp.after.output import check_free
 from lora_exp.after.saved import Saved, find
-from lora_exp.card import model_card
-from lora_exp.disk import whole
-from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.foreign import read_weights
+from lora_exp.files.whole import whole
+from lora_exp.record.card import model_card
+from lora_exp.record.progress import quiet
 
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*",
     "merges.txt", "spiece.model",
 )  # fmt: skip
-SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".yaml")
 RECORD = ("run.json", "config.yaml")
 
 
@@ -81,29 +79,6 @@ def save(
         text = card.read_text(encoding="utf-8") if kept else _card(saved, as_lora)
         (made / "README.md").write_text(text, encoding="utf-8")
     return folder
-
-
-def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> None:
-    """Refuse to write over what is there; with `force` only over a model or adapter, no source.
-
-    Raises:
-        SavedError: the path is taken, or can be no folder.
-    """
-    if not path.exists():
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise SavedError(f"{above} is no folder that can be written to")
-        return
-    if not force:
-        raise SavedError(f"{path} exists; --force replaces it")
-    here = path.resolve()
-    read = [Path(source).expanduser().resolve() for source in sources]
-    if any(here == source or here in source.parents for source in read):
-        raise SavedError(f"{path} is what is read; name another place")
-    there = list(path.iterdir()) if path.is_dir() else [path]
-    ours = all(entry.is_file() and entry.suffix in SUFFIXES for entry in there)
-    if there and not (ours and any(entry.suffix == ".safetensors" for entry in there)):
-        raise SavedError(f"{path} holds something else than a model or adapter; name another place")
 
 
 def _check_converted(saved: Saved) -> None:

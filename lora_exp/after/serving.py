@@ -21,10 +21,10 @@ from lora_exp.after.loading import (
     side_by_side,
 )
 from lora_exp.after.saved import Saved, base_config, find_all
-from lora_exp.config import asset
-from lora_exp.display import quiet
 from lora_exp.errors import AdapterError, SavedError, ServeError
-from lora_exp.model import dtype_of, files_hash
+from lora_exp.files.paths import asset
+from lora_exp.model.loading import dtype_of, files_hash
+from lora_exp.record.progress import quiet
 
 Engine = Literal["transformers", "vllm"]
 BASE = "base"  # the bare base, among adapters

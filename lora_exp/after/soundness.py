@@ -11,9 +11,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import find
-from lora_exp.display import quiet
 from lora_exp.errors import SavedError
-from lora_exp.samples import ends
+from lora_exp.record.progress import quiet
+from lora_exp.training.answers import ends
 
 
 class _Ends(LogitsProcessor):  # type: ignore[misc]

@@ -28,7 +28,7 @@ from lora_exp.lockstep.linear import Adapter, FusedLinear
 from lora_exp.lockstep.rowwise import Rowwise
 from lora_exp.lockstep.segment import Mode, Pass, Segment, Sharing, aligned, split
 from lora_exp.lockstep.state import RandomState
-from lora_exp.model import sharing_copy
+from lora_exp.model.loading import sharing_copy
 
 # rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]

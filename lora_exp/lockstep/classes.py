@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from lora_exp.disk import write_whole
+from lora_exp.files.paths import cache_dir
+from lora_exp.files.whole import write_whole
 from lora_exp.lockstep.probe import Probe
 from lora_exp.lockstep.state import Precision
-from lora_exp.processor import processor
-from lora_exp.tokens import cache_dir
+from lora_exp.model.processor import processor
 
 # settings by which libraries choose their kernels
 CHOOSING = ("ONEDNN_", "DNNL_", "MKL_", "CUBLAS", "CUDNN_", "NVIDIA_", "ATEN_", "TORCH_", "OMP_")

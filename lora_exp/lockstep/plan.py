@@ -14,10 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config import plain
+from lora_exp.config.door import plain
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.record import FAILED, standing
-from lora_exp.redaction import redact_text
+from lora_exp.files.redaction import redact_text
+from lora_exp.record.run import FAILED, standing
 
 # a start that rewrites the base's weights, or reads data of its own
 STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
@@ -131,7 +131,7 @@ def show(made: Plan) -> None:
     """Print the plan."""
     from rich.text import Text
 
-    from lora_exp.console import console
+    from lora_exp.record.console import console
 
     lines = list(_by_reason(made.at_once).items())
     for pack in made.packs:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config import plain
-from lora_exp.display import Board
+from lora_exp.config.door import plain
 from lora_exp.lockstep.pack import Pack
-from lora_exp.model import Base
+from lora_exp.model.loading import Base
+from lora_exp.record.progress import Board
 
 if TYPE_CHECKING:
-    from lora_exp.place import Measure, Measured
+    from lora_exp.training.place import Measure, Measured
 
 # what cannot change the numbers of a base whose adapter still is zero
 UNTRAINED = (

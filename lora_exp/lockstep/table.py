@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_exp.console import console as ours
+from lora_exp.record.console import console as ours
 
 EVERY_S = {True: 0.25, False: 15.0}  # on a terminal, and in a log
 

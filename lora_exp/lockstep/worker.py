@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lora_exp.errors import DivergedError, Interrupted, LoraExpError
-from lora_exp.interruption import stop
+from lora_exp.training.interruption import stop
 
 Config = tuple[int, DictConfig]
 KNOWN = ("builtins", "lora_exp", "hydra", "omegaconf")  # whose errors the launcher can have
@@ -229,8 +229,8 @@ def _pack(seats: Seats, report: _Report) -> None:
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table
-    from lora_exp.memory import keep_freed
-    from lora_exp.place import here
+    from lora_exp.model.memory import keep_freed
+    from lora_exp.training.place import here
 
     keep_freed()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]

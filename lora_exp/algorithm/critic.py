@@ -1,0 +1,44 @@
+"""The value beside a policy: what an answer so far is worth; an adapter, or a body of its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from lora_exp.adapter.several import is_adapted, save_classifier
+from lora_exp.model.loading import Base
+
+
+class Value(nn.Module):
+    """A scalar head, on the policy's own body under an adapter, or on a body of its own."""
+
+    def __init__(self, body: Any, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.body = body  # None: the policy's, with adapter "value"
+        self.score = nn.Linear(width, 1, bias=False, device=device)
+        nn.init.normal_(self.score.weight, std=1e-4)  # values begin near 0, and yet gradients pass
+
+
+def save_value(model: Any, base: Base, folder: Path) -> None:
+    """Take the value off a trained policy and save it so that it can be used alone.
+
+    A classification adapter, or model, of one label: its score at a row's last token is the value
+    of the state after that token.
+    """
+    value = model.ppo_value
+    if is_adapted(model):
+        save_classifier(model, "value", value.score.weight, base, folder)
+    else:
+        config = copy.deepcopy(model.config)
+        config.num_labels = 1
+        whole = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+        whole.base_model.load_state_dict(value.body.state_dict())
+        whole.score.load_state_dict(value.score.state_dict())
+        whole.save_pretrained(str(folder))
+    base.tokenizer.save_pretrained(str(folder))
+    del model.ppo_value

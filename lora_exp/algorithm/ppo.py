@@ -1,0 +1,284 @@
+"""PPO on one base: policy and value are adapters, the reference is what the policy began as.
+
+A batch of the data loader is a rollout's prompts; the rollout is made when its first part is asked
+for. Shapes as in `rollout`; C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trl.trainer.utils import RepeatSampler, entropy_from_logits, selective_log_softmax
+
+from lora_exp.adapter.several import add_copy, is_adapted, using
+from lora_exp.algorithm.critic import Value
+from lora_exp.algorithm.ppo_losses import (
+    advantages,
+    controlled,
+    divergence,
+    explained_variance,
+    mean,
+    policy_loss,
+    shaped,
+    value_loss,
+    whitened,
+)
+from lora_exp.algorithm.rollout import Batch, RolloutConfig, RolloutTrainer, model_inputs
+
+
+@dataclass
+class PPOConfig(RolloutConfig):
+    """What PPO adds to rollouts, in the words of TRL's GRPO where it has them."""
+
+    num_minibatches: int = field(default=1, metadata={"help": "Updates a rollout is cut into."})
+    num_iterations: int = field(default=4, metadata={"help": "Passes over each rollout."})
+    beta: float = field(default=0.04, metadata={"help": "Coefficient of the KL to the reference."})
+    kl_target: float | None = field(default=None, metadata={"help": "Nats; beta follows it."})
+    kl_horizon: int = field(default=10000, metadata={"help": "Completions in which beta follows."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount for each token."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
+    epsilon: float = field(default=0.2, metadata={"help": "Clip of the policy's ratio."})
+    value_epsilon: float = field(default=0.2, metadata={"help": "Clip of a value's step."})
+    value_coef: float = field(default=0.5, metadata={"help": "Weight of the value's loss."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    whiten_advantages: bool = field(default=True, metadata={"help": "To variance 1, mean 0."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "To variance 1."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Prompts in a new order."})
+
+
+class PPOTrainer(RolloutTrainer):
+    """Trains policy and value by clipped steps on rollouts that the policy makes itself."""
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: Any,
+        args: PPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        reward_funcs: list[Any],
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        """Put value and reference beside the policy.
+
+        Args:
+            model: the policy: a PeftModel, or a whole model whose weights train.
+            args: PPO's.
+            train_dataset: rows with a `prompt`; the other columns are for the rewards.
+            eval_dataset: held-out rows, or None.
+            processing_class: the tokenizer.
+            reward_funcs: as TRL's; called with prompts, completions, completion_ids and columns.
+            callbacks: transformers' own.
+
+        Raises:
+            ValueError: no rollout can be filled, or weights and rewards do not pair.
+            AdapterError: the method allows one adapter only.
+        """
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end brings the policy back and not its value")
+        super().__init__(
+            model, args, train_dataset, eval_dataset, processing_class, reward_funcs, callbacks
+        )
+        if is_adapted(model):
+            add_copy(model, "value", trainable=True)
+        body = None if is_adapted(model) else copy.deepcopy(model.base_model)
+        width = model.config.get_text_config().hidden_size
+        model.ppo_value = Value(body, width, model.device)
+        self.beta, self.micro_step = args.beta, 0
+        self.buffer: Batch = {}  # the rollout that is learnt from
+        self.rollout_size = args.per_device_train_batch_size * self.parts
+        if len(train_dataset) < self.rollout_size:
+            text = (
+                f"a rollout takes {self.rollout_size} prompts, but there are {len(train_dataset)}"
+            )
+            raise ValueError(text)
+
+    @property
+    def parts(self) -> int:
+        """Return into how many micro-batches a rollout is cut."""
+        return int(self.args.num_minibatches * self.args.gradient_accumulation_steps)
+
+    # --- prompts
+
+    def get_train_dataloader(self) -> Any:
+        """Return a loader whose every batch is a rollout's prompts, as often as it is used."""
+        return self._get_dataloader(
+            dataset=self.train_dataset, description="Training", batch_size=self.rollout_size,
+            sampler_fn=self._get_train_sampler, is_training=True,
+        )  # fmt: skip
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return RepeatSampler(
+            dataset, mini_repeat_count=1, batch_size=self.rollout_size,
+            repeat_count=self.parts * self.args.num_iterations,
+            shuffle=self.args.shuffle_dataset, seed=self.args.seed,
+        )  # fmt: skip
+
+    # --- rollouts
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Return the micro-batch to learn from; with the first one the rollout is made."""
+        turn = self.micro_step % (self.parts * self.args.num_iterations)
+        if turn == 0 or not self.buffer:
+            self.buffer = self._learnable(self._rollout(inputs, "train"))
+        if turn % self.parts == 0:  # every pass goes through the rollout in another order
+            self.order = torch.randperm(self.rollout_size)
+        self.micro_step += 1
+        chosen = self.order.chunk(self.parts)[turn % self.parts].to(self.buffer["ids"].device)
+        return {key: value[chosen] for key, value in self.buffer.items()}
+
+    def _learnable(self, batch: Batch) -> Batch:
+        """Add values, advantages and returns to a rollout, and let beta follow the KL."""
+        mask = batch["mask"]
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        with self._as_value(model):
+            values = self._no_grad(batch, self._values) * mask
+        model.train(training)
+        rewards = shaped(batch["scores"], batch["kl"], mask, self.beta)
+        if self.args.whiten_rewards:
+            rewards = whitened(rewards, mask, keep_mean=True)
+        gained = advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        returns = gained + values
+        self._note("train", {
+            "beta": self.beta, "explained_variance": explained_variance(values, returns, mask),
+        })  # fmt: skip
+        if self.args.kl_target is not None:
+            share = min(1.0, len(mask) / self.args.kl_horizon)
+            kl = batch["kl"].sum(1).mean().item()
+            self.beta = controlled(self.beta, kl, self.args.kl_target, share)
+        if self.args.whiten_advantages:
+            gained = whitened(gained, mask)
+        kept = ("ids", "attention", "mask", "logps")
+        return {key: batch[key] for key in kept} | {
+            "values": values, "advantages": gained, "returns": returns,
+        }  # fmt: skip
+
+    # --- forwards
+
+    @contextmanager
+    def _as_value(self, model: Any) -> Iterator[None]:
+        with using(model, "value") if is_adapted(model) else nullcontext():
+            yield
+
+    def _hidden(self, batch: Batch, body: Any) -> Tensor:
+        """Return the states that each completion token was chosen from, [B, T, C]."""
+        with self.accelerator.autocast():
+            hidden = body(**model_inputs(batch), use_cache=False).last_hidden_state
+        return hidden[:, -batch["mask"].shape[1] - 1 : -1]  # type: ignore[no-any-return]
+
+    def _values(self, batch: Batch) -> Tensor:
+        """Return the value of the state before each completion token, [B, T], in float32."""
+        value, model = self.model.ppo_value, self.model
+        whole = model.get_base_model() if is_adapted(model) else model
+        body = whole.base_model if value.body is None else value.body
+        return value.score(self._hidden(batch, body).float()).squeeze(-1)  # type: ignore[no-any-return]
+
+    # --- learning
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Step back through policy and value, one after the other.
+
+        Apart, since a checkpointed forward is recomputed under the adapter of the moment.
+        """
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        loss = self._part(self._policy_loss(batch))
+        with self._as_value(self.accelerator.unwrap_model(model)):
+            loss = loss + self._part(self.args.value_coef * self._value_loss(batch))
+        return loss
+
+    def _part(self, loss: Tensor) -> Tensor:
+        loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _policy_loss(self, batch: Batch) -> Tensor:
+        logits, mask = self._logits(batch, self.model), batch["mask"]
+        logps = selective_log_softmax(logits, batch["ids"][:, -mask.shape[1] :])
+        args = batch["logps"], batch["advantages"], mask, self.args.epsilon
+        loss, clipped = policy_loss(logps, *args)
+        with nullcontext() if self.args.entropy_coef else torch.no_grad():
+            entropy = mean(entropy_from_logits(logits), mask)
+        self._note("train", {
+            "policy_loss": loss, "clip_ratio": clipped, "entropy": entropy,
+            "approx_kl": mean(divergence(batch["logps"], logps, "k3"), mask),
+        })  # fmt: skip
+        bonus: Tensor = self.args.entropy_coef * entropy
+        return loss - bonus
+
+    def _value_loss(self, batch: Batch) -> Tensor:
+        values = self._values(batch)
+        args = batch["values"], batch["returns"], batch["mask"], self.args.value_epsilon
+        loss, clipped = value_loss(values, *args)
+        self._note("train", {"value_loss": loss, "value_clip_ratio": clipped})
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Answer held-out prompts and note rewards and KL; there is no loss to speak of."""
+        self._rollout(inputs, "eval")
+        return None, None, None
+
+    # --- files
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Save policy and adapters as transformers does, and what else is the value's."""
+        if not is_adapted(self.model):
+            states = self.model.state_dict().items()
+            state_dict = {k: v for k, v in states if not k.startswith("ppo_value.")}
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        save_file(_whole(self.model.ppo_value), folder / "value.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for parameter, flag in flags:  # transformers lets one adapter train
+            parameter.requires_grad = flag
+        saved = load_file(Path(resume_from_checkpoint) / "value.safetensors")
+        self.model.ppo_value.load_state_dict(saved)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the rollout with them: a checkpoint may fall between two of its passes."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_file(
+            _whole(self.buffer | {"order": self.order}), Path(output_dir) / "rollout.safetensors"
+        )
+        state = {
+            "micro_step": self.micro_step, "beta": self.beta, "num_tokens": self.num_tokens,
+            "metrics": self._metrics["train"],
+        }  # fmt: skip
+        (Path(output_dir) / "ppo.json").write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / "ppo.json").is_file():
+            buffer = load_file(Path(checkpoint) / "rollout.safetensors")
+            self.order = buffer.pop("order")
+            self.buffer = {key: value.to(self.model.device) for key, value in buffer.items()}
+            state = json.loads((Path(checkpoint) / "ppo.json").read_text())
+            self.micro_step, self.beta = state["micro_step"], state["beta"]
+            self.num_tokens = state["num_tokens"]
+            self._metrics["train"] |= state["metrics"]
+
+
+def _whole(tensors: Any) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: contiguous, nothing shared."""
+    items = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+    return {key: value.detach().clone().contiguous() for key, value in items.items()}

@@ -1,0 +1,238 @@
+"""Rollouts: answers sampled from the policy, scored, and held against the reference.
+
+A `transformers.Trainer`, so that schedules, clipping, checkpoints and lockstep are its own.
+
+Shapes: B answers of T tokens, padded on the right, to prompts of P tokens, padded on the left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
+from trl.trainer.utils import disable_dropout_in_model, selective_log_softmax
+
+from lora_exp.adapter.several import add_copy, changes_nothing, is_adapted, using
+from lora_exp.algorithm.ppo_losses import divergence
+from lora_exp.data.examples import prompt_ids
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class RolloutConfig(TrainingArguments):  # type: ignore[misc]
+    """What rollouts add to transformers' arguments, in the words of TRL's GRPO."""
+
+    max_completion_length: int = field(default=64, metadata={"help": "Tokens of an answer."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling and of all log-probs."})
+    top_p: float = field(default=1.0, metadata={"help": "Share of probability sampled from."})
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1", metadata={"help": "Of the per-token KL."}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Taken from unended answers."}
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Ratios are of the policies then, not of the dropout."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read columns."})
+
+
+class RolloutTrainer(Trainer):  # type: ignore[misc]
+    """A trainer whose policy answers prompts and whose rewards score the answers."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: RolloutConfig,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        reward_funcs: list[Any],
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        """Keep what the policy begins as for its reference.
+
+        Args:
+            model: the policy: a PeftModel, or a whole model whose weights train.
+            args: its arguments.
+            train_dataset: rows with a `prompt`; the other columns are for the rewards.
+            eval_dataset: held-out rows, or None.
+            processing_class: the tokenizer.
+            reward_funcs: as TRL's; called with prompts, completions, completion_ids and columns.
+            callbacks: transformers' own.
+
+        Raises:
+            ValueError: weights and rewards do not pair.
+            AdapterError: the method allows one adapter only.
+        """
+        set_seed(args.seed)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        self.reward_funcs = reward_funcs
+        self.weights = args.reward_weights or [1.0] * len(reward_funcs)
+        if len(self.weights) != len(reward_funcs):
+            text = f"{len(self.weights)} reward_weights for {len(reward_funcs)} rewards"
+            raise ValueError(text)
+        self.ref, self.reference = None, None
+        if not is_adapted(model):
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        elif not changes_nothing(model):
+            self.ref = "ref"
+            add_copy(model, "ref", trainable=False)
+        self.num_tokens = 0
+        self._metrics: dict[str, dict[str, list[float]]] = {
+            mode: defaultdict(list) for mode in ("train", "eval")
+        }
+        super().__init__(
+            model=model, args=args, data_collator=list, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _rollout(self, rows: list[dict[str, Any]], mode: str) -> Batch:
+        """Answer prompts and score the answers.
+
+        Returns:
+            ids and attention [B, P+T]; mask, logps, ref_logps and kl [B, T]; scores [B].
+        """
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        training = model.training
+        model.eval()
+        asked = [prompt_ids(row, tokenizer) for row in rows]
+        inputs = tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(model.device)
+        with self.accelerator.autocast(), self._sampling(model):
+            ids = model.generate(**inputs)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(new, torch.tensor(self._ends(model), device=new.device))
+        mask = (ended.cumsum(1) - ended.long() == 0).long()  # up to the first end, and with it
+        batch = {
+            "ids": ids, "attention": torch.cat([inputs["attention_mask"], mask], 1), "mask": mask,
+        }  # fmt: skip
+        batch["logps"] = self._no_grad(batch, self._logps)
+        with self._reference(model) as reference:
+            batch["ref_logps"] = self._no_grad(batch, self._logps, reference)
+        kl = divergence(batch["logps"], batch["ref_logps"], self.args.kl_estimator)
+        batch["kl"] = kl * mask
+        batch["scores"] = self._scores(rows, new, mask, mode).to(new.device)
+        batch["scores"] -= self.args.missing_eos_penalty * ~ended.any(1)
+        model.train(training)
+        if mode == "train":
+            self.num_tokens += int(batch["attention"].sum())
+        self._note(mode, {
+            "kl": batch["kl"].sum(1).mean(),
+            "completions/mean_length": mask.sum(1).float().mean(),
+            "completions/clipped_ratio": (~ended.any(1)).float().mean(),
+        })  # fmt: skip
+        return batch
+
+    @contextmanager
+    def _sampling(self, model: Any) -> Iterator[None]:
+        """Sample from what the log-probs are of, without penalties of the model's own."""
+        whole = model.get_base_model() if is_adapted(model) else model
+        own = whole.generation_config
+        plainly = GenerationConfig(
+            max_new_tokens=self.args.max_completion_length, do_sample=True,
+            temperature=self.args.temperature, top_p=self.args.top_p, top_k=0,
+            eos_token_id=self._ends(whole), pad_token_id=self.processing_class.pad_token_id,
+        )  # fmt: skip
+        try:
+            model.generation_config = whole.generation_config = plainly
+            yield
+        finally:
+            model.generation_config = whole.generation_config = own
+
+    def _ends(self, model: Any) -> list[int]:
+        known = model.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [known]
+        return sorted({self.processing_class.eos_token_id, *known} - {None})
+
+    def _scores(self, rows: list[dict[str, Any]], new: Tensor, mask: Tensor, mode: str) -> Tensor:
+        """Return the weighted sum of all rewards, [B]; one that has nothing to say adds nothing."""
+        ids = [row[there.bool()].tolist() for row, there in zip(new, mask, strict=True)]
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        prompts = [row["prompt"] for row in rows]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        own = ("prompt", "completions", "completion_ids")
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in own}
+        total = torch.zeros(len(rows))
+        for function, weight in zip(self.reward_funcs, self.weights, strict=True):
+            found = function(
+                prompts=prompts, completions=completions, completion_ids=ids,
+                trainer_state=self.state, log_extra=_unheard,
+                log_metric=lambda key, number: self._note(mode, {key: number}), **columns,
+            )  # fmt: skip
+            known = torch.tensor(
+                [float("nan") if r is None else r for r in found], dtype=torch.float32
+            )
+            self._note(mode, {f"rewards/{function.__name__}/mean": known.nanmean()})
+            total += weight * known.nan_to_num(0.0)
+        self._note(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
+        return total
+
+    @contextmanager
+    def _reference(self, model: Any) -> Iterator[Any]:
+        with using(model, self.ref) if is_adapted(model) else nullcontext():
+            yield self.reference if self.reference is not None else model
+
+    def _logits(self, batch: Batch, model: Any) -> Tensor:
+        whole = model.get_base_model() if is_adapted(model) else model
+        kept = batch["mask"].shape[1] + 1
+        with self.accelerator.autocast():
+            logits = whole(**model_inputs(batch), use_cache=False, logits_to_keep=kept).logits
+        return logits[:, :-1].float() / self.args.temperature  # type: ignore[no-any-return]
+
+    def _logps(self, batch: Batch, model: Any = None) -> Tensor:
+        """Return the log-probabilities of the completions' tokens, [B, T]."""
+        logits = self._logits(batch, self.model if model is None else model)
+        chosen = batch["ids"][:, -batch["mask"].shape[1] :]
+        found: Tensor = selective_log_softmax(logits, chosen)
+        return found
+
+    def _no_grad(self, batch: Batch, of: Any, *rest: Any) -> Tensor:
+        """Compute for a rollout in parts that fit where an evaluation batch fits."""
+        size = self.args.per_device_eval_batch_size
+        with torch.no_grad():
+            cut = range(0, len(batch["ids"]), size)
+            keys = ("ids", "attention", "mask")
+            return torch.cat([of({k: batch[k][i : i + size] for k in keys}, *rest) for i in cut])
+
+    def _note(self, mode: str, numbers: dict[str, Any]) -> None:
+        for key, number in numbers.items():
+            number = number.detach() if isinstance(number, Tensor) else number
+            self._metrics[mode][key].append(float(number))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last line."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        for key, numbers in self._metrics[mode].items():
+            logs[prefix + key] = sum(numbers) / len(numbers)
+        self._metrics[mode].clear()
+        if mode == "train":
+            logs["num_tokens"] = self.num_tokens
+        super().log(logs, start_time)
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """Return what a model reads of a rollout; padding on the left does not count as places."""
+    places = (batch["attention"].cumsum(1) - 1).clamp_min(0)
+    return {
+        "input_ids": batch["ids"], "attention_mask": batch["attention"], "position_ids": places,
+    }  # fmt: skip
+
+
+def _unheard(*_: Any) -> None:
+    """Take columns that a reward function wants to log: TRL's tables, which are not shown here."""

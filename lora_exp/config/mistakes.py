@@ -1,0 +1,78 @@
+"""A mistake in overrides, told in our words: the key, what is wrong, what would be right.
+
+Values are not repeated: one of them may be a secret.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lora_exp.config.door import CONF
+from lora_exp.errors import ConfigError, LoraExpError, did_you_mean
+
+
+def mistake(error: Exception) -> LoraExpError | None:
+    """Return an error as one of ours, or None: it is neither ours, Hydra's nor of a YAML file."""
+    if isinstance(error, LoraExpError):
+        return error
+    text = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return ConfigError([_no_such_option(error)])
+    if isinstance(error, YAMLError):
+        return ConfigError([("an option's file", " ".join(text.split()))])
+    if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0]
+        return ConfigError([(key, 'cannot be read; give key=value, or key="a text"')])
+    if text.startswith("Config group override must be"):
+        return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    if ours := re.search(r"ConfigError raised while resolving interpolation: (\S+?): (.*)", text):
+        return ConfigError([(ours[1], ours[2])])
+    if wrong := re.search(r"Could not override '([^']+)'", text):
+        return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
+    if several := re.search(r"Ambiguous value for argument '([^=]+)=", text):
+        key = several[1]
+        listed = f", {key}=[A,B] is a list" if "." in key else ""
+        return ConfigError([(key, f"has several values; -m {key}=A,B sweeps over them{listed}")])
+    there = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
+    if twice := re.search(there, text):
+        key = twice[1] or twice[2]
+        return ConfigError([(key, f"is there already; give {key}=... without the +")])
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return ConfigError([(str(error.full_key), text.splitlines()[0])])
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text += f"\n{error.__cause__}"
+    return ConfigError([("overrides", "; ".join(line.strip() for line in text.splitlines()))])
+
+
+def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    text = f"there is no {name!r}{did_you_mean(name, options)}; there are {', '.join(options)}"
+    if group == "targets":
+        text += "; a list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
+    return group, text
+
+
+def _no_such_key(key: str) -> str:
+    """Compare a key, part by part, with what the default config has at the same place."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node: Any = hydra.compose("config")
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            return "no such key"
+        if part not in node:
+            near = did_you_mean(part, map(str, node))
+            takes = "_target_" in node or key.startswith("train.")
+            more = f"; an argument that the config does not name yet: +{key}=..." if takes else ""
+            return f"no such key{near}{more}"
+        node = OmegaConf.select(node, part)
+    return f"exists with another option of {key.partition('.')[0]}"

@@ -1,0 +1,146 @@
+"""A run's config settled: plain read-only values with a directory, a name and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_exp.config.door import first_named, plain, renamed
+from lora_exp.config.resume import continued
+from lora_exp.config.start import started
+from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.files.redaction import redact_text
+
+GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
+# what a run is called, where it reports and what it may import does not change what it computes
+NOT_COMPUTED = (
+    "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
+    "lockstep",
+)  # fmt: skip
+UNNAMED = re.compile(
+    r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
+    r"|lockstep|model\.gguf_file)\b"
+    r"|train\.(eval|save|logging)_"
+)
+
+
+def product(*factors: float) -> float:
+    """Multiply rates; rounded so that 2e-5 * 10 reads 0.0002 in every file."""
+    return float(f"{math.prod(float(factor) for factor in factors):.12g}")
+
+
+def run_dir(resume: str | None) -> str:
+    """Return the directory of a run: a new one, or the one it continues.
+
+    Raises:
+        ConfigError: there is no run to continue.
+    """
+    if resume and not (Path(resume) / "config.yaml").is_file():
+        near = did_you_mean(Path(resume).name, (p.name for p in Path(resume).parent.glob("*")))
+        raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
+    return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
+
+
+OmegaConf.register_new_resolver("product", product, replace=True)
+OmegaConf.register_new_resolver("run_dir", run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver(
+    "hydra_subdir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
+)
+
+
+def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
+    """Resolve a composed config into plain read-only values, with its choices and its name.
+
+    Raises:
+        ConfigError: a required value is missing, or an interpolation finds nothing.
+    """
+    overrides = list(overrides)
+    if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
+        raise ConfigError(
+            [("trusted_targets", "only the command line may trust a target, not a file")]
+        )
+    if cfg.resume:
+        return _freeze(_resumed(cfg, choices, overrides))
+    if apart := [group for group in GROUPS if group not in choices]:
+        text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
+        raise ConfigError((group, text.format(group)) for group in apart)
+    try:
+        missing = OmegaConf.missing_keys(cfg)
+        values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
+    if missing:
+        raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
+    values = renamed(values)
+    _check_consent(values, overrides)
+    values = started(values, overrides)
+    values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
+    values["name"] = values["name"] or _name(values, overrides)
+    return _freeze(values)
+
+
+def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Let only the command line, never a file, allow code that came with a model."""
+    model = values.get("model") or {}
+    if model.get("trust_remote_code") and "model.trust_remote_code=true" not in overrides:
+        text = "runs code that came with the model; only the command line may say so"
+        raise ConfigError([("model.trust_remote_code", text)])
+
+
+def _resumed(
+    cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
+) -> dict[str, Any]:
+    """Take the config that a run was started with, and what it may be told anew."""
+    saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
+    values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
+    values = continued(renamed(values), cfg, choices, overrides)
+    _check_consent(values, overrides)
+    here = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
+    # keys that came after the run was saved
+    here["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    return values | here | {"trusted_targets": list(cfg.trusted_targets)}
+
+
+def _freeze(values: dict[str, Any]) -> DictConfig:
+    settled = OmegaConf.create(values)
+    OmegaConf.set_struct(settled, True)
+    OmegaConf.set_readonly(settled, True)
+    return settled
+
+
+def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
+    """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides."""
+    chosen, peft = values["choices"], values["peft"] or {}
+    rank = f"r{peft['r']}" if peft.get("r") else ""
+    targets = chosen["targets"] if peft.get("target_modules") == values["targets"] else ""
+    method = {"lora": "", "none": "full"}.get(chosen["peft"], chosen["peft"])
+    parts = [method, rank, chosen["quant"], targets]
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
+            continue
+        if redact_text(override) != override:
+            continue
+        value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
+        parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
+    name = "-".join(part for part in parts if part and part != "none")
+    return re.sub(r"[^\w.=,+-]+", "_", name)[:100]
+
+
+def fingerprint(cfg: DictConfig) -> str:
+    """Return the SHA-256 of what a config computes: equal configs give equal adapters."""
+    values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
+    values["lockstep_mode"] = cfg.lockstep.mode
+    if not values["train"].get("load_best_model_at_end"):
+        told = re.compile(r"(logging|save|eval)_")  # reports shape nothing
+        values["train"] = {k: v for k, v in values["train"].items() if not told.match(k)}
+    return hashlib.sha256(json.dumps(first_named(values), sort_keys=True).encode()).hexdigest()

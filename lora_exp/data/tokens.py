@@ -1,0 +1,319 @@
+"""Rows to tokens and labels, cached by content: what counts towards the loss is decided here.
+
+The rule: the assistant's turns (or the completion) count, with the token that ends them; everything
+counts where the algorithm says so (`completion_only_loss: false`) and in plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from jinja2.exceptions import TemplateError
+from rich.progress import track
+
+from lora_exp.data.formats import Row
+from lora_exp.data.template import render_chat
+from lora_exp.errors import DataError
+from lora_exp.files.paths import cache_dir
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+VERSION = 3  # of this module's rule; part of the cache's key
+CHUNK = 1000  # rows tokenised at a time
+Encode = Callable[[list[Row], Any], Iterator[tuple[list[int], list[int]]]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a data set's rows."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int  # those that count towards the loss
+    truncated: int  # rows cut to max_length
+    dropped: int  # rows with nothing left that counts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenised rows: `input_ids` and `labels` of equal length, `IGNORED` where nothing counts."""
+
+    dataset: Any
+    counts: Counts
+    cached: bool
+
+
+def tokenise(
+    rows: list[Row],
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    completion_only: bool,
+    separate: bool = False,
+    what: str,
+) -> Tokens:
+    """Tokenise rows, or take them from the cache if these rows met this tokenizer before.
+
+    Args:
+        rows: as `rows` leaves them.
+        tokenizer: a fast tokenizer, its chat template in place.
+        max_length: tokens to keep of a row, from its start; None keeps all.
+        completion_only: whether prompts are left out of the loss.
+        separate: whether the answer is a text of its own, as encoder-decoder models take it.
+        what: `train` or `eval`, for messages.
+
+    Raises:
+        DataError: no row has a token that counts, or rows are chats and there is no chat template.
+    """
+    if any("messages" in row for row in rows) and not tokenizer.chat_template:
+        raise DataError(
+            "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
+            "<file.jinja>, or rows of prompt and completion"
+        )
+    key = _key(rows, tokenizer, max_length, completion_only, separate)
+    folder = cache_dir() / "tokens" / key
+    if (folder / "counts.json").is_file():
+        counts = Counts(**json.loads((folder / "counts.json").read_text()))
+        tokens = Tokens(load_from_disk(str(folder)), counts, cached=True)
+    else:
+        encoded = _pairs if separate else partial(encode, completion_only=completion_only)
+        tokens = _fresh(rows, tokenizer, max_length, encoded, what, folder)
+    if not tokens.counts.rows:
+        raise DataError(
+            f"none of the {len(rows)} {what} rows has a token that counts towards the loss"
+            f" (max_length {max_length}): raise algorithm.args.max_length or shorten the prompts"
+        )
+    return tokens
+
+
+def _key(rows: list[Row], tokenizer: Any, *options: Any) -> str:
+    digest = hashlib.sha256(json.dumps([VERSION, *options]).encode())
+    for part in (_vocabulary(tokenizer), tokenizer.chat_template, tokenizer.eos_token):
+        digest.update(f"{part}\0".encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Return the tokenizer as text, without padding and truncation, which calls leave behind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    return json.dumps(state, sort_keys=True)
+
+
+def _fresh(
+    rows: list[Row],
+    tokenizer: Any,
+    max_length: int | None,
+    encoded: Encode,
+    what: str,
+    folder: Path,
+) -> Tokens:
+    ids: list[list[int]] = []
+    labels: list[list[int]] = []
+    truncated = dropped = 0
+    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    for chunk in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
+        for row_ids, row_labels in encoded(chunk, tokenizer):
+            longest = max(len(row_ids), len(row_labels))
+            truncated += max_length is not None and longest > max_length
+            row_labels = row_labels[:max_length]
+            if all(label == IGNORED for label in row_labels):
+                dropped += 1
+                continue
+            ids.append(row_ids[:max_length])
+            labels.append(row_labels)
+    trained = sum(label != IGNORED for row in labels for label in row)
+    counts = Counts(len(ids), sum(map(len, ids)), trained, truncated, dropped)
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    if not ids:
+        return Tokens(dataset, counts, cached=False)
+    _store(dataset, counts, folder)
+    return Tokens(load_from_disk(str(folder)), counts, cached=False)
+
+
+def _store(dataset: Any, counts: Counts, folder: Path) -> None:
+    """Write beside, then rename: two runs may tokenise the same rows at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=folder.parent))
+    dataset.save_to_disk(str(staged))
+    (staged / "counts.json").write_text(json.dumps(asdict(counts)))
+    try:
+        staged.rename(folder)
+    except OSError:  # the other run was first, with the same bytes
+        shutil.rmtree(staged)
+
+
+def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the prompt's ids and the answer's, each with the tokenizer's own special tokens."""
+    for row in rows:
+        asked = prompt_of(row, tokenizer)
+        if asked is None and "messages" in row:  # it ends with a question
+            yield [], []
+            continue
+        if asked is None or asked.answer is None:
+            raise DataError("algorithm=seq2seq answers prompts; a row of plain text asks nothing")
+        ids = tokenizer(asked.text, add_special_tokens=not asked.chat)["input_ids"]
+        labels = tokenizer(text_target=asked.answer)["input_ids"]
+        end = tokenizer.eos_token_id
+        yield ids, labels if labels[-1:] == [end] else [*labels, end]
+
+
+def encode(
+    rows: list[Row], tokenizer: Any, completion_only: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the token ids and labels of each row, whole.
+
+    Boundaries are found in characters, then carried to tokens by their offsets, so that a template
+    needs no markers; a token that straddles a boundary counts.
+    """
+    texts, spans = zip(*(_rendered(row, tokenizer) for row in rows), strict=True)
+    chats = ["messages" in row for row in rows]
+    for chat in sorted(set(chats)):
+        chosen = [i for i, c in enumerate(chats) if c == chat]
+        # a chat template writes its own special tokens; plain text gets the tokenizer's
+        found = tokenizer(
+            [texts[i] for i in chosen],
+            add_special_tokens=not chat,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
+        for i, ids, offsets in zip(
+            chosen, found["input_ids"], found["offset_mapping"], strict=True
+        ):
+            yield ids, _labels(ids, offsets, spans[i] if completion_only else None)
+
+
+def _labels(
+    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]] | None
+) -> list[int]:
+    if spans is None:
+        return list(ids)
+    counted = [any(s < stop and e > start for start, stop in spans) for s, e in offsets]
+    return [token if c else IGNORED for token, c in zip(ids, counted, strict=True)]
+
+
+def _rendered(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    try:
+        return _render(row, tokenizer)
+    except TemplateError as error:
+        said = json.dumps(row, default=str)[:80]
+        raise DataError(f"the chat template refuses a row: {error}; the row: {said}") from error
+
+
+def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Write a row as text, with the character spans that a completion-only loss counts."""
+    end = tokenizer.eos_token or ""
+    if "text" in row:
+        text = row["text"] if row["text"].endswith(end) else row["text"] + end
+        return text, [(0, len(text))]
+    if "prompt" in row:
+        text = row["prompt"] + row["completion"]
+        text = text if text.endswith(end) else text + end
+        return text, [(len(row["prompt"]), len(text))]
+    return _answers(row, tokenizer)
+
+
+def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Render a chat and find its assistant turns, each from its opening to its end token.
+
+    A turn's end is where the chat so far and the whole chat part. Templates that rewrite earlier
+    turns (reasoning models drop their thoughts) part before the answer: then its text is looked up.
+
+    Raises:
+        DataError: an assistant turn cannot be found in the rendered chat.
+    """
+    turns, tools = row["messages"], row.get("tools")
+    whole = render_chat(turns, tokenizer, tools)
+    spans, seen = [], 0
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
+        answered = render_chat(turns[: i + 1], tokenizer, tools)
+        start = max(seen, _shared(asked, whole))
+        stop = _shared(answered, whole)
+        text = turn["content"].rpartition("</think>")[2].strip()
+        found = whole.find(text, start) if text else start
+        if found < 0 and stop <= start:
+            raise DataError(f"the chat template does not show assistant turn {i}: {text[:60]!r}")
+        end = found + len(text) if found >= 0 else stop
+        if not asked:
+            start = end - len(text)  # what stands before the first turn is the template's
+        if stop < end or answered[stop:].strip():
+            stop = _end_of_turn(whole, end, tokenizer)
+        spans.append((start, stop))
+        seen = stop
+    return whole, spans
+
+
+def _end_of_turn(whole: str, end: int, tokenizer: Any) -> int:
+    """Return where the special token that directly follows an answer ends, or the answer itself."""
+    rest = whole[end:]
+    space = len(rest) - len(rest.lstrip())
+    for token in tokenizer.all_special_tokens:
+        if token and rest.lstrip().startswith(token):
+            return end + space + len(token)
+    return end
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    if b.startswith(a):
+        return len(a)
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a row asks, as text, and the known answer as greedy decoding would write it."""
+
+    text: str
+    answer: str | None
+    chat: bool  # the chat template wrote the special tokens, the tokenizer must not
+
+
+def prompt_of(row: Row, tokenizer: Any) -> Prompt | None:
+    """Split a row into prompt and known answer; None where nothing is asked, or answered badly.
+
+    The answer of a chat is what the template makes of it, so that it compares with what a model
+    trained on that template says.
+    """
+    if "messages" in row:
+        if row["messages"][-1]["role"] != "assistant" or not row["messages"][1:]:
+            return None
+        whole, spans = _answers(row, tokenizer)
+        start, stop = spans[-1]
+        return Prompt(whole[:start], _decoded(whole[start:stop], tokenizer), chat=True)
+    if "prompt" not in row or row.get("label") is False:
+        return None
+    known = row.get("chosen", row.get("completion", row.get("answer")))
+    known = known[-1]["content"] if isinstance(known, list) else known
+    if isinstance(row["prompt"], str):
+        return Prompt(row["prompt"], known, chat=False)
+    text = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
+    return Prompt(text, _decoded(known, tokenizer) if known is not None else None, chat=True)
+
+
+def _decoded(text: str, tokenizer: Any) -> str:
+    """Return a text as a model's answer would come back: without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return decoded
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many trained tokens stand before every prompt."""
+    configs = getattr(model, "peft_config", {}).values()
+    return max((getattr(config, "num_virtual_tokens", 0) or 0 for config in configs), default=0)

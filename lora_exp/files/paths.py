@@ -1,0 +1,42 @@
+"""Where things lie: what the package carries, what can be computed again, and folders by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lora_exp.errors import ConfigError
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def asset(path: str) -> Path:
+    """Resolve `pkg://package/file`, as Hydra writes it, to the file that the package carries.
+
+    Any other path comes back as it is.
+
+    Raises:
+        ConfigError: no such package is installed.
+    """
+    if not path.startswith("pkg://"):
+        return Path(path).expanduser()
+    package, _, rest = path.removeprefix("pkg://").partition("/")
+    if package == "lora_exp":
+        return PACKAGE / rest
+    from importlib.util import find_spec
+
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError([(path, f"no package {package!r} is installed")])
+    return Path(spec.submodule_search_locations[0]) / rest
+
+
+def is_path(name: str) -> bool:
+    """Tell a folder from a dotted name."""
+    return "/" in name or name.startswith(("~", "."))
+
+
+def cache_dir() -> Path:
+    """Return where what can be computed again is kept: `LORA_EXP_CACHE`, else the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LORA_EXP_CACHE") or Path(home) / "lora-exp")

@@ -1,0 +1,6 @@
+"""The base: frozen weights and their tokenizer.
+
+loading    the base, quantised while it loads
+memory     peak, free and needed
+processor  what decides how products are computed
+"""

@@ -1,0 +1,341 @@
+"""The base model, quantised while it loads, and its tokenizer.
+
+Knows nothing of adapters, rows or trainers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.utils import logging
+
+from lora_exp.config.door import build
+from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset, cache_dir
+from lora_exp.files.revision import is_commit
+
+CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen weights and the tokenizer that belongs to them."""
+
+    model: Any
+    tokenizer: Any
+    path: str  # as the config names it
+    revision: str | None  # the hub commit that was loaded, or the SHA-256 of local weights
+    warning: str | None  # what makes the base hard to load again
+
+
+def bnb_4bit(
+    quant_type: Literal["nf4", "fp4"],
+    double_quant: bool,
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"],
+) -> BitsAndBytesConfig:
+    """Return bitsandbytes' 4-bit settings, `quant_type` nf4 or fp4.
+
+    BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo. Products run in
+    bfloat16, or in float16 on a GPU that has no bfloat16, unless `compute_dtype` says otherwise.
+    """
+    if compute_dtype == "auto":
+        compute_dtype = "float16" if lacks_bfloat16() else "bfloat16"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+    )
+
+
+def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
+    """Return bitsandbytes' 8-bit settings; activations above the threshold stay in float."""
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def has_bfloat16() -> bool:
+    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def lacks_bfloat16() -> bool:
+    """Say whether there is a GPU that would have to emulate bfloat16."""
+    return torch.cuda.is_available() and not has_bfloat16()
+
+
+def load(
+    path: str,
+    revision: str | None,
+    gguf_file: str | None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    attn_implementation: str,
+    trust_remote_code: bool,
+    random_weights: bool,
+    quantization: BitsAndBytesConfig | None,
+    task_type: str = "CAUSAL_LM",
+) -> Base:
+    """Load a base and its tokenizer; every weight frozen unless it is trained whole later.
+
+    `task_type` is peft's name of what it is for: with SEQ_CLS the head gives one number. The others
+    are those of conf/model/local.yaml, and `quantization` from `bnb_4bit` or `bnb_8bit`.
+
+    Raises:
+        ConfigError: the path holds no model, or not one that can be loaded this way.
+    """
+    source = str(asset(path))
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common = {key: value for key, value in common.items() if value is not None}
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    kind = CLASSES[task_type]
+    options = {
+        **common,
+        **({"num_labels": 1} if task_type == "SEQ_CLS" else {}),
+        "dtype": dtype_of(dtype),
+        "attn_implementation": attn_implementation,
+        **({"device_map": {"": device()}} if torch.cuda.is_available() or quantization else {}),
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
+        if not gguf_file:
+            _check_unquantised(AutoConfig.from_pretrained(source, **common))
+        if random_weights:
+            model = _untrained(kind, source, options)
+        elif gguf_file and quantization:
+            # transformers cannot quantise while it reads GGUF: go through float weights, once
+            floats = _dequantised(Path(source), gguf_file)
+            model = _whole(kind, floats, options | {"quantization_config": quantization})
+        else:
+            quantized = {"quantization_config": quantization} if quantization else {}
+            model = _whole(kind, source, options | gguf | quantized)
+            model = _floats(model) if gguf_file else model
+    except ConfigError:  # also a ValueError, and says its key already
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unloadable(path, error) from error
+    settle(model, tokenizer)
+    found, warning = _revision(model, path, revision, gguf_file)
+    return Base(model, tokenizer, path, found, warning)
+
+
+def base_of(cfg: DictConfig) -> Base:
+    """Load the base that a config names, for what its algorithm trains it to do."""
+    quantization = build(cfg, "quant")
+    task_type = cfg.algorithm.task_type
+    base: Base = build(cfg, "model", quantization=quantization, task_type=task_type)
+    return base
+
+
+def unloadable(path: str, error: Exception) -> ConfigError:
+    """Return in a line what transformers tells, sometimes on a page, of a model it cannot load."""
+    told = " ".join(str(error).split())
+    place = "" if asset(path).exists() else "no such folder here; from the Hub: "
+    return ConfigError([("model.path", f"{path} cannot be loaded: {place}{told}")])
+
+
+def device() -> str:
+    """Return the one device that a run uses."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _check_unquantised(config: Any) -> None:
+    """Refuse a base that was saved quantised: it cannot be held otherwise, nor merged into.
+
+    Raises:
+        ValueError: it was.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+        raise ValueError(f"it is quantised ({method}); name what it was made from, with quant=nf4")
+
+
+def _whole(kind: Any, source: str, options: dict[str, Any]) -> Any:
+    """Load a model of which every weight is there; only a classification head may be new.
+
+    Raises:
+        ValueError: some are not; transformers would draw them anew, and go on.
+    """
+    reports = logging.get_logger("transformers.modeling_utils")
+    reports.addFilter(_no_report)  # a table of what is told here in a line
+    try:
+        model, found = kind.from_pretrained(
+            source, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        reports.removeFilter(_no_report)
+    heads = ("score.", "lm_head.") if kind is AutoModelForSequenceClassification else ()
+    lost = sorted(key for key in found["missing_keys"] if not key.startswith(heads))
+    if lost:
+        cure = "fetch it again" + ("; a reward's head must be called score" if heads else "")
+        raise ValueError(f"its files lack {len(lost)} weights, the first is {lost[0]}; {cure}")
+    if other := sorted(
+        (key, list(saved), list(own)) for key, saved, own in found["mismatched_keys"]
+    ):
+        key, saved, own = other[0]
+        text = f"{len(other)} of its weights have other sizes than its config.json says"
+        raise ValueError(f"{text}, the first is {key}: {saved}, not {own}")
+    if rest := sorted(key for key in found["unexpected_keys"] if not key.startswith(heads)):
+        told = "%d weights in %s have no place in the model, the first is %s"
+        logging.get_logger("lora_exp").warning(told, len(rest), source, rest[0])
+    return model
+
+
+def _no_report(said: Any) -> bool:
+    return "LOAD REPORT" not in said.getMessage()
+
+
+def _untrained(kind: Any, source: str, options: dict[str, Any]) -> Any:
+    built = ("dtype", "attn_implementation", "device_map")
+    config = AutoConfig.from_pretrained(
+        source, **{key: value for key, value in options.items() if key not in built}
+    )
+    model = kind.from_config(
+        config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
+    )
+    return model.to(device())
+
+
+def new_head(model: Any) -> None:
+    """Give a classification model a head of its own, drawn now: a shared base may carry another's.
+
+    In float32 on every base, as what is trained whole is.
+    """
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, model.config.num_labels, bias=False, device=model.device)
+    nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
+    model.score = head
+
+
+def sharing_copy(model: Any) -> Any:
+    """Copy the tree of modules, not the tensors: weights and quantisation states are the originals.
+
+    8-bit layers move their weights' scales at their first use: here it is done before the copy.
+    """
+    kept: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
+            module.init_8bit_state()
+        state = getattr(module, "state", None)
+        kept += [t for t in vars(state).values() if isinstance(t, torch.Tensor)] if state else []
+        weight = getattr(module, "weight", None)
+        states = (getattr(owner, "quant_state", None) for owner in (module, weight))
+        kept += [state for state in states if state is not None]
+    return copy.deepcopy(model, {id(x): x for x in kept})
+
+
+def dequantise(model: Any, dtype: torch.dtype) -> Any:
+    """Turn a quantised model's layers into plain ones that hold the floats they stand for."""
+    exact_products(model, dtype)
+    speaks = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the very dtype that it was asked for
+    try:
+        model = model.dequantize(dtype=dtype).to(dtype)
+    finally:
+        logging.set_verbosity(speaks)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # peft asks before it merges
+    return model.requires_grad_(False)
+
+
+def exact_products(model: Any, dtype: torch.dtype) -> None:
+    """Have 4-bit layers turn their weights into floats of this dtype, and multiply in it."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
+def _dequantised(folder: Path, gguf_file: str) -> str:
+    """Return a folder with a GGUF file's weights as float32 safetensors, made once and kept."""
+    if not (folder / gguf_file).is_file():
+        text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
+        raise ConfigError([("model.gguf_file", text)])
+    stat = (folder / gguf_file).stat()
+    identity = f"{(folder / gguf_file).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    floats = cache_dir() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()
+    if not floats.is_dir():
+        floats.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=floats.parent))  # two runs may do this at once
+        model = _floats(_whole(AutoModelForCausalLM, str(folder), {"gguf_file": gguf_file}))
+        model.save_pretrained(staged)
+        with suppress(OSError):  # the other run was first, with the same weights
+            staged.rename(floats)
+    return str(floats)
+
+
+def _floats(model: Any) -> Any:
+    """Forget that the weights came from GGUF: they are plain floats now, and can be saved."""
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def settle(model: Any, tokenizer: Any) -> None:
+    """Freeze a model, give it a padding token, and keep its 4-bit weights as they are."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        # CPUs with AVX512-BF16 repack 4-bit weights in place at the first evaluation, and training
+        # then gets wrong gradients without a word
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _revision(
+    model: Any, path: str, revision: str | None, gguf_file: str | None
+) -> tuple[str | None, str | None]:
+    """Find what identifies the weights: the hub's commit, or a hash of the local files."""
+    if not asset(path).exists():
+        commit = getattr(model.config, "_commit_hash", None)
+        text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
+        return commit, None if is_commit(revision) else text
+    found = files_hash(asset(path), gguf_file)
+    text = f"model.path: {path} holds no weights that could be told apart by a hash"
+    return found, None if found else text
+
+
+def files_hash(folder: Path, gguf_file: str | None) -> str | None:
+    """Return the hash of a folder's weights, in the order of their names, or None: it has none."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [folder / gguf_file] if gguf_file else sorted(weights)
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

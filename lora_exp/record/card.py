@@ -1,0 +1,154 @@
+"""The model card that lies beside what was trained; the same run writes the same card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config.door import plain
+from lora_exp.files.paths import asset
+from lora_exp.files.redaction import redact
+from lora_exp.model.loading import CLASSES
+
+SECTIONS = ("peft", "quant", "train", "algorithm")
+HERE = "path/to/this/folder"
+HEAD = re.compile(r"\A---\n.*?\n---\n\s*(# [^\n]*\n\s*)?", re.S)  # metadata and title
+LOADING = re.compile(r"^To load it:\n\n```python\n.*?```\n\n", re.S | re.M)
+
+
+def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
+    """Return the card: base, data, method, numbers, and how to load it.
+
+    No times, and no folders but the base's own as the config names it.
+
+    Args:
+        cfg: the run's.
+        record: its run.json.
+    """
+    head = {"library_name": "peft" if cfg.peft else "transformers", "tags": ["lora-exp"]}
+    base = cfg.model.path
+    if not asset(base).exists() and base.count("/") == 1:
+        head["base_model"] = base
+    values = redact(plain(cfg))
+    if "rewards" in values["algorithm"]:
+        named = values["algorithm"]["rewards"]
+        values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in named]
+    settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
+    sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in record["data"].items())
+    # after a resume it is the mean of the steps since: only where nothing else says anything
+    alone = "" if any(k.startswith("eval/") for k in record["metrics"]) else "train/loss"
+    numbers = "\n".join(
+        f"| {key} | {value:.4f} |"
+        for key, value in sorted(record["metrics"].items())
+        if key.startswith(("before/", "eval/")) or key == alone
+    )
+    return f"""---
+{OmegaConf.to_yaml(head)}---
+
+# {cfg.name}
+
+Trained with lora-exp. Base: `{base}` at `{record["base"]}`.{_start(cfg)}
+
+Data, {_counted(record)}:
+
+{sources}
+
+| metric | value |
+|---|---|
+{numbers}
+
+To load it:
+
+```python
+{_loading(cfg)}
+```
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
+    """Return the card of a merged model: what it is made of, how to load it, how that was trained.
+
+    Args:
+        merge: its merge.json.
+        task_type: what it is for, in peft's word.
+        card: of its first adapter.
+    """
+    adapters = ", ".join(f"`{a['name']}` (sha256 {a['sha256'][:12]})" for a in merge["adapters"])
+    combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""
+    quant = merge["quant"] or {}
+    held = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
+    kind = CLASSES[task_type].__name__
+    training = LOADING.sub("", HEAD.sub("", card))
+    return f"""---
+library_name: transformers
+tags:
+- lora-exp
+- merged
+---
+
+# {" + ".join(a["name"] for a in merge["adapters"])}, merged
+
+A whole model in {merge["dtype"]}: {adapters}{combined} merged with lora-exp into
+`{merge["base"]["path"]}` at `{merge["base"]["revision"]}`{held}. It needs no adapter and no peft.
+
+To load it:
+
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("{HERE}", dtype="auto")
+```
+
+## What was merged
+
+{training}"""
+
+
+def _counted(record: Mapping[str, Any]) -> str:
+    counts = record["counts"]
+    held_out = counts.get("eval_rows", 0)
+    return f"{counts['train_rows']:,} rows to train on and {held_out:,} held out"
+
+
+def _start(cfg: DictConfig) -> str:
+    return f" It started from the adapter `{_tail(cfg.adapter)}`." if cfg.adapter else ""
+
+
+def _tail(path: str) -> str:
+    """Leave out of a folder what only this machine knows; a dotted name stays."""
+    return "/".join(Path(path).parts[-2:])
+
+
+def _short(source: str) -> str:
+    """Leave out the folders of a local file."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _loading(cfg: DictConfig) -> str:
+    if cfg.peft is None:
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")'
+        )
+    packaged = cfg.model.path.startswith("pkg://")
+    path = f'asset("{cfg.model.path}")' if packaged else f'"{cfg.model.path}"'
+    options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
+    given = "".join(f', {name}="{value}"' for name, value in options.items() if value)
+    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    lines[:0] = ["from lora_exp.config import asset"] if packaged else []
+    return "\n".join(
+        [
+            *lines,
+            f"base = AutoModelForCausalLM.from_pretrained({path}{given})",
+            f'model = PeftModel.from_pretrained(base, "{HERE}")',
+        ]
+    )

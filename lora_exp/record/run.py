@@ -1,0 +1,279 @@
+"""A run's directory: `config.yaml`, `run.json`, `metrics.jsonl`. Written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config.door import plain, renamed
+from lora_exp.config.resume import LONGER, changes
+from lora_exp.config.settled import fingerprint
+from lora_exp.errors import ConfigError, DivergedError, LoraExpError
+from lora_exp.files.lock import Lock
+from lora_exp.files.paths import is_path
+from lora_exp.files.redaction import redact, redact_text
+from lora_exp.files.whole import refusal, sha256, write_whole
+
+if TYPE_CHECKING:
+    from lora_exp.data.rows import Rows
+    from lora_exp.model.loading import Base
+
+log = logging.getLogger("lora_exp")
+UNKNOWN = "an unknown commit"  # the hub did not answer
+FAILED = ("failed", "diverged")
+ITSELF = ("resume", "retry_failed", "strict")
+VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+def standing(directory: Path, cfg: DictConfig) -> str | None:
+    """Return the status of the same run in a directory, or None.
+
+    Raises:
+        ConfigError: the directory holds another run.
+    """
+    path = directory / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = values["fingerprint"], str(values["status"]), values["name"]
+    except (ValueError, KeyError) as error:
+        text = f"{path} cannot be read ({error}); move {directory} away to run the job anew"
+        raise ConfigError([("hydra.sweep.dir", text)]) from error
+    if known[0] != fingerprint(cfg):
+        text = f"{directory} holds another run ({known[2]}); take another directory"
+        raise ConfigError([("hydra.sweep.dir", text)])
+    return known[1]
+
+
+def objective(directory: Path) -> float:
+    """Return what a finished run is judged by."""
+    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    return float(values["metrics"][values["objective"]])
+
+
+def failure(directory: Path) -> str:
+    """Return why a run failed."""
+    return str(json.loads((directory / "run.json").read_text(encoding="utf-8"))["error"])
+
+
+def mark(directory: Path, status: str, error: str) -> None:
+    """Write how a run ended that could not do so itself; one that finished stays finished."""
+    path = directory / "run.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if values and values["status"] != "finished":
+        write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
+
+
+def unproven(directory: Path, differences: list[str]) -> None:
+    """Write into a run's record that passes of its pack were not the runs alone."""
+    path = directory / "run.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = values.get("lockstep", {}) | {"proven": False, "differences": differences}
+        write_whole(path, json.dumps(values | {"lockstep": known}, indent=1) + "\n")
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Move a run's directory away, so that the run can be made anew in its place."""
+    if not directory.is_dir():
+        return None
+    names = (f"{directory.name}.not-proven-equal{'' if n == 1 else n}" for n in count(1))
+    aside = next(path for name in names if not (path := directory.with_name(name)).exists())
+    return directory.rename(aside)
+
+
+class Record:
+    """What is known of a run so far, on disk after every change."""
+
+    def __init__(self, directory: Path, cfg: DictConfig) -> None:
+        """Begin a run's record, or take up that of the run that goes on.
+
+        Raises:
+            ConfigError: the directory holds another run, or not the one to resume, or is in use.
+        """
+        self.directory = directory
+        path = directory / "run.json"
+        goes_on = cfg.resume is not None and Path(cfg.resume).resolve() == directory.resolve()
+        if cfg.resume is not None and not goes_on:
+            raise ConfigError([("resume", f"{cfg.resume} goes on in place, not in {directory}")])
+        self._check_free(path, goes_on)
+        self.lock = Lock(directory, "resume" if goes_on else "hydra.run.dir")
+        try:
+            self._check_free(path, goes_on)  # another launch may have been first
+            self.values, self.begun = _read(path), False
+            self._config, self._fingerprint = redact(plain(cfg)), fingerprint(cfg)
+            if self.values:
+                self._check_changes()
+            else:
+                self.values = {
+                    "name": cfg.name,
+                    "tracking_id": secrets.token_hex(4),
+                    "choices": plain(cfg.choices),
+                    "metrics": {},
+                    "resumed": [],
+                }
+                self.begin()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _check_free(self, path: Path, goes_on: bool) -> None:
+        if path.is_file() and not goes_on:
+            text = f"{path.parent} holds a run already; resume={path.parent}, or another directory"
+            raise ConfigError([("hydra.run.dir", text)])
+
+    def _check_changes(self) -> None:
+        """Note what a run that goes on is told anew; a finished one needs more steps."""
+        saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
+        told = changes(renamed(saved), self._config)
+        told = {key: pair for key, pair in told.items() if key not in ITSELF}
+        limit = LONGER[0] if self._config["train"]["max_steps"] > 0 else LONGER[1]
+        if self.values["status"] == "finished" and limit not in told:
+            text = f"{self.directory} is finished; a higher {limit} would go on"
+            raise ConfigError([("resume", text)])
+        self._told = {"status": self.values["status"], "changes": told}
+
+    def same(self, key: str, found: Any) -> None:
+        """Hold what a run stands on against what it stood on before.
+
+        Raises:
+            ConfigError: it goes on, and something else is there now.
+        """
+        known = self.values.get(key, found)
+        both = isinstance(known, dict) and isinstance(found, dict)
+        pairs = changes(known, found) if both else {key: [known, found]}
+        told = [
+            f"{name}: {now}, was {was}"
+            for name, (was, now) in pairs.items()
+            if was != now and UNKNOWN not in f"{was} {now}"
+        ]
+        if told:
+            text = f"the run was started with another {key}: {'; '.join(told)}"
+            raise ConfigError([("resume", text)])
+
+    def begin(self) -> None:
+        """Write that the run begins, or goes on: until here a refused one is left as it was."""
+        if self.begun:
+            return
+        self.begun = True
+        if "versions" in self.values:
+            self.values["resumed"].append(self._told)
+            self._compare_versions()
+        write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
+        self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
+        self.update(status="running", error=None)
+
+    def _compare_versions(self) -> None:
+        now, then = versions(), self.values["versions"]
+        others = [name for name in now if then.get(name) != now[name]]
+        if others:
+            told = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in others)
+            log.warning("resume: other versions than the run began with: %s", told)
+
+    def update(self, **values: Any) -> None:
+        """Set fields and write the file; `metrics` are merged."""
+        metrics = self.values["metrics"] | values.pop("metrics", {})
+        self.values |= {**values, "metrics": metrics}
+        write_whole(self.directory / "run.json", json.dumps(redact(self.values), indent=1) + "\n")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after a step that training goes back to."""
+        kept = [json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
+        write_whole(self.directory / "metrics.jsonl", "".join(kept))
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        path = self.directory / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for line in text.split("\n"):
+            with suppress(ValueError):  # cut off while it was written
+                yield json.loads(line)
+
+    def losses(self) -> list[float]:
+        """Return the training losses logged so far, the parts before a resume included."""
+        return [line["train/loss"] for line in self._lines() if "train/loss" in line]
+
+    def keep_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Write samples.jsonl: prompts, known answers, answers before and after."""
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write_whole(self.directory / "samples.jsonl", "".join(lines))
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Read samples.jsonl."""
+        path = self.directory / "samples.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers that tracking shows for the whole run."""
+        return {**self.values["metrics"], **self.values.get("counts", {})}
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Record how the run ended, whatever ended it."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.begun:  # refused: the record is that of the last time
+                raise
+            status = "diverged" if isinstance(error, DivergedError) else "failed"
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+            text = (
+                str(error)
+                if isinstance(error, LoraExpError)
+                else f"{type(error).__name__}: {error}"
+            )
+            try:
+                self.update(status=status, error=redact_text(text))
+            except OSError as full:
+                log.error("%s: its status %s cannot be written: %s", self.directory, status, full)
+            if not isinstance(error, LoraExpError) and (told := refusal(error, self.directory)):
+                raise told from error
+            raise
+        else:
+            self.update(status="finished")
+        finally:
+            self.lock.release()
+
+
+def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
+    """Return what a run cannot go on without: commits and hashes of all that it is made of."""
+    data = dict(rows.source)
+    if rows.chat_template is not None:
+        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
+        data["chat_template"] = f"sha256:{template}"
+    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    folders = [Path(n).expanduser() for n in named if isinstance(n, str) and is_path(n)]
+    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
+    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
+    return {"data": data, "base": base.revision, "adapters": adapters}
+
+
+def versions() -> dict[str, str]:
+    """Return those of the packages that shape a result."""
+    return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a run's record, nothing where there is none yet."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        text = f"{path} cannot be read ({error}); without it the run cannot go on"
+        raise ConfigError([("resume", text)]) from error

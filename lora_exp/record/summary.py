@@ -1,0 +1,130 @@
+"""The words before a run and after it: what will be trained on what, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from lora_exp.adapter.attach import Adapted
+from lora_exp.data.examples import first
+from lora_exp.data.rows import Rows
+from lora_exp.data.tokens import Counts, Tokens
+from lora_exp.model.loading import Base
+from lora_exp.record.console import curve, facts, show, size
+from lora_exp.record.progress import preview
+from lora_exp.record.run import Record
+
+
+def counts(adapted: Adapted, train: Tokens, held_out: Tokens | None) -> dict[str, int]:
+    """Return the numbers known before training, for the run's record."""
+    numbers = {"trainable_parameters": adapted.trainable, "parameters": adapted.total}
+    numbers |= {f"train_{k}": v for k, v in vars(train.counts).items()}
+    return numbers | (
+        {f"eval_{k}": v for k, v in vars(held_out.counts).items()} if held_out else {}
+    )
+
+
+def announce(
+    cfg: DictConfig,
+    rows: Rows,
+    base: Base,
+    adapted: Adapted,
+    train: Tokens,
+    held_out: Tokens | None,
+) -> None:
+    """Say what is about to happen, down to the tokens that count."""
+    lines = {
+        "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
+            "torch.", ""
+        ),
+        "quantisation": cfg.choices.quant,
+        "adapter": _adapter(cfg, adapted),
+        "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
+        "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
+        f" ({adapted.trainable / adapted.total:.2%})",
+        "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
+        "reference": _reference(cfg),
+        "rewards": _rewards(cfg),
+        "rows": f"{_rows(train.counts)}, read as {rows.format}{', cached' if train.cached else ''}",
+        "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
+    }
+    show(facts(cfg.name, {key: line for key, line in lines.items() if line}))
+    for warning in (base.warning, rows.warning):
+        if warning:
+            show(f"[yellow]{warning}[/]")
+    show("\nfirst row; what counts towards the loss stands in «»:")
+    for name, ids, labels in first(train, base.tokenizer):
+        if name:
+            show(f"[dim]{name}:[/]")
+        show(preview(ids, labels, base.tokenizer))
+    show("")
+
+
+def _reference(cfg: DictConfig) -> str:
+    """Say what the KL divergence is held against, where there is one."""
+    args = cfg.algorithm.args
+    if "beta" not in args or not args.beta:
+        return ""
+    if cfg.adapter is not None:
+        return f"the adapter that the run starts from, {cfg.adapter}"
+    return "the base, adapter off" if cfg.peft is not None else "a frozen copy of the base"
+
+
+def _rewards(cfg: DictConfig) -> str:
+    named = cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    return ", ".join(r if isinstance(r, str) else r["_target_"] for r in named)
+
+
+def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
+    if adapted.method is None:
+        return "none: every weight trains"
+    known = {"r": "rank", "init_r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "tokens"}
+    parts = [f"{word} {cfg.peft[key]}" for key, word in known.items() if cfg.peft.get(key)]
+    start = f", starts from {cfg.adapter}" if cfg.adapter is not None else ""
+    return ", ".join([adapted.method, *parts]) + start
+
+
+def _rows(counts: Counts) -> str:
+    learnt = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
+    return (
+        f"{counts.rows:,} with {counts.tokens:,} tokens{learnt};"
+        f" {counts.truncated:,} truncated, {counts.dropped:,} dropped"
+    )
+
+
+def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
+    """Say what came of it, and where it lies."""
+    metrics: dict[str, Any] = record.values["metrics"]
+    table = Table()
+    for column in (str(record.values["name"]), "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    for key in metrics:
+        group, _, name = key.partition("/")
+        if group == "eval":
+            old, new = metrics.get(f"before/{name}"), metrics[key]
+            shares = ("exact_match", "accuracies", "accuracy")
+            write = "{:.1%}".format if any(w in name for w in shares) else "{:.4f}".format
+            words = f"eval {name}".replace("_", " ")
+            table.add_row(words, write(old) if old is not None else "-", write(new))
+    show(table)
+    shown = {
+        "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
+        "objective": f"{objective} {metrics[objective]:.4f}",
+        "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
+        "speed": _speed(metrics),
+        "peak memory": size(int(metrics["peak_bytes"])),
+        "run": str(record.directory),
+        saved.name: str(saved),
+        "W&B": place,
+    }
+    show(facts("", {key: value for key, value in shown.items() if value != "none"}))
+
+
+def _speed(metrics: dict[str, Any]) -> str:
+    """Write steps and, where the trainer has logged them, tokens per second."""
+    tokens = metrics["train/tokens_per_s"]
+    steps = f"{metrics['train/steps_per_s']:.1f} steps/s"
+    return f"{steps}, {tokens:,.0f} tokens/s" if tokens else steps

@@ -1,0 +1,173 @@
+"""A sweep's table: every job as it ends, in summary.csv and summary.json, and shown at the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lora_exp.errors import ConfigError
+from lora_exp.files.redaction import REDACTED, redact, redact_text
+from lora_exp.files.whole import write_whole
+
+COMMAND = "sweep.json"
+
+
+class SweepTable(Callback):
+    """Hydra's callback: one row a job; a failed job has its error for a result.
+
+    Hydra does not tell a sweep's end when a job failed, so `main` shows the table, not a callback.
+    """
+
+    current: ClassVar[SweepTable | None] = None
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.rows: list[dict[str, Any]] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Take the place of an earlier sweep's table."""
+        SweepTable.current = self
+        self.folder = Path(config.hydra.sweep.dir)
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
+        """Take a job's result from its directory and write the summary anew."""
+        if SweepTable.current is not self:
+            return  # a run alone
+        directory = Path(config.hydra.runtime.output_dir)
+        self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # trained again
+        self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
+        self.rows.sort(key=rank)
+        write_summary(Path(config.hydra.sweep.dir), self.rows)
+
+    def doubt(self, directories: list[Path]) -> None:
+        """Say of jobs that ended before it was known that they are not proven equal."""
+        for r in self.rows:
+            r["proven"] &= Path(r["directory"]) not in [path.absolute() for path in directories]
+        write_summary(self.folder, self.rows)
+
+    def show(self) -> None:
+        """Print the jobs, the best first, and below them what went wrong."""
+        from rich.table import Table
+        from rich.text import Text
+
+        from lora_exp.record.console import console, short
+
+        varying = varied(self.rows)
+        judged = {r["judged_by"] for r in self.rows if r["judged_by"]}
+        objective = judged.pop() if len(judged) == 1 else "objective"
+        shown = {"seconds": "seconds"}
+        if any("eval/exact_match" in r["metrics"] for r in self.rows):
+            shown = {"eval/exact_match": "exact match", **shown}
+        columns = ["job", *(varying or ["name"]), objective, *shown.values(), "status"]
+        table = Table(title=f"{self.folder}", title_justify="left")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for r in self.rows:
+            chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
+            numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
+            written = [short(n) if n is not None else "-" for n in numbers]
+            status = r["status"] + ("" if r["proven"] else ", not proven equal")
+            table.add_row(r["job"], *(Text(c) for c in chosen), *written, status)
+        console.print(table)
+        for r in self.rows:
+            if r["error"]:
+                console.print(Text(f"job {r['job']}: {r['error']}"))
+        console.print(f"{self.folder}/summary.csv and summary.json have the rest")
+
+
+def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
+    """Keep what a sweep was launched with: `resume` launches it again.
+
+    Hydra's own multirun.yaml is that of the last command that named the directory.
+
+    Args:
+        folder: the sweep's.
+        hydra: the section of the command.
+        keep: an earlier command; jobs of this one were refused.
+    """
+    path = folder / COMMAND
+    if keep and path.is_file():
+        return
+    sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    own = [word for path in sources for word in ("--config-dir", path)]
+    said = [*hydra.overrides.hydra, *hydra.overrides.task]
+    said = [o for o in said if not re.match(r"hydra\.(mode|sweep\.dir)=|retry_failed=", o)]
+    write_whole(path, json.dumps(redact(["-m", *own, *said]), indent=1) + "\n")
+
+
+def command(folder: Path) -> list[str]:
+    """Return the command line that goes on with a sweep.
+
+    Raises:
+        ConfigError: it held a secret, which was not kept.
+    """
+    said: list[str] = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+    if any(REDACTED in word for word in said):
+        text = f"{folder} was launched with a secret; give its command again, with hydra.sweep.dir"
+        raise ConfigError([("resume", text)])
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [*said, f"hydra.sweep.dir='{quoted}'"]
+
+
+def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
+    """Return what a finished or failed job shows."""
+    path = directory / "run.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    result = job_return._return_value
+    told, known = redact_text(str(result)), str(record.get("error") or "")
+    its = known != "" and (told in known or known in told)
+    if isinstance(result, BaseException) and not its:
+        record = {}  # of another run, which has the directory; the job was refused
+    error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
+    objective = result if isinstance(result, float) and math.isfinite(result) else None
+    pairs = (override.lstrip("+~").partition("=") for override in redact(overrides))
+    return {
+        "job": directory.name,
+        "name": record.get("name", directory.name),
+        "objective": objective,
+        "judged_by": record.get("objective"),
+        "goal": record.get("goal"),
+        "status": record.get("status", "failed"),
+        "error": redact(error),
+        "overrides": {key: value for key, _, value in pairs},
+        "proven": record.get("lockstep", {}).get("proven", True),
+        "fingerprint": record.get("fingerprint"),
+        "metrics": record.get("metrics", {}),
+        "directory": str(directory),
+    }
+
+
+def rank(row: dict[str, Any]) -> float:
+    """Return what rows are sorted by, the best first, those without an objective last."""
+    if row["objective"] is None:
+        return math.inf
+    return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])
+
+
+def varied(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the overridden keys that are not the same in all jobs."""
+    keys = dict.fromkeys(key for r in rows for key in r["overrides"])
+    return [key for key in keys if len({r["overrides"].get(key) for r in rows}) > 1]
+
+
+def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write summary.json with everything; summary.csv has a column for each override and metric."""
+    write_whole(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+    kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
+    keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
+    names = sorted({name for r in rows for name in r["metrics"]})
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*kept, *keys, *names])
+    for r in rows:
+        chosen = [r["overrides"].get(key) for key in keys]
+        table.writerow([*(r[k] for k in kept), *chosen, *(r["metrics"].get(n) for n in names)])
+    write_whole(folder / "summary.csv", text.getvalue())

@@ -1,0 +1,158 @@
+"""Greedy answers to held-out prompts, and how many are exactly right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from lora_exp.data.formats import Row
+from lora_exp.data.tokens import Prompt, prompt_of, virtual_tokens
+from lora_exp.record.console import tracked
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a prompt, and what is known to be right."""
+
+    prompt: str
+    expected: str | None  # None: nobody knows
+    said: str
+    task: str | None
+
+
+def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str) -> list[Answer]:
+    """Answer the first rows that ask something.
+
+    Args:
+        model: with its adapter as it is now.
+        tokenizer: the base's.
+        rows: held-out rows; those of plain text ask nothing and are passed over.
+        settings: the config's `samples`: rows, max_new_tokens, batch_size.
+        what: whose answers they are, for the progress bar.
+    """
+    tokenizer = left(tokenizer)
+    asking = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
+    asked = list(islice(asking, settings.rows))
+    space = room(model, settings.max_new_tokens)
+    prompts = [ids_of(prompt, tokenizer)[-space:] for _, prompt in asked]
+    said: dict[int, str] = {}
+    with _generating(model):
+        for batch in tracked(batches(prompts, model, settings.batch_size), f"answers {what}"):
+            chosen = [prompts[i] for i in batch]
+            texts = generate(model, tokenizer, chosen, settings.max_new_tokens)
+            said |= dict(zip(batch, texts, strict=True))
+    return [
+        Answer(prompt.text, prompt.answer, said[i], row.get("task"))
+        for i, (row, prompt) in enumerate(asked)
+    ]
+
+
+def exact_match(answers: list[Answer]) -> dict[str, float]:
+    """Return the share of answers equal to the known ones, outer white space aside; by task too."""
+    right: dict[str, list[bool]] = {}
+    for found in answers:
+        if found.expected is None:
+            continue
+        exact = found.said.strip() == found.expected.strip()
+        right.setdefault("exact_match", []).append(exact)
+        if found.task:
+            right.setdefault(f"exact_match_{found.task}", []).append(exact)
+    return {name: sum(exact) / len(exact) for name, exact in sorted(right.items())}
+
+
+@contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def left(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer that pads on the left.
+
+    A copy, since the side would be saved with the adapter.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def room(model: Any, max_new_tokens: int) -> int:
+    """Return how many prompt tokens fit beside the answer."""
+    context = getattr(model.config, "max_position_embeddings", None) or 10**6
+    return max(1, context - max_new_tokens - virtual_tokens(model))
+
+
+def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Return a prompt's tokens; those of a chat have the template's special tokens already."""
+    ids: list[int] = tokenizer(prompt.text, add_special_tokens=not prompt.chat)["input_ids"]
+    return ids
+
+
+def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
+    """Group prompts by their place in the list.
+
+    Behind virtual tokens only prompts of one length share a batch: padding would stand between the
+    two, where training never put it.
+    """
+    places = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [places]
+    if virtual_tokens(model):
+        lengths = sorted({len(prompt) for prompt in prompts})
+        groups = [[i for i in places if len(prompts[i]) == length] for length in lengths]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model names."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({tokenizer.eos_token_id, *stops} - {None})
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """Answer a batch of prompts.
+
+    Args:
+        model: in eval mode, without gradients.
+        tokenizer: one that pads on the left.
+        prompts: as tokens.
+        max_new_tokens: of each answer.
+        temperature: 0: the likeliest token each time; else drawn, by torch's random numbers.
+        top_p: the share of the likelihood that is drawn from.
+    """
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    drawn = temperature > 0
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=drawn,
+        temperature=temperature if drawn else None,
+        top_p=top_p if drawn else None,
+        top_k=None,
+        eos_token_id=ends(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # prompt learning returns the new tokens after the same prompt, so one cut fits every method
+    asked = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new = output[:, asked:]
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts

@@ -1,0 +1,225 @@
+"""Checkpoints that are whole or absent, hashed, and their run's own.
+
+Knows files and trainers' methods, nothing of configs. What a checkpoint must hold to go on from it
+bit for bit is transformers' own list, and what trainers of rollouts add.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from lora_exp.adapter.untrusted import numbers_only
+from lora_exp.errors import CheckpointError
+from lora_exp.files.whole import clear, sha256, whole
+from lora_exp.training.guards import check_finite
+from lora_exp.training.interruption import stop
+
+log = logging.getLogger("lora_exp")
+MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
+PREFIX = "checkpoint-"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def seal(folder: Path, run: str, step: int) -> None:
+    """Write a checkpoint's manifest: whose it is, and the hash of each of its files."""
+    files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    text = json.dumps({"run": run, "step": step, "files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def flaw(folder: Path, run: str) -> str | None:
+    """Return why a run cannot go on from a checkpoint, or None if it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, its, step = manifest["files"], manifest["run"], manifest["step"]
+        there = {str(path.relative_to(folder)): path for path in _files(folder)}
+        there = {name: path for name, path in there.items() if not name.startswith(".")}
+        if lost := sorted(files.keys() - there.keys()):
+            return f"lacks {', '.join(lost)}"
+        if more := sorted(there.keys() - files.keys()):
+            return f"has files that it was not saved with: {', '.join(more)}"
+        if changed := [name for name in files if sha256(there[name]) != files[name]]:
+            return f"is damaged: {', '.join(changed)} changed since it was written"
+    except FileNotFoundError:
+        return f"has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"cannot be read ({type(error).__name__}: {error})"
+    if its != run or folder.name != f"{PREFIX}{step}":
+        return "belongs to another run"
+    return None
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of a folder, whosesoever, by their steps."""
+    names = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
+    return {int(name): path for name, path in names.items() if name.isdigit()}
+
+
+def owner(folder: Path) -> str | None:
+    """Return whose a checkpoint says it is."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def newest(folder: Path, run: str) -> tuple[Path | None, int]:
+    """Return the newest checkpoint that is whole and the run's own, and its step.
+
+    Others that are newer are named once, and renamed, so that nothing takes them for good.
+    """
+    clear(folder)
+    found = numbered(folder)
+    for step in sorted(found, reverse=True):
+        path = found[step]
+        wrong = flaw(path, run)
+        if wrong is None:
+            return path, step
+        aside = path.with_name(f"unused-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        log.warning("%s %s; it is set aside as %s", path, wrong, aside.name)
+    return None, 0
+
+
+class Checkpoints:
+    """What every trainer gains: whole checkpoints, the best kept, and a stop at a step's end."""
+
+    owner = ""  # the run whose checkpoints these are
+    model: Any
+    state: Any
+    args: Any
+    _stage: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Train, or load what was trained to its end before: the loop would make one more step.
+
+        Returns:
+            transformers' `TrainOutput`.
+        """
+        if resume_from_checkpoint is None:
+            return super().train(**options)  # type: ignore[misc]
+        folder = Path(resume_from_checkpoint)
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if not self._ended(state):
+            options["resume_from_checkpoint"] = resume_from_checkpoint
+            return super().train(**options)  # type: ignore[misc]
+        self._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[attr-defined]
+        self.state = state
+        self._find_best(folder.parent)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
+
+    def _ended(self, state: Any) -> bool:
+        if self.args.max_steps > 0:
+            return bool(state.global_step >= self.args.max_steps)
+        return bool(state.epoch is not None and state.epoch >= self.args.num_train_epochs)
+
+    def keep(self) -> None:
+        """Save where training stands, unless it was just saved."""
+        step = self.state.global_step
+        saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
+        if step and not saved:
+            self._save_checkpoint(self.model, None)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Leave at the end of a step when asked to, with a checkpoint.
+
+        The loop's own way out would end the epoch, evaluate and save again.
+        """
+        super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
+        if stop.asked:
+            self.keep()
+            stop.check()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage or super()._get_output_dir(trial))  # type: ignore[misc]
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: trl would, at every checkpoint; the run's own comes with its adapter."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        check_finite(self.model.named_parameters(), step)
+        folder = Path(self._get_output_dir(trial))
+        self._find_best(folder)
+        with whole(folder / f"{PREFIX}{step}") as made:
+            self._stage = made.parent
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._stage = None
+            self._save_rollout(made)
+            if self._find_best(folder, step):
+                self.state.save_to_json(str(made / "trainer_state.json"))
+            seal(made, self.owner, step)
+        self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Keep the newest of the run's own, and the best; transformers counts others' too."""
+        limit = self.args.save_total_limit
+        if not limit or limit < 0:
+            return
+        steps = {step: path for step, path in numbered(folder).items() if owner(path) == self.owner}
+        for step in sorted(steps)[:-limit]:
+            if step != self.state.best_global_step:
+                shutil.rmtree(steps[step])
+
+    def _find_best(self, folder: Path, step: int | None = None) -> bool:
+        """Say where the best checkpoint lies: here, wherever the run's directory was then."""
+        best = self.state.best_global_step
+        path = folder / f"{PREFIX}{best}"
+        if best and (best == step or path.is_dir()):
+            self.state.best_model_checkpoint = str(path)
+        return bool(best) and best == step
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := flaw(best, self.owner):
+            raise CheckpointError(f"{best}, the best, {wrong}; its weights are not taken")
+        super()._load_best_model()  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with numbers_only(checkpoint, CheckpointError):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self._find_best(Path(checkpoint).parent)
+            self._load_rollout(Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with numbers_only(checkpoint, CheckpointError):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _save_rollout(self, folder: Path) -> None:
+        """Save the answers that trl's trainers still learn from, between two rollouts."""
+        inputs = getattr(self, "_buffered_inputs", None)
+        every = getattr(self.args, "steps_per_generation", None) or 1
+        every *= getattr(self, "num_iterations", 1)
+        if inputs is not None and self._step % every:
+            torch.save({"step": self._step, "inputs": inputs}, folder / ROLLOUT)
+
+    def _load_rollout(self, folder: Path) -> None:
+        if (folder / ROLLOUT).is_file():
+            with numbers_only(str(folder), CheckpointError):
+                saved = torch.load(folder / ROLLOUT, weights_only=True)
+            self._step, self._buffered_inputs = saved["step"], saved["inputs"]
+
+
+@cache
+def checkpointed(trainer: type) -> type:
+    """Return a trainer's class with `Checkpoints` before it."""
+    return type(trainer.__name__, (Checkpoints, trainer), {"__module__": trainer.__module__})

@@ -1,0 +1,176 @@
+"""The algorithm's own trainer, from its own arguments; nothing of it is changed."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from jinja2.exceptions import TemplateError
+from omegaconf import DictConfig
+from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
+
+from lora_exp.adapter.attach import Adapted
+from lora_exp.adapter.several import copy_to
+from lora_exp.config.door import build, plain
+from lora_exp.config.signature import signature
+from lora_exp.data.rows import Rows
+from lora_exp.data.tokens import Tokens
+from lora_exp.errors import ConfigError, DataError
+from lora_exp.model.loading import Base, device, has_bfloat16, lacks_bfloat16
+from lora_exp.record.run import Record
+from lora_exp.rewards import rewards
+from lora_exp.training.checkpoint import checkpointed
+from lora_exp.training.guards import FiniteLoss, GradientCheck
+from lora_exp.training.housekeeping import spare
+
+
+def trainer_of(
+    cfg: DictConfig,
+    base: Base,
+    adapted: Adapted,
+    rows: Rows,
+    data: tuple[Tokens, Tokens | None],
+    record: Record,
+    callbacks: list[TrainerCallback],
+) -> Any:
+    """Build the trainer and spare it what no step needs.
+
+    Args:
+        cfg: the run's.
+        base: what the adapter stands on.
+        adapted: what trains.
+        rows: as the algorithm learns from them; rewards read their columns.
+        data: the same, as the trainer takes them: to train on, and held out.
+        record: of the run; checkpoints go to its directory.
+        callbacks: beside ours and those of the adapter's method.
+
+    Raises:
+        ConfigError: the trainer refuses its arguments.
+    """
+    train, held_out = data
+    trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
+    given: dict[str, Any] = {}
+    known = signature(cfg.algorithm.trainer._target_)
+    takes = known.arguments if known else {}
+    if "rewards" in cfg.algorithm:
+        both = [*rows.train, *rows.eval]
+        given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
+    if "ref_model" in takes and adapted.method is None:
+        given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    guards = (FiniteLoss(), GradientCheck())
+    try:
+        trainer = build(
+            cfg,
+            "algorithm.trainer",
+            through=checkpointed,
+            model=adapted.model,
+            args=_arguments(cfg, base, held_out, record),
+            train_dataset=train.dataset,
+            eval_dataset=held_out.dataset if held_out else None,
+            processing_class=base.tokenizer,
+            callbacks=[*guards, *adapted.callbacks, *callbacks],
+            **given,
+        )
+    except ConfigError:
+        raise
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses a row: {error}") from error
+    except ValueError as error:
+        raise ConfigError([("algorithm", str(error))]) from error
+    trainer.owner = record.values["tracking_id"]
+    _ready(trainer, adapted, trained)
+    return trainer
+
+
+def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
+    """Put right what trl does to models and samplers.
+
+    Args:
+        trainer: just built.
+        adapted: what trains.
+        trained: its parameters, and their data before trl had them.
+    """
+    if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
+        # trl loads it anew, without a revision
+        trainer.ref_model.load_state_dict(adapted.model.state_dict())
+    if hasattr(trainer, "_get_train_sampler"):
+        trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
+    trainer.remove_callback(transformers.PrinterCallback)
+    spare(trainer.model)
+    trainer.evaluate = _unnoticed(trainer.evaluate)
+    if adapted.method is not None:
+        # trl casts to bfloat16 on quantised bases: docs/decisions/0003
+        for parameter in adapted.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        for parameter, data_before in trained:  # a start's own bits, not those of the cast
+            parameter.data = data_before.float()
+        if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
+            copy_to(adapted.model, "ref")
+
+
+def _resumable(sampler: Any) -> Any:
+    """Let a sampler of prompts, whose every epoch has an order of its own, begin at any epoch."""
+
+    def sampled(*arguments: Any) -> Any:
+        made = sampler(*arguments)
+        if isinstance(made, RepeatSampler) and made.shuffle:
+            made.set_epoch = partial(_advance, made)
+        return made
+
+    return sampled
+
+
+def _advance(sampler: Any, epoch: int) -> None:
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(epoch):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+
+def _unnoticed(evaluate: Any) -> Any:
+    """Evaluate without moving the random streams: loaders draw a seed that they never use."""
+
+    def unnoticed(*arguments: Any, **options: Any) -> Any:
+        with torch.random.fork_rng():
+            return evaluate(*arguments, **options)
+
+    return unnoticed
+
+
+def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Record) -> Any:
+    settings = plain(cfg.train)
+    if settings["bf16"] is None:
+        settings |= _precision(cfg, base)
+    if held_out is None:
+        settings["eval_strategy"] = "no"
+    known = signature(cfg.algorithm.args._target_)
+    if known and "dataset_kwargs" in known.arguments and not cfg.algorithm.args.packing:
+        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # tokens and labels are there
+    try:
+        return build(
+            cfg,
+            "algorithm.args",
+            **settings,
+            seed=cfg.seed,
+            output_dir=str(record.directory / "checkpoints"),
+            report_to=[],
+            use_cpu=device() == "cpu",
+            dataloader_pin_memory=device() != "cpu",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,  # it would log a loss of 0 where there is none
+        )
+    except ValueError as error:
+        raise ConfigError([("algorithm.args", str(error))]) from error
+
+
+def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
+    """Compute in 16 bits what is held in few, and whole float32 weights where a GPU can."""
+    if cfg.quant is not None:
+        half = cfg.quant.get("compute_dtype") == "float16" or lacks_bfloat16()
+        return {"bf16": not half, "fp16": half}
+    whole = cfg.peft is None and has_bfloat16()
+    return {"bf16": whole or base.model.dtype == torch.bfloat16}

@@ -1,0 +1,157 @@
+"""What inspect says of files is what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from lora_exp import load_adapter
+from lora_exp.after.inspection import inspect, modules
+from lora_exp.after.pages import inspection
+from lora_exp.after.saving import save
+from lora_exp.errors import AdapterError
+from tests.after.test_saved import ADALORA, copied
+
+Trained = Callable[..., Path]
+
+
+PATTERNS = ("+peft.rank_pattern={q_proj:4}", "+peft.alpha_pattern={q_proj:2}")
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "ranks"),
+    [("lora", PATTERNS, {4, 16}), ("rslora", PATTERNS, {4, 16}), ("adalora", ADALORA, None)],
+)
+def test_norms_are_those_of_the_updates_that_peft_makes(
+    trained: Trained, method: str, more: tuple[str, ...], ranks: set[int] | None
+) -> None:
+    run = trained(f"peft={method}", *more)
+    model, _ = load_adapter(run)
+    found = {module["name"]: module for module in inspect(run)["modules"]}
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert found.keys() == layers.keys()
+    for name, layer in layers.items():
+        norm = float(layer.get_delta_weight("default").norm())
+        assert math.isclose(found[name]["norm"], norm, rel_tol=1e-4)
+    assert ranks is None or {module["r"] for module in found.values()} == ranks
+
+
+def test_a_hand_worked_norm() -> None:
+    weights = {
+        "base_model.model.a.lora_A.weight": torch.tensor([[3.0, 4.0]]),
+        "base_model.model.a.lora_B.weight": torch.tensor([[1.0], [0.0]]),
+        "base_model.model.b.ia3_l": torch.tensor([4.0, 5.0]),  # 1 changes nothing
+    }
+    first, second = modules(weights, {"lora_alpha": 2})
+    assert first == {"name": "a", "r": 1, "lora_alpha": 2, "norm": 10}
+    assert second == {"name": "b", "norm": 5}
+
+
+def test_an_adapter_tells_method_base_size_and_run(trained: Trained) -> None:
+    run = trained("peft=dora", "quant=nf4")
+    found = inspect(run)
+    assert found["kind"] == "adapter"
+    assert found["method"] == "LORA"
+    assert found["settings"]["use_dora"] is True
+    assert found["base"] == "pkg://lora_exp/assets/tiny"
+    assert found["base_revision"].startswith("sha256:")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert found["parameters"] == sum(value.numel() for value in weights.values())
+    assert found["files"][file.name] == file.stat().st_size
+    assert found["dtypes"] == ["float32"]
+    assert found["finite"] is True
+    assert found["run"]["status"] == "finished"
+    assert found["run"]["choices"]["quant"] == "nf4"
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("method", ["ia3", "vera", "oft", "ln_tuning", "prompt_tuning"])
+def test_every_method_can_be_looked_at(trained: Trained, method: str) -> None:
+    found = inspect(trained(f"peft={method}"))
+    assert found["modules"]
+    assert all(module["norm"] > 0 for module in found["modules"])
+
+
+def test_a_whole_model_and_a_sweep(trained: Trained, tmp_path: Path) -> None:
+    found = inspect("lora_exp/assets/tiny")
+    model, _ = load_adapter("lora_exp/assets/tiny")
+    assert found["kind"] == "model"
+    assert found["architecture"] == "LlamaForCausalLM"
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    for number, run in enumerate([trained("peft=lora"), trained("peft=rslora")]):
+        copied(run, tmp_path / "sweep" / str(number))
+    sweep = inspect(tmp_path / "sweep")
+    assert [job["status"] for job in sweep["jobs"]] == ["finished"] * 2
+    assert all(job["value"] is not None for job in sweep["jobs"])
+
+
+def test_a_damaged_file_is_told(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(AdapterError, match="its weights are damaged"):
+        inspect(run)
+
+
+def test_parts_that_do_not_fit_each_other_are_told(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    first = min(key for key in weights if "lora_A" in key)
+    save_file(weights | {first: weights[first][:3].clone()}, file)
+    for read in (inspect, lambda path: save(path, tmp_path / "taken")):
+        with pytest.raises(AdapterError, match=r"down_proj do not fit: lora_A.weight \[3, "):
+            read(run)
+    assert not (tmp_path / "taken").exists()
+
+
+def test_weights_that_are_not_finite_are_told(trained: Trained, tmp_path: Path) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    file = run / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[min(weights)][0, 0] = float("nan")
+    save_file(weights, file)
+    found = inspect(run)
+    assert found["finite"] is False
+    assert found["modules"][0]["norm"] is None
+    assert "not finite" in _shown(found)
+    assert "NaN" not in json.dumps(found)
+
+
+def _shown(found: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    console.print(inspection(found))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_pattern_in_alpha_pattern_is_read_as_peft_reads_it_but_not_for_ever() -> None:
+    weights = {
+        f"base_model.model.layers.{i}.q_proj.{end}": torch.ones(2, 2)
+        for i in range(3)
+        for end in ("lora_A.weight", "lora_B.weight")
+    }
+    config = {"lora_alpha": 2, "alpha_pattern": {r"layers\.[01]\.q_proj": 8, "q_proj": 4}}
+    assert [module["lora_alpha"] for module in modules(weights, config)] == [8, 8, 4]
+    hostile = {"lora_alpha": 2, "alpha_pattern": {"(x+x+)+y": 8}}
+    long = {f"{'x' * 60}.{end}": torch.ones(1, 1) for end in ("lora_A.weight", "lora_B.weight")}
+    started = time.perf_counter()
+    with contextlib.suppress(AdapterError):
+        modules(long, hostile)
+    assert time.perf_counter() - started < 5

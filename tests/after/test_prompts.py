@@ -1,0 +1,72 @@
+"""What rows ask, whatever their format; what asks nothing is told by file and line."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_exp.after.prompts import prompts_of, read
+from lora_exp.errors import DataError
+from tests.after.test_completion import written
+
+TURNS = [{"role": "user", "content": "hi"}]
+SAID = [{"role": "assistant", "content": "ho"}]
+CHAT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "as_chat", "text"),
+    [
+        ({"messages": TURNS + SAID}, False, CHAT),
+        ({"messages": TURNS}, False, CHAT),
+        ({"messages": [*TURNS, *SAID, *TURNS]}, False, f"{CHAT}ho<|im_end|>\n{CHAT}"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+         False, CHAT),
+        ({"instruction": "hi", "output": "ho"}, False, CHAT),
+        ({"prompt": TURNS, "chosen": "ho", "rejected": "hu"}, False, CHAT),
+        ({"prompt": TURNS, "completion": SAID}, False, CHAT),
+        ({"prompt": "hi"}, True, CHAT),
+        ({"prompt": "hi", "completion": "ho", "label": False}, True, CHAT),
+        ({"prompt": "hi", "completion": "ho", "label": False}, False, "hi"),
+        ({"prompt": "hi"}, False, "hi"),
+    ],
+)  # fmt: skip
+def test_a_row_of_every_format_asks(
+    base: Any, tmp_path: Path, row: dict[str, Any], as_chat: bool, text: str
+) -> None:
+    rows = read(written(tmp_path / "rows.jsonl", {"prompt": "first"}, row), as_chat)
+    assert rows[1].written == row
+    assert rows[1].where == f"{tmp_path}/rows.jsonl:2"
+    asked = prompts_of(rows, base.tokenizer)[1]
+    assert asked.text.endswith(text)
+    assert asked.chat == (text != "hi")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "t"}, "rows.jsonl:1: asks nothing; give a prompt, or turns that end with"),
+        ({"messages": SAID}, "rows.jsonl:1: asks nothing"),
+        ({"messages": [{"role": "pope", "content": "?"}]}, "'pope', none of"),
+        ({"question": "?"}, "rows.jsonl:1: fields .* are of no known format"),
+    ],
+)
+def test_what_asks_nothing_is_told(
+    base: Any, tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        prompts_of(read(written(tmp_path / "rows.jsonl", row)), base.tokenizer)
+
+
+def test_a_chat_needs_a_template_that_takes_it(base: Any, tmp_path: Path) -> None:
+    rows = read(written(tmp_path / "rows.jsonl", {"prompt": "text"}, {"prompt": TURNS}))
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match=r"rows.jsonl:2: a chat, but the tokenizer has no chat"):
+        prompts_of(rows, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
+        prompts_of(rows, tokenizer)

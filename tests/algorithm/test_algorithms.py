@@ -1,0 +1,331 @@
+"""Whole runs of a few steps: every algorithm, on LoRA, QLoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from lora_exp import compose, run
+from lora_exp.errors import ConfigError, DataError
+from tests.lockstep.test_pack import alone, packed, seen
+from tests.test_experiment import digest, killed, rows_of
+
+REWARDS = "algorithm.rewards=[lora_exp.rewards.similarity]"
+GENERATED = [REWARDS, "algorithm.args.max_completion_length=8", "samples.rows=2"]
+GROUPS = ["algorithm.args.num_generations=4", *GENERATED]
+OWN: dict[str, list[str]] = {
+    "reward": [],
+    "dpo": [],
+    "kto": [],
+    "grpo": GROUPS,
+    "rloo": GROUPS,
+    "ppo": [*GENERATED, "algorithm.args.num_iterations=2", "algorithm.args.num_minibatches=2"],
+}
+COMMON = ["data=demo_pairs", "data.rows=64", "data.eval_rows=8", "train.max_steps=3"]
+COMMON += ["train.per_device_train_batch_size=4", "train.per_device_eval_batch_size=8"]
+COMMON += ["samples.rows=2", "samples.max_new_tokens=8", "tracking=none"]
+
+
+def words(algorithm: str, *more: str) -> list[str]:
+    return [f"algorithm={algorithm}", *COMMON, *OWN[algorithm], *more]
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Callable[..., Any]:
+    def go(algorithm: str, *more: str, name: str = "run") -> Any:
+        return run(compose(*words(algorithm, *more)), tmp_path / name)
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "method", ["quant=none", "quant=nf4", "quant=int8", "peft=none", "peft=dora"]
+)
+@pytest.mark.parametrize("algorithm", OWN)
+def test_every_algorithm_trains(
+    go: Callable[..., Any], algorithm: str, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if (algorithm, method) == ("reward", "peft=none"):
+        pytest.skip("below, where its head is looked at")
+    result = go(algorithm, method)
+    assert "get no gradient" not in caplog.text
+    expected = {"reward": "accuracy", "dpo": "rewards/accuracies", "kto": "loss"}.get(
+        algorithm, "reward"
+    )
+    assert math.isfinite(result.metrics[f"before/{expected}"])
+    assert math.isfinite(result.metrics[f"eval/{expected}"])
+    for weight in load_file(next(result.saved.glob("*.safetensors"))).values():
+        assert torch.isfinite(weight).all()
+    names = {p.name for p in result.saved.iterdir()}
+    assert not names & {"ref", "value", "reward_adapter"}, "only what was trained is saved"
+
+
+@pytest.mark.parametrize("method", ["rslora", "ia3", "oft", "vera", "ln_tuning"])
+@pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
+def test_other_methods_have_a_reference_and_a_value_too(
+    go: Callable[..., Any], algorithm: str, method: str, tmp_path: Path
+) -> None:
+    start = go(algorithm, f"peft={method}", name="start").saved
+    result = go(
+        algorithm, f"peft={method}", f"adapter={start}", "train.learning_rate=1e-9", name="next"
+    )
+    if algorithm == "dpo":  # the reference is the start, not the base
+        assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert result.metrics["before/kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", OWN)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    go: Callable[..., Any], algorithm: str
+) -> None:
+    # step 3 of PPO lies within a rollout of four; 16 rows are less than an epoch or more than one
+    # step 5 lies in a later epoch than the first, PPO's within a rollout of four steps
+    rows = 2 if algorithm in ("grpo", "rloo") else 8
+    settings = [f"data.rows={rows}", "train.max_steps=10", "train.save_strategy=steps"]
+    settings += ["train.save_steps=5"]
+    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
+    whole, cut = (go(algorithm, *settings, name=name) for name in ("whole", "cut"))
+    shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-10")
+    killed(cut.directory)
+    resumed = run(compose(f"resume={cut.directory}"))
+    assert digest(resumed.saved) == digest(whole.saved)
+    if algorithm == "ppo":
+        assert digest(resumed.directory / "value") == digest(whole.directory / "value")
+
+
+@pytest.mark.parametrize("algorithm", OWN)
+def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -> None:
+    jobs = [
+        ["peft.r=4"],
+        ["peft.r=8", "seed=7", "peft.lora_dropout=0.1"],
+        ["train.learning_rate=1e-3" if algorithm == "reward" else "algorithm.args.beta=0.5"],
+    ]
+    common = words(algorithm, "train.logging_steps=1", "train.save_strategy=no")
+    together, _ = packed(jobs, tmp_path / "packed", *common, every=[])
+    for ours, theirs in zip(
+        together, alone(jobs, tmp_path / "alone", *common, every=[]), strict=True
+    ):
+        assert seen(ours) == seen(theirs)
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto", "grpo", "rloo", "ppo"])
+def test_a_start_is_gone_on_from_and_is_the_reference(
+    go: Callable[..., Any], algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = run(
+        compose("data=demo_pairs", *COMMON, "peft.r=4", "targets=qv"), tmp_path / "sft"
+    ).saved
+    result = go(algorithm, f"adapter={start}", "train.learning_rate=1e-9", name="next")
+    assert json.loads((result.saved / "adapter_config.json").read_text())["r"] == 4
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (start, result.saved))
+    for name, weight in old.items():
+        torch.testing.assert_close(new[name], weight, atol=1e-6, rtol=0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reference the adapter that the run starts from" in said
+    if algorithm == "dpo":  # nothing is preferred over the reference yet
+        assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if algorithm in ("grpo", "rloo", "ppo"):
+        assert result.metrics["before/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_ppo_goes_on_with_its_own_reference_and_reward_adapters(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft").saved
+    scorer = go("reward", f"adapter={start}", name="reward").saved
+    words = [f"adapter={start}", f"algorithm.rewards=[{scorer}]", "train.max_steps=4"]
+    words += ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=2"]
+    words += ["train.logging_steps=1"]
+    whole, cut = (go("ppo", *words, name=name) for name in ("whole", "cut"))
+    shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-4")
+    killed(cut.directory)
+    assert digest(run(compose(f"resume={cut.directory}")).saved) == digest(whole.saved)
+
+
+def test_an_adapter_of_other_weights_is_refused_whatever_they_are_called(
+    go: Callable[..., Any], tmp_path: Path
+) -> None:
+    start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft")
+    record = json.loads((start.directory / "run.json").read_text())
+    other = json.dumps(record | {"base": "sha256:another"})
+    (start.directory / "run.json").write_text(other)
+    with pytest.raises(ConfigError, match="was trained on a base of other weights"):
+        go("dpo", f"adapter={start.saved}")
+
+
+def test_a_start_from_pissa_is_plain_lora(go: Callable[..., Any], tmp_path: Path) -> None:
+    start = run(compose(*COMMON, "data=demo_pairs", "peft=pissa"), tmp_path / "sft").saved
+    words = ["peft=pissa", f"adapter={start}", "train.learning_rate=1e-9"]
+    result = run(compose(*COMMON, "data=demo_pairs", *words), tmp_path / "next")
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (start, result.saved))
+    for name, weight in old.items():
+        torch.testing.assert_close(new[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_start_on_a_quantised_base_keeps_its_bits(go: Callable[..., Any], tmp_path: Path) -> None:
+    start = run(compose("data=demo_pairs", *COMMON, "quant=nf4"), tmp_path / "sft").saved
+    result = go("dpo", f"adapter={start}", "quant=nf4", name="next")
+    assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_reward_model_trained_whole_is_a_classifier_of_one_label(go: Callable[..., Any]) -> None:
+    saved = go("reward", "peft=none").saved
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    assert model.config.num_labels == 1
+    assert model.score.weight.shape == (1, model.config.hidden_size)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "peft=none"])
+def test_a_reward_adapter_rewards_on_the_same_base(
+    go: Callable[..., Any], algorithm: str, method: str
+) -> None:
+    quant = "quant=none" if method == "peft=none" else method
+    scorer = go("reward", quant, name="reward").saved
+    both = f"algorithm.rewards=[{scorer},lora_exp.rewards.similarity]"
+    result = go(algorithm, method, both, "+algorithm.args.reward_weights=[0.5,1.0]")
+    lines = map(json.loads, (result.directory / "metrics.jsonl").read_text().splitlines())
+    logged = {key for line in lines for key in line}
+    assert "eval/rewards/reward_adapter/mean" in logged
+    assert "eval/rewards/similarity/mean" in logged
+
+
+def test_a_text_adapter_is_no_reward(go: Callable[..., Any], tmp_path: Path) -> None:
+    saved = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "sft").saved
+    with pytest.raises(ConfigError, match="has no score head; a reward adapter is made by"):
+        go("grpo", f"algorithm.rewards=[{saved}]")
+
+
+def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
+    result = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "run")
+    assert 0 <= result.metrics["eval/preference_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "row", "said"),
+    [
+        ("dpo", {"messages": [{"role": "assistant", "content": "x"}]},
+         "needs rows of shape preference .chosen, prompt, rejected., but these were read as mess"),
+        ("grpo", {"text": "x"}, "needs rows of shape prompt .* read as text with the fields text"),
+        ("kto", {"prompt": "a", "completion": "b"}, "needs rows of shape unpaired_preference"),
+        ("sft", {"prompt": "a"}, "needs rows of shape completion"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_shape_are_refused_with_what_is_needed(
+    algorithm: str, row: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = rows_of(tmp_path / "rows.jsonl", row, row)
+    own = OWN.get(algorithm, [])
+    cfg = compose(f"algorithm={algorithm}", "data=jsonl", path, *own, "tracking=none")
+    with pytest.raises(DataError, match=said):
+        run(cfg, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("{_target_: lora_exp.rewards.regex, pattern: '('}", "makes no reward: error: missing"),
+        ("{_target_: lora_exp.rewards.regex}", "makes no reward: .*pattern"),
+    ],
+)
+def test_a_factory_that_fails_is_named(go: Callable[..., Any], reward: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"algorithm.rewards.0: .*{said}"):
+        go("grpo", f"algorithm.rewards=[{reward}]")
+
+
+def test_rows_that_are_all_too_long_are_an_error(go: Callable[..., Any]) -> None:
+    with pytest.raises(DataError, match="each of the 64 train rows is longer than 3 tokens"):
+        go("reward", "algorithm.args.max_length=3")
+    with pytest.raises(DataError, match="none of the 64 train prompts has at most 2 tokens"):
+        go("grpo", "algorithm.args.max_completion_length=510", name="other")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["algorithm=grpo"], "algorithm.rewards: is required"),
+        (["algorithm=grpo", "algorithm.rewards=[]"], "algorithm.rewards: name at least one"),
+        (["algorithm=grpo", "algorithm.rewards=[os.system]"], "'os.system' is not trusted"),
+        (
+            ["algorithm=grpo", "algorithm.rewards=[lora_exp.rewards.exact]"],
+            r"own \(did you mean lora_exp.rewards.exact_match\?\)",
+        ),
+        (
+            ["algorithm=grpo", "algorithm.rewards=[exact_match]"],
+            r"\(did you mean lora_exp.rewards.exact_match\?\)",
+        ),
+        (
+            ["algorithm=dpo", "algorithm.args.loss_type=[sigmoid,ipoo]"],
+            "algorithm.args.loss_type: 'ipoo' is none of",
+        ),
+        (["algorithm=grpo", "algorithm.rewards=[./nowhere]"], "no adapter in ./nowhere"),
+        (
+            ["algorithm=ppo", REWARDS, "+algorithm.args.reward_weights=[1,2]"],
+            "2 weights for 1 rewards",
+        ),
+        (["algorithm=ppo", REWARDS, "algorithm.args.temperature=0"], "always says the same"),
+        (["algorithm=ppo", REWARDS, "algorithm.args.kl_taget=1"], "did you mean kl_target"),
+        (
+            ["algorithm=dpo", "peft=pissa"],
+            "pissa rewrites the base, which reference, value or reward need",
+        ),
+        (["algorithm=ppo", REWARDS, "peft=pissa", "algorithm.args.beta=0"], "pissa rewrites"),
+        (["algorithm=ppo", REWARDS, "algorithm.args.kl_target=0"], "kl_target: 0 is not above 0"),
+        (["algorithm=ppo", REWARDS, "algorithm.args.beta=-1"], "beta: -1 is not 0 or more"),
+        (
+            ["algorithm=ppo", REWARDS, "algorithm.args.kl_target=6", "algorithm.args.beta=0"],
+            "0 stays 0",
+        ),
+        (["algorithm=ppo", REWARDS, "+algorithm.args.reward_weights=0.5"], "1 weights for|a list"),
+        (["adapter=5"], "5 is no folder"),
+        (["algorithm=ppo", REWARDS, "peft=adalora"], "adalora allows one adapter on a base"),
+        (["+algorithm.rewards=[lora_exp.rewards.similarity]"], "trl.SFTTrainer takes no rewards"),
+        (
+            ["algorithm=grpo", REWARDS, "algorithm.args.num_generations=5"],
+            "5 answers to a prompt do not divide a step's 16 rows",
+        ),
+        (["goal=best"], "'best' is neither minimize nor maximize"),
+    ],
+)
+def test_bad_words_get_one_clear_answer(words: list[str], said: str) -> None:
+    plus = [w if not w.startswith("algorithm.args.kl_taget") else f"+{w}" for w in words]
+    with pytest.raises(ConfigError, match=said):
+        compose(*plus)
+
+
+@pytest.fixture
+def t5(tmp_path: Path, base: Any) -> Path:
+    """A tiny encoder-decoder model of random weights, with the embedded tokenizer."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    base.tokenizer.save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+@pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "quant=int8", "peft=none"])
+def test_an_encoder_decoder_model_learns(t5: Path, tmp_path: Path, method: str) -> None:
+    rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"] * 8
+    path = rows_of(tmp_path / "rows.jsonl", *rows)
+    words = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl", path, method]
+    words += ["train.max_steps=60", "train.learning_rate=1e-2", "tracking=none", "samples.rows=4"]
+    words += ["train.per_device_train_batch_size=16", "samples.max_new_tokens=4"]
+    result = run(compose(*words), tmp_path / "run")
+    assert result.metrics["eval/loss"] < 0.8 * result.metrics["before/loss"]
+    said = [
+        json.loads(line) for line in (result.directory / "samples.jsonl").read_text().splitlines()
+    ]
+    assert {sample["expected"] for sample in said} <= {c * 3 for c in "abcdefgh"}

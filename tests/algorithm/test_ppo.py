@@ -1,0 +1,167 @@
+"""PPO's trainer: rollouts against a direct computation, one base, what is saved and used alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from lora_exp import compose, run
+from lora_exp.algorithm.critic import save_value
+from lora_exp.algorithm.ppo import PPOConfig, PPOTrainer
+from lora_exp.files.paths import asset
+from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit, load
+from tests.algorithm.test_algorithms import words
+from tests.algorithm.test_rollout import ROWS, characters, stirred
+from tests.test_experiment import digest
+
+TINY = "pkg://lora_exp/assets/tiny"
+
+
+@pytest.fixture
+def make(fresh_base: Base, tmp_path: Path) -> Callable[..., PPOTrainer]:
+    def make(whole: bool = False, rewards: Any = (characters,), **options: Any) -> PPOTrainer:
+        model = fresh_base.model
+        if whole:
+            model.requires_grad_(True)
+        else:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        args = PPOConfig(
+            output_dir=str(tmp_path / "out"), use_cpu=True, report_to=[], disable_tqdm=True,
+            max_completion_length=6, **({"per_device_train_batch_size": 4} | options),
+        )  # fmt: skip
+        data = Dataset.from_list(ROWS)
+        return PPOTrainer(model, args, data, data, fresh_base.tokenizer, list(rewards))
+
+    return make
+
+
+def test_each_pass_goes_through_every_row_once(make: Callable[..., PPOTrainer]) -> None:
+    trainer = make(per_device_train_batch_size=2, num_minibatches=2, num_iterations=3)
+    trainer.model.train()
+    parts = [trainer._prepare_inputs(ROWS[:4]) for _ in range(6)]
+    whole = trainer.buffer["logps"].sum(1).sort().values
+    for i in range(0, 6, 2):
+        seen = torch.cat([part["logps"].sum(1) for part in parts[i : i + 2]])
+        assert torch.equal(seen.sort().values, whole)
+    before = trainer.buffer
+    trainer._prepare_inputs(ROWS[4:])
+    assert trainer.buffer is not before
+
+
+def test_policy_and_value_step_back_through_adapters_of_their_own(
+    make: Callable[..., PPOTrainer],
+) -> None:
+    stepped = {}
+    for coefficient in (0.0, 0.5):
+        trainer = make(value_coef=coefficient)
+        for name in ("default", "value"):
+            stirred(trainer.model, name)
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, ROWS[:4])
+        stepped[coefficient] = {
+            name: parameter.grad for name, parameter in trainer.model.named_parameters()
+            if parameter.grad is not None
+        }  # fmt: skip
+        trainer.model.unload()
+    for name, gradient in stepped[0.5].items():
+        of_value = ".value." in name or "ppo_value" in name
+        assert torch.equal(gradient, stepped[0.0][name]) != of_value, name
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("quantization", [None, bnb_4bit("nf4", True, "bfloat16"), bnb_8bit(6.0)])
+def test_policy_value_and_reference_hold_one_base(quantization: Any, tmp_path: Path) -> None:
+    base = load(TINY, None, None, "float32", "sdpa", False, False, quantization)
+    weights = {p.data_ptr() for p in base.model.parameters()}
+    model = get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear"))
+    stirred(model)  # so that the reference is an adapter too
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    data = Dataset.from_list(ROWS)
+    trainer = PPOTrainer(model, args, data, None, base.tokenizer, [characters])
+    assert trainer.ref == "ref"
+    own = {n for n, p in trainer.model.named_parameters() if p.data_ptr() not in weights}
+    assert {n for n in own if "lora_" not in n} == {"ppo_value.score.weight"}
+
+
+def test_the_value_is_usable_alone(
+    make: Callable[..., PPOTrainer], fresh_base: Base, tmp_path: Path
+) -> None:
+    trainer = make()
+    stirred(trainer.model, "value")
+    trainer.model.eval()
+    batch = trainer._rollout(ROWS[:4], "train")
+    with trainer._as_value(trainer.model), torch.no_grad():
+        values = trainer._values(batch)
+    base = Base(fresh_base.model, fresh_base.tokenizer, TINY, None, None)
+    save_value(trainer.model, base, tmp_path / "value")
+    scorer = AutoModelForSequenceClassification.from_pretrained(asset(TINY), num_labels=1)
+    scorer = PeftModel.from_pretrained(scorer, str(tmp_path / "value")).eval()
+    for b in range(4):  # the value before the second token is the score of what stands before it
+        ids = batch["ids"][b][batch["attention"][b].bool()]
+        count = int(batch["mask"][b].sum())
+        if count > 1:
+            with torch.no_grad():
+                found = scorer(input_ids=ids[None, : len(ids) - count + 1]).logits.item()
+            assert values[b, 1].item() == pytest.approx(found, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    saved = []
+    for setting in ("false", "true"):
+        command = words("ppo", f"train.gradient_checkpointing={setting}")
+        result = run(compose(*command), tmp_path / setting)
+        saved.append({"policy": digest(result.saved), "value": digest(result.directory / "value")})
+    for part in ("policy", "value"):
+        first, second = (s[part]["adapter_model.safetensors"] for s in saved)
+        assert first == second
+
+
+def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
+    """Token means of halves differ a little; the two point where the whole does."""
+    moved = []
+    for size, parts in ((8, 1), (4, 2)):
+        batch = [f"train.per_device_train_batch_size={size}"]
+        batch += ["train.optim=sgd", "train.learning_rate=1", "train.max_grad_norm=1e9"]
+        batch += [f"train.gradient_accumulation_steps={parts}", "algorithm.args.num_minibatches=1"]
+        result = run(
+            compose(*words("ppo", "train.max_steps=1", "train.warmup_steps=0", *batch)),
+            tmp_path / str(size),
+        )
+        weights = peft.utils.load_peft_weights(str(result.saved), device="cpu")
+        moved.append(torch.cat([w.flatten() for k, w in weights.items() if "lora_B" in k]))
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+    assert 0.6 < moved[0].norm() / moved[1].norm() < 1.6  # 0.5 or 2 if divided wrongly
+
+
+def test_a_rollout_that_cannot_be_filled_is_said(make: Callable[..., PPOTrainer]) -> None:
+    with pytest.raises(ValueError, match="a rollout takes 16 prompts, but there are 8"):
+        make(num_minibatches=4)
+
+
+def test_beta_follows_the_kl_towards_its_target(make: Callable[..., PPOTrainer]) -> None:
+    trainer = make(kl_target=1e-3, kl_horizon=40, beta=0.1)
+    stirred(trainer.model)
+    trainer.model.train()
+    trainer._prepare_inputs(ROWS[:4])
+    assert trainer.beta == pytest.approx(0.1 * (1 + 0.2 * 4 / 40))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["entropy_coef=0.1", "kl_estimator=k3", "whiten_rewards=true", "whiten_advantages=false"],
+)
+def test_each_setting_makes_another_policy(setting: str, tmp_path: Path) -> None:
+    plain, other = (
+        run(compose(*words("ppo", "train.max_steps=6", *more)), tmp_path / name).saved
+        for name, more in (("plain", []), ("other", [f"+algorithm.args.{setting}"]))
+    )
+    assert digest(plain)["adapter_model.safetensors"] != digest(other)["adapter_model.safetensors"]

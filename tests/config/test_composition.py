@@ -1,0 +1,69 @@
+"""Every option and preset composes, and so do those of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.config.door import CONF
+from lora_exp.errors import ConfigError
+
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
+NEEDS = {"model=local": ["model.path=pkg://lora_exp/assets/tiny"]}
+NEEDS |= {"data=jsonl": ["data.path=pkg://lora_exp/assets/demo_eval.jsonl"]}
+NEEDS |= {"data=hub": ["data.path=some/rows"]}
+REWARDS = ["algorithm.rewards=[lora_exp.rewards.exact_match]"]
+NEEDS |= {f"algorithm={name}": REWARDS for name in ("grpo", "rloo", "ppo")}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_validates(option: str) -> None:
+    group, _, name = option.partition("=")
+    cfg = compose(option, *NEEDS.get(option, []))
+    assert cfg.choices[group] == name
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+def test_every_preset_composes_validates_and_says_why_it_exists(preset: str) -> None:
+    cfg = compose(f"experiment={preset}")
+    assert cfg.choices.experiment == preset
+    head = (CONF / "experiment" / f"{preset}.yaml").read_text().splitlines()
+    assert head[0] == "# @package _global_"
+    assert head[1].startswith("# ")
+
+
+def test_an_unknown_option_lists_the_options() -> None:
+    with pytest.raises(ConfigError, match="rslora"):
+        compose("peft=lroa")
+
+
+def test_options_of_ones_own_are_found_beside_the_shipped_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("defaults: [lora]\nr: 3\n")
+    assert compose("peft=mine", config_dir=tmp_path).peft.r == 3
+
+
+def test_a_folder_of_options_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config-dir: .* is no folder"):
+        compose(config_dir=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ([], 0.002),
+        (["model=qwen3_0_6b"], 2e-4),
+        (["model=qwen3_0_6b", "peft=none"], 2e-5),
+        (["model=qwen3_0_6b", "peft=ia3"], 2e-3),
+        (["train.learning_rate=3e-4"], 3e-4),
+    ],
+)
+def test_the_learning_rate_follows_method_and_model(overrides: list[str], rate: float) -> None:
+    assert compose(*overrides).train.learning_rate == rate

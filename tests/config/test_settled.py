@@ -1,0 +1,115 @@
+"""What a config is called, which run it is, and what only the command line may say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ReadonlyConfigError
+
+from lora_exp import compose
+from lora_exp.config.door import renamed
+from lora_exp.config.settled import GROUPS, fingerprint, product, run_dir, settle
+from lora_exp.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "r16-all_linear"),
+        (["peft.r=8", "quant=nf4", "targets=qv"], "r8-nf4-qv"),
+        (["peft=dora", "peft.r=4"], "dora-r4-all_linear"),
+        (["train.learning_rate=1e-4"], "r16-all_linear-learning_rate=1e-4"),
+        (["peft=none", "seed=7"], "full-seed=7"),
+        (["peft.target_modules=[q_proj,v_proj]"], "r16-target_modules=_q_proj,v_proj_"),
+        (["model=local", "model.path=pkg://hydra/conf"], "r16-all_linear-local-path=conf"),
+        (["train.eval_strategy=no", "data.max_rows=9"], "r16-all_linear-max_rows=9"),
+        (["name=mine", "peft.r=2"], "mine"),
+    ],
+)
+def test_a_run_is_named_after_what_was_chosen(overrides: list[str], name: str) -> None:
+    assert compose(*overrides).name == name
+
+
+def test_a_product_of_rates_is_free_of_binary_dust() -> None:
+    assert product(2e-5, 10, 10) == 0.002
+
+
+def test_a_composed_config_is_read_only() -> None:
+    with pytest.raises(ReadonlyConfigError):
+        compose().seed = 1
+
+
+def test_the_fingerprint_sees_what_is_computed_and_nothing_else() -> None:
+    one = fingerprint(compose())
+    assert fingerprint(compose("name=other", "tracking=none")) == one
+    assert fingerprint(compose("peft.r=16")) == one
+    assert fingerprint(compose("peft.r=8")) != one
+    assert fingerprint(compose("seed=1")) != one
+
+
+def test_the_fingerprint_of_a_run_of_before_is_what_it_was_then() -> None:
+    before = {
+        "name": "before", "train": {"max_steps": 5, "save_steps": 2}, "lockstep": {"mode": "exact"},
+        "model": {"_target_": "lora_exp.model.load", "path": "pkg://lora_exp/assets/tiny"},
+        "quant": {"_target_": "lora_exp.model.bnb_4bit", "quant_type": "nf4"},
+        "algorithm": {"trainer": {"_target_": "lora_exp.ppo.PPOTrainer"}, "rewards": ["a.b"]},
+        "data": {"_target_": "lora_exp.data.pairs", "seed": 0},
+    }  # fmt: skip
+    taken = "89d461b2ecdbc8c5c7d6c0484afea1ab783733b0b98c9c46e89a7e375acaf523"  # by 0.1.0
+    assert fingerprint(OmegaConf.create(before)) == taken
+    assert fingerprint(OmegaConf.create(renamed(before))) == taken
+
+
+def test_a_missing_value_is_named_with_its_cure() -> None:
+    with pytest.raises(ConfigError, match=r"data.path: is required; give data.path="):
+        compose("data=jsonl")
+
+
+def test_an_interpolation_that_finds_nothing_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"peft\.r: Interpolation key 'nope' not found"):
+        compose("peft.r=${nope}")
+
+
+def test_a_run_directory_is_new_each_time_or_the_resumed_one(tmp_path: Path) -> None:
+    assert run_dir(None) != run_dir(None)
+    (tmp_path / "config.yaml").touch()
+    assert run_dir(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ConfigError, match="no run in"):
+        run_dir(str(tmp_path / "nothing"))
+
+
+def test_a_resumed_run_takes_its_own_config_and_no_other(tmp_path: Path) -> None:
+    cfg = compose("peft.r=3")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    resumed = compose(f"resume={tmp_path}")
+    assert (resumed.peft.r, resumed.name, resumed.resume) == (3, cfg.name, str(tmp_path))
+    assert fingerprint(resumed) == fingerprint(cfg)
+    with pytest.raises(ConfigError, match=r"peft\.r: 8, but the run was started with 3"):
+        compose(f"resume={tmp_path}", "peft.r=8")
+
+
+def test_trust_comes_from_the_command_line_never_from_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "evil.yaml").write_text("# @package _global_\ntrusted_targets: [os.system]\n")
+    with pytest.raises(ConfigError, match="only the command line"):
+        compose("experiment=evil", config_dir=tmp_path)
+
+
+def test_code_that_came_with_a_model_needs_the_command_line(tmp_path: Path) -> None:
+    assert compose("model.trust_remote_code=true").model.trust_remote_code
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "evil.yaml").write_text("# @package _global_\nmodel: {trust_remote_code: true}\n")
+    with pytest.raises(ConfigError, match="only the command line"):
+        compose("experiment=evil", config_dir=tmp_path)
+
+
+def test_settling_needs_no_environment() -> None:
+    assert "HYDRA_FULL_ERROR" not in os.environ
+    plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
+    chosen = dict.fromkeys(GROUPS, "none")
+    assert settle(plain, {"hydra/launcher": "basic"} | chosen, []).choices == chosen

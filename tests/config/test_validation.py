@@ -1,0 +1,180 @@
+"""Every fault at once, each with its place and its cure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.config.validation import REFUSED
+from lora_exp.errors import ConfigError
+
+
+def faults(*overrides: str) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        compose(*overrides)
+    return dict(caught.value.faults)
+
+
+def test_all_faults_are_told_together() -> None:
+    found = faults(
+        "+peft.lora_alpa=3", "peft.r=0", "train.learning_rate=0", "data.eval_share=1", "seed=-1"
+    )
+    keys = {"peft.lora_alpa", "peft.r", "train.learning_rate", "data.eval_share", "seed"}
+    assert set(found) == keys
+    assert found["peft.lora_alpa"].startswith("peft.LoraConfig has no such argument (did you mean")
+    assert "lora_alpha" in found["peft.lora_alpa"]
+
+
+def test_one_fault_is_a_line_and_several_are_a_list() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("peft.r=0")
+    assert str(caught.value) == "peft.r: 0 is no rank; give 1 or more"
+    with pytest.raises(ConfigError) as caught:
+        compose("peft.r=0", "seed=x")
+    assert str(caught.value).startswith("2 faults\n  ")
+    assert str(caught.value).count("\n  ") == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "peft.r=abc",
+        "train.learning_rate=fast",
+        "train.max_steps=abc",
+        "algorithm.args.max_length=0",
+        "algorithm.args.max_length=513",
+        "algorithm.args.packing=maybe",
+        "+algorithm.args.learning_rate=1",
+        "+train.learning_rat=1",
+        "model.path=/nowhere/at/all",
+        "model.gguf_file=none.gguf",
+        "data.path=nowhere.jsonl",
+        "data.eval_path=nowhere.jsonl",
+        "train.max_steps=null",
+        "train.learning_rate=null",
+        "peft.r=null",
+        "train.lr_scheduler_type=cosin",
+        "train.optim=adam",
+        "train.eval_strategy=epochs",
+        "model.dtype=fp32",
+        "tracking.mode=of",
+        "tracking.project=a/b",
+        "+algorithm.args.loss_type=ntl",
+        "data.format=csv",
+        "data.chat_template=none.jinja",
+        "data.path=[a,b]",
+        "model.path=pkg://not_installed/x",
+        "+train.report_to=wandb",
+        "+train.seed=3",
+        "+algorithm.args.output_dir=x",
+        "+peft.init_lora_weights=loftq",
+        "samples=null",
+        "+samples.row=3",
+        "+rate.pefft=3",
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_key(override: str) -> None:
+    key = override.lstrip("+").partition("=")[0]
+    assert list(faults(override)) == [key]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+train.hub_token=abc", "train.hub_token"),
+        ("tracking.project=canary-in-a-mine", "tracking.project"),
+        ("tracking.entity=hf_" + "a1B2" * 8, "tracking.entity"),
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(
+    override: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "canary-in-a-mine")
+    found = faults(override)
+    assert set(found) == {key}
+    assert override.partition("=")[2] not in found[key]
+
+
+def test_a_section_that_nothing_reads_is_refused() -> None:
+    said = "nothing reads this key (did you mean train, tracking?)"
+    assert faults("+trian.max_steps=3") == {"trian": said}
+
+
+def test_a_target_that_swallows_arguments_is_refused() -> None:
+    found = faults(
+        "quant=nf4",
+        "quant._target_=transformers.BitsAndBytesConfig",
+        "trusted_targets=[transformers.BitsAndBytesConfig]",
+    )
+    assert "a misspelt one would vanish" in found["quant._target_"]
+
+
+def test_a_target_that_does_not_exist_is_named() -> None:
+    found = faults("peft._target_=peft.LoraConfigg", "trusted_targets=[peft.LoraConfigg]")
+    assert found == {"peft._target_": "no class or function is called peft.LoraConfigg"}
+
+
+def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
+    assert "cannot be trained" in faults("quant=nf4", "peft=none")["peft"]
+    assert "model.random_weights" in faults("quant=int8", "model.random_weights=true")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["+peft.use_dora=true", "quant=int8"], "dora on int8"),
+        (["+peft.init_lora_weights=pissa_niter_4", "quant=nf4"], "pissa on nf4"),
+        (["+peft.init_lora_weights=pissa_niter_4"], None),
+        (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is none of nf4, fp4 (did you mean nf4?)"),
+        (["peft=pissa", "peft.use_rslora=true", "peft.rank_pattern={q_proj:2}"], "cannot be saved"),
+        (["peft=prompt_tuning", "algorithm.args.packing=true"], "would see each other"),
+        (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
+        (["experiment=balanced", "peft=none"], "is no option of conf/peft"),
+        (["peft=prefix_tuning", "train.gradient_checkpointing=true"], "do not survive"),
+    ],
+)
+def test_pairs_are_judged_by_their_values(overrides: list[str], said: str | None) -> None:
+    if said is None:
+        assert compose(*overrides)
+    else:
+        assert said in " ".join(faults(*overrides).values())
+
+
+@pytest.mark.parametrize(
+    ("method", "quant"), [(m, q) for m, pairs in REFUSED.items() for q in pairs]
+)
+def test_a_pair_known_not_to_work_is_refused_with_the_reason(method: str, quant: str) -> None:
+    assert faults(f"peft={method}", f"quant={quant}")["peft"] == (
+        f"{method} on {quant}: {REFUSED[method][quant]}"
+    )
+
+
+def test_near_names_are_offered_for_a_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    found = faults("data=jsonl", f"data.path={tmp_path}/row.jsonl")
+    assert "did you mean rows.jsonl" in found["data.path"]
+
+
+def test_composing_and_validating_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom lora_exp import compose\nfrom lora_exp.errors import ConfigError\n"
+        "compose('quant=nf4', 'peft=dora')\n"
+        "try: compose('peft.r=0')\nexcept ConfigError: pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'wandb'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_strict_wants_commits_of_what_a_hub_can_change() -> None:
+    hub = ["model=qwen3_0_6b", "data=hub", "data.path=some/rows", "strict=true"]
+    assert list(faults(*hub)) == ["model.revision", "data.revision"]
+    commit = "0123456789" * 4
+    assert list(faults(*hub, "model.revision=main", f"data.revision={commit}")) == [
+        "model.revision"
+    ]
+    compose(*hub, f"model.revision={commit}", f"data.revision={commit}")
+    compose("strict=true")  # what lies here is known by its hash

@@ -1,0 +1,95 @@
+"""What trainers made of pairs and prompts: counts, and the first row as it is learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from lora_exp.data.examples import first, prompt_ids, prompts, raw, seen, table
+from lora_exp.data.tokens import IGNORED, Counts, Tokens
+from lora_exp.errors import DataError
+
+ASK = [{"role": "user", "content": "Flip: a b"}]
+
+
+def test_a_prompt_ends_where_the_answer_begins(base: Any) -> None:
+    ids = prompt_ids({"prompt": ASK}, base.tokenizer)
+    assert base.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    assert prompt_ids({"prompt": "a b"}, base.tokenizer) == base.tokenizer("a b")["input_ids"]
+
+
+def test_prompts_without_room_for_an_answer_are_dropped_and_counted(base: Any) -> None:
+    rows = [{"prompt": "a b", "answer": "x"}, {"prompt": "a " * 50, "answer": "y"}]
+    found = prompts(rows, base.tokenizer, 20, "train")
+    assert (found.counts.rows, found.counts.dropped) == (1, 1)
+    assert found.dataset["answer"] == ["x"]
+    with pytest.raises(DataError, match="none of the 2 eval prompts has at most 1 tokens"):
+        prompts(rows, base.tokenizer, 1, "eval")
+
+
+def test_only_what_the_trainer_reads_is_handed_on() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "label": "easy", "margin": 1.0}
+    assert set(raw([row], "preference", None).dataset.column_names) == {
+        "prompt", "chosen", "rejected", "margin",
+    }  # fmt: skip
+
+
+def test_every_rows_columns_are_kept_and_types_may_not_differ() -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "x"}]
+    assert table(rows).to_list() == [
+        {"prompt": "a", "answer": None},
+        {"prompt": "b", "answer": "x"},
+    ]
+    with pytest.raises(DataError, match="field 'answer' is not of one type in all rows"):
+        table([{"answer": "x"}, {"answer": 1}])
+
+
+def given(rows: int) -> Tokens:
+    return Tokens(None, Counts(rows, 0, 0, 0, 0), cached=False)
+
+
+def test_counts_are_of_what_is_left_after_cutting() -> None:
+    pair = {"prompt_ids": [1] * 4, "chosen_ids": [2] * 3, "rejected_ids": [3] * 9}
+    found = seen(given(3), Dataset.from_list([pair]), 10, "train")
+    assert found.counts == Counts(
+        rows=1, tokens=7 + 10, trained_tokens=3 + 6, truncated=1, dropped=2
+    )
+    scored = {"chosen_ids": [2] * 3, "rejected_ids": [3] * 9}
+    assert seen(given(1), Dataset.from_list([scored]), 10, "train").counts.trained_tokens == 2
+
+
+def test_nothing_left_is_an_error() -> None:
+    empty = Dataset.from_dict({"chosen_ids": [], "rejected_ids": []})
+    with pytest.raises(DataError, match="each of the 5 eval rows is longer than 8 tokens"):
+        seen(given(5), empty, 8, "eval")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]},
+         [("chosen", [1, 2, 3], [IGNORED, 2, 3]), ("rejected", [1, 4], [IGNORED, 4])]),
+        ({"prompt_ids": [1], "completion_ids": [2], "label": True},
+         [("wanted", [1, 2], [IGNORED, 2])]),
+        ({"prompt_ids": [1], "completion_ids": [2], "label": False},
+         [("unwanted", [1, 2], [IGNORED, 2])]),
+        ({"chosen_ids": [1, 2], "rejected_ids": [3, 4]},
+         [("chosen", [1, 2], [IGNORED, 2]), ("rejected", [3, 4], [IGNORED, 4])]),
+        ({"input_ids": [1, 2], "labels": [IGNORED, 2]}, [("", [1, 2], [IGNORED, 2])]),
+        ({"input_ids": [1, 2], "labels": [3]},
+         [("prompt", [1, 2], [IGNORED, IGNORED]), ("answer", [3], [3])]),
+    ],
+)  # fmt: skip
+def test_the_first_row_shows_what_counts(row: dict[str, Any], expected: Any) -> None:
+    assert first(Tokens([row], Counts(1, 0, 0, 0, 0), cached=False), None) == expected
+
+
+def test_a_prompt_shows_no_token_that_counts(base: Any) -> None:
+    ((name, ids, labels),) = first(
+        Tokens([{"prompt": ASK}], Counts(1, 0, 0, 0, 0), cached=False), base.tokenizer
+    )
+    assert name.startswith("prompt")
+    assert set(labels) == {IGNORED}
+    assert len(ids) == len(labels)

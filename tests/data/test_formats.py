@@ -1,0 +1,99 @@
+"""Pairs, marked answers and prompts: what is read, what is refused, what becomes of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_exp.data.formats import FORMATS, FieldError, detect, reshape, shape_of
+from lora_exp.errors import DataError
+
+ASK = [{"role": "user", "content": "q"}]
+GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "q ", "chosen": "good", "rejected": "bad"}, "q ", "good", "bad"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, GOOD, BAD),
+        ({"prompt": ASK, "chosen": "good", "rejected": "bad"}, ASK, GOOD, BAD),
+        ({"prompt": "q", "chosen": GOOD, "rejected": BAD}, ASK, GOOD, BAD),
+        ({"chosen": ASK + GOOD, "rejected": ASK + BAD}, ASK, GOOD, BAD),
+        ({"prompt": "q", "chosen": ASK + GOOD, "rejected": ASK + BAD}, ASK, GOOD, BAD),
+        ({"chosen": "the sky is blue", "rejected": "the sky is black"},
+         "the sky is ", "blue", "black"),
+        ({"chosen": "q: yes", "rejected": "q: yesterday"}, "q: ", "yes", "yesterday"),
+    ],
+)  # fmt: skip
+def test_pairs_with_and_without_a_prompt_of_their_own(
+    row: dict[str, Any], prompt: Any, chosen: Any, rejected: Any
+) -> None:
+    assert detect(row, "here") == "preference"
+    found = FORMATS["preference"](row | {"task": "t"})
+    assert found == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "task": "t"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "said"),
+    [
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": 3}, "'rejected' is 3, not text"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": BAD}, "one of 'chosen' and"),
+        ("preference", {"chosen": "yes", "rejected": "no"}, "begin with nothing shared"),
+        ("preference", {"chosen": ASK + GOOD, "rejected": ASK}, "begin with nothing shared"),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": 1}, "'label' is 1"),
+        ("unpaired_preference", {"prompt": "q", "completion": GOOD, "label": True}, "one of"),
+        ("prompt", {"prompt": []}, "'prompt' is .*, not text|not a list of turns"),
+        ("prompt", {"prompt": ""}, "'prompt' is empty"),
+    ],
+)
+def test_fields_that_cannot_be_used_are_named(format: str, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(FieldError, match=said):
+        FORMATS[format](row)
+
+
+def test_a_label_that_is_a_word_makes_no_unpaired_row() -> None:
+    row = {"prompt": "q", "completion": "a", "label": "easy"}
+    assert detect(row, "here") == "prompt_completion"
+    assert detect(row | {"label": False}, "here") == "unpaired_preference"
+
+
+def test_pairs_are_taken_apart() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "task": "t"}
+    unpaired = reshape([pair], "preference", "unpaired_preference")
+    assert unpaired == [
+        {"prompt": "q", "completion": "a", "label": True, "task": "t"},
+        {"prompt": "q", "completion": "b", "label": False, "task": "t"},
+    ]
+    assert reshape([pair], "preference", "completion") == [
+        {"prompt": "q", "completion": "a", "task": "t"}
+    ]
+    chat = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
+    assert reshape([chat], "preference", "completion") == [{"messages": ASK + GOOD}]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "prompt", "answer"),
+    [
+        ("messages", {"messages": ASK + GOOD}, ASK, "good"),
+        ("messages", {"messages": ASK + GOOD + ASK}, ASK + GOOD + ASK, None),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}, "q", "a"),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "answer": "42"}, "q", "42"),
+        ("preference", {"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, "good"),
+    ],
+)
+def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
+    format: str, row: dict[str, Any], prompt: Any, answer: str | None
+) -> None:
+    assert reshape([row], format, "prompt") == [{"prompt": prompt, "answer": answer}]
+
+
+def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> None:
+    with pytest.raises(DataError, match=r"shape preference .* read as text with the fields text"):
+        reshape([{"text": "x"}], "text", "preference")
+    with pytest.raises(DataError, match="formats that would do: preference, messages"):
+        reshape([{"text": "x"}], "text", "prompt")
+    assert shape_of("alpaca") == "completion"

@@ -1,0 +1,43 @@
+"""The generated tasks are right, and the shipped demo rows are those of the seed."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from lora_exp.data import tasks
+from lora_exp.files.paths import PACKAGE
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_answers_are_right(seed: int) -> None:
+    rng = random.Random(seed)
+    question, answer = tasks.add(rng)
+    numbers = [int(n) for n in question.replace("?", "").replace(".", "").split() if n.isdigit()]
+    assert sum(numbers) == int(answer)
+    question, answer = tasks.reverse(rng)
+    assert question.removeprefix("Reverse: ")[::-1] == answer
+    question, answer = tasks.sort(rng)
+    assert sorted(question.removeprefix("Sort: ").split()) == answer.split()
+    question, answer = tasks.count(rng)
+    letter, text = question.removeprefix("Count ").split(": ")
+    assert text.split().count(letter) == int(answer)
+    question, answer = tasks.mirror(rng)
+    said = question.removeprefix("Mirror: ").split()
+    assert answer.split() == said + said[::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "held_out"), [("train", 1000, False), ("eval", 100, True)]
+)
+def test_the_shipped_demo_rows_are_those_of_the_seed(name: str, rows: int, held_out: bool) -> None:
+    path = PACKAGE / "assets" / f"demo_{name}.jsonl"
+    shipped = [json.loads(line) for line in path.read_text().splitlines()]
+    assert shipped == tasks.take(tasks.DEMO, 0, rows, held_out)
+
+
+def test_a_held_out_question_is_never_drawn_for_training() -> None:
+    drawn = tasks.take(tasks.DEMO, 3, 2000, held_out=False)
+    assert not any(tasks.is_held_out(row["messages"][0]["content"]) for row in drawn)

@@ -1,0 +1,40 @@
+"""Paths: of the package, of the cache, and told from dotted names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_exp.errors import ConfigError
+from lora_exp.files.paths import asset, cache_dir, is_path
+
+
+def test_a_package_path_finds_the_file_that_the_package_carries() -> None:
+    assert (asset("pkg://lora_exp/assets/tiny") / "config.json").is_file()
+    assert (asset("pkg://hydra/conf") / "__init__.py").is_file()
+    assert asset("./here") == Path("here")
+    with pytest.raises(ConfigError, match="no package"):
+        asset("pkg://not_installed/x")
+
+
+def test_cards_of_adapters_saved_before_find_asset_where_they_say() -> None:
+    from lora_exp.config import asset as there
+
+    assert there is asset
+
+
+@pytest.mark.parametrize("name", ["a/b", "./a", "../a", "~", ".", "~/a"])
+def test_a_folder_is_told_from_a_dotted_name(name: str) -> None:
+    assert is_path(name)
+    assert not is_path("lora_exp.rewards.exact_match")
+
+
+def test_the_cache_is_ours_then_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_EXP_CACHE", "mine")
+    assert cache_dir() == Path("mine")
+    monkeypatch.delenv("LORA_EXP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "theirs")
+    assert cache_dir() == Path("theirs/lora-exp")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache/lora-exp"

@@ -1,0 +1,93 @@
+"""Folders are whole or absent, and a disk that takes no more is told from other errors."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_exp.errors import CheckpointError
+from lora_exp.files.whole import clear, refusal, whole
+
+WRITE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from lora_exp.files.whole import refusal
+tensor, path = torch.ones(2**20), Path("disk/file")
+writes = {
+    "python": lambda: path.write_text("x" * 2**21),
+    "torch": lambda: torch.save(tensor, path),
+    "safetensors": lambda: save_file({"a": tensor}, path),
+}
+try:
+    writes[sys.argv[1]]()
+except Exception as error:
+    print(refusal(error, path))
+"""
+
+
+def in_a_small_disk(folder: Path, script: str, size: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with a tmpfs at `disk`, in a mount namespace of its own."""
+    (folder / "disk").mkdir(exist_ok=True)
+    if shutil.which("unshare") is None:
+        pytest.skip("this system has no unshare")
+    mount = f"mount -t tmpfs -o size={size} tmpfs disk || exit 111"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", f"{mount}; {script}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode == 111 or "unshare failed" in done.stderr:
+        pytest.skip(f"this system lets no tmpfs be mounted: {done.stderr}")
+    return done
+
+
+@pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
+def test_every_librarys_word_for_a_full_disk_is_known(writer: str, tmp_path: Path) -> None:
+    (tmp_path / "write.py").write_text(WRITE)
+    done = in_a_small_disk(tmp_path, f"{sys.executable} write.py {writer}", "1m")
+    assert "disk/file cannot be written: " in done.stdout, done.stdout + done.stderr
+    assert "MiB are free); make room" in done.stdout
+
+
+def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+    assert refusal(ValueError("space"), tmp_path) is None
+    assert refusal(FileNotFoundError(errno.ENOENT, "no such file"), tmp_path) is None
+
+
+def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) -> None:
+    final = tmp_path / "adapter"
+    with whole(final) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError), whole(final) as folder:  # noqa: PT012
+        (folder / "a").write_text("new")
+        raise ZeroDivisionError
+    assert (final / "a").read_text() == "old"
+    with whole(final) as folder:
+        (folder / "b").write_text("new")
+    assert [p.name for p in final.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_disks_refusal_is_told_with_the_room_that_is_left(tmp_path: Path) -> None:
+    def refused() -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    said = r"No space left on device.*MiB are free"
+    with pytest.raises(CheckpointError, match=said), whole(tmp_path / "adapter"):
+        refused()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
+    final = tmp_path / "adapter"
+    with whole(final) as folder:
+        (folder / "a").write_text("old")
+    (tmp_path / ".staged-adapter").mkdir()  # killed between two renames
+    final.rename(tmp_path / ".staged-adapter/old")
+    clear(tmp_path)
+    assert (final / "a").read_text() == "old"
+    assert not (tmp_path / ".staged-adapter").exists()

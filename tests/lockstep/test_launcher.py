@@ -1,0 +1,351 @@
+"""Hydra's own contract for launchers, and what ours promises beside it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.plugins.launcher import Launcher
+from hydra.test_utils.launcher_common_tests import (
+    BatchedSweeperTestSuite,
+    IntegrationTestSuite,
+    LauncherTestSuite,
+)
+
+from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
+from tests.conftest import QUICK, ROOT
+from tests.test_main import cli
+
+# Hydra's tests leave version_base open, and Hydra warns of it
+pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")
+STEPS = ["tracking=none", *QUICK, "train.logging_steps=1", "train.save_strategy=no"]
+
+
+FRESH = copy.deepcopy(Singleton.get_state())  # as it is before any test has composed a config
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hydra() -> Iterator[None]:
+    """Hydra's suite expects a version_base that nobody has set; other tests here set it."""
+    before = Singleton.get_state()
+    Singleton.set_state(copy.deepcopy(FRESH))
+    yield
+    Singleton.set_state(before)
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("lockstep", [])])
+class TestTheContract(LauncherTestSuite):
+    """Any task, not only ours, launched as the basic launcher would."""
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"),
+    [("lockstep", ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2"])],
+)
+class TestTheContractInBatches(BatchedSweeperTestSuite):
+    """A sweeper that launches several times."""
+
+
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"),
+    [({}, ["-m", "hydra/launcher=lockstep", "hydra/hydra_logging=disabled"])],
+)
+class TestTheContractInAProcess(IntegrationTestSuite):
+    """Scripts of others in processes of their own."""
+
+
+def test_hydra_finds_it() -> None:
+    assert LockstepLauncher.__name__ in [c.__name__ for c in Plugins.instance().discover(Launcher)]
+
+
+def summary(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    (sweep,) = (folder / "multirun").glob("*/*")
+    jobs = json.loads((sweep / "summary.json").read_text())
+    return sweep, {job["job"]: job for job in jobs}
+
+
+def adapters(sweep: Path) -> dict[str, str]:
+    paths = sorted(sweep.glob("*/adapter/adapter_model.safetensors"))
+    return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def heard() -> None:
+    """Take SIGINT as it comes: a shell's background jobs, and all they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def in_training(command: list[str], folder: Path, said: TextIO) -> subprocess.Popen[bytes]:
+    """Start a sweep of two jobs in a session of its own, and return when both have a checkpoint."""
+    arguments = [sys.executable, "-m", "lora_exp", *command]
+    launched = subprocess.Popen(
+        arguments, cwd=folder, stdout=said, stderr=said, start_new_session=True,
+        preexec_fn=heard,
+    )  # fmt: skip
+    while len(list(folder.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
+        time.sleep(0.02)
+        assert launched.poll() is None
+    return launched
+
+
+def test_the_default_launcher_leaves_what_the_basic_one_leaves(tmp_path: Path) -> None:
+    sweep = ["-m", "peft.r=2,4", "peft=lora,dora", "peft.lora_dropout=0.1", *STEPS]
+    for name, launcher in (("lockstep", []), ("basic", ["hydra/launcher=basic"])):
+        (tmp_path / name).mkdir()
+        done = cli(*sweep, *launcher, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    (ours, jobs), (theirs, other) = (summary(tmp_path / n) for n in ("lockstep", "basic"))
+    assert adapters(ours) == adapters(theirs)
+    assert len(set(adapters(ours).values())) == 4
+    kept = ("eval/loss", "eval/exact_match", "before/loss", "train/loss")
+    for n, job in jobs.items():
+        assert [job["metrics"][k] for k in kept] == [other[n]["metrics"][k] for k in kept]
+        assert job["fingerprint"] == other[n]["fingerprint"]
+        files = {
+            str(p.relative_to(root / n))
+            for root in (ours, theirs)
+            for p in (root / n).rglob("*")
+            if p.is_file()
+        }
+        assert all((root / n / name).is_file() for name in files for root in (ours, theirs))
+        logged = (ours / n / "run.log").read_text()
+        assert "step 3/3" in logged  # and nobody else's
+        assert logged.count("step 3/3") == 1
+        places = {
+            root: json.loads((root / n / "run.json").read_text())["place"]
+            for root in (ours, theirs)
+        }
+        assert places[theirs] == "alone"
+    places = [json.loads((ours / n / "run.json").read_text())["place"] for n in sorted(jobs)]
+    assert places == ["lockstep, exact", "alone", "lockstep, exact", "alone"]
+
+
+def test_the_plan_is_told_before_anything_loads(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4,0", "peft=lora,pissa", *STEPS, cwd=tmp_path)
+    said = " ".join(done.stdout.split())
+    assert "0, 2 in lockstep (exact) on pkg://lora_exp/assets/tiny" in said
+    assert "1, 3 alone: pissa starts from weights of its own" in said
+    assert "4-5 refused, not run" in said
+    assert "job 4: peft.r: " in said
+    assert done.returncode == 1
+
+
+def test_the_launcher_itself_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['run.py', '-m', 'peft.r=2,4', *sys.argv[1:]]\n"
+        "from lora_exp.__main__ import main\nmain()\n"
+        "assert not {'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *STEPS, "samples.rows=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(adapters(summary(tmp_path)[0])) == 2
+
+
+def test_jobs_may_have_loaders_in_processes_of_their_own(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4", *STEPS, "train.dataloader_num_workers=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> None:
+    command = ["-m", "peft.r=2,4,8", "hydra.sweep.dir=multirun/a/b", *STEPS]
+    assert cli(*command, cwd=tmp_path).returncode == 0
+    sweep = tmp_path / "multirun/a/b"
+    first, kept = adapters(sweep), (sweep / "0" / "run.json").read_text()
+    record = json.loads((sweep / "1" / "run.json").read_text())
+    (sweep / "1" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (sweep / "1" / "adapter" / "adapter_model.safetensors").unlink()
+    done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0, 2  finished before, not run again" in done.stdout
+    assert adapters(sweep) == first
+    assert (sweep / "0" / "run.json").read_text() == kept
+    assert {job["status"] for job in summary(tmp_path)[1].values()} == {"finished"}
+    done = cli(*command, "seed=7", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "holds another run" in done.stderr
+    assert adapters(sweep) == first
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "peft.lora_dropout=0.1"]
+    (tmp_path / "calm").mkdir()
+    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+    with (tmp_path / "err").open("w") as said:
+        launched = in_training(command, tmp_path, said)
+        children = f"/proc/{launched.pid}/task/{launched.pid}/children"
+        os.kill(int(Path(children).read_text().split()[0]), signal.SIGKILL)
+        assert launched.wait() == 0
+    assert "killed by SIGKILL" in (tmp_path / "err").read_text()
+    sweep, jobs = summary(tmp_path)
+    assert {job["status"] for job in jobs.values()} == {"finished"}
+    assert adapters(sweep) == adapters(summary(tmp_path / "calm")[0])
+
+
+@pytest.mark.parametrize("everyone", [True, False])
+def test_an_interrupted_sweep_saves_every_job_and_goes_on_by_its_directory(
+    everyone: bool, tmp_path: Path
+) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    settings += ["peft.lora_dropout=0.1"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
+    (tmp_path / "calm").mkdir()
+    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+    with (tmp_path / "err").open("w") as said:
+        launched = in_training(command, tmp_path, said)
+        if everyone:
+            os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
+        else:
+            os.kill(launched.pid, signal.SIGTERM)  # what a scheduler sends
+        assert launched.wait() == 75
+    sweep = tmp_path / "multirun/a/b"
+    records = [json.loads((sweep / n / "run.json").read_text()) for n in "01"]
+    assert [record["status"] for record in records] == ["interrupted"] * 2
+    rows = {row["job"]: row["status"] for row in json.loads((sweep / "summary.json").read_text())}
+    assert rows == {"0": "interrupted", "1": "interrupted"}
+    said_at_the_end = (tmp_path / "err").read_text()
+    assert "Traceback" not in said_at_the_end
+    assert said_at_the_end.count("saving at the next step") == 1
+    assert "resume=multirun/a/b goes on" in said_at_the_end
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
+
+
+def test_a_sweep_that_goes_on_runs_failed_jobs_again_only_when_asked(tmp_path: Path) -> None:
+    command = ["-m", *STEPS, "train.learning_rate=1e-3,1e30", "hydra.sweep.dir=multirun/a/b"]
+    command += ["train.warmup_steps=0", "train.max_grad_norm=0"]
+    done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    sweep = tmp_path / "multirun/a/b"
+    before = [(sweep / n / "run.json").read_bytes() for n in "01"]
+    assert json.loads(before[1])["status"] == "diverged"
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "diverged before, not run again but with retry_failed=true" in done.stdout
+    assert [(sweep / n / "run.json").read_bytes() for n in "01"] == before
+    rows = json.loads((sweep / "summary.json").read_text())
+    assert [row["status"] for row in rows] == ["finished", "diverged"]
+    done = cli("resume=multirun/a/b", "retry_failed=true", cwd=tmp_path)
+    assert done.returncode == 1
+    after = [(sweep / n / "run.json").read_bytes() for n in "01"]
+    assert after[0] == before[0]
+    assert json.loads(after[1])["resumed"][0]["status"] == "diverged"
+
+
+def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
+    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
+    with (tmp_path / "err").open("w") as said:
+        launched = in_training(command, tmp_path, said)
+        launched.send_signal(signal.SIGSTOP)  # however slow the second is
+        second = cli(*command, cwd=tmp_path)
+        launched.send_signal(signal.SIGCONT)
+        assert second.returncode == 1
+        assert f"multirun/a/b is in use by process {launched.pid} on" in second.stderr
+        assert launched.wait() == 0
+
+
+def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+    command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
+    assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
+    held = tmp_path / "multirun/a/b/1"
+    before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
+    done = cli(*command, "peft.r=2,8", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "multirun/a/b/1 holds another run" in done.stdout
+    assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
+    rows = {r["job"]: r for r in json.loads((tmp_path / "multirun/a/b/summary.json").read_text())}
+    assert (rows["1"]["status"], rows["1"]["metrics"]) == ("failed", {})
+
+
+def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:
+    done = cli("-m", "peft.r=2,4", *STEPS[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep, _ = summary(tmp_path)
+    others: list[str] = []
+    for number in ("0", "1"):
+        (file,) = (sweep / number / "wandb").glob("offline-run-*/*.wandb")
+        command = ["wandb", "leet", "inspect", "--json", str(file)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        lines = map(json.loads, (sweep / number / "metrics.jsonl").read_text().splitlines())
+        losses = [str(line["train/loss"])[:10] for line in lines if "train/loss" in line]
+        assert len(losses) == 3
+        assert losses[-1] in said  # the first are everybody's
+        assert not any(loss in said for loss in others)
+        others = losses[-1:]
+
+
+AGEING = """
+import sys
+from lora_exp.lockstep import worker
+
+pack = worker._pack
+
+def on_an_ageing_processor(seats, report):
+    from torch import nn
+    from lora_exp.lockstep.verification import Verification
+    from tests.lockstep.processors import LINEAR, in_halves
+
+    def product(x, weight, bias=None):
+        many = x.numel() // x.shape[-1] > 250 and product.aged
+        return (in_halves if many else LINEAR)(x, weight, bias)
+
+    def choose(self, mode, passed):
+        product.aged = self.passes > 6  # classes of these rows were measured before
+        return chosen(self, mode, passed)
+
+    chosen, Verification.choose = Verification.choose, choose
+    product.aged, nn.functional.linear = False, product
+    try:
+        pack(seats, report)
+    finally:
+        nn.functional.linear, Verification.choose = LINEAR, chosen
+
+worker._pack = on_an_ageing_processor
+from lora_exp.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("then", ["retrain", "keep"])
+def test_jobs_whose_pack_differed_are_trained_again_alone(tmp_path: Path, then: str) -> None:
+    sweep = ["-m", "peft.r=2,4", *STEPS, "train.max_steps=8", "train.per_device_train_batch_size=4"]
+    sweep += ["data.max_rows=4", "samples.rows=0", "train.eval_strategy=no"]
+    told = ["lockstep.verify=1", f"lockstep.on_difference={then}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", AGEING, *sweep, *told], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "jobs [0, 1] are not proven equal" in done.stdout + done.stderr
+    assert "the first layer is layers.0.self_attn.q_proj" in done.stdout + done.stderr
+    folder, jobs = summary(tmp_path)
+    places = [json.loads((folder / n / "run.json").read_text())["place"] for n in "01"]
+    marked = [job["proven"] for job in jobs.values()]
+    aside = sorted(path.name for path in folder.glob("*.not-proven-equal"))
+    assert len(jobs) == 2
+    if then == "keep":
+        assert (marked, aside) == ([False, False], [])
+        assert done.stdout.count("finished, not proven equal") == 2
+        return
+    assert (marked, places) == ([True, True], ["alone", "alone"])
+    assert aside == ["0.not-proven-equal", "1.not-proven-equal"]
+    (tmp_path / "plain").mkdir()
+    assert cli(*sweep, "hydra/launcher=basic", cwd=tmp_path / "plain").returncode == 0
+    again, plain = adapters(folder), adapters(summary(tmp_path / "plain")[0])
+    assert {n: again[n] for n in "01"} == plain
+    assert again["1.not-proven-equal"] != plain["1"]  # what was kept did differ

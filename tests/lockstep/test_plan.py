@@ -1,0 +1,77 @@
+"""Which jobs train together, and why others do not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lora_exp import compose
+from lora_exp.config.settled import fingerprint
+from lora_exp.lockstep.plan import Job, labels, plan
+
+HYDRA = OmegaConf.create({"hydra": {"job": {"chdir": False, "env_set": {}}}})
+
+
+def job(number: int, *overrides: str, folder: Path = Path("nowhere")) -> Job:
+    return Job(number, HYDRA, compose(*overrides), folder / str(number), overrides)
+
+
+def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
+    jobs = [
+        job(0, "peft.r=8"), job(1, "seed=3", "targets=qv"), job(2, "quant=nf4"),
+        job(3, "quant=nf4", "algorithm=pretrain"), job(4, "model.dtype=bfloat16"),
+    ]  # fmt: skip
+    made = plan(jobs)
+    assert [[j.number for j in pack] for pack in made.packs] == [[0, 1], [2, 3]]
+    assert [(j.number, why) for j, why in made.alone] == [(4, "no other job to train with it")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["peft=none"], "full fine-tuning changes the base"),
+        (["peft=ia3"], "ia3 is not LoRA"),
+        (["peft=dora"], "DoRA needs"),
+        (["peft=pissa"], "pissa starts"),
+        (["peft=olora"], "olora starts"),
+        (["peft.modules_to_save=[norm]"], "modules_to_save"),
+        (["peft.bias=lora_only"], "biases"),
+        (["algorithm=pretrain", "model.random_weights=true"], "random_weights"),
+        (["lockstep.max_jobs=1"], "lockstep.max_jobs=1"),
+    ],
+)
+def test_what_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
+    made = plan([job(0, *overrides), job(1, *overrides)])
+    assert not made.packs
+    assert all(why in reason for _, reason in made.alone)
+    assert len(made.alone) == 2
+
+
+def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
+    done = job(0, "peft.r=4", folder=tmp_path)
+    done.directory.mkdir()
+    assert done.settled is not None
+    record = {"status": "finished", "fingerprint": fingerprint(done.settled), "name": "x"}
+    (done.directory / "run.json").write_text(json.dumps(record))
+    made = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
+    assert [(j.number, why.split(",")[0]) for j, why in made.at_once] == [
+        (0, "finished before"),
+        (1, "refused"),
+    ]
+    assert not made.packs
+    assert not made.alone
+
+
+def test_a_label_is_what_tells_a_job_from_its_siblings() -> None:
+    jobs = [job(0, "peft.r=8", "seed=1"), job(1, "peft.r=16", "seed=1")]
+    assert labels(jobs) == {0: "peft.r=8", 1: "peft.r=16"}
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys, lora_exp.lockstep.plan; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

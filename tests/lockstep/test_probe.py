@@ -1,0 +1,128 @@
+"""A probe sees another order of summation, where random rows do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from lora_exp.lockstep.probe import Probe
+from lora_exp.model.loading import bnb_4bit, bnb_8bit, load
+from tests.lockstep.processors import Processed, Product, banded, placed, processor
+
+
+def processed(product: Product, *shape: int) -> Processed:
+    torch.manual_seed(0)
+    return Processed(product, *shape)
+
+
+def probe(layer: Any, dtype: torch.dtype = torch.bfloat16) -> Probe:
+    return Probe(layer, (layer.in_features,), dtype)
+
+
+@pytest.mark.parametrize("product", [banded, placed])
+def test_random_rows_do_not_see_what_the_probe_sees(product: Product) -> None:
+    layer = processed(product, 32, 48)
+    with torch.no_grad():
+        x = torch.randn(1, 150, 32, dtype=torch.bfloat16)
+        assert torch.equal(layer(x)[:, :30], layer(x[:, :30]))  # of two classes, yet equal
+        one, other = (probe(layer).class_of(rows) for rows in (30, 150))
+    assert one is None or one != other
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (512, 192), (65, 33)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool) -> None:
+    made = probe(processed(banded, *shape))
+    with torch.set_grad_enabled(grad):
+        classes = {rows: made.class_of(rows) for rows in (24, 36, 37, 100, 191, 192, 500)}
+    assert classes[36] == classes[24] == classes[192] == classes[500]
+    assert classes[37] == classes[100] == classes[191]
+    assert None not in classes.values()
+    assert classes[36] != classes[37]
+
+
+def test_rows_that_differ_by_their_place_are_of_no_class() -> None:
+    made = probe(processed(placed, 64, 96))
+    assert made.class_of(40) is not None
+    assert made.class_of(43) is None
+
+
+def test_only_the_gradient_may_show_it() -> None:
+    class Backwards(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            if x.shape[1] > 20:  # the sums over the outputs, last first
+                y = y.detach() + (linear(x, self.weight.flip(0)).flip(-1) - y).detach() * 0
+                z = linear(x, self.weight.flip(0)).flip(-1)
+                y = y + z - z.detach()
+            return y
+
+    made = probe(Backwards(48, 32, bias=False).requires_grad_(False), torch.float32)
+    with torch.no_grad():
+        assert made.class_of(16) == made.class_of(40)
+    assert made.class_of(16) != made.class_of(40)
+
+
+def test_a_bias_does_not_hide_it() -> None:
+    class Biased(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return banded(x, self.weight, self.bias)
+
+    made = probe(Biased(64, 96).requires_grad_(False), torch.float32)
+    assert made.class_of(36) != made.class_of(37)
+
+
+def test_a_layer_whose_rows_see_each_other_has_no_class() -> None:
+    class Mixing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * x.abs().amax()
+
+    assert probe(Mixing(32, 48), torch.float32).class_of(64) is None
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+def test_quantised_layers_show_their_product(quant: str) -> None:
+    settings = bnb_8bit(6.0) if quant == "int8" else bnb_4bit(quant, True, "float32")  # type: ignore[arg-type]
+    tiny = "pkg://lora_exp/assets/tiny"
+    model = load(tiny, None, None, "float32", "sdpa", False, False, settings).model.train()
+    layer = model.model.layers[0].mlp.down_proj
+    before = layer(torch.ones(1, 3, layer.in_features))
+    with processor(banded):
+        made = probe(layer, torch.float32)
+        assert made.class_of(36) == made.class_of(24) == made.class_of(192)
+        assert made.class_of(36) != made.class_of(37)
+    assert torch.equal(before, layer(torch.ones(1, 3, layer.in_features)))  # left as it was
+
+
+def test_eight_bit_layers_that_evaluate_see_all_rows() -> None:
+    tiny = "pkg://lora_exp/assets/tiny"
+    model = load(tiny, None, None, "float32", "sdpa", False, False, bnb_8bit(6.0)).model.eval()
+    with torch.no_grad():
+        assert probe(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None
+
+
+def test_a_weight_of_an_unknown_kind_shares_nothing() -> None:
+    layer = nn.Linear(8, 8)
+    layer.weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    assert probe(layer, torch.float32).class_of(8) is None
+
+
+def test_a_norm_that_adds_in_another_order_shows_it_though_it_rounds_to_bfloat16() -> None:
+    class Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            squares = x.float().pow(2)
+            half = squares.shape[-1] // 2
+            mean = squares.mean(-1, keepdim=True)
+            if x.shape[1] > 20:
+                mean = squares[..., :half].sum(-1, keepdim=True)
+                mean = (mean + squares[..., half:].sum(-1, keepdim=True)) / squares.shape[-1]
+            return (x.float() * torch.rsqrt(mean + 1e-6)).to(x.dtype)
+
+    made = Probe(Norm(), (192,), torch.bfloat16)
+    with torch.no_grad():
+        assert made.class_of(1) == made.class_of(20)
+        assert made.class_of(20) != made.class_of(21) == made.class_of(90)

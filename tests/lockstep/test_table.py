@@ -1,0 +1,50 @@
+"""A pack on one screen."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lora_exp.lockstep.table import Row, Table
+from lora_exp.record.console import console
+
+
+def drawn(terminal: bool) -> tuple[Table, io.StringIO]:
+    table = Table("in lockstep", [Row(0, "peft.r=8"), Row(1, "peft.r=16")], [12_000])
+    said = io.StringIO()
+    table.console = Console(file=said, force_terminal=terminal, width=100)
+    return table, said
+
+
+def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
+    table, said = drawn(terminal=True)
+    row = table.rows[0]
+    row.begin(2, 10)
+    row.move(5)
+    row.write("", {"loss": "1.2345", "rate": "2.00e-04", "speed": "-"})
+    table.console.print(table._drawn())
+    text = said.getvalue()
+    for part in ("peft.r=8", "5/10", "1.2345", "2.00e-04", "trains", "peft.r=16", "waits"):
+        assert part in text
+    assert "0 of 2 jobs done, step 5 of 10" in text
+    assert "tokens/s together" in text
+
+
+def test_a_log_gets_a_line_for_each_job_that_ends() -> None:
+    table, said = drawn(terminal=False)
+    table.rows[1].begin(0, 3)
+    table.rows[1].move(3)
+    table.ended(table.rows[1], "failed")
+    assert "job 1 (peft.r=16): failed at step 3" in said.getvalue()
+
+
+def test_while_it_is_open_jobs_speak_to_their_logs_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table, _ = drawn(terminal=False)
+    with table.open():
+        console.print("a job's own words")
+    console.print("afterwards")
+    assert capsys.readouterr().out.split() == ["afterwards"]

@@ -1,0 +1,45 @@
+"""A trainer's log lines on their way to the record and to tracking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lora_exp.record.metrics import Metrics, Nowhere, named
+
+
+def test_metrics_are_named_by_group() -> None:
+    logs = {"loss": 1, "eval_loss": 2.0, "grad_norm": 0.5, "note": "x", "eval_runtime": 3.0}
+    assert named(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
+
+
+class Kept(Nowhere):
+    """What a record and a tracker are both told."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[dict[str, float], int]] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.lines.append((metrics, step))
+
+
+def test_a_line_reaches_the_record_and_tracking_and_the_closing_one_neither() -> None:
+    record, tracker = Kept(), Kept()
+    carried: Any = Metrics(record, tracker)  # type: ignore[arg-type]
+    carried.on_train_begin(None, None, None)
+    state = SimpleNamespace(global_step=3)
+    carried.on_log(None, state, None, {"loss": 2.0, "num_tokens": 10})
+    carried.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
+    assert record.lines == tracker.lines
+    ((metrics, step),) = record.lines
+    assert (metrics["train/loss"], step) == (2.0, 3)
+    assert metrics["train/tokens_per_s"] > 0
+
+
+def test_nowhere_takes_everything() -> None:
+    nowhere = Nowhere()
+    nowhere.log({}, 0)
+    nowhere.samples([], 0)
+    nowhere.finish({}, Path("saved"))
+    assert nowhere.place == "none"

@@ -1,0 +1,95 @@
+"""A run's directory is whole at every moment."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.config.settled import fingerprint
+from lora_exp.errors import ConfigError, DivergedError
+from lora_exp.files.whole import write_whole
+from lora_exp.record.run import Record, mark, standing
+
+
+def test_every_ending_is_recorded(tmp_path: Path) -> None:
+    for number, (error, status) in enumerate(
+        [
+            (None, "finished"),
+            (ValueError("x"), "failed"),
+            (DivergedError("nan"), "diverged"),
+            (KeyboardInterrupt(), "interrupted"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        record = Record(folder, compose())
+        expected = pytest.raises(type(error)) if error is not None else nullcontext()
+        with expected, record.outcome():
+            assert json.loads((folder / "run.json").read_text())["status"] == "running"
+            if error is not None:
+                raise error
+        assert json.loads((folder / "run.json").read_text())["status"] == status
+
+
+def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
+    first = Record(tmp_path, compose())
+    first.update(metrics={"a": 1})
+    first.lock.release()
+    again = Record(tmp_path, compose(f"resume={tmp_path}"))
+    again.update(metrics={"b": 2})
+    assert again.values["tracking_id"] == first.values["tracking_id"]
+    assert again.values["metrics"] == {"a": 1, "b": 2}
+
+
+def test_a_directory_that_holds_a_run_takes_no_other(tmp_path: Path) -> None:
+    Record(tmp_path / "a", compose())
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Record(tmp_path / "a", compose())
+    with pytest.raises(ConfigError, match="goes on in place"):
+        Record(tmp_path / "b", compose(f"resume={tmp_path / 'a'}"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_metrics_are_lines_and_can_be_rewound(tmp_path: Path) -> None:
+    record = Record(tmp_path, compose())
+    for step in (1, 2, 3):
+        record.log({"train/loss": 0.5}, step)
+    record.rewind(2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_record_names_versions_and_choices(tmp_path: Path) -> None:
+    values = Record(tmp_path, compose()).values
+    assert {"torch", "transformers", "peft", "trl", "lora-exp", "python"} <= set(values["versions"])
+    assert values["choices"]["peft"] == "lora"
+
+
+def test_a_finished_run_is_never_marked_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
+    cfg = compose("tracking=none")
+    path = tmp_path / "run.json"
+    values = {"status": "running", "fingerprint": fingerprint(cfg), "name": "x"}
+    path.write_text(json.dumps(values))
+    assert standing(tmp_path, cfg) == "running"
+    mark(tmp_path, "failed", "killed")
+    assert json.loads(path.read_text()) == values | {"status": "failed", "error": "killed"}
+    path.write_text(json.dumps(values | {"status": "finished"}))
+    mark(tmp_path, "failed", "killed")
+    assert standing(tmp_path, cfg) == "finished"
+    with pytest.raises(ConfigError, match="holds another run"):
+        standing(tmp_path, compose("seed=7"))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        standing(tmp_path, cfg)

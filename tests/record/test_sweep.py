@@ -1,0 +1,83 @@
+"""A sweep's rows, whatever became of the job."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.errors import ConfigError
+from lora_exp.record.sweep import command, row, varied, write_command, write_summary
+
+
+def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError("no")))
+    assert (found["job"], found["name"], found["status"]) == ("3", "3", "failed")
+    assert (found["objective"], found["error"]) == (None, "no")
+    assert found["overrides"] == {"peft.r": "8"}
+
+
+def test_a_refused_job_does_not_show_the_run_that_has_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    other = {"name": "r8", "status": "finished", "error": None, "metrics": {"eval/loss": 1.0}}
+    (tmp_path / "3" / "run.json").write_text(json.dumps(other))
+    found = row(tmp_path / "3", ["peft.r=32"], SimpleNamespace(_return_value=ValueError("held")))
+    assert (found["name"], found["status"], found["metrics"]) == ("3", "failed", {})
+    assert found["error"] == "held"
+
+
+@pytest.mark.parametrize("text", ["seed: None is no seed", ""])
+def test_what_a_refusal_says_is_not_taken_for_the_other_runs(tmp_path: Path, text: str) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "run.json").write_text('{"status": "finished", "error": null}')
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError(text)))
+    assert found["status"] == "failed"
+
+
+def test_a_job_that_failed_before_and_is_not_run_again_keeps_its_status(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "run.json").write_text('{"status": "diverged", "error": "loss is nan"}')
+    told = ValueError("diverged before and not run again (loss is nan)")
+    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=told))
+    assert found["status"] == "diverged"
+
+
+def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
+    done = SimpleNamespace(_return_value=0.5)
+    for name, metrics in (("0", {"a": 1.0}), ("1", {"b": 2.0})):
+        (tmp_path / name).mkdir()
+        text = json.dumps({"name": name, "status": "finished", "metrics": metrics, "error": None})
+        (tmp_path / name / "run.json").write_text(text)
+    rows = [row(tmp_path / n, [f"peft.r={n}", "seed=1"], done) for n in ("0", "1")]
+    assert varied(rows) == ["peft.r"]
+    write_summary(tmp_path, rows)
+    with (tmp_path / "summary.csv").open() as lines:
+        table = list(csv.DictReader(lines))
+    assert [(r["a"], r["b"]) for r in table] == [("1.0", ""), ("", "2.0")]
+    assert [r["peft.r"] for r in table] == ["0", "1"]
+    header = (tmp_path / "summary.csv").read_text().splitlines()[0].split(",")
+    assert len(header) == len(set(header))
+
+
+def test_a_sweeps_command_is_kept_without_what_was_for_once(tmp_path: Path) -> None:
+    folder = tmp_path / "it's, here"
+    folder.mkdir()
+
+    def hydra(*task: str) -> DictConfig:
+        sources = [{"provider": "main", "path": "a"}, {"provider": "command-line", "path": "my"}]
+        overrides = {"hydra": ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x"], "task": list(task)}
+        return OmegaConf.create({"runtime": {"config_sources": sources}, "overrides": overrides})
+
+    write_command(folder, hydra("peft.r=2,4", "retry_failed=true"), keep=True)
+    write_command(folder, hydra("peft.r=8,9"), keep=True)
+    words = ["-m", "--config-dir", "my", "peft.r=2,4"]
+    assert command(folder) == [*words, f"hydra.sweep.dir='{tmp_path}/it\\'s, here'"]
+    write_command(folder, hydra("peft.r=8,9"), keep=False)
+    assert "peft.r=8,9" in command(folder)
+    write_command(folder, hydra("+train.hub_token=canary"), keep=False)
+    with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
+        command(folder)

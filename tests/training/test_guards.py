@@ -1,0 +1,62 @@
+"""A training that leads nowhere ends, or is warned of, and says where."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_exp import compose
+from lora_exp.adapter.attach import attach
+from lora_exp.errors import AdapterError, DivergedError
+from lora_exp.training.guards import FiniteLoss, GradientCheck
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_the_step_and_the_number_are_named(name: str) -> None:
+    state = SimpleNamespace(global_step=7)
+    FiniteLoss().on_log(None, state, None, {name: 1.0})
+    with pytest.raises(DivergedError, match=f"{name} is nan at step 7; try a lower"):
+        FiniteLoss().on_log(None, state, None, {name: math.nan})
+
+
+def test_a_run_that_diverges_stops_and_says_so(
+    quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+; try a lower"):
+        quick_run(
+            "train.learning_rate=1e30", "train.max_steps=20", "train.logging_steps=1",
+            "train.max_grad_norm=0", "train.warmup_steps=0",
+        )  # fmt: skip
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "diverged"
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_tensor_without_a_part_in_the_loss_is_an_error_and_one_that_stays_a_warning(
+    fresh_base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = attach(fresh_base, compose("targets=qv"), tmp_path).model
+
+    def look(step: int) -> None:
+        GradientCheck().on_pre_optimizer_step(None, SimpleNamespace(global_step=step), None, model)
+
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    for step in (0, 1, 2):
+        look(step)
+    assert not caplog.text
+    first = next(p for p in model.parameters() if p.requires_grad)
+    first.grad.zero_()
+    look(0)
+    look(2)
+    assert "1 of 16 trained tensors get no gradient" in caplog.text
+    first.grad = None
+    with pytest.raises(AdapterError, match=r"1 of 16 .* no part in the loss: .*q_proj.lora_A"):
+        look(0)
