@@ -125,8 +125,9 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         tracker.samples(samples, trainer.state.global_step)
         goal = cfg.goal if judged == cfg.objective else "minimize"
         seconds = time.perf_counter() - started
-        record.update(objective=judged, goal=goal, metrics={"seconds": seconds}, **place.report())
+        record.update(objective=judged, goal=goal, metrics={"seconds": seconds})
     finally:
+        record.update(**place.report())
         board.close()
         tracker.finish(record.summary(), saved)
     metrics = record.values["metrics"]

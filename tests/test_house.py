@@ -30,7 +30,14 @@ COVERED = {
     "": {"errors"},  # every room's tests expect its errors
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
-    "lockstep": {"segment", "rowwise", "linear", "body", "seat"},  # whole packs in test_pack.py
+    "lockstep": {
+        "segment",
+        "rowwise",
+        "linear",
+        "body",
+        "passes",
+        "seat",
+    },  # whole packs in test_pack.py
     # a proof is of a merge, in test_merging.py; the others are seen from their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }

@@ -23,7 +23,7 @@ from lora_exp.errors import Interrupted, LoraExpError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
-from lora_exp.record.run import mark, set_aside, unproven
+from lora_exp.record.run import doubt, doubted, mark, set_aside
 from lora_exp.record.sweep import SweepTable, write_command
 from lora_exp.training.interruption import stop
 
@@ -92,7 +92,7 @@ class _Launch:
         self.jobs: dict[int, Job] = {}
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
-        self.aside: list[int] = []  # jobs to be trained again, alone
+        self.doubted: list[int] = []  # jobs that are not proven equal
         self.deaths = 0  # of workers that no running job can have caused
 
     def run(self, made: Plan, jobs: dict[int, Job], worker: Worker) -> None:
@@ -108,8 +108,11 @@ class _Launch:
         hydra = self.launcher.config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)  # those jobs have set their own
         work = [_seats(pack) for pack in made.packs]
-        work.append(_alone([job for job, _ in made.alone]))
-        self.train(work, worker)
+        alone = [job for job, _ in made.alone]
+        for job in alone:
+            self._set_aside(job)
+        self.train([*work, _alone(alone)], worker)
+        self.retrain()
 
     def train(self, work: list[Seats], worker: Worker) -> None:
         """Send work; what a dead worker lost is tried again alone, once, then the rest goes on."""
@@ -128,15 +131,13 @@ class _Launch:
                     mark(self.jobs[number].directory, "interrupted", str(error))
                 for number in lost:
                     self._again(number)
+                    self.doubted = [other for other in self.doubted if other != number]
                     stop.check()
                 worker.replace()
             else:
                 if any(self._left(seats).jobs for seats in work):
                     raise Interrupted  # the worker alone was asked to stop, and has
                 stop.check()
-                for number in self.aside:
-                    self._again(number)
-                    stop.check()
                 return
 
     def stopped(self) -> None:
@@ -144,8 +145,20 @@ class _Launch:
         for number in sorted(self.running):
             mark(self.jobs[number].directory, "interrupted", "stopped at once")
 
+    def _set_aside(self, job: Job) -> None:
+        """Make room for a job that is not proven equal and shall be trained anew."""
+        lockstep: Any = job.config.get("lockstep")
+        if lockstep and lockstep.on_difference == "retrain" and doubted(job.directory):
+            log.error(
+                "job %d is trained again, alone; %s keeps what it was",
+                job.number, set_aside(job.directory),
+            )  # fmt: skip
+
     def _again(self, number: int) -> None:
         job = self.jobs[number]
+        if number in self.doubted:
+            doubt(job.directory)
+        self._set_aside(job)
         worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
         try:
             worker.run([_alone([job])], self)
@@ -180,19 +193,32 @@ class _Launch:
             config=self.jobs[number].config, task_function=self.launcher.task_function
         )
 
-    def unproven(self, numbers: list[int], differences: list[str]) -> None:
-        """Mark the jobs of a pack; move them aside if they are to be trained again, alone."""
+    def unproven(self, numbers: list[int], difference: str) -> None:
+        """Mark jobs whose pack had a pass that was not the run alone."""
+        log.error("lockstep: jobs %s are not proven equal to runs alone: %s", numbers, difference)
+        self.doubted += [number for number in numbers if number not in self.doubted]
         for number in numbers:
-            unproven(self.jobs[number].directory, differences)
-        log.error("lockstep: jobs %s are not proven equal: %s", numbers, "; ".join(differences))
-        if self.jobs[numbers[0]].config.lockstep.on_difference == "keep":
+            self._doubt(number)
+
+    def _doubt(self, number: int) -> None:
+        """Write it into the job's record and table; a job that trains will do so at its end."""
+        if number not in self.running:
+            try:
+                doubt(self.jobs[number].directory)
+            except (OSError, ValueError) as error:
+                log.error("job %d cannot be marked: %s", number, error)
             if SweepTable.current is not None:
-                SweepTable.current.doubt([self.jobs[number].directory for number in numbers])
-            return
-        for number in numbers:
-            if (kept := set_aside(self.jobs[number].directory)) is not None:
-                log.error("job %d is trained again, alone; %s keeps what it was", number, kept)
-                self.aside.append(number)
+                SweepTable.current.doubt(self.jobs[number].directory)
+
+    def retrain(self) -> None:
+        """Train again, alone, what is not proven equal, if that is asked for."""
+        again, self.doubted = self.doubted, []
+        for number in again:
+            self._doubt(number)
+        for number in again:
+            if self.jobs[number].config.lockstep.on_difference == "retrain":
+                self._again(number)
+                stop.check()
 
     def ended(self, number: int, result: JobReturn) -> None:
         """Keep a job's result and tell Hydra's callbacks."""

@@ -11,7 +11,8 @@ rowwise       a layer run once for several
 linear        a base layer, the jobs' adapters
 verification  passes held against runs alone
 body          one pass for several jobs
-pack          trainers in step, one backward
+passes        one forward, one backward for all
+pack          jobs that share a base
 seat          a job's place in a pack
 plan          which jobs train together
 table         a pack on one screen

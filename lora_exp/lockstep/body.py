@@ -7,6 +7,7 @@ and with its own mask; each adapter sees its own job's tokens only. Shapes as in
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,14 +26,16 @@ from lora_exp.lockstep.classes import Classes, Kind
 from lora_exp.lockstep.eligibility import keeping_random
 from lora_exp.lockstep.grouping import group, on_grid
 from lora_exp.lockstep.linear import Adapter, FusedLinear
-from lora_exp.lockstep.rowwise import Rowwise
+from lora_exp.lockstep.rowwise import Rowwise, Unmeasured
 from lora_exp.lockstep.segment import Mode, Pass, Segment, Sharing, aligned, split
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.loading import sharing_copy
 
+log = logging.getLogger("lora_exp")
 # rows, tokens and padding of the jobs in a pass that proves itself: answers are made token by token
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
 ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
+REMEMBERED = 1000  # combinations of numbers of rows whose sharing is kept
 TOTALS = 64  # different numbers of rows that passes may have before they are filled up to a grid
 
 
@@ -93,7 +96,12 @@ class FusedBody:
         self._set(mode)
         if mode not in self.proven:
             with keeping_random():
-                self.proven[mode] = self._is_exact()
+                torch.manual_seed(0)  # the same proof in every process
+                try:
+                    self.proven[mode] = self._is_exact()
+                except Unmeasured as error:
+                    log.info("lockstep: jobs share no pass: %s", error)
+                    self.proven[mode] = False
         return self.proven[mode]
 
     def _set(self, mode: Mode) -> None:
@@ -148,11 +156,14 @@ class FusedBody:
             self.totals.add(total)
             with keeping_random():
                 sharing = self._shared(mode, sizes, total)
+            if len(self.shared) >= REMEMBERED:
+                self.shared.clear()
             self.shared[mode, sizes] = total - sum(sizes), sharing
         filling, sharing = self.shared[mode, sizes]
+        rows = sum(sizes) + filling
         for layer, own in zip(self.layers, sharing, strict=True):
-            rows = sum(sizes) + filling
-            if own and not layer.divisible and not own.groups[0].of_all(sizes, rows):
+            divisible = layer.divisible and not layer.kinds[mode].heads_first if own else True
+            if own and not divisible and not own.groups[0].of_all(sizes, rows):
                 return [Pass([s], 0, None) for s in segments]
         return [Pass(segments, filling, sharing)]
 

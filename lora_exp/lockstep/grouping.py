@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 STEP, STEPS = 8, 32  # the least step of a grid, and how many steps it has from one power of 2 on
 FILLING = 1.25  # at most this many times the rows that are asked for
+Sizes = tuple[int, ...]
+Rows = Callable[[list[int]], int | None]
+Way = Callable[[list[int], Sizes, Rows], "list[Group]"]
 
 
 @dataclass(frozen=True)
@@ -44,31 +48,61 @@ def group(
     classes = [class_of(size) for size in sizes]
     if None not in classes and set(classes) == {class_of(total)}:
         return (Group(everyone, total),)
-    groups = []
+    groups: list[Group] = []
     for kind in dict.fromkeys(classes):
         alike = sorted((i for i in everyone if classes[i] == kind), key=lambda i: (sizes[i], i))
-        while alike:
-            members, rows = _largest(alike, sizes, kind, class_of)
-            groups.append(Group(tuple(sorted(members)), rows))
-            alike = alike[len(members) :]
+        ways: list[Way] = [_alone] if kind is None else [_most_first, _largest_first]
+        rows_of = partial(_rows, kind=kind, class_of=class_of)
+        fewest: list[Group] = min([way(alike, sizes, rows_of) for way in ways], key=len)
+        groups += fewest
     return tuple(groups)
 
 
-def _largest(
-    alike: list[int],
-    sizes: tuple[int, ...],
-    kind: str | None,
-    class_of: Callable[[int], str | None],
-) -> tuple[list[int], int]:
-    """Return the most of some segments that fit one product of their class, and its rows."""
-    for count in range(len(alike), 1, -1) if kind is not None else ():
-        needed = sum(sizes[i] for i in alike[:count])
-        rows = on_grid(needed)
-        while rows <= max(needed * FILLING, on_grid(needed)):
-            if class_of(rows) == kind:
-                return alike[:count], rows
-            rows = on_grid(rows + 1)
-    return alike[:1], sizes[alike[0]]
+def _alone(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
+    return [Group((i,), sizes[i]) for i in alike]
+
+
+def _most_first(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
+    """Make each product of as many of the smallest segments as fit."""
+    groups = []
+    while alike:
+        for count in range(len(alike), 0, -1):
+            rows = rows_of([sizes[i] for i in alike[:count]])
+            if rows is not None:
+                break
+        groups.append(Group(tuple(sorted(alike[:count])), rows or sizes[alike[0]]))
+        alike = alike[count:]
+    return groups
+
+
+def _largest_first(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
+    """Put each segment, the largest first, into the first product that it fits."""
+    groups: list[Group] = []
+    for i in reversed(alike):
+        for at, g in enumerate(groups):
+            members = tuple(sorted((*g.members, i)))
+            rows = rows_of([sizes[j] for j in members])
+            if rows is not None:
+                groups[at] = Group(members, rows)
+                break
+        else:
+            groups.append(Group((i,), sizes[i]))
+    return groups
+
+
+def _rows(
+    together: list[int], kind: str | None, class_of: Callable[[int], str | None]
+) -> int | None:
+    """Return how many rows a product of some segments has in their class, None if it cannot."""
+    needed = sum(together)
+    if len(together) == 1:
+        return needed
+    rows = on_grid(needed)
+    while rows <= max(needed * FILLING, on_grid(needed)):
+        if class_of(rows) == kind:
+            return rows
+        rows = on_grid(rows + 1)
+    return None
 
 
 def on_grid(rows: int) -> int:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from lora_exp.config.door import plain
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
-from lora_exp.record.run import FAILED, standing
+from lora_exp.record.run import FAILED, doubted, standing
 
 # a start that rewrites the base's weights, or reads data of its own
 STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
@@ -53,6 +53,8 @@ def plan(jobs: Iterable[Job]) -> Plan:
         job = replace(job, error=job.error or _occupied(job))
         if job.error or job.settled is None:
             at_once.append((job, "refused, not run"))
+        elif doubted(job.directory) and job.settled.lockstep.on_difference == "retrain":
+            alone.append((job, "not proven equal before, trained again"))
         elif (status := standing(job.directory, job.settled)) == "finished":
             at_once.append((job, "finished before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
@@ -101,6 +103,8 @@ def solitary(job: Job) -> str | None:
             return why
     if peft.get("bias", "none") != "none":
         return "bias trains the base's own biases"
+    if cfg.train.get("neftune_noise_alpha"):
+        return "NEFTune's noise is drawn in the base's embedding"
     if cfg.model.random_weights:
         return "random_weights makes a base of its own"
     if cfg.lockstep.max_jobs == 1:

@@ -12,12 +12,15 @@ from lora_exp.lockstep.grouping import Group
 from lora_exp.lockstep.segment import Mode, Pass, split
 
 
+class Unmeasured(Exception):
+    """A layer would compute several jobs' rows at once, and nobody has measured whether it may."""
+
+
 class Rowwise(nn.Module):
     """Stands in for a layer of a `FusedBody`: a norm, an activation; `FusedLinear` adds adapters.
 
     The layer computes the rows of all jobs at once, in groups, or each job's alone, as the pass
-    says; where rows come in another shape than [1, N, ...] it computes them all at once, and
-    `verification` answers for it.
+    says.
     """
 
     def __init__(self, base: nn.Module, body: Any, place: int, divisible: bool = True) -> None:
@@ -33,7 +36,7 @@ class Rowwise(nn.Module):
         super().__init__()
         self.base = base
         self.body, self.place, self.divisible = body, place, divisible
-        self.kinds: dict[Mode, Kind] = {}  # as it was called last
+        self.kinds: dict[Mode, Kind] = {}  # for the rows that it was given last in each mode
 
     def __getattr__(self, name: str) -> Any:
         """Look like the layer to those who read its settings."""
@@ -43,28 +46,46 @@ class Rowwise(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x_1NC: Tensor) -> Tensor:
-        """Return what the layer makes of each row."""
-        p: Pass = self.body.current
-        if x_1NC.dim() < 3 or x_1NC.shape[:2] != (1, sum(p.sizes)):
-            out: Tensor = self.base(x_1NC)
-            return out
-        parts = self.products(x_1NC, p)
+        """Return what the layer makes of each row, [1, N, ...].
+
+        Raises:
+            Unmeasured: see `products`.
+        """
+        parts = self.products(x_1NC, self.body.current)
         return parts if isinstance(parts, Tensor) else torch.cat(parts, 1)
 
     def products(self, x_1NC: Tensor, p: Pass) -> Tensor | list[Tensor]:
-        """Return what the layer makes of all rows, in one piece or in those of `Pass.sizes`."""
+        """Return what the layer makes of all rows, in one piece or in those of `Pass.sizes`.
+
+        Raises:
+            Unmeasured: several jobs' rows cannot be told apart in them, or come in another dtype
+                than was measured.
+        """
+        rows = sum(p.sizes)
+        heads_first = x_1NC.dim() == 4 and x_1NC.shape[1] != rows == x_1NC.shape[2]
+        several = len(p.segments) > 1
+        if x_1NC.dim() < 3 or not (heads_first or x_1NC.shape[:2] == (1, rows)):
+            if several:
+                raise Unmeasured(f"{type(self.base).__name__} is given {list(x_1NC.shape)}")
+            whole: Tensor = self.base(x_1NC)
+            return whole
         mode: Mode = self.body.mode
         if mode not in self.kinds or self.kinds[mode].dtype != x_1NC.dtype:
-            shape = tuple(x_1NC.shape[2:])
-            self.kinds[mode] = Kind.of(self.base, shape, x_1NC.dtype, mode.precision)
+            _, one, other, *rest = x_1NC.shape
+            shape = (one, *rest) if heads_first else (other, *rest)
+            self.kinds[mode] = Kind.of(self.base, shape, x_1NC.dtype, mode, heads_first)
         sharing = p.sharing[self.place] if p.sharing is not None else None
-        if sharing is None or sharing.dtype != x_1NC.dtype:
+        measured = sharing is not None and sharing.dtype == x_1NC.dtype
+        undivided = not self.divisible or heads_first
+        if several and undivided and not measured and self.body.kind == "exact":
+            raise Unmeasured(f"{type(self.base).__name__} is given {x_1NC.dtype}")
+        if sharing is None or not measured:
             groups = tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
         else:
             groups = sharing.groups
-        undivided = not self.divisible or self.body.kind == "bmm"
-        if undivided or groups[0].of_all(p.segments, x_1NC.shape[1]):
-            whole: Tensor = self.base(x_1NC)
+        all_rows = groups[0].of_all(p.segments, rows) or self.body.kind == "bmm"
+        if undivided or all_rows:
+            whole = self.base(x_1NC)
             return whole
         return self._grouped(x_1NC, p, groups)
 

@@ -68,7 +68,7 @@ class Seat:
 
     def report(self) -> dict[str, Any]:
         """Return how the pack's passes were shared and verified so far."""
-        return {"lockstep": self.pack.report()}
+        return {"lockstep": self.pack.passes.report()}
 
     def leave(self) -> None:
         """Free the seat; only where others wait for it, what was left there is swept out."""

@@ -79,6 +79,13 @@ class Pass:
     filling: int
     sharing: tuple[Sharing | None, ...] | None  # for each layer; None: every job's rows alone
 
+    def products_of(self, place: int) -> set[tuple[int, int]]:
+        """Return a segment's own number of rows with that of each product that it is part of."""
+        own = self.segments[place].tokens
+        distinct = {id(s): s for s in self.sharing or () if s is not None}.values()
+        groups = (g for s in distinct for g in s.groups if place in g.members)
+        return {(own, g.rows) for g in groups} or {(own, own)}
+
     @cached_property
     def sizes(self) -> list[int]:
         """Return the tokens of each segment, and last those that fill up, if there are any."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.lockstep.eligibility import keeping_random
-from lora_exp.lockstep.hub import out_of_memory
 from lora_exp.lockstep.segment import Mode, Pass, Segment, split
 
 log = logging.getLogger("lora_exp")
 Gradients = dict[str, Tensor | None]  # by a parameter's name
+BUDGET = 0.02  # of the tokens of all passes, for products that are verified because they are new
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,29 @@ class Check:
 
     place: int  # in the pass
     past: Any  # its key-value cache as it was before
+    keys: frozenset[Any]  # what this is the first check of
 
 
 class Verification:
     """Chooses which passes are verified, compares, and notes what differs."""
 
     def __init__(self, share: float, members: dict[int, Member]) -> None:
-        """Verify a share of the passes, and the first with each number of rows.
+        """Verify a share of the passes, and those with products that were not verified before.
 
         Args:
-            share: 0: none, the first ones neither; 1: every pass.
+            share: 0: none; 1: every pass, of one job each; between: products that no verified pass
+                had come first, as long as that costs no more than `BUDGET` of all tokens.
             members: the jobs of the pack, as they come and go.
         """
         self.share, self.members = share, members
+        self.tell: Callable[[list[int], str], None] = _log  # hears of each difference
         self.passes = self.verified = 0
         self.apart: set[int] = set()  # jobs that share no pass any more, since one differed
+        self.together: set[int] = set()  # jobs that have shared one
         self.differences: list[str] = []
-        self._rows: set[tuple[Mode, str, int]] = set()  # that a verified pass had
+        self._known: set[Any] = set()  # keys of what was verified
+        self._tokens = [0, 0]  # of all passes, and of verified segments
+        self._turns = random.Random(0)
 
     def report(self) -> dict[str, Any]:
         """Return what is known so far, for a job's record."""
@@ -84,27 +91,36 @@ class Verification:
             "passes": self.passes,
             "verified": self.verified,
             "differences": self.differences[:],
+            "proven": not self.differences,
         }
 
     def choose(self, mode: Mode, p: Pass) -> Check | None:
-        """Return whose rows of a pass are verified, if any are: the jobs take turns.
+        """Return whose rows of a pass are verified, if any are.
 
         Args:
             mode: of the pass.
             p: the pass, not yet made.
         """
         self.passes += 1
+        if len(p.segments) > 1:
+            self.together |= {s.job for s in p.segments}
+        self._tokens[0] += sum(p.sizes)
         if not self.share:
             return None
-        whole = (mode, "whole", sum(p.sizes))
-        own = [(mode, "own", s.tokens) for s in p.segments]
-        new = [i for i, key in enumerate(own) if key not in self._rows]
-        due = int(self.passes * self.share) > int((self.passes - 1) * self.share)
-        if not (new or due or whole not in self._rows):
+        due, turn = self._turns.random() < self.share, self._turns.randrange(len(p.segments))
+        keys = [
+            frozenset({(mode, key) for key in p.products_of(i)}) for i in range(len(p.segments))
+        ]
+        new = [i for i, own in enumerate(keys) if not own <= self._known]
+        first = not any(mode == known for known, _ in self._known)
+        place = new[0] if new else turn
+        cost = self._tokens[1] + p.segments[place].tokens
+        if not (due or first or (new and cost <= BUDGET * self._tokens[0])):
             return None
-        place = new[0] if new else self.passes % len(p.segments)
-        self._rows |= {whole, own[place]}
-        return Check(place, copy.deepcopy(p.segments[place].past))
+        past = p.segments[place].past
+        if past is not None:
+            past = copy.deepcopy(past)
+        return Check(place, past, keys[place])
 
     def verify(
         self, check: Check, before: list[Segment], hidden: Tensor, mode: Mode, fused: Any
@@ -119,38 +135,44 @@ class Verification:
             fused: the `FusedBody` that made it.
 
         Returns:
-            The own model's, which lead to its gradients; None where there are none, or memory was
-            too short for it.
+            The own model's, which lead to its gradients; None where there are none, or where it
+            could not be made, which costs the verification, not the pass.
         """
         s = before[check.place]
-        member = self.members[s.job]
         try:
-            own: Tensor = member.alone(s, check.past, mode).last_hidden_state
-        except Exception as error:
-            if out_of_memory(error):
-                return None
-            raise
+            own: Tensor = self.members[s.job].alone(s, check.past, mode).last_hidden_state
+        except Exception as error:  # often too little memory: the pass itself is there
+            log.info("lockstep: a pass is not verified: %s", error)
+            return None
         self.verified += 1
+        self._tokens[1] += s.tokens
+        self._known |= check.keys
         ours, theirs = hidden, own
         if s.attention_mask is not None:  # what padding becomes is nobody's
             counted = s.attention_mask[:, -s.input_ids_BS.shape[1] :].bool()
             ours, theirs = hidden[counted], own[counted]
         if count := different(ours, theirs):
-            where = _first_layer(check, before, member, mode, fused)
-            self._differ(s.job, f"{count} of {ours.numel()} hidden values differ; {where}")
+            fused.classes.forget()
+            self._differ(s.job, f"{count} of {ours.numel()} hidden values differ")
+            try:
+                where = _first_layer(check, before, self.members[s.job], mode, fused)
+            except Exception as error:  # the difference is told already
+                where = f"its layer is not known ({error})"
+            self._differ(s.job, where)
             return None
         return own if own.requires_grad else None
 
     def verify_gradients(
-        self, job: int, own: Tensor, gradient: Tensor | None, before: Gradients
+        self, job: int, own: Tensor, gradient: Tensor, before: Gradients, fused: Any
     ) -> None:
         """Hold what a job's gradients became against what its own model adds to them.
 
         Args:
             job: whose.
-            own: the hidden states of its own model.
-            gradient: of the job's loss, in the hidden states.
+            own: the hidden states of its own model, [B, S, C].
+            gradient: of the job's loss, in the hidden states; of the same shape.
             before: the job's gradients before the pass went back.
+            fused: the `FusedBody` that made the pass.
         """
         trained = self.members[job].trained
         try:
@@ -159,15 +181,13 @@ class Verification:
                 own, parameters, gradient, allow_unused=True
             )
         except Exception as error:
-            if out_of_memory(error):
-                return
-            raise
+            log.info("lockstep: gradients are not verified: %s", error)
+            return
         for (name, was), grad in reversed(list(zip(before.items(), added, strict=True))):
-            if grad is None:
-                continue
-            expected = grad if was is None else was + grad
-            if count := different(trained[name].grad, expected):
-                text = f"{count} of {grad.numel()} gradients of {name} differ"
+            expected = grad if was is None else was if grad is None else was + grad
+            if expected is not None and (count := different(trained[name].grad, expected)):
+                fused.classes.forget()
+                text = f"{count} of {expected.numel()} gradients of {name} differ"
                 self._differ(job, f"{text}, those of later layers do not")
                 return
 
@@ -175,20 +195,21 @@ class Verification:
         """Note that a pass was not the run alone, and let the job's passes be its own from here."""
         self.apart.add(job)
         self.differences.append(f"pass {self.passes}: {what}")
-        log.error(
-            "lockstep: the pass of a job is not the run alone (%s); the job shares no pass any"
-            " more, and no job of its pack is proven equal",
-            self.differences[-1],
-        )
+        self.tell(sorted(self.together | {job}), self.differences[-1])
+
+
+def _log(jobs: list[int], what: str) -> None:
+    log.error("lockstep: jobs %s are not proven equal to their runs alone: %s", jobs, what)
 
 
 def different(ours: Tensor | None, theirs: Tensor) -> int:
-    """Return how many numbers differ in a bit; zeros of either sign are one, NaN equals NaN."""
+    """Return how many numbers differ in a bit; NaN equals NaN, and zero the negative zero."""
     if ours is None:
         return theirs.numel()
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[ours.element_size()]
     one, other = (t.detach().contiguous().view(bits) for t in (ours, theirs))
-    return int(((one != other) & ((ours != 0) | (theirs != 0))).sum())
+    alike = ((ours == 0) & (theirs == 0)) | (ours.isnan() & theirs.isnan())
+    return int(((one != other) & ~alike).sum())
 
 
 def _first_layer(
@@ -199,35 +220,42 @@ def _first_layer(
     if any(one.past is not None for one in before):
         return "its layer is not known: a cache is not filled twice"
     (p,) = fused.passes([copy.copy(one) for one in before])
-    with keeping_random():
-        with _outputs(member.body) as theirs:
-            member.alone(s, None, mode)
-        with _outputs(fused.body) as ours:
-            fused.forward(p)
-    for name, own in theirs.items():
-        if name in ours and ours[name].shape[:2] == (1, sum(p.sizes)):
-            part = split(ours[name], p.sizes)[check.place]
+    theirs: dict[str, Tensor] = {}
+    ours: list[str] = []
+
+    def keep(name: str, output: Tensor) -> None:
+        theirs[name] = output.detach().clone()
+
+    def compare(name: str, output: Tensor) -> None:
+        own = theirs.pop(name, None)
+        if own is not None and not ours and output.shape[:2] == (1, sum(p.sizes)):
+            part = split(output, p.sizes)[check.place]
             if part.numel() == own.numel() and different(part.reshape(own.shape), own):
-                return f"the first layer is {name}"
-    return "no layer differs when the pass is made again"
+                ours.append(name)
+
+    with keeping_random():
+        with _outputs(member.body, keep):
+            member.alone(s, None, mode)
+        with _outputs(fused.body, compare):
+            fused.forward(p)
+    return f"the first layer is {ours[0]}" if ours else "no layer differs when it is made again"
 
 
 @contextmanager
-def _outputs(body: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Keep what each layer puts out, in the order in which they end."""
-    kept: dict[str, Tensor] = {}
+def _outputs(body: nn.Module, hear: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hear what each layer puts out, in the order in which they end."""
 
-    def keep(name: str, output: Any) -> None:
+    def heard(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 2:
-            kept[name] = output.detach().clone()
+            hear(name, output)
 
     handles = [
-        module.register_forward_hook(lambda _m, _x, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda _m, _x, output, name=name: heard(name, output))
         for name, module in body.named_modules()
         if name
     ]
     try:
-        yield kept
+        yield
     finally:
         for handle in handles:
             handle.remove()

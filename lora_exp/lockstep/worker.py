@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -58,8 +59,8 @@ class Launch(Protocol):
     def ended(self, number: int, result: JobReturn) -> None:
         """Hear how a job ended."""
 
-    def unproven(self, numbers: list[int], differences: list[str]) -> None:
-        """Hear that a pack is over whose passes were not its runs alone."""
+    def unproven(self, numbers: list[int], difference: str) -> None:
+        """Hear that a pass of these jobs' pack was not the run alone; they may still train."""
 
 
 class Worker:
@@ -86,21 +87,28 @@ class Worker:
         """
         stop.forward = self._ask_to_stop  # it knows when its jobs come to a step's end
         try:
-            self.pipe.send(work)
-            while True:
-                wait([self.pipe, self.process.sentinel])
-                said, *about = self.pipe.recv() if self.pipe.poll() else ("gone",)
+            self._send(work)
+            while (message := self._received()) is not None:
+                said, *about = message
                 if said == "over":
                     return
-                if said == "gone":
-                    break
                 getattr(launch, said)(*about)
-        except (EOFError, OSError):
-            pass  # it died while it said something
         finally:
             stop.forward = None
         self.process.join()
         raise LoraExpError(f"the worker was {_ending(self.process.exitcode or 0)}")
+
+    def _send(self, work: list[Seats]) -> None:
+        with suppress(OSError):  # it is gone, as `_received` finds
+            self.pipe.send(work)
+
+    def _received(self) -> tuple[Any, ...] | None:
+        """Wait for what the worker has to say; None: it is gone."""
+        wait([self.pipe, self.process.sentinel])
+        try:
+            return tuple(self.pipe.recv()) if self.pipe.poll() else None
+        except (EOFError, OSError):
+            return None  # it died while it said something
 
     def stop(self, at_once: bool = False) -> None:
         """Let the process go; one that still works may save what it has, unless it is urgent."""
@@ -235,7 +243,7 @@ def _pack(seats: Seats, report: _Report) -> None:
     keep_freed()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
     pack = Pack(seats.mode or "exact", seats.max_jobs, seats.verify)
-    table = Table("in lockstep", rows, pack.counted)
+    table = Table("in lockstep", rows, pack.passes.counted)
 
     def job(place: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:
@@ -245,11 +253,13 @@ def _pack(seats: Seats, report: _Report) -> None:
 
         return run
 
+    def tell(places: list[int], difference: str) -> None:
+        report.send("unproven", [seats.jobs[place][0] for place in places], difference)
+
+    pack.passes.verification.tell = tell
     pack.hub.tick = table.tick
     with table.open():
         pack.hub.run(job(place, *about) for place, about in enumerate(seats.jobs))
-    if pack.verification.differences:
-        report.send("unproven", [n for n, _ in seats.jobs], pack.verification.differences)
 
 
 def _status(returned: Any) -> str:

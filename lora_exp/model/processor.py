@@ -6,7 +6,10 @@ import platform
 from pathlib import Path
 
 CPU = Path("/proc/cpuinfo")
-KNOWN = ("model name", "flags", "Features", "CPU part", "microcode")
+KNOWN = (
+    "model name", "cpu family", "model", "stepping", "cache size", "flags", "Features", "CPU part",
+    "microcode",
+)  # fmt: skip
 # extensions whose kernels differ, as the system and as people call them
 EXTENSIONS = {
     "avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_tile": "AMX",

@@ -76,19 +76,35 @@ def mark(directory: Path, status: str, error: str) -> None:
         write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
 
 
-def unproven(directory: Path, differences: list[str]) -> None:
-    """Write into a run's record that passes of its pack were not the runs alone."""
+def doubt(directory: Path) -> None:
+    """Write into a run's record that passes of its pack were not the runs alone.
+
+    Raises:
+        OSError: it cannot be read or written.
+        ValueError: it is no record.
+    """
     path = directory / "run.json"
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = values.get("lockstep", {}) | {"proven": False, "differences": differences}
-        write_whole(path, json.dumps(values | {"lockstep": known}, indent=1) + "\n")
+        kept = values.get("lockstep", {}) | {"proven": False}
+        write_whole(path, json.dumps(values | {"lockstep": kept}, indent=1) + "\n")
 
 
-def set_aside(directory: Path) -> Path | None:
-    """Move a run's directory away, so that the run can be made anew in its place."""
-    if not directory.is_dir():
-        return None
+def doubted(directory: Path) -> bool:
+    """Say whether a directory's run is marked so."""
+    try:
+        values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        return not values.get("lockstep", {}).get("proven", True)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def set_aside(directory: Path) -> Path:
+    """Move a run's directory away, so that the run can be made anew in its place.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
     names = (f"{directory.name}.not-proven-equal{'' if n == 1 else n}" for n in count(1))
     aside = next(path for name in names if not (path := directory.with_name(name)).exists())
     return directory.rename(aside)
@@ -139,6 +155,11 @@ class Record:
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
         told = changes(renamed(saved), self._config)
         told = {key: pair for key, pair in told.items() if key not in ITSELF}
+        if not self.values.get("lockstep", {}).get("proven", True) and (
+            self._config["lockstep"]["on_difference"] == "retrain"
+        ):
+            text = f"passes of {self.directory} were not the run alone: start it anew, or go on"
+            raise ConfigError([("resume", f"{text} all the same with lockstep.on_difference=keep")])
         limit = LONGER[0] if self._config["train"]["max_steps"] > 0 else LONGER[1]
         if self.values["status"] == "finished" and limit not in told:
             text = f"{self.directory} is finished; a higher {limit} would go on"
@@ -183,9 +204,12 @@ class Record:
             log.warning("resume: other versions than the run began with: %s", told)
 
     def update(self, **values: Any) -> None:
-        """Set fields and write the file; `metrics` are merged."""
+        """Set fields and write the file; `metrics` are merged, and a doubt stays."""
         metrics = self.values["metrics"] | values.pop("metrics", {})
+        doubtful = not self.values.get("lockstep", {}).get("proven", True)
         self.values |= {**values, "metrics": metrics}
+        if doubtful:
+            self.values["lockstep"]["proven"] = False
         write_whole(self.directory / "run.json", json.dumps(redact(self.values), indent=1) + "\n")
 
     def log(self, metrics: dict[str, float], step: int) -> None:

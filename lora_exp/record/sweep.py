@@ -47,11 +47,12 @@ class SweepTable(Callback):
         self.rows.sort(key=rank)
         write_summary(Path(config.hydra.sweep.dir), self.rows)
 
-    def doubt(self, directories: list[Path]) -> None:
-        """Say of jobs that ended before it was known that they are not proven equal."""
+    def doubt(self, directory: Path) -> None:
+        """Mark a job that had ended before it was known that it is not proven equal."""
         for r in self.rows:
-            r["proven"] &= Path(r["directory"]) not in [path.absolute() for path in directories]
-        write_summary(self.folder, self.rows)
+            r["proven"] &= Path(r["directory"]) != directory.absolute()
+        if self.rows:
+            write_summary(self.folder, self.rows)
 
     def show(self) -> None:
         """Print the jobs, the best first, and below them what went wrong."""

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from lora_exp.lockstep.classes import Classes, Kind
-from lora_exp.lockstep.state import PLAIN
+from lora_exp.lockstep.segment import Mode
+from lora_exp.lockstep.state import PLAIN, Precision
+from lora_exp.model.loading import bnb_4bit, bnb_8bit, load
 from lora_exp.model.processor import processor
+
+MODE = Mode(PLAIN, True, False)
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kind_of(layer: nn.Linear, dtype: torch.dtype = torch.float32) -> Kind:
-    return Kind.of(layer, (layer.in_features,), dtype, PLAIN)
+    return Kind.of(layer, (layer.in_features,), dtype, MODE)
 
 
 def test_what_was_measured_is_read_by_the_next_process(layer: nn.Linear) -> None:
@@ -50,8 +54,8 @@ def test_processes_keep_what_the_others_have_kept(layer: nn.Linear) -> None:
 def test_layers_of_other_sizes_dtypes_and_modes_are_other_kinds(layer: nn.Linear) -> None:
     wider, classes = nn.Linear(32, 64, bias=False), Classes("cpu")
     kinds = {kind_of(layer), kind_of(wider), kind_of(layer, torch.bfloat16)}
-    kinds.add(Kind.of(layer, (32,), torch.float32, type(PLAIN)(False, PLAIN.autocast)))
-    kinds.add(Kind.of(layer.eval(), (32,), torch.float32, PLAIN))
+    for mode in (Mode(Precision(False, PLAIN.autocast), True, False), Mode(PLAIN, False, False)):
+        kinds.add(Kind.of(layer, (32,), torch.float32, mode))
     assert len({str(kind) for kind in kinds}) == 5
     classes.of(kind_of(layer), layer, 64)
     assert classes.known.keys() == {str(kind_of(layer))}
@@ -68,6 +72,26 @@ def test_other_threads_and_settings_are_other_conditions(monkeypatch: pytest.Mon
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     paths.add(Classes("cpu").path)
     assert len(paths) == 3
+
+
+def test_settings_of_a_quantisation_are_part_of_a_kind() -> None:
+    kinds = set()
+    settings = [bnb_8bit(0.0), bnb_8bit(6.0), bnb_4bit("nf4", True, "float32")]
+    for one in [*settings, bnb_4bit("nf4", False, "float32"), bnb_4bit("fp4", True, "float32")]:
+        base = load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, one)
+        kinds.add(str(kind_of(base.model.model.layers[0].mlp.up_proj)))
+    assert len(kinds) == 5
+
+
+def test_what_was_wrong_is_forgotten_and_not_kept_again(layer: nn.Linear) -> None:
+    classes = Classes("cpu")
+    classes.of(kind_of(layer), layer, 8)
+    classes.keep()
+    assert classes.path.exists()
+    classes.forget()
+    classes.of(kind_of(layer), layer, 8)
+    classes.keep()
+    assert not classes.path.exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"classes": 3}', '{"classes": {"a": 1}}', "[]"])

@@ -53,6 +53,12 @@ def test_a_band_cuts_a_pass_to_size() -> None:
     assert [g.members for g in groups] == [(0, 1), (2, 3)]
 
 
+def test_products_are_as_few_as_sizes_of_several_kinds_allow() -> None:
+    bands = [(1, "few"), (37, "a"), (192, "many")]
+    groups = group((60, 60, 112, 124), 356, lambda rows: class_of(bands, rows))
+    assert [len(g.members) for g in groups] == [2, 2]
+
+
 def test_a_product_is_filled_up_to_the_class_of_its_members_but_not_beyond_measure() -> None:
     bands = AMX["512 to 192"]
     groups = group((30,) * 6, 180, lambda rows: class_of(bands, rows))

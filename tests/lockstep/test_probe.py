@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from lora_exp.lockstep.probe import Probe
 from lora_exp.model.loading import bnb_4bit, bnb_8bit, load
-from tests.lockstep.processors import Processed, Product, banded, placed, processor
+from tests.lockstep.processors import (
+    LINEAR,
+    Processed,
+    Product,
+    banded,
+    placed,
+    processor,
+    summed,
+)
 
 
 def processed(product: Product, *shape: int) -> Processed:
@@ -51,20 +58,63 @@ def test_rows_that_differ_by_their_place_are_of_no_class() -> None:
     assert made.class_of(43) is None
 
 
+class BackwardBanded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return LINEAR(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return (summed if dy[0].shape[1] > 20 else torch.matmul)(dy[0], weight), None
+
+
 def test_only_the_gradient_may_show_it() -> None:
     class Backwards(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = super().forward(x)
-            if x.shape[1] > 20:  # the sums over the outputs, last first
-                y = y.detach() + (linear(x, self.weight.flip(0)).flip(-1) - y).detach() * 0
-                z = linear(x, self.weight.flip(0)).flip(-1)
-                y = y + z - z.detach()
-            return y
+            return BackwardBanded.apply(x, self.weight)  # type: ignore[no-any-return]
 
     made = probe(Backwards(48, 32, bias=False).requires_grad_(False), torch.float32)
     with torch.no_grad():
         assert made.class_of(16) == made.class_of(40)
     assert made.class_of(16) != made.class_of(40)
+
+
+def test_products_that_are_rounded_before_they_are_added_are_another_class() -> None:
+    class Unfused(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.new_zeros(*x.shape[:-1], self.out_features, dtype=torch.float64)
+            for k in range(self.in_features):  # in one order: with a rounded product, or without
+                terms = x[..., k, None].double() * self.weight[:, k].double()
+                y = (y + (terms.float().double() if x.shape[1] > 20 else terms)).float().double()
+            return y.float()
+
+    made = probe(Unfused(64, 48, bias=False).requires_grad_(False), torch.float32)
+    with torch.no_grad():
+        assert made.class_of(20) == made.class_of(3) != made.class_of(21)
+
+
+def test_a_bias_that_is_added_first_is_another_class() -> None:
+    class BiasFirst(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] <= 20:
+                return LINEAR(x, self.weight) + self.bias
+            ones = torch.ones_like(x[..., :1])
+            with_bias = torch.cat([self.bias[:, None], self.weight], 1)
+            return LINEAR(torch.cat([ones, x], -1), with_bias)
+
+    made = probe(BiasFirst(64, 96).requires_grad_(False), torch.float32)
+    with torch.no_grad():
+        assert made.class_of(20) == made.class_of(8) != made.class_of(21)
+
+
+def test_a_probe_that_would_see_nothing_finds_no_class() -> None:
+    class Exact(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return LINEAR(x.double(), self.weight.double()).to(x.dtype) * 0
+
+    assert probe(Exact(64, 96, bias=False).requires_grad_(False), torch.float32).class_of(8) is None
 
 
 def test_a_bias_does_not_hide_it() -> None:
