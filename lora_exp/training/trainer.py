@@ -1,4 +1,4 @@
-"""The algorithm's own trainer, from its own arguments; nothing of it is changed."""
+"""The algorithm's own trainer, built from its own arguments, its housekeeping reduced."""
 
 from __future__ import annotations
 
