@@ -129,9 +129,9 @@ def test_a_shown_program_is_ours_or_known(page: str, words: list[str]) -> None:
 def test_the_shown_mistake_gets_the_shown_answer() -> None:
     (block,) = (b for b in fenced("README.md", "") if "peft.lora_alpa" in b)
     command, _, answer = block.partition("\n")
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         compose(*shlex.split(command)[3:])
-    assert f"ConfigError: {told.value}\n" == answer
+    assert f"ConfigError: {raised.value}\n" == answer
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fenced(page, "python")])

@@ -62,22 +62,22 @@ OURS = ("lora_exp", "hydra_plugins")
 SOURCES = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
 
 
-def named(dotted: str) -> Any:
-    """Return a module, or what stands in one."""
+def resolve(dotted: str) -> Any:
+    """Return the module or object of a dotted name."""
     try:
         return importlib.import_module(dotted)
     except ModuleNotFoundError:
         module, _, name = dotted.rpartition(".")
-        return getattr(named(module), name)
+        return getattr(resolve(module), name)
 
 
 def has(owner: str, name: str) -> bool:
     """Say whether a name is there, or is at least set or read in its owner's source."""
     try:
-        named(f"{owner}.{name}")
+        resolve(f"{owner}.{name}")
     except (ImportError, AttributeError):
         try:
-            return re.search(rf"\b{name}\b", inspect.getsource(named(owner))) is not None
+            return re.search(rf"\b{name}\b", inspect.getsource(resolve(owner))) is not None
         except (ImportError, AttributeError, TypeError):
             return False
     return True
