@@ -86,8 +86,8 @@ def test_what_is_imported_is_declared(path: Path) -> None:
     extras = ["docs", "eval", "serve", "dev"] if path in AROUND else [extra] if extra else []
     known = declared(*extras)
     for package in set(imported(path)):
-        there = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [])}
-        assert there & known, f"{package}: pyproject.toml declares none of {there or 'nothing'}"
+        there = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [package])}
+        assert there & known, f"{package}: pyproject.toml declares none of {there}"
 
 
 def test_every_declared_package_is_pinned_within_its_range() -> None:
