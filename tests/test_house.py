@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -20,6 +21,12 @@ FLOORS = ["__init__", "hydra_plugins", *(name.rstrip("/").removesuffix(".py") fo
 PACKAGE = ROOT / "lora_exp"
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
+PAGES = sorted(
+    path
+    for folder in (".", "docs", ".github")
+    for path in (ROOT / folder).rglob("*.md")
+    if folder != "." or path.parent == ROOT
+)
 # groups of conf/ -> the room that answers to them; a preset of experiment/ chooses among them all
 ANSWERS = {
     "data": "data", "model": "model", "quant": "model", "peft": "adapter", "targets": "adapter",
@@ -120,13 +127,34 @@ def test_every_option_stands_in_the_readme() -> None:
         assert re.search(rf"\b{path.stem}\b", row), path
 
 
-@pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT) for p in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-)
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub, and our site as it does, makes of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", text, re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading)
+        slug = re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-")
+        names = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(1)))
+        found.add(next(name for name in names if name not in found))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
-        if "://" not in link:
-            assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+    text = re.sub(r"`[^`\n]*`", "", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+def test_headings_that_are_alike_have_anchors_of_their_own(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# W&B\n## `a.b` & c\n## [A](b.md) 一\n## W&B\n```\n# none\n```\n")
+    assert anchors(page) == {"wb", "ab--c", "a-一", "wb-1"}
 
 
 def test_option_files_are_short_and_say_what_they_are() -> None:

@@ -1,0 +1,163 @@
+"""The private names of libraries that we call or override: should one move, this says which."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+import sys
+from abc import ABC
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+import hydra_plugins.lockstep_launcher
+import lora_exp
+from lora_exp.training.checkpoint import Checkpoints, checkpointed
+from tests.conftest import ROOT
+
+TRAINER, MODEL = "transformers.Trainer", "transformers.PreTrainedModel"
+CONFIG, HANDLER = "transformers.PretrainedConfig", "transformers.cli.serving.utils.BaseHandler"
+# whose, which name, and the files of ours that call or override it
+PRIVATE = [
+    (TRAINER, "_maybe_log_save_evaluate", "training/checkpoint.py"),
+    (TRAINER, "_get_output_dir", "training/checkpoint.py"),
+    (TRAINER, "_save_checkpoint", "training/checkpoint.py"),
+    (TRAINER, "_load_best_model", "training/checkpoint.py"),
+    (TRAINER, "_load_rng_state", "training/checkpoint.py"),
+    (TRAINER, "_load_optimizer_and_scheduler", "training/checkpoint.py, algorithm/ppo.py"),
+    (TRAINER, "_load_from_checkpoint", "training/checkpoint.py, algorithm/ppo.py"),
+    (TRAINER, "_save_optimizer_and_scheduler", "algorithm/ppo.py"),
+    (TRAINER, "_save", "algorithm/ppo.py"),
+    (TRAINER, "_prepare_inputs", "algorithm/ppo.py"),
+    (TRAINER, "_get_dataloader", "algorithm/ppo.py"),
+    (TRAINER, "_get_train_sampler", "training/trainer.py, algorithm/ppo.py"),
+    ("trl.GRPOTrainer", "_buffered_inputs", "training/checkpoint.py"),
+    ("trl.GRPOTrainer", "_step", "training/checkpoint.py"),
+    ("trl.RLOOTrainer", "_buffered_inputs", "training/checkpoint.py"),
+    ("trl.RLOOTrainer", "_step", "training/checkpoint.py"),
+    (MODEL, "_supports_attention_backend", "lockstep/eligibility.py"),
+    (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),
+    (CONFIG, "_attn_implementation", "lockstep/eligibility.py, lockstep/body.py"),
+    (CONFIG, "_commit_hash", "model/loading.py"),
+    ("transformers.modeling_layers", "_gradient_checkpointing_func", "lockstep/body.py"),
+    (HANDLER, "_resolve_model", "after/endpoints.py"),
+    (HANDLER, "_build_generation_config", "after/endpoints.py"),
+    (HANDLER, "_unused_fields", "after/endpoints.py"),
+    ("accelerate.state.PartialState", "_shared_state", "lockstep/state.py"),
+    ("accelerate.state.AcceleratorState", "_shared_state", "lockstep/state.py"),
+    ("accelerate.state.GradientState", "_shared_state", "lockstep/state.py"),
+    ("hydra.core.utils.JobReturn", "_return_value", "record/sweep.py, lockstep/worker.py"),
+    ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
+    ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
+    ("torch.nn.Module", "_parameters", "lockstep/probe.py"),
+]
+NAMES = {name for _, name, _ in PRIVATE}
+OURS = ("lora_exp", "hydra_plugins")
+SOURCES = [path for folder in OURS for path in (ROOT / folder).rglob("*.py")]
+
+
+def resolve(dotted: str) -> Any:
+    """Return the module or object of a dotted name."""
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError:
+        module, _, name = dotted.rpartition(".")
+        return getattr(resolve(module), name)
+
+
+def has(owner: str, name: str) -> bool:
+    """Say whether a name is there, or is at least set or read in its owner's source."""
+    try:
+        resolve(f"{owner}.{name}")
+    except (ImportError, AttributeError):
+        try:
+            return re.search(rf"\b{name}\b", inspect.getsource(resolve(owner))) is not None
+        except (ImportError, AttributeError, TypeError):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(("owner", "name", "ours"), PRIVATE, ids=lambda value: value)
+def test_a_private_name_that_we_use_is_still_there(owner: str, name: str, ours: str) -> None:
+    package = owner.partition(".")[0]
+    version = importlib.metadata.version({"hydra": "hydra-core"}.get(package, package))
+    assert has(owner, name), (
+        f"{package} {version} has no {owner}.{name} any more; {ours} uses it: "
+        f"find what took its place there, or keep the older {package} in pyproject.toml"
+    )
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[a-z]\w*(?<!_)", name) is not None
+
+
+def used(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names that a file takes from other objects than its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            yield str(getattr(node.args[1], "value", ""))
+        if isinstance(node, ast.ImportFrom):
+            at = f".{node.module}.".find("._")
+            if at >= 0 and not str(node.module).startswith(("__", "lora_exp", "hydra_plugins")):
+                yield from (f"{str(node.module)[at:]}.{alias.name}" for alias in node.names)
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that a file defines, or sets on `self`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] if ast.unparse(node.value) == "self" else []
+
+
+def classes() -> Iterator[type]:
+    """Yield every class of ours, and our mixin of checkpoints on the trainer it is mixed into."""
+    for package in (lora_exp, hydra_plugins.lockstep_launcher):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                members = vars(importlib.import_module(found.name)).values()
+                yield from (kind for kind in members if isinstance(kind, type))
+    yield checkpointed(Trainer)
+
+
+def test_every_private_name_that_we_use_is_listed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in SOURCES}
+    ours = {name for tree in trees.values() for name in defined(tree)}
+    for path, tree in trees.items():
+        names = {name for name in used(tree) if is_private(name.partition(".")[0])}
+        assert not names - ours - NAMES, f"{path}: list what it takes of libraries in PRIVATE"
+
+
+def test_every_private_name_that_we_override_is_listed() -> None:
+    assert Checkpoints in checkpointed(Trainer).__mro__
+    for kind in classes():
+        tops = {k: k.__module__.partition(".")[0] for k in kind.__mro__}
+        own = {name for k, top in tops.items() if top in OURS for name in vars(k)}
+        theirs = set(tops.values()) - {*OURS, *sys.stdlib_module_names}
+        names = {name for k, top in tops.items() if top in theirs for name in vars(k)}
+        overridden = {name for name in own & names if is_private(name)} - vars(ABC).keys()
+        assert not overridden - NAMES, f"{kind}: list what it overrides in PRIVATE"
+
+
+def test_a_name_that_moved_is_missed() -> None:
+    assert not has(TRAINER, "_a_name_that_was_never_there")
+    assert not has("hydra", "_internal.callbacks.Nobody")
+
+
+@pytest.mark.parametrize("files", sorted({files for *_, files in PRIVATE}))
+def test_the_list_names_files_that_use_it(files: str) -> None:
+    for file in files.split(", "):
+        folder = next(f for f in ("lora_exp", "hydra_plugins", ".") if (ROOT / f / file).is_file())
+        text = (ROOT / folder / file).read_text()
+        for _, name, listed in PRIVATE:
+            if listed == files:
+                assert name.rpartition(".")[2] in text, f"{file} does not use {name}"

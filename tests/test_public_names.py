@@ -1,0 +1,104 @@
+"""What is promised to others: public names, types in the wheel, declared dependencies."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import lora_exp
+from lora_exp import errors
+from tests.conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PUBLIC = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/reference.md").read_text(), re.M)
+OURS = {"lora_exp", "hydra_plugins", "tests"}
+PACKAGE = [
+    path for folder in ("lora_exp", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
+]
+SCRIPTS = [path for path in (ROOT / "scripts").iterdir() if "python" in path.read_text()[:30]]
+AROUND = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
+# what imports an extra's packages; it is itself imported only where they are
+OF_EXTRAS = {"lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve"}
+DISTRIBUTIONS = packages_distributions()
+
+
+def test_the_package_says_what_is_public() -> None:
+    assert sorted(lora_exp.__all__) == ["compose", "load_adapter", "run"]
+    assert {f"lora_exp.{name}" for name in lora_exp.__all__} <= set(PUBLIC)
+    with pytest.raises(AttributeError, match="has no attribute 'anything_else'"):
+        lora_exp.anything_else  # noqa: B018
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    module, _, last = name.rpartition(".")
+    assert inspect.getdoc(getattr(importlib.import_module(module), last))
+
+
+def test_what_is_promised_stands_in_the_reference() -> None:
+    promised = {"lora_exp.data.Rows", "lora_exp.config.asset"}
+    rewards = ("exact_match", "similarity", "regex", "format", "length")
+    promised |= {f"lora_exp.rewards.{name}" for name in rewards}
+    tree = inspect.getmembers(errors, inspect.isclass)
+    promised |= {
+        f"lora_exp.errors.{name}" for name, kind in tree if kind.__module__ == errors.__name__
+    }
+    assert promised <= set(PUBLIC)
+
+
+def test_types_come_with_the_package() -> None:
+    assert (ROOT / "lora_exp/py.typed").is_file()
+    assert "lora_exp" in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the names of the packages of others that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        tops = {name.partition(".")[0] for name in names}
+        yield from tops - OURS - sys.stdlib_module_names
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the distributions that pyproject names, always and for extras."""
+    project = PROJECT["project"]
+    texts = [*project["dependencies"]]
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    return {canonicalize_name(Requirement(text).name) for text in texts}
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *AROUND], ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path: Path) -> None:
+    extra = OF_EXTRAS.get(str(path.relative_to(ROOT)))
+    extras = ["docs", "eval", "serve", "dev"] if path in AROUND else [extra] if extra else []
+    known = declared(*extras)
+    for package in set(imported(path)):
+        there = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [package])}
+        assert there & known, f"{package}: pyproject.toml declares none of {there}"
+
+
+def test_every_declared_package_is_pinned_within_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(name): version for name, version in pins.items()}
+    project = PROJECT["project"]
+    texts = [
+        *project["dependencies"],
+        *(t for e in project["optional-dependencies"].values() for t in e),
+    ]
+    for needed in map(Requirement, texts):
+        if needed.name != project["name"]:
+            assert needed.specifier.contains(versions[canonicalize_name(needed.name)]), needed
