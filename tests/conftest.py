@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline"}
-# tests run two at a time; two teams of threads on two cores wait for each other, for seconds a step
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+# tests run two at a time; teams of threads that spin on too few cores wait for seconds a step
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "0"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -351,6 +351,7 @@ def test_other_trainers_keep_the_contract_unmodified(
     found: dict[int, Any] = {}
     pack.hub.run((lambda n=n: found.update({n: trained(n, pack)})) for n in range(3))  # type: ignore[misc]
     assert pack.passes.made["most jobs"] == 3
+    assert pack.passes.verification.differences == []
     for n, (numbers, weights) in enumerate(solo):
         assert found[n][0] == numbers
         assert all(torch.equal(found[n][1][k], w) for k, w in weights.items())
@@ -398,6 +399,7 @@ def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
         for n, kind in enumerate(kinds)
     )
     assert pack.passes.made["most jobs"] == 2
+    assert pack.passes.verification.differences == []
     for n, (loss, weights) in enumerate(solo):
         assert found[n][0] == loss
         assert all(torch.equal(found[n][1][k], w) for k, w in weights.items())

@@ -43,6 +43,7 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["peft.bias=lora_only"], "biases"),
         (["algorithm=pretrain", "model.random_weights=true"], "random_weights"),
         (["lockstep.max_jobs=1"], "lockstep.max_jobs=1"),
+        (["+train.neftune_noise_alpha=5"], "NEFTune"),
     ],
 )
 def test_what_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_a_pack_keeps_the_contract_whatever_this_processor_is_told(
     flags = here().get("flags", "").split()
     if setting in ISAS and ISAS[setting] not in flags:
         pytest.skip(f"this processor has no {ISAS[setting]}")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "0"} | SETTINGS[setting]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | SETTINGS[setting]
     kinds = ["model.dtype=bfloat16", "quant=nf4"]
     kinds += [] if setting in ISAS else ["quant=none"]  # oneDNN computes no float32
     done = subprocess.run(
@@ -87,4 +88,6 @@ def test_a_pack_keeps_the_contract_whatever_this_processor_is_told(
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("of products together") == len(kinds)
+    shares = [int(n) for n in re.findall(r"(\d+)% of products together", done.stdout)]
+    assert len(shares) == len(kinds)
+    assert max(shares) > 0
