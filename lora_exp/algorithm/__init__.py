@@ -1,8 +1,8 @@
-"""An algorithm of ours; the others are TRL's.
+"""The algorithms that we implement; the others are TRL's.
 
 ppo_losses  PPO's formulas on plain tensors
-critic      the value beside a policy
-rollout     answers sampled, scored, held against reference
-ppo         policy and value learn from rollouts
+critic      PPO's value model
+rollout     sampled answers, rewards, KL to reference
+ppo         policy and critic trained on rollouts
 seq2seq     encoder-decoder models
 """

@@ -1,4 +1,4 @@
-"""The value beside a policy: what an answer so far is worth; an adapter, or a body of its own."""
+"""PPO's critic: a second adapter on the policy's base, or a separate model, with a scalar head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_exp.model.loading import Base
 
 
 class Value(nn.Module):
-    """A scalar head, on the policy's own body under an adapter, or on a body of its own."""
+    """A scalar head, on the policy's body with adapter `value` or on a separate body."""
 
     def __init__(self, body: Any, width: int, device: torch.device) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class Value(nn.Module):
 
 
 def save_value(model: Any, base: Base, folder: Path) -> None:
-    """Take the value off a trained policy and save it so that it can be used alone.
+    """Remove the critic from a trained policy and save it so that it can be used alone.
 
-    A classification adapter, or model, of one label: its score at a row's last token is the value
-    of the state after that token.
+    It is saved as a classification adapter, or model, with one label: its score at a row's last
+    token is the value of the state after that token.
     """
     value = model.ppo_value
     if is_adapted(model):

@@ -1,7 +1,7 @@
-"""PPO on one base: policy and value are adapters, the reference is what the policy began as.
+"""PPO on one base: policy and critic are adapters, the reference is the policy at the start.
 
-A batch of the data loader is a rollout's prompts; the rollout is made when its first part is asked
-for. Shapes as in `rollout`; C channels.
+A batch of the data loader is a rollout's prompts; the rollout is generated when its first
+micro-batch is needed. Shapes as in `rollout`; C channels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lora_exp.algorithm.rollout import Batch, RolloutConfig, RolloutTrainer, mod
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    """What PPO adds to rollouts, in the words of TRL's GRPO where it has them."""
+    """PPO's arguments; named as in TRL's GRPO where that has the same."""
 
     num_minibatches: int = field(default=1, metadata={"help": "Updates a rollout is cut into."})
     num_iterations: int = field(default=4, metadata={"help": "Passes over each rollout."})
@@ -56,7 +56,7 @@ class PPOConfig(RolloutConfig):
 
 
 class PPOTrainer(RolloutTrainer):
-    """Trains policy and value by clipped steps on rollouts that the policy makes itself."""
+    """Train policy and critic with clipped losses on rollouts sampled from the policy."""
 
     loss_is_scaled_for_ga = False
 
@@ -106,13 +106,13 @@ class PPOTrainer(RolloutTrainer):
 
     @property
     def parts(self) -> int:
-        """Return into how many micro-batches a rollout is cut."""
+        """Return the number of micro-batches that a rollout is cut into."""
         return int(self.args.num_minibatches * self.args.gradient_accumulation_steps)
 
     # --- prompts
 
     def get_train_dataloader(self) -> Any:
-        """Return a loader whose every batch is a rollout's prompts, as often as it is used."""
+        """Return a loader that yields a rollout's prompts once for each micro-batch step on it."""
         return self._get_dataloader(
             dataset=self.train_dataset, description="Training", batch_size=self.rollout_size,
             sampler_fn=self._get_train_sampler, is_training=True,
@@ -189,9 +189,9 @@ class PPOTrainer(RolloutTrainer):
     # --- learning
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Step back through policy and value, one after the other.
+        """Run the backward pass of the policy's loss, then that of the critic's.
 
-        Apart, since a checkpointed forward is recomputed under the adapter of the moment.
+        Two passes, since gradient checkpointing recomputes with the adapter that is active then.
         """
         model.train()
         batch = self._prepare_inputs(inputs)
@@ -229,7 +229,7 @@ class PPOTrainer(RolloutTrainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, None, None]:
-        """Answer held-out prompts and note rewards and KL; there is no loss to speak of."""
+        """Answer held-out prompts and log rewards and KL; no loss is computed."""
         self._rollout(inputs, "eval")
         return None, None, None
 

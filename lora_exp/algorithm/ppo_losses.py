@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean over all tokens that are there."""
+    """Return the mean over all tokens that the mask counts."""
     return (x_BT * mask_BT).sum() / mask_BT.sum()
 
 
@@ -55,7 +55,7 @@ def advantages(
 
 
 def whitened(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
-    """Scale to variance 1 and mean 0 (or the old mean) over the tokens that are there."""
+    """Scale to variance 1 and mean 0 (or the old mean) over the tokens that the mask counts."""
     centre = mean(x_BT, mask_BT)
     variance = mean((x_BT - centre) ** 2, mask_BT)
     white = (x_BT - centre) * torch.rsqrt(variance + 1e-8)
@@ -65,9 +65,9 @@ def whitened(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
 def policy_loss(
     logps_BT: Tensor, old_logps_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the clipped surrogate (arXiv 1707.06347, equation 7), and the share of clipped tokens.
+    """Return the clipped policy loss (arXiv 1707.06347, equation 7) and the clipped share.
 
-    A token counts as clipped where the clipped term is the one that is taken.
+    A token counts as clipped if the loss uses its clipped term.
     """
     ratio = (logps_BT - old_logps_BT).exp()
     free = -advantages_BT * ratio
@@ -79,9 +79,9 @@ def policy_loss(
 def value_loss(
     values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Return half the squared error, a value's step clipped to epsilon, and the share clipped.
+    """Return half the squared error with values clipped to epsilon around the old, and that share.
 
-    The pessimistic of the two errors, as in the code that came with arXiv 1707.06347.
+    The larger of the clipped and the unclipped error, as in the code of arXiv 1707.06347.
     """
     near = old_values_BT + (values_BT - old_values_BT).clamp(-epsilon, epsilon)
     free, clipped = (values_BT - returns_BT) ** 2, (near - returns_BT) ** 2
@@ -90,22 +90,22 @@ def value_loss(
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return 1 - Var(returns - values) / Var(returns): 1 is foreseen, 0 no better than a mean."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than the mean."""
     there = mask_BT.bool()
     returns, error = returns_BT[there], (returns_BT - values_BT)[there]
     return 1 - error.var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
 
 
 def controlled(beta: float, kl: float, target: float, share: float) -> float:
-    """Return the next coefficient: larger where the KL is above its target, smaller below.
+    """Return the next beta: larger if the KL is above its target, smaller if below.
 
     beta (1 + clip(kl / target - 1, -0.2, 0.2) share), section 2.2 of arXiv 1909.08593.
 
     Args:
         beta: the coefficient now.
         kl: of the last rollout, summed over a completion, in nats.
-        target: what it should be.
-        share: of the horizon that the rollout was: its completions / horizon.
+        target: the KL to aim for.
+        share: the rollout's completions / horizon.
     """
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + error * share)

@@ -1,6 +1,6 @@
-"""Rollouts: answers sampled from the policy, scored, and held against the reference.
+"""Rollouts: answers sampled from the policy, with their rewards and KL to the reference.
 
-A `transformers.Trainer`, so that schedules, clipping, checkpoints and lockstep are its own.
+The trainer is a `transformers.Trainer`, so schedules, clipping, checkpoints and lockstep apply.
 
 Shapes: B answers of T tokens, padded on the right, to prompts of P tokens, padded on the left.
 """
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class RolloutConfig(TrainingArguments):  # type: ignore[misc]
-    """What rollouts add to transformers' arguments, in the words of TRL's GRPO."""
+    """Arguments for rollouts, added to transformers' and named as in TRL's GRPO."""
 
     max_completion_length: int = field(default=64, metadata={"help": "Tokens of an answer."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling and of all log-probs."})
@@ -47,7 +47,7 @@ class RolloutConfig(TrainingArguments):  # type: ignore[misc]
 
 
 class RolloutTrainer(Trainer):  # type: ignore[misc]
-    """A trainer whose policy answers prompts and whose rewards score the answers."""
+    """A trainer that samples answers from the policy and scores them with rewards."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             self._metrics[mode][key].append(float(number))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last line."""
+        """Add the means of rollout metrics since the last log line."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
         for key, numbers in self._metrics[mode].items():
@@ -227,7 +227,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """Return what a model reads of a rollout; padding on the left does not count as places."""
+    """Return a rollout's model inputs; position ids do not count the padding on the left."""
     places = (batch["attention"].cumsum(1) - 1).clamp_min(0)
     return {
         "input_ids": batch["ids"], "attention_mask": batch["attention"], "position_ids": places,

@@ -1,4 +1,4 @@
-"""Sequence to sequence: transformers' trainer for encoder-decoder models, padded for them."""
+"""Sequence to sequence: transformers' trainer for encoder-decoder models, with their padding."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Bytes on disk: whole, locked, hashed, without secrets.
+"""Files on disk: written completely or not at all, locked, hashed, without secrets.
 
 paths      the package's files, the cache, folders
 revision   what identifies a base's weights
 redaction  secrets kept out of every file
 lock       one process at a time here
-whole      files whole or absent, their hashes
+whole      files complete or absent, their hashes
 """

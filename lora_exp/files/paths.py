@@ -1,4 +1,4 @@
-"""Where things lie: what the package carries, what can be computed again, and folders by name."""
+"""Paths: files shipped with the package, the cache, and names that are folders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def asset(path: str) -> Path:
-    """Resolve `pkg://package/file`, as Hydra writes it, to the file that the package carries.
+    """Resolve `pkg://package/file`, as Hydra writes it, to the file in the installed package.
 
-    Any other path comes back as it is.
+    Any other path is returned unchanged.
 
     Raises:
         ConfigError: no such package is installed.
@@ -32,11 +32,11 @@ def asset(path: str) -> Path:
 
 
 def is_path(name: str) -> bool:
-    """Tell a folder from a dotted name."""
+    """Return whether a string is a path and not a dotted name."""
     return "/" in name or name.startswith(("~", "."))
 
 
 def cache_dir() -> Path:
-    """Return where what can be computed again is kept: `LORA_EXP_CACHE`, else the user's cache."""
+    """Return the cache directory: `LORA_EXP_CACHE`, else one in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LORA_EXP_CACHE") or Path(home) / "lora-exp")

@@ -1,4 +1,4 @@
-"""Secrets, kept out of every file: by the name of their key, by their shape, by the environment."""
+"""Keep secrets out of files: found by their key, their format, or the environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = re.compile(
 
 
 def redact(value: Any) -> Any:
-    """Return nested dicts and lists with the secrets replaced."""
+    """Return nested dicts and lists with the secrets replaced by `<redacted>`."""
     if isinstance(value, Mapping):
         return {
             key: REDACTED if KEY.fullmatch(str(key)) and item else redact(item)
@@ -35,7 +35,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Replace secrets by shape, by the environment's values and by `key=value` or `key: value`."""
+    """Replace known token formats, values of the environment, and `key=value` or `key: value`."""
     for name, secret in os.environ.items():
         if ENVIRONMENT.search(name) and len(secret) >= 8:
             text = text.replace(secret, REDACTED)
@@ -43,7 +43,7 @@ def redact_text(text: str) -> str:
 
 
 def redact_files(folder: Path) -> None:
-    """Redact the YAML files that Hydra wrote before we were asked."""
+    """Redact the YAML files that Hydra wrote before our code ran."""
     for path in folder.glob("*.yaml"):
         text = path.read_text(encoding="utf-8")
         if (clean := redact_text(text)) != text:

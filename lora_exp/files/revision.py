@@ -1,4 +1,4 @@
-"""What identifies a base: a hub's commit, or the hash of local files; else its name."""
+"""What identifies a base: a commit of the hub, a hash of local files, or else its name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_commit(revision: str | None) -> bool:
-    """Tell a commit from a branch or tag, which may move."""
+    """Return whether a revision is a commit; a branch or tag may move."""
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", str(revision)) is not None
 
 
@@ -18,6 +18,6 @@ def comparable(known: str | None, found: str | None) -> bool:
 
 
 def named(base: str) -> str:
-    """Return what a base is called wherever it lies: in the Hub's cache too."""
+    """Return a base's name without its location, also for a path in the Hub's cache."""
     cached = re.search(r"models--[^/]*--([^/]+)/snapshots/", f"{base}/")
     return cached[1] if cached else Path(base).name

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; and their hashes."""
+"""Write files so that they are complete or absent, even after a crash; and hash them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new."""
+    """Replace a file in one step: after a crash it has the old text or the new."""
     staged = path.with_name(f"{STAGE}{os.getpid()}-{path.name}")
     try:
         with staged.open("w", encoding="utf-8") as file:
@@ -40,10 +40,10 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """Give a folder to write aside, and put it in its place when all of it is on the disk.
+    """Yield a temporary folder, and rename it to its final path when all of it is on the disk.
 
     Raises:
-        CheckpointError: the disk does not take it; what lay in its place still does.
+        CheckpointError: the disk refuses the write; a folder that was there before stays.
     """
     room = final.parent / f"{STAGE}{final.name}"
     _clear(room)
@@ -66,7 +66,7 @@ def whole(final: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what was begun in a folder and not ended, and put back what it was to replace."""
+    """Remove unfinished writes in a folder, and restore the folders that they were to replace."""
     for room in folder.glob(f"{STAGE}*"):
         if room.is_dir():
             _clear(room)
@@ -89,7 +89,7 @@ def _flush(path: Path) -> None:
 
 
 def refusal(error: BaseException, path: Path) -> CheckpointError | None:
-    """Return what to tell of a disk that refused to write at a path, or None: it did not."""
+    """Return the error to raise if a disk refused a write (full, read-only, ...), or None."""
     cause: BaseException | None = error
     while cause is not None:
         said = str(cause).lower()

@@ -1,10 +1,10 @@
-"""A number or word going out.
+"""What a run writes and prints: its record, metrics, tables and cards.
 
 console   words, tables and curves
 run       a run's directory
-metrics   a trainer's numbers, passed on
+metrics   a trainer's metrics, passed on
 progress  first row and progress
-summary   the words before and after
+summary   what is printed before and after
 card      the model card
 sweep     a sweep's table
 """

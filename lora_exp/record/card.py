@@ -1,4 +1,4 @@
-"""The model card that lies beside what was trained; the same run writes the same card."""
+"""The model card saved with an adapter or model; the same run writes the same card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOADING = re.compile(r"^To load it:\n\n```python\n.*?```\n\n", re.S | re.M)
 def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
     """Return the card: base, data, method, numbers, and how to load it.
 
-    No times, and no folders but the base's own as the config names it.
+    It has no times, and no local paths except the base's path from the config.
 
     Args:
         cfg: the run's.
@@ -75,12 +75,12 @@ To load it:
 
 
 def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
-    """Return the card of a merged model: what it is made of, how to load it, how that was trained.
+    """Return the card of a merged model: its base and adapters, how to load it, its training.
 
     Args:
         merge: its merge.json.
-        task_type: what it is for, in peft's word.
-        card: of its first adapter.
+        task_type: peft's task type, like CAUSAL_LM.
+        card: the model card of its first adapter.
     """
     adapters = ", ".join(f"`{a['name']}` (sha256 {a['sha256'][:12]})" for a in merge["adapters"])
     combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""

@@ -1,4 +1,4 @@
-"""Words, tables and numbers for a person; what is shown stands in run.log too. Needs no torch."""
+"""Output for the terminal: text, tables and numbers, also written to run.log. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def show(renderable: RenderableType) -> None:
-    """Print for the person, and keep the same words in run.log."""
+    """Print to the terminal, and write the same text to run.log."""
     console.print(renderable)
     plain = Console(file=io.StringIO(), width=100, no_color=True)
     plain.print(renderable)
@@ -31,19 +31,19 @@ def show(renderable: RenderableType) -> None:
 
 
 def tracked(sequence: Sequence[T], what: str, done: int = 0) -> Iterable[T]:
-    """Yield items beside a progress bar, where there is a terminal.
+    """Yield items while a progress bar moves, if there is a terminal.
 
     Args:
-        sequence: what is left to do.
-        what: said beside the bar.
-        done: how much was done before.
+        sequence: the items left to process.
+        what: the text beside the bar.
+        done: how many items were processed before.
     """
     total, hidden = done + len(sequence), not console.is_terminal
     return track(sequence, what, total, done, console=console, transient=True, disable=hidden)
 
 
 def facts(title: str, lines: dict[str, str]) -> Table:
-    """Return a two-column table of what is known."""
+    """Return a two-column table of names and values."""
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None
     )
@@ -55,7 +55,7 @@ def facts(title: str, lines: dict[str, str]) -> Table:
 
 
 def curve(values: list[float], width: int = 40) -> str:
-    """Draw values as a line of bars, averaged down to `width` of them."""
+    """Draw values as a line of at most `width` bars, each the mean of its values."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -66,10 +66,10 @@ def curve(values: list[float], width: int = 40) -> str:
 
 
 def short(value: float) -> str:
-    """Write a number for a table."""
+    """Format a number for a table."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def size(count: int) -> str:
-    """Write a number of bytes."""
+    """Format a number of bytes."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,4 +1,4 @@
-"""A trainer's numbers on their way out: to the run's record and to whatever tracks it."""
+"""Pass a trainer's metrics to the run's record and to its tracker (W&B or none)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWN_SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Tracker(Protocol):
-    """Where a run's numbers go beside its own directory."""
+    """The interface of a tracker, which gets a run's metrics in addition to its directory."""
 
     place: str  # for people: where to look
 
@@ -25,26 +25,26 @@ class Tracker(Protocol):
         """Take the answers before and after training."""
 
     def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
-        """Take the final numbers and what was trained (None: the run failed), and close."""
+        """Take the final metrics and the saved folder (None: the run failed), and close."""
 
 
 class Nowhere:
-    """`tracking=none`: the run's own directory is enough."""
+    """`tracking=none`: metrics go to the run's directory only."""
 
     place = "none"
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Drop them: metrics.jsonl has them."""
+        """Do nothing: metrics.jsonl has them."""
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
-        """Drop them: samples.jsonl has them."""
+        """Do nothing: samples.jsonl has them."""
 
     def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
-        """Close nothing."""
+        """Do nothing."""
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Carry a trainer's log lines to the record and to tracking, as `train/x` and `eval/x`."""
+    """Callback: pass log lines to the record and the tracker, as `train/x` and `eval/x`."""
 
     def __init__(self, record: Record, tracker: Tracker) -> None:
         self.record, self.tracker = record, tracker
@@ -55,7 +55,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self.seen = (0.0, time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Pass one log line on; tokens per second are those since the last line."""
+        """Pass one log line on; tokens per second are counted since the last line."""
         if "train_runtime" in logs:
             return  # the trainer's closing line: the run's own summary says it
         metrics = named(logs)
@@ -68,7 +68,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
 
 def named(logs: dict[str, Any]) -> dict[str, float]:
-    """Rename a trainer's numbers to `group/name`, without those about its own speed."""
+    """Rename a trainer's metrics to `group/name`, without those about speed."""
     metrics = {}
     for key, value in logs.items():
         if isinstance(value, int | float) and not key.endswith(OWN_SPEED):

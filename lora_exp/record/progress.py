@@ -1,4 +1,4 @@
-"""What a person sees of a run as it trains: the first row's tokens, the progress."""
+"""What the terminal shows during training: the first row's tokens, and the progress."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HARMLESS = (
 
 
 def quiet() -> None:
-    """Silence what the libraries under us say that no user of ours can act on."""
+    """Silence messages of the libraries below that our users cannot act on."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for message in HARMLESS:
@@ -40,9 +40,9 @@ def quiet() -> None:
 
 
 def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
-    """Return one row's tokens: those that count towards the loss stand out, the others are dim.
+    """Return one row's tokens: those that count towards the loss are bright, the others dim.
 
-    Without colours (in run.log) the counted stretches stand in «».
+    Without colours (in run.log) the parts that count are in «».
     """
     text, counting = Text(), False
     for token, label in list(zip(ids, labels, strict=True))[:SHOWN_TOKENS]:
@@ -61,20 +61,20 @@ class Board(Protocol):
     """Where a run's progress is shown."""
 
     def begin(self, step: int, steps: int) -> None:
-        """Training begins, or goes on, at a step of so many."""
+        """Start, at a step (above 0 on resume) of a total number of steps."""
 
     def move(self, step: int) -> None:
-        """A step is done."""
+        """Report that a step is done."""
 
     def write(self, line: str, shown: dict[str, str]) -> None:
-        """There are new numbers: loss, rate and tokens/s, and a line that holds them all."""
+        """Report new metrics: loss, learning rate and tokens/s, and a line with all of them."""
 
     def close(self) -> None:
-        """Training is over, or given up."""
+        """Report that training has ended or failed."""
 
 
 class Bar:
-    """A progress bar; where there is no terminal, a line for each log step."""
+    """A progress bar; without a terminal, a line for each log step."""
 
     def __init__(self) -> None:
         self.bar = Progress(
@@ -108,12 +108,12 @@ class Bar:
             console.print(line)
 
     def close(self) -> None:
-        """Give the terminal back."""
+        """Close the bar."""
         self.bar.stop()
 
 
 class Progression(TrainerCallback):  # type: ignore[misc]
-    """Carry a trainer's steps and numbers to a board, and its log steps to run.log."""
+    """Callback: pass a trainer's steps and metrics to a board, and its log steps to run.log."""
 
     def __init__(self, board: Board) -> None:
         self.board = board
@@ -124,7 +124,7 @@ class Progression(TrainerCallback):  # type: ignore[misc]
         self.board.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move on."""
+        """Report the step."""
         self.board.move(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:

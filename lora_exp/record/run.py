@@ -1,4 +1,7 @@
-"""A run's directory: `config.yaml`, `run.json`, `metrics.jsonl`. Written whole or not at all."""
+"""A run's directory: `config.yaml`, `run.json`, `metrics.jsonl`.
+
+A file is written completely or not at all; only metrics.jsonl is appended to.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes",
 
 
 def standing(directory: Path, cfg: DictConfig) -> str | None:
-    """Return the status of the same run in a directory, or None.
+    """Return the status of this run if the directory has it, or None if the directory has no run.
 
     Raises:
         ConfigError: the directory holds another run.
@@ -58,18 +61,18 @@ def standing(directory: Path, cfg: DictConfig) -> str | None:
 
 
 def objective(directory: Path) -> float:
-    """Return what a finished run is judged by."""
+    """Return the value of a finished run's objective."""
     values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     return float(values["metrics"][values["objective"]])
 
 
 def failure(directory: Path) -> str:
-    """Return why a run failed."""
+    """Return the error of a failed run."""
     return str(json.loads((directory / "run.json").read_text(encoding="utf-8"))["error"])
 
 
 def mark(directory: Path, status: str, error: str) -> None:
-    """Write how a run ended that could not do so itself; one that finished stays finished."""
+    """Write the status of a run whose process could not; a finished run stays finished."""
     path = directory / "run.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if values and values["status"] != "finished":
@@ -111,10 +114,10 @@ def set_aside(directory: Path) -> Path:
 
 
 class Record:
-    """What is known of a run so far, on disk after every change."""
+    """A run's record, written to disk after every change."""
 
     def __init__(self, directory: Path, cfg: DictConfig) -> None:
-        """Begin a run's record, or take up that of the run that goes on.
+        """Start a new record, or load that of the run to resume.
 
         Raises:
             ConfigError: the directory holds another run, or not the one to resume, or is in use.
@@ -167,10 +170,10 @@ class Record:
         self._told = {"status": self.values["status"], "changes": told}
 
     def same(self, key: str, found: Any) -> None:
-        """Hold what a run stands on against what it stood on before.
+        """Check on resume that data, base or adapters are those that the run started with.
 
         Raises:
-            ConfigError: it goes on, and something else is there now.
+            ConfigError: one of them has changed.
         """
         known = self.values.get(key, found)
         both = isinstance(known, dict) and isinstance(found, dict)
@@ -185,7 +188,7 @@ class Record:
             raise ConfigError([("resume", text)])
 
     def begin(self) -> None:
-        """Write that the run begins, or goes on: until here a refused one is left as it was."""
+        """Write that the run starts or resumes; a run refused before this is left unchanged."""
         if self.begun:
             return
         self.begun = True
@@ -218,7 +221,7 @@ class Record:
             lines.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after a step that training goes back to."""
+        """Drop the lines of metrics.jsonl after the step that training resumes from."""
         kept = [json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
         write_whole(self.directory / "metrics.jsonl", "".join(kept))
 
@@ -230,11 +233,11 @@ class Record:
                 yield json.loads(line)
 
     def losses(self) -> list[float]:
-        """Return the training losses logged so far, the parts before a resume included."""
+        """Return the training losses logged so far, also those before a resume."""
         return [line["train/loss"] for line in self._lines() if "train/loss" in line]
 
     def keep_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Write samples.jsonl: prompts, known answers, answers before and after."""
+        """Write samples.jsonl: prompts, expected answers, answers before and after training."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         write_whole(self.directory / "samples.jsonl", "".join(lines))
 
@@ -245,12 +248,12 @@ class Record:
         return [json.loads(line) for line in text.split("\n") if line]
 
     def summary(self) -> dict[str, Any]:
-        """Return the numbers that tracking shows for the whole run."""
+        """Return the metrics and counts that the tracker shows for the whole run."""
         return {**self.values["metrics"], **self.values.get("counts", {})}
 
     @contextmanager
     def outcome(self) -> Iterator[None]:
-        """Record how the run ended, whatever ended it."""
+        """Record how the run ended, also after an error or a signal."""
         try:
             yield
         except BaseException as error:
@@ -277,7 +280,7 @@ class Record:
 
 
 def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
-    """Return what a run cannot go on without: commits and hashes of all that it is made of."""
+    """Return commits and hashes of data, base and adapters, which must not change on resume."""
     data = dict(rows.source)
     if rows.chat_template is not None:
         template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
@@ -290,7 +293,7 @@ def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return those of the packages that shape a result."""
+    """Return the versions of Python and of the packages that affect a result."""
     return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
 
 

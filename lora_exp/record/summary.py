@@ -1,4 +1,4 @@
-"""The words before a run and after it: what will be trained on what, and what came of it."""
+"""What a run prints before training (base, adapter, rows) and after it (metrics, paths)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_exp.record.run import Record
 
 
 def counts(adapted: Adapted, train: Tokens, held_out: Tokens | None) -> dict[str, int]:
-    """Return the numbers known before training, for the run's record."""
+    """Return the counts known before training (parameters, rows, tokens), for the record."""
     numbers = {"trainable_parameters": adapted.trainable, "parameters": adapted.total}
     numbers |= {f"train_{k}": v for k, v in vars(train.counts).items()}
     return numbers | (
@@ -35,7 +35,7 @@ def announce(
     train: Tokens,
     held_out: Tokens | None,
 ) -> None:
-    """Say what is about to happen, down to the tokens that count."""
+    """Print what will be trained on what, and the first row with the tokens that count."""
     lines = {
         "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
             "torch.", ""
@@ -96,7 +96,7 @@ def _rows(counts: Counts) -> str:
 
 
 def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
-    """Say what came of it, and where it lies."""
+    """Print the metrics before and after training, and where everything was saved."""
     metrics: dict[str, Any] = record.values["metrics"]
     table = Table()
     for column in (str(record.values["name"]), "before", "after"):

@@ -1,4 +1,4 @@
-"""A sweep's table: every job as it ends, in summary.csv and summary.json, and shown at the end."""
+"""A sweep's table: summary.csv and summary.json after every job, printed at the end."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ COMMAND = "sweep.json"
 
 
 class SweepTable(Callback):
-    """Hydra's callback: one row a job; a failed job has its error for a result.
+    """Hydra callback: one row per job; a failed job's row has its error.
 
-    Hydra does not tell a sweep's end when a job failed, so `main` shows the table, not a callback.
+    Hydra does not call on_multirun_end when a job failed, so `main` prints the table.
     """
 
     current: ClassVar[SweepTable | None] = None
@@ -33,12 +33,12 @@ class SweepTable(Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Take the place of an earlier sweep's table."""
+        """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
         self.folder = Path(config.hydra.sweep.dir)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        """Take a job's result from its directory and write the summary anew."""
+        """Read a job's result from its directory and rewrite the summary."""
         if SweepTable.current is not self:
             return  # a run alone
         directory = Path(config.hydra.runtime.output_dir)
@@ -55,7 +55,7 @@ class SweepTable(Callback):
             write_summary(self.folder, self.rows)
 
     def show(self) -> None:
-        """Print the jobs, the best first, and below them what went wrong."""
+        """Print the jobs, the best first, and the errors below them."""
         from rich.table import Table
         from rich.text import Text
 
@@ -85,14 +85,14 @@ class SweepTable(Callback):
 
 
 def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
-    """Keep what a sweep was launched with: `resume` launches it again.
+    """Save a sweep's command line: `resume` launches it again.
 
-    Hydra's own multirun.yaml is that of the last command that named the directory.
+    Hydra's own multirun.yaml is overwritten by every command that names the directory.
 
     Args:
         folder: the sweep's.
-        hydra: the section of the command.
-        keep: an earlier command; jobs of this one were refused.
+        hydra: the `hydra` section of the config.
+        keep: leave an earlier command, since jobs of this one were refused.
     """
     path = folder / COMMAND
     if keep and path.is_file():
@@ -105,10 +105,10 @@ def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
 
 
 def command(folder: Path) -> list[str]:
-    """Return the command line that goes on with a sweep.
+    """Return the command line that resumes a sweep.
 
     Raises:
-        ConfigError: it held a secret, which was not kept.
+        ConfigError: the command contained a secret, which was not saved.
     """
     said: list[str] = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
     if any(REDACTED in word for word in said):
@@ -119,7 +119,7 @@ def command(folder: Path) -> list[str]:
 
 
 def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
-    """Return what a finished or failed job shows."""
+    """Return the table row of a finished or failed job."""
     path = directory / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = job_return._return_value
@@ -147,7 +147,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
 
 
 def rank(row: dict[str, Any]) -> float:
-    """Return what rows are sorted by, the best first, those without an objective last."""
+    """Return a sort key: the best row first, rows without an objective last."""
     if row["objective"] is None:
         return math.inf
     return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])

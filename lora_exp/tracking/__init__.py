@@ -1,4 +1,4 @@
-"""A tracker: where numbers and artifacts go beside the run's directory.
+"""Trackers: where metrics and artifacts go in addition to the run's directory.
 
-wandb  numbers and artifacts to W&B
+wandb  metrics and artifacts to W&B
 """

@@ -1,4 +1,4 @@
-"""Numbers, samples and artifacts out to Weights & Biases."""
+"""Send metrics, samples and the adapter to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("lora_exp")
 
 
 class Wandb:
-    """One W&B run, online where there is a key, else offline, without anything not asked for.
+    """One W&B run; in mode `auto` online if there is a key, else offline.
 
     Console lines, argv, code, git state, host and hardware facts are not sent.
     """

@@ -1,11 +1,11 @@
-"""A step, and what surrounds it.
+"""Training: the trainer, checkpoints, interruption, and evaluation before and after.
 
 interruption  SIGTERM and Ctrl-C: save, then stop
-guards        stops a training that leads nowhere
-housekeeping  work left out of every step
-checkpoint    whole or absent; the newest whole
+guards        stops on NaN and missing gradients
+housekeeping  saves repeated work in each step
+checkpoint    complete or absent; finds the newest
 answers       greedy answers before and after
-place         alone, or seated in a pack
+place         alone, or in a lockstep pack
 measure       held-out rows before and after
 trainer       the algorithm's trainer, built and guarded
 """

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts, and how many are exactly right."""
+"""Greedy answers to held-out prompts, and the share that is exactly right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_exp.record.console import tracked
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt, and what is known to be right."""
+    """The model's answer to a prompt, and the expected answer."""
 
     prompt: str
     expected: str | None  # None: nobody knows
@@ -27,12 +27,12 @@ class Answer:
 
 
 def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str) -> list[Answer]:
-    """Answer the first rows that ask something.
+    """Answer the prompts of the first rows.
 
     Args:
         model: with its adapter as it is now.
         tokenizer: the base's.
-        rows: held-out rows; those of plain text ask nothing and are passed over.
+        rows: held-out rows; plain text has no prompt and is skipped.
         settings: the config's `samples`: rows, max_new_tokens, batch_size.
         what: whose answers they are, for the progress bar.
     """
@@ -54,7 +54,7 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
 
 
 def exact_match(answers: list[Answer]) -> dict[str, float]:
-    """Return the share of answers equal to the known ones, outer white space aside; by task too."""
+    """Return the share of answers equal to the expected ones, stripped; also for each task."""
     right: dict[str, list[bool]] = {}
     for found in answers:
         if found.expected is None:
@@ -80,7 +80,7 @@ def _generating(model: Any) -> Iterator[None]:
 def left(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that pads on the left.
 
-    A copy, since the side would be saved with the adapter.
+    A copy, since the padding side would be saved with the adapter.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
@@ -88,7 +88,7 @@ def left(tokenizer: Any) -> Any:
 
 
 def room(model: Any, max_new_tokens: int) -> int:
-    """Return how many prompt tokens fit beside the answer."""
+    """Return how many prompt tokens fit into the context together with the answer."""
     context = getattr(model.config, "max_position_embeddings", None) or 10**6
     return max(1, context - max_new_tokens - virtual_tokens(model))
 
@@ -100,10 +100,10 @@ def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
 
 
 def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
-    """Group prompts by their place in the list.
+    """Group the indices of prompts into batches.
 
-    Behind virtual tokens only prompts of one length share a batch: padding would stand between the
-    two, where training never put it.
+    With virtual tokens only prompts of one length share a batch: padding would be between the two,
+    where training never put it.
     """
     places = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [places]
@@ -135,8 +135,8 @@ def generate(
         tokenizer: one that pads on the left.
         prompts: as tokens.
         max_new_tokens: of each answer.
-        temperature: 0: the likeliest token each time; else drawn, by torch's random numbers.
-        top_p: the share of the likelihood that is drawn from.
+        temperature: 0 for greedy answers; else tokens are sampled with torch's random numbers.
+        top_p: the share of the probability that is sampled from.
     """
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     drawn = temperature > 0

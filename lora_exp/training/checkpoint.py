@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, hashed, and their run's own.
+"""Checkpoints that are complete or absent, hashed, and marked with their run.
 
-Knows files and trainers' methods, nothing of configs. What a checkpoint must hold to go on from it
-bit for bit is transformers' own list, and what trainers of rollouts add.
+Knows files and trainers' methods, nothing of configs. A checkpoint holds what transformers saves,
+and the rollout of trainers that have one: all that a resume bit for bit needs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def seal(folder: Path, run: str, step: int) -> None:
-    """Write a checkpoint's manifest: whose it is, and the hash of each of its files."""
+    """Write a checkpoint's manifest: its run, its step and the hash of each of its files."""
     files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
     text = json.dumps({"run": run, "step": step, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def flaw(folder: Path, run: str) -> str | None:
-    """Return why a run cannot go on from a checkpoint, or None if it can."""
+    """Return why a run cannot resume from a checkpoint, or None if it can."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files, its, step = manifest["files"], manifest["run"], manifest["step"]
@@ -62,13 +62,13 @@ def flaw(folder: Path, run: str) -> str | None:
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints of a folder, whosesoever, by their steps."""
+    """Return the checkpoints of a folder, of any run, by their steps."""
     names = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
     return {int(name): path for name, path in names.items() if name.isdigit()}
 
 
 def owner(folder: Path) -> str | None:
-    """Return whose a checkpoint says it is."""
+    """Return the run that a checkpoint's manifest names, or None."""
     try:
         return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -76,9 +76,9 @@ def owner(folder: Path) -> str | None:
 
 
 def newest(folder: Path, run: str) -> tuple[Path | None, int]:
-    """Return the newest checkpoint that is whole and the run's own, and its step.
+    """Return the newest intact checkpoint of a run, and its step.
 
-    Others that are newer are named once, and renamed, so that nothing takes them for good.
+    Newer ones that are damaged or of another run are reported once and renamed.
     """
     clear(folder)
     found = numbered(folder)
@@ -95,7 +95,7 @@ def newest(folder: Path, run: str) -> tuple[Path | None, int]:
 
 
 class Checkpoints:
-    """What every trainer gains: whole checkpoints, the best kept, and a stop at a step's end."""
+    """A mixin for trainers: complete checkpoints, the best kept, a stop at the end of a step."""
 
     owner = ""  # the run whose checkpoints these are
     model: Any
@@ -104,7 +104,7 @@ class Checkpoints:
     _stage: Path | None = None
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
-        """Train, or load what was trained to its end before: the loop would make one more step.
+        """Train; if the checkpoint is of the last step, only load it, or one more step would run.
 
         Returns:
             transformers' `TrainOutput`.
@@ -130,7 +130,7 @@ class Checkpoints:
         return bool(state.epoch is not None and state.epoch >= self.args.num_train_epochs)
 
     def keep(self) -> None:
-        """Save where training stands, unless it was just saved."""
+        """Save a checkpoint of the current step, unless there is one already."""
         step = self.state.global_step
         saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
         if step and not saved:
@@ -150,7 +150,7 @@ class Checkpoints:
         return str(self._stage or super()._get_output_dir(trial))  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: trl would, at every checkpoint; the run's own comes with its adapter."""
+        """Do nothing: trl would write a card at every checkpoint; ours comes with the adapter."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
@@ -221,5 +221,5 @@ class Checkpoints:
 
 @cache
 def checkpointed(trainer: type) -> type:
-    """Return a trainer's class with `Checkpoints` before it."""
+    """Return a subclass of a trainer's class, with the mixin `Checkpoints` first."""
     return type(trainer.__name__, (Checkpoints, trainer), {"__module__": trainer.__module__})

@@ -1,4 +1,4 @@
-"""What stops a training that leads nowhere: numbers that are none, weights that nothing moves."""
+"""Callbacks that stop a useless training: NaN or infinite values, tensors without a gradient."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
     """Stop at the first log line whose loss or gradient norm is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Check one line.
+        """Check one log line.
 
         Raises:
-            DivergedError: naming the step and the number.
+            DivergedError: the loss or gradient norm is not finite; it names the step.
         """
         for name in ("loss", "grad_norm"):
             if name in logs and not math.isfinite(logs[name]):
@@ -33,10 +33,10 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
 
 
 def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:
-    """Refuse to save weights that are no numbers.
+    """Refuse to save weights that are NaN or infinite.
 
     Raises:
-        DivergedError: naming the step and a tensor.
+        DivergedError: a trained tensor is not finite; it names the step and the tensor.
     """
     for name, parameter in named:
         if parameter.requires_grad and not torch.isfinite(parameter).all():
@@ -47,18 +47,18 @@ def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:
 class GradientCheck(TrainerCallback):  # type: ignore[misc]
     """Find trained tensors that no gradient reaches: some methods on some bases train nothing.
 
-    One that takes no part in the loss has none in the first step, which is an error. One whose
-    gradient is zero is warned of in the third step: what starts at zero, behind a warm-up that
-    starts at zero, moves in the second, and what it multiplies gets its gradient in the third.
+    A tensor that takes no part in the loss has no gradient in the first step, which is an error.
+    A gradient of zero gives a warning in the third step, not before: with a warm-up from rate 0,
+    LoRA's B (zero at the start) first changes in the second step, so A first has one in the third.
     """
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, **_: Any
     ) -> None:
-        """Look twice.
+        """Check the gradients in the first and in the third step.
 
         Raises:
-            AdapterError: naming the tensors that take no part in the loss.
+            AdapterError: tensors take no part in the loss; it names them.
         """
         if state.global_step not in (0, 2):
             return

@@ -1,7 +1,7 @@
-"""What trainers do at every step though nothing has changed since the last one, left out.
+"""Make a model's `train`, `zero_grad` and `parameters` faster: less repeated work in each step.
 
 With an adapter a model has a thousand modules, and every walk over them takes a millisecond or two,
-several times a step. The results stay the same, bit for bit.
+several times per step. The results stay the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def spare(model: Any) -> None:
-    """Spare a model about to be trained the walks over all its modules.
+    """Replace methods of a model about to be trained by ones that do not walk over all modules.
 
-    Its mode is set where it changes, its parameters are listed and counted once, and gradients are
-    dropped where there can be any. Which parameters there are must not change from here on.
+    `train` acts only if the mode changes; parameters are listed and counted once. The set of
+    parameters must not change from here on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     every = list(model.parameters())

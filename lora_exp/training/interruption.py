@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C: a run saves at its next step and stops, to go on later.
+"""SIGTERM and Ctrl-C: a run saves at the end of the step and stops; it can be resumed.
 
-Signals are a process's, so what is known of them is too: there is one `stop`. Knows nothing of
-trainers; they ask it at every step.
+Signals go to the process, so there is one `stop` object per process. It knows nothing of trainers;
+they check it at every step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAID = "saving at the next step, then stopping; Ctrl-C again stops at once"
 
 
 class Stop:
-    """Whether this process was asked to stop, and what may still end before it does."""
+    """Whether this process was asked to stop, and whether a step must end first."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -57,7 +57,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals while this lasts; only a process's first thread can, others leave it be."""
+        """Handle signals inside this context; only the main thread can, others do nothing."""
         if threading.current_thread() is not threading.main_thread() or self._heard():
             yield
             return
@@ -74,7 +74,7 @@ class Stop:
             self.asked = False
 
     def inherited(self) -> None:
-        """Begin anew in a forked process, which trains for one that tells the user."""
+        """Reset in a forked worker; its parent process prints the messages."""
         self.asked, self.training, self.forward, self.silent = False, 0, None, True
         self._interrupts, self._process = 0, os.getpid()
 
@@ -82,17 +82,17 @@ class Stop:
         return signal.getsignal(signal.SIGTERM) is self
 
     def check(self) -> None:
-        """Go no further when asked to stop.
+        """Stop here if that was requested.
 
         Raises:
-            Interrupted: it was.
+            Interrupted: a signal has requested it.
         """
         if self.asked:
             raise Interrupted
 
     @contextmanager
     def until_a_step_ends(self) -> Iterator[None]:
-        """Train; what is asked meanwhile waits for the end of a step."""
+        """Train inside this context; a signal meanwhile takes effect at the end of a step."""
         self.check()
         self.training += 1
         try:

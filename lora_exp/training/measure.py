@@ -1,4 +1,4 @@
-"""What is said of held-out rows before and after training: numbers, answers, preferences."""
+"""Evaluation before and after training: metrics, answers, preference accuracy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def before(
     cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row], record: Record, place: Place
 ) -> list[dict[str, Any]]:
-    """Measure the base; a resumed run has it on file."""
+    """Measure before training; a resumed run reads the saved results."""
     if cfg.resume and any(name.startswith("before/") for name in record.values["metrics"]):
         return record.samples()
     seen, prefers, answers = place.untrained(
@@ -54,7 +54,7 @@ def after(
     record: Record,
     samples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Measure what was trained, and put its answers beside those from before."""
+    """Measure after training, and add the answers to those from before."""
     seen, prefers, answers = _measure("after", cfg, trainer, base, held_out)
     metrics = _kept(cfg, seen, prefers, answers)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
@@ -65,10 +65,10 @@ def after(
 
 
 def objective(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:
-    """Return the metric that the run is judged by.
+    """Return the name of the run's objective; without held-out rows that is train/loss.
 
     Raises:
-        ConfigError: there is no such metric. Without held-out rows there is only the training loss.
+        ConfigError: there is no such metric.
     """
     known = [f"eval/{k.removeprefix('before/')}" for k in metrics if k.startswith("before/")]
     if wanted in [*known, "train/loss"]:
@@ -123,7 +123,7 @@ def _kept(
 def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any) -> float:
     """Return the share of pairs whose chosen answer is more likely, as a whole, than the rejected.
 
-    No reference takes part: it says what the model itself would rather answer.
+    No reference model is used: only the probabilities of the model itself.
     """
     training = model.training
     model.eval()
@@ -148,7 +148,7 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
 
 
 def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
-    """Return prompt and answer as tokens, and where the answer starts.
+    """Return the tokens of prompt and answer, and the index where the answer starts.
 
     Args:
         row: a pair.

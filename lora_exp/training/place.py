@@ -1,6 +1,6 @@
-"""Where a run trains: alone in its process, or on a seat of a pack that shares one base.
+"""Where a run trains: alone in its process, or in a lockstep pack that shares one base.
 
-A run does not know which; it asks its place for what it would otherwise share with others.
+The run does not know which: it asks its place for everything that a pack shares.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 
 class Place(Protocol):
-    """What a run asks of where it trains."""
+    """The interface of a place."""
 
     name: str  # for the run's record
 
     def base(self, cfg: DictConfig) -> Base:
-        """Return the base, which the run may put an adapter on."""
+        """Return the base for the run's adapter."""
 
     def board(self) -> Board:
-        """Return where the run's progress is shown."""
+        """Return the board that shows the run's progress."""
 
     def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
-        """Return what `measure` finds before training."""
+        """Return the results of `measure` before training, which a pack may share."""
 
     def join(self, trainer: Any) -> None:
-        """Take a trainer about to measure and train."""
+        """Prepare a trainer that is about to measure and train."""
 
     def report(self) -> dict[str, Any]:
-        """Return what the run's record keeps of its place once it is trained."""
+        """Return what the place adds to the run's record after training."""
 
     def leave(self) -> None:
-        """Forget the run: it is over, or failed."""
+        """Free what belongs to the run, which has ended or failed."""
 
 
 class Alone:
@@ -73,11 +73,11 @@ class Alone:
         """Leave the trainer as it is."""
 
     def report(self) -> dict[str, Any]:
-        """Return nothing: nothing was shared."""
+        """Return nothing: alone there is nothing to add."""
         return {}
 
     def leave(self) -> None:
-        """Give memory back: trainers hold themselves in cycles, and with them the base."""
+        """Free memory: trainers are in reference cycles, which keep the base alive."""
         from lora_exp.model.memory import give_back
 
         gc.collect()

@@ -1,4 +1,8 @@
-"""The algorithm's own trainer, built from its own arguments, its housekeeping reduced."""
+"""Build the algorithm's trainer from its own arguments.
+
+It is subclassed for checkpoints; `evaluate`, the prompt sampler and the model's `train`,
+`zero_grad` and `parameters` are replaced. Loss and optimizer are its own.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +41,16 @@ def trainer_of(
     record: Record,
     callbacks: list[TrainerCallback],
 ) -> Any:
-    """Build the trainer and spare it what no step needs.
+    """Build the trainer of a run.
 
     Args:
         cfg: the run's.
-        base: what the adapter stands on.
-        adapted: what trains.
-        rows: as the algorithm learns from them; rewards read their columns.
-        data: the same, as the trainer takes them: to train on, and held out.
-        record: of the run; checkpoints go to its directory.
-        callbacks: beside ours and those of the adapter's method.
+        base: the base and its tokenizer.
+        adapted: the model to train.
+        rows: in the algorithm's shape; rewards read their columns.
+        data: the same rows as the trainer takes them: training, held-out.
+        record: the run's record; checkpoints go to its directory.
+        callbacks: added to ours and those of the adapter's method.
 
     Raises:
         ConfigError: the trainer refuses its arguments.
