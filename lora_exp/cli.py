@@ -137,12 +137,12 @@ def merge(
         Into, typer.Option(help="the unquantised base, or what a QLoRA run saw of it")
     ] = Into.original,
     method: Annotated[
-        str, typer.Option(help="how several become one: cat, svd, linear, ties, dare, ...")
+        str, typer.Option(help="how several become one: cat, svd, linear, ties, dare_linear, ...")
     ] = "cat",
     weights: Annotated[
         str | None, typer.Option(help="of each of several adapters: 0.7,0.3", metavar="W,W...")
     ] = None,
-    density: Annotated[float, typer.Option(help="the share that ties and dare keep")] = 0.5,
+    density: Annotated[float, typer.Option(help="the share that ties and dare_linear keep")] = 0.5,
     max_shard_size: Annotated[str, typer.Option(help="of a weight file")] = "5GB",
     force: Force = False,
 ) -> None:

@@ -39,6 +39,7 @@ COVERED = {
     "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
     "lockstep": {
         "segment",
+        "attention",
         "rowwise",
         "linear",
         "body",

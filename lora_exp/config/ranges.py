@@ -20,7 +20,10 @@ def ranges(cfg: DictConfig) -> Iterator[Fault]:
             yield f"peft.{name}", f"{peft[name]} is no rank; give {least} or more"
     alpha = peft.get("lora_alpha", 1)
     if is_number(alpha) and not 0 < alpha < math.inf:
-        yield "peft.lora_alpha", f"{alpha} scales the adapter away; give a number above 0"
+        yield (
+            "peft.lora_alpha",
+            f"{alpha} switches the adapter off or reverses it; give a number above 0",
+        )
     for name in (name for name in peft if name.endswith("dropout")):
         if is_number(peft[name]) and not 0 <= peft[name] < 1:
             yield f"peft.{name}", f"{peft[name]} is no share; give 0 or more and below 1"

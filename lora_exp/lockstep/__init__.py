@@ -10,6 +10,7 @@ classes       numbers of rows computed alike
 rowwise       a layer run once for several
 linear        a base layer, the jobs' adapters
 verification  passes held against runs alone
+attention     positions and attention, per job
 body          one pass for several jobs
 passes        one forward, one backward for all
 pack          jobs that share a base

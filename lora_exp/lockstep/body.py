@@ -17,17 +17,16 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 from transformers.activations import ACT2CLS
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 
+from lora_exp.lockstep.attention import Positions
 from lora_exp.lockstep.classes import Classes, Kind
 from lora_exp.lockstep.eligibility import keeping_random
 from lora_exp.lockstep.grouping import group, on_grid
 from lora_exp.lockstep.linear import Adapter, FusedLinear
 from lora_exp.lockstep.rowwise import Rowwise, Unmeasured
-from lora_exp.lockstep.segment import Mode, Pass, Segment, Sharing, aligned, split
+from lora_exp.lockstep.segment import Mode, Pass, Segment, Sharing, split
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.loading import sharing_copy
 
@@ -253,59 +252,3 @@ class FusedBody:
         finally:
             for s, random in zip(p.segments, after, strict=True):
                 s.random = random
-
-
-class Positions(nn.Module):
-    """Stands in for a rotary embedding: each job's in its own shape, once a pass."""
-
-    def __init__(self, base: nn.Module, body: FusedBody) -> None:
-        super().__init__()
-        self.base = base
-        self.body = body
-
-    def forward(self, x_1NC: Tensor, position_ids: Tensor, *rest: Any, **more: Any) -> Any:
-        """Return cosines and sines, [1, N, D] each."""
-        p = self.body.current
-        parts = []
-        for s, x in zip(p.segments, split(x_1NC, p.sizes), strict=False):
-            own = self.base(s.rows(x), s.positions, *rest, **more)
-            parts.append([s.flat(t)[None] for t in own])
-        if p.filling:
-            parts.append([t.new_zeros(1, p.filling, *t.shape[2:]) for t in parts[0]])
-        return tuple(torch.cat(some, 1) for some in zip(*parts, strict=True))
-
-
-def attention(
-    module: Any,
-    query_1HND: Tensor,
-    key_1HND: Tensor,
-    value_1HND: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each job's rows, in the job's own shape, mask and cache.
-
-    Returns:
-        What the heads saw, [1, N, H, D], and no weights.
-    """
-    p: Pass = module.fused_body.current
-    streams = (split(t, p.sizes, 2) for t in (query_1HND, key_1HND, value_1HND))
-    out = []
-    for s, *own in zip(p.segments, *streams, strict=False):
-        b, length = s.input_ids_BS.shape
-        q, k, v = (
-            aligned(t).reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1) for t in own
-        )
-        if s.past is not None:
-            k, v = s.past.update(k, v, module.layer_idx)
-        seen_BSHD, _ = sdpa_attention_forward(module, q, k, v, s.mask, scaling=scaling)
-        out.append(seen_BSHD.reshape(1, s.tokens, *seen_BSHD.shape[2:]))
-    if p.filling:
-        out.append(out[0].new_zeros(1, p.filling, *out[0].shape[2:]))
-    return torch.cat(out, 1), None
-
-
-AttentionInterface.register("lockstep", attention)
-AttentionMaskInterface.register("lockstep", lambda *_, **__: None)  # each segment has its own
