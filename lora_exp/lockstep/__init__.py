@@ -3,7 +3,7 @@
 state         what a process has only one
 hub           jobs as greenlets, served together
 eligibility   bases and adapters a pass takes
-grouping      which segments share a product
+grouping      which rows share a product
 segment       one job's rows in a pass
 probe         sums that show their order
 classes       numbers of rows computed alike

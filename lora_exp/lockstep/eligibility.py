@@ -50,7 +50,7 @@ def foreign(model: Any) -> str | None:
 
 @contextmanager
 def keeping_random() -> Iterator[None]:
-    """Draw random numbers that nobody notices."""
+    """Restore the random state afterwards."""
     before = RandomState.now()
     try:
         yield

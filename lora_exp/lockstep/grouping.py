@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 STEP, STEPS = 8, 32  # the least step of a grid, and how many steps it has from one power of 2 on
-FILLING = 1.25  # at most this many times the rows that are asked for
+FILLING = 1.25  # at most this many times the rows that are asked for, or the next step of the grid
 Sizes = tuple[int, ...]
 Rows = Callable[[list[int]], int | None]
 Way = Callable[[list[int], Sizes, Rows], "list[Group]"]
@@ -32,7 +32,7 @@ class Group:
 def group(
     sizes: tuple[int, ...], total: int, class_of: Callable[[int], str | None]
 ) -> tuple[Group, ...]:
-    """Share one layer's products among the segments of a pass, in as few as their classes allow.
+    """Split the segments of a pass into few products of one layer, with the same bits as alone.
 
     Args:
         sizes: each segment's number of rows.
@@ -106,9 +106,9 @@ def _rows(
 
 
 def on_grid(rows: int) -> int:
-    """Return the next number of rows on a grid: few numbers, at most a few hundredths too large.
+    """Return the next number of rows on a grid, for which alone such numbers are measured.
 
-    What is measured for each number of rows is measured for these only.
+    Up to 256 rows these are the multiples of 8; above, at most 4% more than was asked for.
     """
     step = max(STEP, (1 << (rows - 1).bit_length()) // 2 // STEPS)
     return -(-rows // step) * step

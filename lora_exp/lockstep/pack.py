@@ -32,7 +32,7 @@ log = logging.getLogger("lora_exp")
 
 
 class Pack:
-    """Serves the jobs on one base."""
+    """Admits jobs to one base, and connects their trainers to the hub."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Pack:
 
         Args:
             mode: `exact` or `bmm`, see `FusedLinear`.
-            max_jobs: at once; None: as many as memory holds, told when the first job joins.
+            max_jobs: at once; None: as many as memory holds, known when the first job joins.
             verify: the share of passes that are made again for one job alone, see `Verification`.
             base: loaded already; None: by the first job.
         """

@@ -38,7 +38,7 @@ class Tape:
 
 
 class Passes:
-    """Serves the requests of jobs on one base."""
+    """Runs forward and backward for several jobs at once."""
 
     def __init__(self, mode: str, verify: float) -> None:
         """Make no pass yet; see `Pack`."""
@@ -75,7 +75,7 @@ class Passes:
         if self.tapes.get(job):
             for tape in self.tapes[job]:
                 if tape.mode.checkpointing:  # the pass cannot be recomputed without its adapter
-                    unmade(tape.made)
+                    drop_graph(tape.made)
             self.drop(job)
         self.tapes.pop(job, None)
         self.members.pop(job, None)
@@ -195,7 +195,7 @@ class Passes:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
             for own in tapes.values():
-                unmade(own)
+                drop_graph(own)
             raise
         self.made["backward"] += 1
         for p, grad in zip(parameters, before, strict=True):
@@ -226,11 +226,11 @@ class Passes:
                 self.verification.verify_gradients(job, own, tape.leaf.grad, before, self.fused)
         finally:
             for tape in tapes:  # the pass's graph is used up, for those not asked for too
-                unmade(tape.made)
+                drop_graph(tape.made)
 
 
-def unmade(tapes: list[Tape]) -> None:
-    """Let go of a graph that cannot be gone back through; the pass is made again when needed."""
+def drop_graph(tapes: list[Tape]) -> None:
+    """Drop the graph of a pass; the pass is made again when its backward is needed."""
     for tape in tapes:
         tape.hidden = tape.own = None
 

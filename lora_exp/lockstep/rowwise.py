@@ -13,7 +13,7 @@ from lora_exp.lockstep.segment import Mode, Pass, split
 
 
 class Unmeasured(Exception):
-    """A layer would compute several jobs' rows at once, and nobody has measured whether it may."""
+    """A layer would compute several jobs' rows together, without a measurement that it may."""
 
 
 class Rowwise(nn.Module):

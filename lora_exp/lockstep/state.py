@@ -1,4 +1,4 @@
-"""What a process has only one of, and every job of a pack must believe to be its own."""
+"""Process-wide state, saved and restored when the jobs of a pack switch."""
 
 from __future__ import annotations
 

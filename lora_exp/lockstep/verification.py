@@ -192,7 +192,7 @@ class Verification:
                 return
 
     def _differ(self, job: int, what: str) -> None:
-        """Note that a pass was not the run alone, and let the job's passes be its own from here."""
+        """Record that a pass differs from the run alone; the job shares no pass from here on."""
         self.apart.add(job)
         self.differences.append(f"pass {self.passes}: {what}")
         self.tell(sorted(self.together | {job}), self.differences[-1])
@@ -215,7 +215,7 @@ def different(ours: Tensor | None, theirs: Tensor) -> int:
 def _first_layer(
     check: Check, before: list[Segment], member: Member, mode: Mode, fused: Any
 ) -> str:
-    """Make a pass and the job's own again, and name the first layer whose outputs differ."""
+    """Repeat the pass and the job's own forward, and name the first layer that differs."""
     s = before[check.place]
     if any(one.past is not None for one in before):
         return "its layer is not known: a cache is not filled twice"
