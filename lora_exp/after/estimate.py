@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_exp.adapter.attach import REWRITES_BASE, attach
+from lora_exp.adapter.attach import attach
 from lora_exp.config.door import CONF, plain
+from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
@@ -184,8 +185,7 @@ def _adapter_bytes(model: Any, cfg: DictConfig) -> int:
     embeds = any("embed" in name for name in cfg.peft.get("target_modules") or ())
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=embeds)
     count = int(sum(value.numel() for value in tensors.values()))
-    twice = str(cfg.peft.get("init_lora_weights", "")).startswith(REWRITES_BASE)
-    return 4 * count * (2 if twice else 1)  # those two are saved as LoRA of twice the rank
+    return 4 * count * (2 if saved_as_plain_lora(cfg.peft) else 1)  # of twice the rank
 
 
 def base_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:

@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter.attach import REWRITES_BASE
 from lora_exp.adapter.mounting import put, read_config
 from lora_exp.after.saved import Saved, base_config, claim, find
+from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
@@ -181,9 +181,9 @@ def check_apart(saved: Saved) -> None:
         AdapterError: it carries the base's biases, or starts by rewriting the base's weights.
     """
     config = saved.adapter or {}
-    start = str(config.get("init_lora_weights", ""))
-    if config.get("bias", "none") != "none" or start.startswith(REWRITES_BASE):
-        why = f"bias={config['bias']}" if config.get("bias", "none") != "none" else start
+    rewriting, bias = rewrites_base(config), config.get("bias", "none")
+    if bias != "none" or rewriting:
+        why = f"bias={bias}" if bias != "none" else rewriting
         text = (
             f"{saved.folder} changes the base itself ({why}); merge it first, then take the model"
         )

@@ -15,6 +15,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
+from lora_exp.config.initialization import (
+    NEEDS_FLOATS,
+    NEEDS_PREPARATION,
+    initialization,
+    rewrites_base,
+    saved_as_plain_lora,
+)
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import compared, fits, members, signature
@@ -25,14 +32,12 @@ from lora_exp.files.paths import asset, is_path
 from lora_exp.files.redaction import redact
 from lora_exp.files.revision import is_commit
 
-FLOAT_BASE = "takes its start from the base's float weights and rewrites them; quant=none"
+FLOAT_BASE = "begins in the base's float weights, and a quantised base has none; quant=none"
 # kind of adapter -> quantisation -> why the pair is refused; seen by running them
 REFUSED: dict[str, dict[str, str]] = {
     "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
-    "pissa": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
-    "olora": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
+    **{kind: dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE) for kind in NEEDS_FLOATS},
 }
-UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM")
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 SECTIONS = (
@@ -240,19 +245,20 @@ def _pairs(cfg: DictConfig) -> Iterator[Fault]:
         yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
     if cfg.peft is None:
         return
-    start = str(cfg.peft.get("init_lora_weights", ""))
-    kind = "dora" if cfg.peft.get("use_dora") else start.partition("_niter")[0]
-    if quant in REFUSED.get(kind, {}):
-        yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
-    if kind in UNSUPPORTED:
-        yield "peft.init_lora_weights", f"{kind} needs a preparation that a run does not make"
+    start = initialization(cfg.peft)
+    for kind in ("dora", start) if cfg.peft.get("use_dora") else (start,):
+        if quant in REFUSED.get(kind, {}):
+            yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
+    if start in NEEDS_PREPARATION:
+        yield "peft.init_lora_weights", f"{start} needs a preparation that a run does not make"
     patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
-    if kind in ("pissa", "olora") and cfg.peft.get("use_rslora") and patterns:
-        yield "peft.use_rslora", f"{kind} with rank or alpha patterns cannot be saved as plain LoRA"
+    if saved_as_plain_lora(cfg.peft) and cfg.peft.get("use_rslora") and patterns:
+        text = "with rank or alpha patterns cannot be saved as plain LoRA"
+        yield "peft.use_rslora", f"{start} {text}"
     prompts = cfg.peft._target_ in PROMPTS
     if _several(cfg):
-        if kind in ("pissa", "olora"):
-            text = f"{kind} rewrites the base, which reference, value or reward need as it was"
+        if rewriting := rewrites_base(cfg.peft):
+            text = f"{rewriting} rewrites the base, which reference, value or reward need as it was"
             yield "peft", f"{text}; peft=lora"
         if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
             text = f"{cfg.choices.peft} allows one adapter on a base; reference, value or reward"
