@@ -26,8 +26,9 @@ from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import CLASSES, Base, device, dtype_of, unloadable
+from lora_exp.model.loading import CLASSES, Base, device, unloadable
 from lora_exp.model.memory import layer_bytes
+from lora_exp.model.precision import dtype_of
 from lora_exp.record.progress import quiet
 
 BESIDE = ("none", "nf4", "int8")

@@ -20,6 +20,7 @@ from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
+from lora_exp.model.precision import autocast, is_quantised
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
 
@@ -35,12 +36,7 @@ class Loaded:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Compute without gradients, in the precision that runs on such a base train in."""
-        quantised = getattr(self.model, "quantization_method", None) is not None
-        mixed = quantised or self.model.dtype == torch.bfloat16  # as train.bf16=null
-        with (
-            torch.no_grad(),
-            torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed),
-        ):
+        with torch.no_grad(), autocast(self.model):
             yield
 
 
@@ -99,7 +95,7 @@ def load_base(
 
 def in_floats(base: Base) -> Base:
     """Return a base as what was trained on it saw it: a quantised one's weights as float32."""
-    if getattr(base.model, "quantization_method", None) is None:
+    if not is_quantised(base.model):
         return base
     return replace(base, model=dequantise(base.model, torch.float32))
 

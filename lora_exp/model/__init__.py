@@ -1,6 +1,7 @@
 """The base: frozen weights and their tokenizer.
 
 loading    the base, quantised while it loads
+precision  what it computes in
 memory     peak, free and needed
 processor  what decides how products are computed
 """

@@ -31,6 +31,7 @@ from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset, cache_dir
 from lora_exp.files.revision import is_commit
+from lora_exp.model.precision import dtype_of, lacks_bfloat16
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -73,24 +74,6 @@ def bnb_4bit(
 def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
     """Return bitsandbytes' 8-bit settings; activations above the threshold stay in float."""
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16() else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def has_bfloat16() -> bool:
-    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def lacks_bfloat16() -> bool:
-    """Say whether there is a GPU that would have to emulate bfloat16."""
-    return torch.cuda.is_available() and not has_bfloat16()
 
 
 def load(

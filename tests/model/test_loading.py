@@ -18,15 +18,7 @@ from lora_exp import compose
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import (
-    bnb_4bit,
-    bnb_8bit,
-    dtype_of,
-    has_bfloat16,
-    lacks_bfloat16,
-    load,
-    settle,
-)
+from lora_exp.model.loading import bnb_8bit, load, settle
 
 
 def loaded(*overrides: str) -> Any:
@@ -67,13 +59,6 @@ def test_4_bit_weights_survive_an_evaluation_on_any_cpu() -> None:
     with torch.no_grad():
         base.model.eval()(input_ids=torch.tensor([[1, 5, 6]]))
     assert torch.equal(before, linear.weight.data)
-
-
-def test_auto_is_float32_without_a_gpu() -> None:
-    assert dtype_of("auto") is (torch.bfloat16 if has_bfloat16() else torch.float32)
-    assert dtype_of("float16") is torch.float16
-    expected = torch.float16 if lacks_bfloat16() else torch.bfloat16
-    assert bnb_4bit("nf4", True, "auto").bnb_4bit_compute_dtype is expected
 
 
 def test_random_weights_follow_the_seed_and_differ_from_the_trained(base: Any) -> None:
