@@ -360,8 +360,8 @@ def estimate(
 ) -> None:
     """Tell what a run would train and the memory it would take; only its config is downloaded.
 
-    Not counted: PPO's value, the reference that DPO of every weight keeps, keys and values of
-    sampled answers, and what the process itself takes.
+    Not counted: PPO's value, the reference that DPO of every weight keeps, and what the process
+    itself takes.
     """
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count

@@ -1,7 +1,8 @@
 """The base: frozen weights and their tokenizer.
 
-loading    the base, quantised while it loads
-precision  what it computes in
-memory     peak, free and needed
-processor  what decides how products are computed
+loading         the base, quantised while it loads
+precision       what it computes in
+memory          peak and free
+requirement     what training takes, from above
+processor       what decides how products are computed
 """

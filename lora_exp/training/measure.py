@@ -125,6 +125,8 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
 
     No reference takes part: it says what the model itself would rather answer.
     """
+    from trl.trainer.utils import selective_log_softmax  # evaluating does without trl
+
     training = model.training
     model.eval()
     wins = 0
@@ -137,7 +139,7 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
         ).to(model.device)
         logits = model(**ids, use_cache=False).logits[:, :-1].float()
         chosen = ids["input_ids"][:, 1:]
-        logps = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        logps = selective_log_softmax(logits, chosen)  # without a second tensor of their size
         place = torch.arange(1, ids["input_ids"].shape[1], device=model.device)[None]
         starts = torch.tensor([start for _, start in both], device=model.device)[:, None]
         said = (place >= starts) & ids["attention_mask"][:, 1:].bool()
