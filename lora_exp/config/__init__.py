@@ -3,6 +3,7 @@
 signature       what a target takes, from source
 door            the one door to `_target_`
 initialization  how LoRA's weights begin
+overrides       an override's key and value
 start           the adapter a run starts from
 resume          what may change on resume
 settled         plain values, a name, a fingerprint

@@ -28,7 +28,7 @@ from lora_exp.config.signature import compared, fits, members, signature
 from lora_exp.config.start import adapter_config
 from lora_exp.data.formats import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
-from lora_exp.files.paths import asset, is_path
+from lora_exp.files.paths import asset, is_path, near_names
 from lora_exp.files.redaction import redact
 from lora_exp.files.revision import is_commit
 
@@ -302,7 +302,7 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
             yield f"data.{key}", error.faults[0][1]
             continue
         if not glob.glob(str(path), recursive=True):  # noqa: PTH207
-            near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
+            near = near_names(path)
             yield f"data.{key}", f"no file matches {name}{near}"
 
 
@@ -326,7 +326,7 @@ def _model_files(cfg: DictConfig) -> Iterator[Fault]:
     if path.startswith(("/", ".", "~", "pkg://")) and not folder.exists():
         yield "model.path", f"no such folder: {path}"
     if isinstance(gguf_file, str) and folder.is_dir() and not (folder / gguf_file).is_file():
-        near = did_you_mean(gguf_file, (p.name for p in folder.glob("*.gguf")))
+        near = near_names(folder / gguf_file, "*.gguf")
         yield "model.gguf_file", f"no such file in {path}{near}"
     args = cfg.algorithm.args
     length = args.get("max_length")

@@ -20,7 +20,7 @@ from datasets import Dataset, load_from_disk
 from jinja2.exceptions import TemplateError
 from rich.progress import track
 
-from lora_exp.data.formats import Row
+from lora_exp.data.formats import Row, common_prefix
 from lora_exp.data.template import render_chat
 from lora_exp.errors import DataError
 from lora_exp.files.paths import cache_dir
@@ -241,8 +241,8 @@ def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
             continue
         asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
         answered = render_chat(turns[: i + 1], tokenizer, tools)
-        start = max(seen, _shared(asked, whole))
-        stop = _shared(answered, whole)
+        start = max(seen, common_prefix(asked, whole))
+        stop = common_prefix(answered, whole)
         text = turn["content"].rpartition("</think>")[2].strip()
         found = whole.find(text, start) if text else start
         if found < 0 and stop <= start:
@@ -265,14 +265,6 @@ def _end_of_turn(whole: str, end: int, tokenizer: Any) -> int:
         if token and rest.lstrip().startswith(token):
             return end + space + len(token)
     return end
-
-
-def _shared(a: str, b: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    if b.startswith(a):
-        return len(a)
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)

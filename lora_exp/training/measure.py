@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
-from lora_exp.data.formats import Row
+from lora_exp.data.formats import Row, common_prefix
 from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, did_you_mean
@@ -164,5 +164,4 @@ def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
         start = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
         text = render_chat(row["prompt"] + row[key], tokenizer, row.get("tools"))
         asked, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (start, text))
-    pairs = enumerate(zip(asked, whole, strict=False))
-    return whole, next((i for i, (a, b) in pairs if a != b), min(len(asked), len(whole)))
+    return whole, common_prefix(asked, whole)
