@@ -21,6 +21,7 @@ from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
 from lora_exp.model.precision import autocast, is_quantised
+from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
 
@@ -194,8 +195,7 @@ def tokenizer_of(saved: Saved, base: Base) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(saved.folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SavedError(f"{saved.folder}: its tokenizer cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
     return tokenizer
 
 

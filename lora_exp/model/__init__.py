@@ -2,6 +2,7 @@
 
 loading         the base, quantised while it loads
 precision       what it computes in
+special_tokens  tokens that end and pad
 memory          peak and free
 requirement     what training takes, from above
 processor       what decides how products are computed

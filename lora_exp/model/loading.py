@@ -32,6 +32,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset, cache_dir
 from lora_exp.files.revision import is_commit
 from lora_exp.model.precision import dtype_of, lacks_bfloat16
+from lora_exp.model.special_tokens import ensure_pad_token
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -284,8 +285,7 @@ def _floats(model: Any) -> Any:
 
 def settle(model: Any, tokenizer: Any) -> None:
     """Freeze a model, give it a padding token, and keep its 4-bit weights as they are."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
