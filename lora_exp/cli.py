@@ -152,8 +152,8 @@ def merge(
     from lora_exp.after.merging import merge as make
 
     made = make(
-        adapters, out, base, dtype and dtype.value, into.value, method, shares, density,
-        max_shard_size, force,
+        adapters, out, base=base, dtype=dtype and dtype.value, into=into.value, method=method,
+        weights=shares, density=density, max_shard_size=max_shard_size, force=force,
     )  # fmt: skip
     print(made)
     told = ["lora-exp", "check", str(made)]
@@ -267,8 +267,9 @@ def generate(
     from lora_exp.after.completion import generate as answer
 
     made = answer(
-        path, prompts, out, base, quant and quant.value, max_new_tokens, temperature, top_p, seed,
-        batch_size, as_chat, force,
+        path, prompts, out, base=base, quant=quant and quant.value, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, as_chat=as_chat,
+        force=force,
     )  # fmt: skip
     print(made)
 

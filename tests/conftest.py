@@ -68,17 +68,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return go
 
 
+def tiny(quantization: Any = None, **more: Any) -> Any:
+    """Load the embedded model, held as the settings say."""
+    from lora_exp.model.loading import load
+
+    plainly = {
+        "revision": None, "gguf_file": None, "dtype": "float32", "attn_implementation": "sdpa",
+        "trust_remote_code": False, "random_weights": False, "path": "pkg://lora_exp/assets/tiny",
+    }  # fmt: skip
+    return load(quantization=quantization, **(plainly | more))
+
+
 @pytest.fixture(scope="session")
 def base() -> Any:
     """The embedded model; tests must not change it."""
-    from lora_exp.model.loading import load
-
-    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
+    return tiny()
 
 
 @pytest.fixture
 def fresh_base() -> Any:
     """The embedded model, to change as the test likes."""
-    from lora_exp.model.loading import load
-
-    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
+    return tiny()

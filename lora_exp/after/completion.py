@@ -38,6 +38,7 @@ def generate(
     path: str | Path,
     prompts: str | Path,
     out: str | Path,
+    *,
     base: str | None = None,
     quant: str | None = None,
     max_new_tokens: int = 256,

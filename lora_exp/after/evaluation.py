@@ -84,7 +84,10 @@ def evaluate(
     if out is not None:
         check_file(Path(out).expanduser(), force, str(data))
     saved = find(path)
-    rows = jsonl(str(data), None, 0.0, "auto", None, None, None, "raise")
+    rows = jsonl(
+        str(data), eval_path=None, eval_share=0.0, format="auto", max_rows=None,
+        max_eval_rows=None, chat_template=None, on_error="raise",
+    )  # fmt: skip
     check_apart(saved)
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:

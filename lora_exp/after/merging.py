@@ -45,6 +45,7 @@ SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's w
 def merge(
     adapters: Sequence[str | Path],
     out: str | Path,
+    *,
     base: str | None = None,
     dtype: str | None = None,
     into: Into = "original",

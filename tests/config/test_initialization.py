@@ -26,7 +26,8 @@ from lora_exp.config.initialization import (
 )
 from lora_exp.config.signature import signature
 from lora_exp.lockstep.plan import Job, solitary
-from lora_exp.model.loading import Base, bnb_4bit, load
+from lora_exp.model.loading import Base, bnb_4bit
+from tests.conftest import tiny
 
 NAMES = [
     "gaussian", "orthogonal", "mica", "eva", "pissa", "pissa_niter_4", "olora", "corda", "lora_ga",
@@ -91,10 +92,7 @@ def test_every_start_that_peft_names_is_known_here() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NEEDS_PREPARATION])
 def test_a_start_needs_floats_exactly_if_we_say_so(name: str) -> None:
-    quantised = load(
-        "pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False,
-        bnb_4bit("nf4", True, "auto"),
-    )  # fmt: skip
+    quantised = tiny(bnb_4bit("nf4", True, "auto"))
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=name)
     fails = False
     try:

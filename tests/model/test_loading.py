@@ -18,7 +18,8 @@ from lora_exp import compose
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import bnb_8bit, load, settle
+from lora_exp.model.loading import bnb_8bit, settle
+from tests.conftest import tiny
 
 
 def loaded(*overrides: str) -> Any:
@@ -76,7 +77,7 @@ def test_an_error_of_ours_keeps_its_own_key(monkeypatch: pytest.MonkeyPatch) -> 
     path = asset("pkg://lora_exp/assets/tiny")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^model.gguf_file: x.gguf of a hub model"):
-        load(str(path), None, "x.gguf", "auto", "sdpa", False, False, bnb_8bit(6.0))
+        tiny(bnb_8bit(6.0), path=str(path), gguf_file="x.gguf", dtype="auto")
 
 
 def test_weights_that_are_missing_are_never_drawn_anew(
@@ -117,10 +118,10 @@ def test_a_base_that_was_saved_quantised_is_refused_with_the_cure(
 def test_a_new_classification_head_is_no_reason_for_a_report(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tiny, theirs = "pkg://lora_exp/assets/tiny", logging.getLogger("transformers")
+    theirs = logging.getLogger("transformers")
     theirs.addHandler(caplog.handler)
     try:
-        made = load(tiny, None, None, "float32", "sdpa", False, False, None, "SEQ_CLS")
+        made = tiny(task_type="SEQ_CLS")
     finally:
         theirs.removeHandler(caplog.handler)
     assert made.model.score.out_features == 1
