@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lora_exp.data.formats import Row
-from lora_exp.data.tokens import Prompt, prompt_of, virtual_tokens
+from lora_exp.data.rendered import Prompt, prompt_of
+from lora_exp.data.tokens import virtual_tokens
 from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.console import tracked
 
