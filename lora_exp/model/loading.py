@@ -30,7 +30,7 @@ from transformers.utils import logging
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset, cache_dir
-from lora_exp.files.revision import is_commit
+from lora_exp.model.identity import identity_of
 from lora_exp.model.precision import dtype_of, lacks_bfloat16
 from lora_exp.model.special_tokens import ensure_pad_token
 
@@ -127,7 +127,7 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(path, error) from error
     settle(model, tokenizer)
-    found, warning = _revision(model, path, revision, gguf_file)
+    found, warning = identity_of(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
 
 
@@ -296,29 +296,3 @@ def settle(model: Any, tokenizer: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def _revision(
-    model: Any, path: str, revision: str | None, gguf_file: str | None
-) -> tuple[str | None, str | None]:
-    """Find what identifies the weights: the hub's commit, or a hash of the local files."""
-    if not asset(path).exists():
-        commit = getattr(model.config, "_commit_hash", None)
-        text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
-        return commit, None if is_commit(revision) else text
-    found = files_hash(asset(path), gguf_file)
-    text = f"model.path: {path} holds no weights that could be told apart by a hash"
-    return found, None if found else text
-
-
-def files_hash(folder: Path, gguf_file: str | None) -> str | None:
-    """Return the hash of a folder's weights, in the order of their names, or None: it has none."""
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    files = [folder / gguf_file] if gguf_file else sorted(weights)
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
