@@ -64,6 +64,10 @@ class Engine(StrEnum):
 
 
 Path_ = Annotated[str, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")]
+Paths = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -198,10 +202,7 @@ def check(
 
 @app.command(rich_help_panel=USE)
 def chat(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
-    ],
+    paths: Paths,
     base: Base = None,
     quant: QuantOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter first")] = False,
@@ -217,10 +218,7 @@ def chat(
 
 @app.command(rich_help_panel=USE)
 def serve(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
-    ],
+    paths: Paths,
     base: Base = None,
     quant: QuantOption = None,
     host: Annotated[

@@ -89,3 +89,19 @@ def base() -> Any:
 def fresh_base() -> Any:
     """The embedded model, to change as the test likes."""
     return tiny()
+
+
+@pytest.fixture
+def t5(tmp_path: Path, base: Any) -> Path:
+    """A tiny encoder-decoder model of random weights, with the embedded tokenizer."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    base.tokenizer.save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"

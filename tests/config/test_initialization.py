@@ -114,21 +114,18 @@ def test_what_a_run_can_start_and_rewrites_the_base_is_saved_as_plain_lora(name:
     assert not any(saved_as_plain_lora({"init_lora_weights": n}) for n in NEEDS_PREPARATION)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "why"),
-    [
-        (["peft=pissa"], "pissa"),
-        (["peft=olora"], "olora"),
-        (["+peft.init_lora_weights=pissa_niter_4"], "pissa"),
-        (["+peft.kasa_config={}"], "kasa"),
-        (["+peft.init_lora_weights=orthogonal"], None),
-        (["+peft.init_lora_weights=gaussian"], None),
-    ],
-)
+SOLITARY = {
+    "peft=pissa": "pissa", "peft=olora": "olora", "+peft.init_lora_weights=pissa_niter_4": "pissa",
+    "+peft.kasa_config={}": "kasa", "+peft.init_lora_weights=orthogonal": None,
+    "+peft.init_lora_weights=gaussian": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("override", "why"), SOLITARY.items())
 def test_a_job_has_its_base_to_itself_only_if_it_rewrites_it(
-    overrides: list[str], why: str | None
+    override: str, why: str | None
 ) -> None:
-    cfg = compose("tracking=none", *overrides)
+    cfg = compose("tracking=none", override)
     hydra = OmegaConf.create({"hydra": {"job": {"chdir": False, "env_set": {}}}})
     found = solitary(Job(0, hydra, cfg, Path("multirun/0")))
     assert found == (why and f"{why} starts from weights of its own")
