@@ -64,6 +64,10 @@ class Engine(StrEnum):
 
 
 Path_ = Annotated[str, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")]
+Paths = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -152,8 +156,8 @@ def merge(
     from lora_exp.after.merging import merge as make
 
     made = make(
-        adapters, out, base, dtype and dtype.value, into.value, method, shares, density,
-        max_shard_size, force,
+        adapters, out, base=base, dtype=dtype and dtype.value, into=into.value, method=method,
+        weights=shares, density=density, max_shard_size=max_shard_size, force=force,
     )  # fmt: skip
     print(made)
     told = ["lora-exp", "check", str(made)]
@@ -198,10 +202,7 @@ def check(
 
 @app.command(rich_help_panel=USE)
 def chat(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
-    ],
+    paths: Paths,
     base: Base = None,
     quant: QuantOption = None,
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter first")] = False,
@@ -217,10 +218,7 @@ def chat(
 
 @app.command(rich_help_panel=USE)
 def serve(
-    paths: Annotated[
-        list[str],
-        typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
-    ],
+    paths: Paths,
     base: Base = None,
     quant: QuantOption = None,
     host: Annotated[
@@ -267,8 +265,9 @@ def generate(
     from lora_exp.after.completion import generate as answer
 
     made = answer(
-        path, prompts, out, base, quant and quant.value, max_new_tokens, temperature, top_p, seed,
-        batch_size, as_chat, force,
+        path, prompts, out, base=base, quant=quant and quant.value, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, as_chat=as_chat,
+        force=force,
     )  # fmt: skip
     print(made)
 
@@ -360,8 +359,8 @@ def estimate(
 ) -> None:
     """Tell what a run would train and the memory it would take; only its config is downloaded.
 
-    Not counted: PPO's value, the reference that DPO of every weight keeps, keys and values of
-    sampled answers, and what the process itself takes.
+    Not counted: PPO's value, the reference that DPO of every weight keeps, and what the process
+    itself takes.
     """
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count

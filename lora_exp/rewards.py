@@ -27,6 +27,7 @@ from lora_exp.data.formats import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
 from lora_exp.files.paths import is_path
 from lora_exp.model.loading import Base, base_of
+from lora_exp.model.precision import autocast
 
 Function = Callable[..., list[float | None]]
 # what a trainer hands to reward functions beside the rows' columns
@@ -186,7 +187,6 @@ class AdapterReward:
             text = f"{path} was trained on {trained_on}, not on {cfg.model.path}"
             raise ConfigError([("algorithm.rewards", text)])
         self.model, self.adapter = model, name
-        self.autocast = torch.autocast(model.device.type, torch.bfloat16, cfg.quant is not None)
         try:
             if not is_adapted(model):  # its base trains: the reward needs one that stays
                 self.model = _frozen(cfg)
@@ -204,7 +204,7 @@ class AdapterReward:
         training = self.model.training
         self.model.eval()
         body = self.model.get_base_model().base_model
-        with using(self.model, self.adapter), self.autocast:
+        with using(self.model, self.adapter), autocast(self.model):
             for i in range(0, len(prompts), BATCH):
                 ids = [
                     self._ids(p, c)

@@ -69,17 +69,40 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return go
 
 
+def tiny(quantization: Any = None, **more: Any) -> Any:
+    """Load the embedded model, held as the settings say."""
+    from lora_exp.model.loading import load
+
+    plainly = {
+        "revision": None, "gguf_file": None, "dtype": "float32", "attn_implementation": "sdpa",
+        "trust_remote_code": False, "random_weights": False, "path": "pkg://lora_exp/assets/tiny",
+    }  # fmt: skip
+    return load(quantization=quantization, **(plainly | more))
+
+
 @pytest.fixture(scope="session")
 def base() -> Any:
     """The embedded model; tests must not change it."""
-    from lora_exp.model.loading import load
-
-    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
+    return tiny()
 
 
 @pytest.fixture
 def fresh_base() -> Any:
     """The embedded model, to change as the test likes."""
-    from lora_exp.model.loading import load
+    return tiny()
 
-    return load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, None)
+
+@pytest.fixture
+def t5(tmp_path: Path, base: Any) -> Path:
+    """A tiny encoder-decoder model of random weights, with the embedded tokenizer."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    base.tokenizer.save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"

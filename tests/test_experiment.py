@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import compose, run
 from lora_exp.config.door import CONF
-from lora_exp.config.validation import REFUSED
+from lora_exp.config.pairs import REFUSED
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
 

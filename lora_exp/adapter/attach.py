@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_exp.adapter.mounting import put, read_config
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build
+from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.start import adapter_config, check_base
 from lora_exp.errors import (
     ConfigError,
@@ -37,7 +38,6 @@ log = logging.getLogger("lora_exp")
 ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
 # separate query and value projections, and fused ones, as transformers' architectures name them
 QUERY_VALUE = re.compile(r"q|v|q_proj|v_proj|query|value|c_attn|query_key_value|qkv|qkv_proj|Wqkv")
-REWRITES_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     modules = Counter(name.rpartition(".")[2] for name in adapted)
     trainable, total = model.get_nb_trainable_parameters()
     start = None
-    begins = str(getattr(config, "init_lora_weights", ""))
-    if not cfg.adapter and begins.startswith(REWRITES_BASE):
+    if not cfg.adapter and saved_as_plain_lora(vars(config)):
         start = directory / "start"
         _save_start(model, config, start)
     callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()

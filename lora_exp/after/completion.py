@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 
 from lora_exp.after.loading import Loaded, load, load_base
 from lora_exp.after.output import check_file
@@ -21,6 +21,7 @@ from lora_exp.config.resume import changes
 from lora_exp.data.formats import Row
 from lora_exp.data.rows import files
 from lora_exp.errors import DataError, SavedError
+from lora_exp.files.lock import hold
 from lora_exp.files.whole import sha256, write_whole
 from lora_exp.model.loading import Base
 from lora_exp.record.console import tracked
@@ -37,6 +38,7 @@ def generate(
     path: str | Path,
     prompts: str | Path,
     out: str | Path,
+    *,
     base: str | None = None,
     quant: str | None = None,
     max_new_tokens: int = 256,
@@ -142,6 +144,10 @@ class Part:
         """
         self.path = target.with_name(f"{target.name}.part")
         self.answers: list[list[str]] = []
+        try:
+            self._lock = hold(self.path)
+        except Timeout as error:
+            raise SavedError(f"{self.path} is being written by another process") from error
         self._file = self.path.open("a+b")
         try:
             self._begin(json.loads(json.dumps(shape)), force)
@@ -150,10 +156,6 @@ class Part:
             raise
 
     def _begin(self, shape: dict[str, Any], force: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SavedError(f"{self.path} is being written by another process") from error
         self._file.seek(0)
         whole, _, _ = self._file.read().rpartition(b"\n")
         lines = whole.splitlines()
@@ -183,6 +185,7 @@ class Part:
     def close(self) -> None:
         """Let others have it."""
         self._file.close()
+        self._lock.release()
 
     def _write(self, what: Any) -> None:
         self._file.write(json.dumps(what).encode() + b"\n")

@@ -17,7 +17,8 @@ from lora_exp.data.formats import Row
 from lora_exp.data.template import render_chat
 from lora_exp.errors import ConfigError, DataError, LoraExpError, SavedError, did_you_mean
 from lora_exp.files.whole import write_whole
-from lora_exp.training.answers import ends, room
+from lora_exp.model.special_tokens import end_tokens
+from lora_exp.training.answers import room
 
 Write = Callable[[str], None]
 OFF = "off"  # the bare base, among adapters
@@ -223,7 +224,7 @@ class Conversation:
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=min(settings.max_new_tokens, room(loaded.model, len(ids))),
-                eos_token_id=ends(loaded.model, loaded.tokenizer),
+                eos_token_id=end_tokens(loaded.model, loaded.tokenizer),
                 pad_token_id=loaded.tokenizer.pad_token_id,
                 streamer=_Written(loaded.tokenizer, write),
                 **drawn,

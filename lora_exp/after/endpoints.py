@@ -30,7 +30,8 @@ from transformers.cli.serving.utils import GenerationState
 
 from lora_exp.after.loading import Loaded
 from lora_exp.data.template import in_time
-from lora_exp.training.answers import ends, room
+from lora_exp.model.special_tokens import end_tokens
+from lora_exp.training.answers import room
 
 # of transformers' own the others load models, throw them away, or read sound
 KEPT = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
@@ -55,7 +56,7 @@ class Models(ModelManager):  # type: ignore[misc]
         self.since = int(time.time())
         self.ending = False
         for loaded in served:
-            loaded.model.generation_config.eos_token_id = ends(loaded.model, loaded.tokenizer)
+            loaded.model.generation_config.eos_token_id = end_tokens(loaded.model, loaded.tokenizer)
             loaded.model.generate = self._generate(loaded)
             # on the event loop, which is the main thread: a template that loops would hold all
             loaded.tokenizer.apply_chat_template = in_time()(loaded.tokenizer.apply_chat_template)

@@ -19,23 +19,27 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lora_exp.adapter.attach import REWRITES_BASE, attach
+from lora_exp.adapter.attach import attach
 from lora_exp.config.door import CONF, plain
+from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import CLASSES, Base, device, dtype_of, unloadable
-from lora_exp.model.memory import layer_bytes
+from lora_exp.model.loading import CLASSES, Base, unloadable
+from lora_exp.model.precision import dtype_of
+from lora_exp.model.requirement import (
+    Step,
+    is_tiled,
+    known_moments,
+    scored_tokens,
+    state_bytes,
+    step_bytes,
+)
 from lora_exp.record.progress import quiet
 
 BESIDE = ("none", "nf4", "int8")
 BLOCK, OUTER_BLOCK = 64, 256  # weights to a 4-bit scale, and scales to a scale of theirs
-# moments of 4 bytes that an optimiser keeps of a weight, by how its name begins
-MOMENTS = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0}
-TILE = (4096, 32768)  # tokens and words whose logits trl's losses hold at a time
-COPIES = {"cuda": 2, "cpu": 13}  # of a tile on the way back; on a CPU as seen with trl 1.16
-SMALL = 4096  # bitsandbytes keeps the moments of smaller tensors in 32 bits
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in skeleton(cfg, config).parameters()),
         "tokens": tokens(cfg, config),
         "optimizer": cfg.train.optim,
-        "optimizer_known": _moments(cfg.train.optim) is not None,
+        "optimizer_known": known_moments(cfg.train.optim) is not None,
         "rows": rows,
     }
 
@@ -165,8 +169,8 @@ def need(cfg: DictConfig, config: Any) -> Need:
         saved=own if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
         weights=held if cfg.peft is None else held + own,
         gradients=own,
-        optimizer=sum(_state_bytes(count, cfg.train.optim, size) for count in counts),
-        activations=_activations(cfg, config.get_text_config()),
+        optimizer=sum(state_bytes(count, cfg.train.optim, size) for count in counts),
+        activations=step_bytes(config, _step(cfg, config)),
     )
 
 
@@ -184,8 +188,7 @@ def _adapter_bytes(model: Any, cfg: DictConfig) -> int:
     embeds = any("embed" in name for name in cfg.peft.get("target_modules") or ())
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=embeds)
     count = int(sum(value.numel() for value in tensors.values()))
-    twice = str(cfg.peft.get("init_lora_weights", "")).startswith(REWRITES_BASE)
-    return 4 * count * (2 if twice else 1)  # those two are saved as LoRA of twice the rank
+    return 4 * count * (2 if saved_as_plain_lora(cfg.peft) else 1)  # of twice the rank
 
 
 def base_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:
@@ -219,21 +222,6 @@ def _packed(weight_OI: Any, quant: Mapping[str, Any]) -> int:
     return count // 2 + 4 * scales
 
 
-def _moments(optim: str) -> int | None:
-    """Return how many numbers an optimiser keeps of each weight, None where that is not known."""
-    name = optim.removeprefix("paged_").removeprefix("galore_")
-    return next((count for start, count in MOMENTS.items() if name.startswith(start)), None)
-
-
-def _state_bytes(count: int, optim: str, size: int) -> int:
-    """Return what an optimiser keeps of a tensor; of an unknown one, what AdamW would."""
-    known = _moments(optim)
-    moments = 2 if known is None else known
-    if "8bit" in optim and count >= SMALL:
-        return count * moments
-    return count * moments * size
-
-
 def tokens(cfg: DictConfig, config: Any) -> int:
     """Return how many tokens a step has at most, all its rows together."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
@@ -242,16 +230,23 @@ def tokens(cfg: DictConfig, config: Any) -> int:
     return int(longest * answers * cfg.train.per_device_train_batch_size)
 
 
-def _activations(cfg: DictConfig, config: Any) -> int:
-    """Return what a step keeps for going back: of every layer, and of the logits."""
-    count, words = tokens(cfg, config), int(config.vocab_size)
-    kept = layer_bytes(config, count, cfg.train.gradient_checkpointing)
-    if cfg.algorithm.task_type == "SEQ_CLS":
-        return kept
-    if not cfg.algorithm.trainer._target_.startswith("trl."):
-        return kept + 8 * count * words
-    tile = 4 * min(count, TILE[0]) * min(words, TILE[1])
-    return int(kept + tile * COPIES[device().partition(":")[0]])
+def _step(cfg: DictConfig, config: Any) -> Step:
+    args, train = cfg.algorithm.args, cfg.train
+    rows, count = train.per_device_train_batch_size, tokens(cfg, config)
+    smoothing = train.get("label_smoothing_factor") or args.get("label_smoothing_factor")
+    tiled = is_tiled(cfg.algorithm.trainer._target_, smoothing)
+    answer = args.get("max_completion_length")
+    evaluated = max(rows, train.per_device_eval_batch_size)
+    parts = args.get("steps_per_generation") or train.gradient_accumulation_steps
+    asked = args.get("generation_batch_size") or rows * parts * (args.get("num_minibatches") or 1)
+    classifies = cfg.algorithm.task_type == "SEQ_CLS"
+    return Step(
+        tokens=count,
+        scored=0 if classifies else scored_tokens(count, tiled, answer, evaluated),
+        tiled=tiled,
+        sampled=asked * count // rows if answer is not None else 0,
+        checkpointing=train.gradient_checkpointing,
+    )
 
 
 def _measured(cfg: DictConfig) -> dict[str, Any]:

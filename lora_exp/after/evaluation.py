@@ -24,8 +24,9 @@ from lora_exp.after.loading import Loaded, check_apart, load, load_base
 from lora_exp.after.output import check_file
 from lora_exp.after.saved import find
 from lora_exp.data.formats import Row
+from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
-from lora_exp.data.tokens import IGNORED, prompt_of, tokenise
+from lora_exp.data.tokens import IGNORED, tokenise
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.files.whole import write_whole
 from lora_exp.record.console import tracked
@@ -84,7 +85,10 @@ def evaluate(
     if out is not None:
         check_file(Path(out).expanduser(), force, str(data))
     saved = find(path)
-    rows = jsonl(str(data), None, 0.0, "auto", None, None, None, "raise")
+    rows = jsonl(
+        str(data), eval_path=None, eval_share=0.0, format="auto", max_rows=None,
+        max_eval_rows=None, chat_template=None, on_error="raise",
+    )  # fmt: skip
     check_apart(saved)
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:

@@ -14,12 +14,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter.attach import REWRITES_BASE
 from lora_exp.adapter.mounting import put, read_config
 from lora_exp.after.saved import Saved, base_config, claim, find
+from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
+from lora_exp.model.precision import autocast, is_quantised
+from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
 
@@ -35,12 +37,7 @@ class Loaded:
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Compute without gradients, in the precision that runs on such a base train in."""
-        quantised = getattr(self.model, "quantization_method", None) is not None
-        mixed = quantised or self.model.dtype == torch.bfloat16  # as train.bf16=null
-        with (
-            torch.no_grad(),
-            torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed),
-        ):
+        with torch.no_grad(), autocast(self.model):
             yield
 
 
@@ -99,7 +96,7 @@ def load_base(
 
 def in_floats(base: Base) -> Base:
     """Return a base as what was trained on it saw it: a quantised one's weights as float32."""
-    if getattr(base.model, "quantization_method", None) is None:
+    if not is_quantised(base.model):
         return base
     return replace(base, model=dequantise(base.model, torch.float32))
 
@@ -181,9 +178,9 @@ def check_apart(saved: Saved) -> None:
         AdapterError: it carries the base's biases, or starts by rewriting the base's weights.
     """
     config = saved.adapter or {}
-    start = str(config.get("init_lora_weights", ""))
-    if config.get("bias", "none") != "none" or start.startswith(REWRITES_BASE):
-        why = f"bias={config['bias']}" if config.get("bias", "none") != "none" else start
+    rewriting, bias = rewrites_base(config), config.get("bias", "none")
+    if bias != "none" or rewriting:
+        why = f"bias={bias}" if bias != "none" else rewriting
         text = (
             f"{saved.folder} changes the base itself ({why}); merge it first, then take the model"
         )
@@ -198,8 +195,7 @@ def tokenizer_of(saved: Saved, base: Base) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(saved.folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SavedError(f"{saved.folder}: its tokenizer cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
     return tokenizer
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from transformers import set_seed
 
-from lora_exp.adapter.attach import REWRITES_BASE
 from lora_exp.adapter.mounting import add
 from lora_exp.after.loading import (
     check_base,
@@ -25,6 +24,7 @@ from lora_exp.after.loading import (
 )
 from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
+from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.whole import sha256, whole
 from lora_exp.record.card import merged_card
@@ -45,6 +45,7 @@ SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's w
 def merge(
     adapters: Sequence[str | Path],
     out: str | Path,
+    *,
     base: str | None = None,
     dtype: str | None = None,
     into: Into = "original",
@@ -150,9 +151,10 @@ def _check_plain(saved: Saved) -> None:
     """Refuse what peft would lose of an adapter, without a word, when it combines several."""
     config = saved.adapter or {}
     lost = [key for key in ONLY_ALONE if config.get(key) not in (None, False, "none", [], {})]
-    start = str(config.get("init_lora_weights", ""))
-    if config["peft_type"] != "LORA" or lost or start.startswith(REWRITES_BASE):
-        what = ", ".join(lost) or (start if config["peft_type"] == "LORA" else config["peft_type"])
+    rewriting = rewrites_base(config)
+    if config["peft_type"] != "LORA" or lost or rewriting:
+        other = rewriting if config["peft_type"] == "LORA" else config["peft_type"]
+        what = ", ".join(lost) or other
         raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {what}")
 
 

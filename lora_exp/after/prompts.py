@@ -10,8 +10,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from lora_exp.data.formats import ROLES, Row
+from lora_exp.data.rendered import Prompt, prompt_of
 from lora_exp.data.rows import convert, files, lines
-from lora_exp.data.tokens import Prompt, prompt_of
 from lora_exp.errors import DataError
 
 

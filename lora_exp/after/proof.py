@@ -20,6 +20,7 @@ from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.model.loading import Base, exact_products
 from lora_exp.model.memory import give_back
+from lora_exp.model.precision import is_quantised
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room
@@ -115,7 +116,7 @@ def prove(
     made = _made(whole_model, several)
     dtype = _stored(whole_model)
     reference, told = _reference(made, several, base, quant)
-    exact = dtype == "float32" and getattr(reference.model, "quantization_method", None) is None
+    exact = dtype == "float32" and not is_quantised(reference.model)
     precision = torch.float64 if exact else torch.float32
     loaded = load(saved, reference)
     if len(several) > 1:

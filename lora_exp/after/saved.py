@@ -18,8 +18,8 @@ from lora_exp.config.composition import compose
 from lora_exp.config.door import CONF, renamed
 from lora_exp.config.start import adapter_config
 from lora_exp.config.validation import TASKS
-from lora_exp.errors import AdapterError, ConfigError, SavedError, did_you_mean
-from lora_exp.files.paths import asset
+from lora_exp.errors import AdapterError, ConfigError, SavedError
+from lora_exp.files.paths import asset, near_names
 from lora_exp.files.revision import comparable, is_commit, named
 
 CHECKPOINT = "checkpoint-"
@@ -109,7 +109,7 @@ def find(path: str | Path) -> Saved:
             raise SavedError(f"{path} has a config.json but no weights (*.safetensors)")
         return Saved(folder, None, _run_of(folder))
     if not folder.exists():
-        near = did_you_mean(folder.name, (p.name for p in folder.parent.glob("*")))
+        near = near_names(folder)
         raise SavedError(f"{path} does not exist{near}")
     if jobs(folder):
         raise SavedError(f"{path} is a sweep of {len(jobs(folder))} runs; name one of them")

@@ -11,12 +11,12 @@ import peft
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lora_exp.adapter.attach import REWRITES_BASE
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.inspection import modules
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.output import check_free
 from lora_exp.after.saved import Saved, find
+from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.whole import whole
 from lora_exp.record.card import model_card
@@ -84,8 +84,8 @@ def save(
 def _check_converted(saved: Saved) -> None:
     """Refuse a checkpoint whose adapter is not yet the difference to the original base."""
     assert saved.adapter is not None
-    start = str(saved.adapter.get("init_lora_weights", ""))
-    if saved.settings and start.startswith(REWRITES_BASE):
+    if saved.settings and saved_as_plain_lora(saved.adapter):
+        start = saved.adapter["init_lora_weights"]
         text = f"is {start} before its end, which fits only the base that it rewrote"
         raise AdapterError(f"{saved.folder} {text}; resume={saved.run} ends it and converts it")
 

@@ -23,7 +23,8 @@ from lora_exp.after.loading import (
 from lora_exp.after.saved import Saved, base_config, find_all
 from lora_exp.errors import AdapterError, SavedError, ServeError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import dtype_of, files_hash
+from lora_exp.model.identity import files_hash
+from lora_exp.model.precision import dtype_of
 from lora_exp.record.progress import quiet
 
 Engine = Literal["transformers", "vllm"]

@@ -12,8 +12,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.saved import find
 from lora_exp.errors import SavedError
+from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.progress import quiet
-from lora_exp.training.answers import ends
 
 
 class _Ends(LogitsProcessor):  # type: ignore[misc]
@@ -68,7 +68,7 @@ def _generates(model: Any, tokenizer: Any) -> dict[str, str | None]:
         found = {"generates": None if made.shape[1] > prompt.shape[1] else "no token came"}
         if end is None:
             return found | {"ends at EOS": "the tokenizer has no end token"}
-        forced = LogitsProcessorList([_Ends(end, ends(model, tokenizer), prompt.shape[1])])
+        forced = LogitsProcessorList([_Ends(end, end_tokens(model, tokenizer), prompt.shape[1])])
         ended = model.generate(input_ids=prompt, logits_processor=forced, **told)
     length = ended.shape[1] - prompt.shape[1]
     wrong = (

@@ -60,49 +60,21 @@ class PPOTrainer(RolloutTrainer):
 
     loss_is_scaled_for_ga = False
 
-    def __init__(
-        self,
-        model: Any,
-        args: PPOConfig,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: Any,
-        reward_funcs: list[Any],
-        callbacks: list[Any] | None = None,
-    ) -> None:
-        """Put value and reference beside the policy.
-
-        Args:
-            model: the policy: a PeftModel, or a whole model whose weights train.
-            args: PPO's.
-            train_dataset: rows with a `prompt`; the other columns are for the rewards.
-            eval_dataset: held-out rows, or None.
-            processing_class: the tokenizer.
-            reward_funcs: as TRL's; called with prompts, completions, completion_ids and columns.
-            callbacks: transformers' own.
-
-        Raises:
-            ValueError: no rollout can be filled, or weights and rewards do not pair.
-            AdapterError: the method allows one adapter only.
-        """
-        if args.load_best_model_at_end:
+    def _begin(self, model: Any) -> None:
+        """Put the value beside the policy and its reference."""
+        if self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end brings the policy back and not its value")
-        super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, reward_funcs, callbacks
-        )
         if is_adapted(model):
             add_copy(model, "value", trainable=True)
         body = None if is_adapted(model) else copy.deepcopy(model.base_model)
         width = model.config.get_text_config().hidden_size
         model.ppo_value = Value(body, width, model.device)
-        self.beta, self.micro_step = args.beta, 0
+        self.beta, self.micro_step = self.args.beta, 0
         self.buffer: Batch = {}  # the rollout that is learnt from
-        self.rollout_size = args.per_device_train_batch_size * self.parts
-        if len(train_dataset) < self.rollout_size:
-            text = (
-                f"a rollout takes {self.rollout_size} prompts, but there are {len(train_dataset)}"
-            )
-            raise ValueError(text)
+        self.rollout_size = self.args.per_device_train_batch_size * self.parts
+        count = len(self.train_dataset)
+        if count < self.rollout_size:
+            raise ValueError(f"a rollout takes {self.rollout_size} prompts, but there are {count}")
 
     @property
     def parts(self) -> int:

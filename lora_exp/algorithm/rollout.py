@@ -22,6 +22,7 @@ from trl.trainer.utils import disable_dropout_in_model, selective_log_softmax
 from lora_exp.adapter.several import add_copy, changes_nothing, is_adapted, using
 from lora_exp.algorithm.ppo_losses import divergence
 from lora_exp.data.examples import prompt_ids
+from lora_exp.model.special_tokens import end_tokens
 
 Batch = dict[str, Tensor]
 
@@ -71,7 +72,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             callbacks: transformers' own.
 
         Raises:
-            ValueError: weights and rewards do not pair.
+            ValueError: weights and rewards do not pair, or the algorithm cannot begin so.
             AdapterError: the method allows one adapter only.
         """
         set_seed(args.seed)
@@ -96,6 +97,10 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             model=model, args=args, data_collator=list, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        self._begin(model)
+
+    def _begin(self, model: Any) -> None:
+        """Add what else the algorithm trains or keeps; called once the trainer is built."""
 
     @torch.no_grad()
     def _rollout(self, rows: list[dict[str, Any]], mode: str) -> Batch:
@@ -113,7 +118,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         with self.accelerator.autocast(), self._sampling(model):
             ids = model.generate(**inputs)
         new = ids[:, inputs["input_ids"].shape[1] :]
-        ended = torch.isin(new, torch.tensor(self._ends(model), device=new.device))
+        ended = torch.isin(new, torch.tensor(end_tokens(model, tokenizer), device=new.device))
         mask = (ended.cumsum(1) - ended.long() == 0).long()  # up to the first end, and with it
         batch = {
             "ids": ids, "attention": torch.cat([inputs["attention_mask"], mask], 1), "mask": mask,
@@ -143,18 +148,14 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         plainly = GenerationConfig(
             max_new_tokens=self.args.max_completion_length, do_sample=True,
             temperature=self.args.temperature, top_p=self.args.top_p, top_k=0,
-            eos_token_id=self._ends(whole), pad_token_id=self.processing_class.pad_token_id,
+            eos_token_id=end_tokens(whole, self.processing_class),
+            pad_token_id=self.processing_class.pad_token_id,
         )  # fmt: skip
         try:
             model.generation_config = whole.generation_config = plainly
             yield
         finally:
             model.generation_config = whole.generation_config = own
-
-    def _ends(self, model: Any) -> list[int]:
-        known = model.generation_config.eos_token_id
-        known = known if isinstance(known, list) else [known]
-        return sorted({self.processing_class.eos_token_id, *known} - {None})
 
     def _scores(self, rows: list[dict[str, Any]], new: Tensor, mask: Tensor, mode: str) -> Tensor:
         """Return the weighted sum of all rewards, [B]; one that has nothing to say adds nothing."""

@@ -1,14 +1,17 @@
 """A config: composed, settled, judged; it never imports torch.
 
-signature    what a target takes, from source
-door         the one door to `_target_`
-start        the adapter a run starts from
-resume       what may change on resume
-settled      plain values, a name, a fingerprint
-ranges       numbers that train nothing
-mistakes     wrong overrides in our words
-validation   every fault of a config
-composition  groups and overrides to a config
+signature       what a target takes, from source
+door            the one door to `_target_`
+initialization  how LoRA's weights begin
+overrides       an override's key and value
+start           the adapter a run starts from
+resume          what may change on resume
+settled         plain values, a name, a fingerprint
+ranges          numbers that train nothing
+pairs           what does not work together
+mistakes        wrong overrides in our words
+validation      every fault of a config
+composition     groups and overrides to a config
 """
 
 from lora_exp.files.paths import asset as asset  # model cards say so

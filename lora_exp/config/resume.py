@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.overrides import parted
 from lora_exp.errors import ConfigError
 
 ITSELF = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
@@ -41,7 +42,7 @@ def continued(
     faults = []
     best = bool(saved["train"].get("load_best_model_at_end"))
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0].replace("/", ".")
+        key = parted(override)[0].replace("/", ".")
         if ITSELF.match(key):
             continue
         if "@" in key:

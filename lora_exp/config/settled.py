@@ -15,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config.door import first_named, plain, renamed
+from lora_exp.config.overrides import parted
 from lora_exp.config.resume import continued
 from lora_exp.config.start import started
-from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.errors import ConfigError
+from lora_exp.files.paths import near_names
 from lora_exp.files.redaction import redact_text
 
 GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
@@ -45,7 +47,7 @@ def run_dir(resume: str | None) -> str:
         ConfigError: there is no run to continue.
     """
     if resume and not (Path(resume) / "config.yaml").is_file():
-        near = did_you_mean(Path(resume).name, (p.name for p in Path(resume).parent.glob("*")))
+        near = near_names(Path(resume))
         raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
 
@@ -125,7 +127,7 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
     method = {"lora": "", "none": "full"}.get(chosen["peft"], chosen["peft"])
     parts = [method, rank, chosen["quant"], targets]
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
+        key, value = parted(override)
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
             continue
         if redact_text(override) != override:

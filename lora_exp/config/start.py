@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.config.overrides import parted
+from lora_exp.errors import ConfigError
+from lora_exp.files.paths import near_names
 from lora_exp.files.revision import comparable, named
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -27,7 +29,7 @@ def adapter_config(path: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     file = folder / "adapter_config.json"
     if not file.is_file():
-        near = did_you_mean(folder.name, (p.name for p in folder.parent.glob("*")))
+        near = near_names(folder)
         if (folder / "adapter" / "adapter_config.json").is_file():
             near = f"; that is a run, its adapter is {folder / 'adapter'}"
         raise ConfigError([("adapter", f"no adapter in {path}: no adapter_config.json{near}")])
@@ -76,13 +78,13 @@ def started(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     faults = list(_unlike(path, found, values))
     if faults:
         raise ConfigError(faults)
-    said = {o.lstrip("+~").partition("=")[0] for o in overrides}
+    overridden = {parted(override)[0] for override in overrides}
     own = {key: found[key] for key in peft if key in found and key not in RUNTIME}
     own |= {key: found[key] for key in ("target_modules",) if key in peft}
     if "init_lora_weights" in peft:
         own["init_lora_weights"] = True  # it begins as saved, which is plain LoRA also for PiSSA
     for key in peft:
-        if f"peft.{key}" in said and key in own and peft[key] != own[key]:
+        if f"peft.{key}" in overridden and key in own and peft[key] != own[key]:
             text = f"{peft[key]!r}, but the adapter that the run starts from has {own[key]!r}"
             faults.append((f"peft.{key}", f"{text}; leave it out"))
     if faults:

@@ -1,6 +1,6 @@
 """Every fault of a config at once, in about a second and without importing torch.
 
-Knows arguments, ranges and pairs that do not work; what only the loaded base can tell (module
+Knows arguments and files, and asks `ranges` and `pairs`; what only the loaded base can tell (module
 names) is checked when the adapter is attached.
 """
 
@@ -15,26 +15,18 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
+from lora_exp.config.pairs import pairs
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import compared, fits, members, signature
 from lora_exp.config.start import adapter_config
 from lora_exp.data.formats import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
-from lora_exp.files.paths import asset, is_path
+from lora_exp.files.paths import asset, is_path, near_names
 from lora_exp.files.redaction import redact
 from lora_exp.files.revision import is_commit
 
-FLOAT_BASE = "takes its start from the base's float weights and rewrites them; quant=none"
-# kind of adapter -> quantisation -> why the pair is refused; seen by running them
-REFUSED: dict[str, dict[str, str]] = {
-    "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
-    "pissa": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
-    "olora": dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE),
-}
-UNSUPPORTED = ("corda", "eva", "loftq", "lora_ga")  # they need data or a second base to start from
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM")
-PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 SECTIONS = (
     "model", "algorithm", "algorithm.args", "algorithm.trainer", "data", "train", "samples",
     "lockstep",
@@ -101,7 +93,7 @@ def validate(cfg: DictConfig) -> DictConfig:
     faults = list(_shape(cfg))
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*ranges(cfg), *_algorithm(cfg), *_pairs(cfg), *_files(cfg)]
+        faults += [*ranges(cfg), *_algorithm(cfg), *pairs(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -231,54 +223,6 @@ def _rewards(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.args.reward_weights", text
 
 
-def _pairs(cfg: DictConfig) -> Iterator[Fault]:
-    """Refuse what is known not to work together, by the values and not by the options' names."""
-    quant = _quantisation(cfg)
-    if cfg.quant is not None and cfg.peft is None:
-        yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
-    if cfg.quant is not None and cfg.model.random_weights:
-        yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
-    if cfg.peft is None:
-        return
-    start = str(cfg.peft.get("init_lora_weights", ""))
-    kind = "dora" if cfg.peft.get("use_dora") else start.partition("_niter")[0]
-    if quant in REFUSED.get(kind, {}):
-        yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
-    if kind in UNSUPPORTED:
-        yield "peft.init_lora_weights", f"{kind} needs a preparation that a run does not make"
-    patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
-    if kind in ("pissa", "olora") and cfg.peft.get("use_rslora") and patterns:
-        yield "peft.use_rslora", f"{kind} with rank or alpha patterns cannot be saved as plain LoRA"
-    prompts = cfg.peft._target_ in PROMPTS
-    if _several(cfg):
-        if kind in ("pissa", "olora"):
-            text = f"{kind} rewrites the base, which reference, value or reward need as it was"
-            yield "peft", f"{text}; peft=lora"
-        if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
-            text = f"{cfg.choices.peft} allows one adapter on a base; reference, value or reward"
-            text += " would be another"
-            yield "peft", f"{text}; peft=lora"
-    if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
-        yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
-    if prompts and cfg.algorithm.args.get("packing"):
-        text = "behind trained virtual tokens packed rows would see each other; give false"
-        yield "algorithm.args.packing", text
-
-
-def _several(cfg: DictConfig) -> bool:
-    """Say whether a run puts more than its own adapter on the base, or needs it bare."""
-    args, named = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
-    reward = any(isinstance(name, str) and is_path(name) for name in named)
-    ppo = cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer"
-    return bool("beta" in args and args.beta) or ppo or reward
-
-
-def _quantisation(cfg: DictConfig) -> str:
-    if cfg.quant is None:
-        return "none"
-    return str(cfg.quant.get("quant_type", "int8"))
-
-
 def _files(cfg: DictConfig) -> Iterator[Fault]:
     """Check what lies on this machine; what lies on a hub is checked when it is loaded."""
     yield from _model_files(cfg)
@@ -296,7 +240,7 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
             yield f"data.{key}", error.faults[0][1]
             continue
         if not glob.glob(str(path), recursive=True):  # noqa: PTH207
-            near = did_you_mean(path.name, (p.name for p in path.parent.glob("*")))
+            near = near_names(path)
             yield f"data.{key}", f"no file matches {name}{near}"
 
 
@@ -320,7 +264,7 @@ def _model_files(cfg: DictConfig) -> Iterator[Fault]:
     if path.startswith(("/", ".", "~", "pkg://")) and not folder.exists():
         yield "model.path", f"no such folder: {path}"
     if isinstance(gguf_file, str) and folder.is_dir() and not (folder / gguf_file).is_file():
-        near = did_you_mean(gguf_file, (p.name for p in folder.glob("*.gguf")))
+        near = near_names(folder / gguf_file, "*.gguf")
         yield "model.gguf_file", f"no such file in {path}{near}"
     args = cfg.algorithm.args
     length = args.get("max_length")

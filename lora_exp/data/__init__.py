@@ -4,6 +4,7 @@ formats   what rows look like, and become
 tasks     the generated tasks and their answers
 rows      read, checked, split
 template  chat templates: turns to text
+rendered  a row as text, its answers
 tokens    rows to tokens and labels, cached
 examples  what each trainer takes, counted
 """

@@ -14,7 +14,7 @@ Knows nothing of files or tokens; needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_exp.errors import DataError
@@ -134,17 +134,21 @@ def _from_preference(row: Row) -> Row:
     return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
 def _shared_text(a: str, b: str) -> int:
     """Return how many characters two texts share at their start, up to a white space."""
-    pairs = enumerate(zip(a, b, strict=False))
-    end = next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    end = common_prefix(a, b)
     return max((i + 1 for i in range(end) if a[i].isspace()), default=0)
 
 
 def _shared_turns(a: list[Row], b: list[Row]) -> int:
     """Return how many turns two chats share at their start; the last is always an answer."""
-    pairs = enumerate(zip(a[:-1], b[:-1], strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)) - 1)
+    return common_prefix(a[:-1], b[:-1])
 
 
 def _from_unpaired_preference(row: Row) -> Row:

@@ -52,6 +52,7 @@ class Rows:
 
 def jsonl(
     path: str,
+    *,
     eval_path: str | None,
     eval_share: float,
     format: Format,
@@ -77,6 +78,7 @@ def jsonl(
 
 def hub(
     path: str,
+    *,
     subset: str | None,
     revision: str | None,
     split: str,

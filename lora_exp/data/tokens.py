@@ -1,7 +1,8 @@
 """Rows to tokens and labels, cached by content: what counts towards the loss is decided here.
 
 The rule: the assistant's turns (or the completion) count, with the token that ends them; everything
-counts where the algorithm says so (`completion_only_loss: false`) and in plain text.
+counts where the algorithm says so (`completion_only_loss: false`) and in plain text. Where answers
+stand in the text is found by `rendered`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
-from jinja2.exceptions import TemplateError
 from rich.progress import track
 
 from lora_exp.data.formats import Row
-from lora_exp.data.template import render_chat
+from lora_exp.data.rendered import prompt_of, rendered
 from lora_exp.errors import DataError
 from lora_exp.files.paths import cache_dir
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-VERSION = 3  # of this module's rule; part of the cache's key
+VERSION = 3  # of the rule, here and in `rendered`; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
 Encode = Callable[[list[Row], Any], Iterator[tuple[list[int], list[int]]]]
 
@@ -177,7 +177,7 @@ def encode(
     Boundaries are found in characters, then carried to tokens by their offsets, so that a template
     needs no markers; a token that straddles a boundary counts.
     """
-    texts, spans = zip(*(_rendered(row, tokenizer) for row in rows), strict=True)
+    texts, spans = zip(*(rendered(row, tokenizer) for row in rows), strict=True)
     chats = ["messages" in row for row in rows]
     for chat in sorted(set(chats)):
         chosen = [i for i, c in enumerate(chats) if c == chat]
@@ -201,116 +201,6 @@ def _labels(
         return list(ids)
     counted = [any(s < stop and e > start for start, stop in spans) for s, e in offsets]
     return [token if c else IGNORED for token, c in zip(ids, counted, strict=True)]
-
-
-def _rendered(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    try:
-        return _render(row, tokenizer)
-    except TemplateError as error:
-        said = json.dumps(row, default=str)[:80]
-        raise DataError(f"the chat template refuses a row: {error}; the row: {said}") from error
-
-
-def _render(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Write a row as text, with the character spans that a completion-only loss counts."""
-    end = tokenizer.eos_token or ""
-    if "text" in row:
-        text = row["text"] if row["text"].endswith(end) else row["text"] + end
-        return text, [(0, len(text))]
-    if "prompt" in row:
-        text = row["prompt"] + row["completion"]
-        text = text if text.endswith(end) else text + end
-        return text, [(len(row["prompt"]), len(text))]
-    return _answers(row, tokenizer)
-
-
-def _answers(row: Row, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Render a chat and find its assistant turns, each from its opening to its end token.
-
-    A turn's end is where the chat so far and the whole chat part. Templates that rewrite earlier
-    turns (reasoning models drop their thoughts) part before the answer: then its text is looked up.
-
-    Raises:
-        DataError: an assistant turn cannot be found in the rendered chat.
-    """
-    turns, tools = row["messages"], row.get("tools")
-    whole = render_chat(turns, tokenizer, tools)
-    spans, seen = [], 0
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        asked = render_chat(turns[:i], tokenizer, tools, answer=True) if i else ""
-        answered = render_chat(turns[: i + 1], tokenizer, tools)
-        start = max(seen, _shared(asked, whole))
-        stop = _shared(answered, whole)
-        text = turn["content"].rpartition("</think>")[2].strip()
-        found = whole.find(text, start) if text else start
-        if found < 0 and stop <= start:
-            raise DataError(f"the chat template does not show assistant turn {i}: {text[:60]!r}")
-        end = found + len(text) if found >= 0 else stop
-        if not asked:
-            start = end - len(text)  # what stands before the first turn is the template's
-        if stop < end or answered[stop:].strip():
-            stop = _end_of_turn(whole, end, tokenizer)
-        spans.append((start, stop))
-        seen = stop
-    return whole, spans
-
-
-def _end_of_turn(whole: str, end: int, tokenizer: Any) -> int:
-    """Return where the special token that directly follows an answer ends, or the answer itself."""
-    rest = whole[end:]
-    space = len(rest) - len(rest.lstrip())
-    for token in tokenizer.all_special_tokens:
-        if token and rest.lstrip().startswith(token):
-            return end + space + len(token)
-    return end
-
-
-def _shared(a: str, b: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    if b.startswith(a):
-        return len(a)
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a row asks, as text, and the known answer as greedy decoding would write it."""
-
-    text: str
-    answer: str | None
-    chat: bool  # the chat template wrote the special tokens, the tokenizer must not
-
-
-def prompt_of(row: Row, tokenizer: Any) -> Prompt | None:
-    """Split a row into prompt and known answer; None where nothing is asked, or answered badly.
-
-    The answer of a chat is what the template makes of it, so that it compares with what a model
-    trained on that template says.
-    """
-    if "messages" in row:
-        if row["messages"][-1]["role"] != "assistant" or not row["messages"][1:]:
-            return None
-        whole, spans = _answers(row, tokenizer)
-        start, stop = spans[-1]
-        return Prompt(whole[:start], _decoded(whole[start:stop], tokenizer), chat=True)
-    if "prompt" not in row or row.get("label") is False:
-        return None
-    known = row.get("chosen", row.get("completion", row.get("answer")))
-    known = known[-1]["content"] if isinstance(known, list) else known
-    if isinstance(row["prompt"], str):
-        return Prompt(row["prompt"], known, chat=False)
-    text = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
-    return Prompt(text, _decoded(known, tokenizer) if known is not None else None, chat=True)
-
-
-def _decoded(text: str, tokenizer: Any) -> str:
-    """Return a text as a model's answer would come back: without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return decoded
 
 
 def virtual_tokens(model: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, did_you_mean
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -34,6 +34,11 @@ def asset(path: str) -> Path:
 def is_path(name: str) -> bool:
     """Return whether a string is a path and not a dotted name."""
     return "/" in name or name.startswith(("~", "."))
+
+
+def near_names(path: Path, pattern: str = "*") -> str:
+    """Return ` (did you mean a, b?)` with names of what lies beside a path that does not exist."""
+    return did_you_mean(path.name, (beside.name for beside in path.parent.glob(pattern)))
 
 
 def cache_dir() -> Path:

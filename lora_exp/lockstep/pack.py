@@ -24,7 +24,8 @@ from lora_exp.lockstep.passes import Passes
 from lora_exp.lockstep.segment import Mode
 from lora_exp.lockstep.state import Precision
 from lora_exp.model.loading import Base, base_of, device, sharing_copy
-from lora_exp.model.memory import free_bytes, reset_peak, training_bytes
+from lora_exp.model.memory import free_bytes, reset_peak
+from lora_exp.model.requirement import training_bytes
 
 # tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
 ROOM = {"cpu": 2048, "cuda": 16384}

@@ -15,12 +15,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lora_exp.config.door import plain
+from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
 from lora_exp.record.run import FAILED, doubted, standing
-
-# a start that rewrites the base's weights, or reads data of its own
-STARTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ def solitary(job: Job) -> str | None:
         return "full fine-tuning changes the base"
     if peft._target_ != "peft.LoraConfig":
         return f"{cfg.choices.peft} is not LoRA"
-    start = peft.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(STARTS):
+    if start := rewrites_base(peft):
         return f"{start} starts from weights of its own"
     faults = {
         "use_dora": "DoRA needs the norm of the weights that it changes",

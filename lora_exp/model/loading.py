@@ -30,7 +30,9 @@ from transformers.utils import logging
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset, cache_dir
-from lora_exp.files.revision import is_commit
+from lora_exp.model.identity import identity_of
+from lora_exp.model.precision import dtype_of, lacks_bfloat16
+from lora_exp.model.special_tokens import ensure_pad_token
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -75,26 +77,9 @@ def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16() else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def has_bfloat16() -> bool:
-    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def lacks_bfloat16() -> bool:
-    """Say whether there is a GPU that would have to emulate bfloat16."""
-    return torch.cuda.is_available() and not has_bfloat16()
-
-
 def load(
     path: str,
+    *,
     revision: str | None,
     gguf_file: str | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
@@ -143,7 +128,7 @@ def load(
     except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(path, error) from error
     settle(model, tokenizer)
-    found, warning = _revision(model, path, revision, gguf_file)
+    found, warning = identity_of(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
 
 
@@ -301,8 +286,7 @@ def _floats(model: Any) -> Any:
 
 def settle(model: Any, tokenizer: Any) -> None:
     """Freeze a model, give it a padding token, and keep its 4-bit weights as they are."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ensure_pad_token(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -313,29 +297,3 @@ def settle(model: Any, tokenizer: Any) -> None:
             module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-
-
-def _revision(
-    model: Any, path: str, revision: str | None, gguf_file: str | None
-) -> tuple[str | None, str | None]:
-    """Find what identifies the weights: the hub's commit, or a hash of the local files."""
-    if not asset(path).exists():
-        commit = getattr(model.config, "_commit_hash", None)
-        text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
-        return commit, None if is_commit(revision) else text
-    found = files_hash(asset(path), gguf_file)
-    text = f"model.path: {path} holds no weights that could be told apart by a hash"
-    return found, None if found else text
-
-
-def files_hash(folder: Path, gguf_file: str | None) -> str | None:
-    """Return the hash of a folder's weights, in the order of their names, or None: it has none."""
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    files = [folder / gguf_file] if gguf_file else sorted(weights)
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lora_exp.config.overrides import parted
 from lora_exp.errors import ConfigError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.whole import write_whole
@@ -129,7 +130,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
         record = {}  # of another run, which has the directory; the job was refused
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
     objective = result if isinstance(result, float) and math.isfinite(result) else None
-    pairs = (override.lstrip("+~").partition("=") for override in redact(overrides))
+    pairs = map(parted, redact(overrides))
     return {
         "job": directory.name,
         "name": record.get("name", directory.name),
@@ -138,7 +139,7 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
         "goal": record.get("goal"),
         "status": record.get("status", "failed"),
         "error": redact(error),
-        "overrides": {key: value for key, _, value in pairs},
+        "overrides": dict(pairs),
         "proven": record.get("lockstep", {}).get("proven", True),
         "fingerprint": record.get("fingerprint"),
         "metrics": record.get("metrics", {}),

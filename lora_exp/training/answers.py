@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from lora_exp.data.formats import Row
-from lora_exp.data.tokens import Prompt, prompt_of, virtual_tokens
+from lora_exp.data.rendered import Prompt, prompt_of
+from lora_exp.data.tokens import virtual_tokens
+from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.console import tracked
 
 
@@ -113,13 +115,6 @@ def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def ends(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the model names."""
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    return sorted({tokenizer.eos_token_id, *stops} - {None})
-
-
 def generate(
     model: Any,
     tokenizer: Any,
@@ -148,7 +143,7 @@ def generate(
         temperature=temperature if drawn else None,
         top_p=top_p if drawn else None,
         top_k=None,
-        eos_token_id=ends(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     # prompt learning returns the new tokens after the same prompt, so one cut fits every method

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
-from lora_exp.data.formats import Row
+from lora_exp.data.formats import Row, common_prefix
 from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, did_you_mean
@@ -125,6 +125,8 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
 
     No reference model is used: only the probabilities of the model itself.
     """
+    from trl.trainer.utils import selective_log_softmax  # evaluating does without trl
+
     training = model.training
     model.eval()
     wins = 0
@@ -137,7 +139,7 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
         ).to(model.device)
         logits = model(**ids, use_cache=False).logits[:, :-1].float()
         chosen = ids["input_ids"][:, 1:]
-        logps = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
+        logps = selective_log_softmax(logits, chosen)  # without a second tensor of their size
         place = torch.arange(1, ids["input_ids"].shape[1], device=model.device)[None]
         starts = torch.tensor([start for _, start in both], device=model.device)[:, None]
         said = (place >= starts) & ids["attention_mask"][:, 1:].bool()
@@ -162,5 +164,4 @@ def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
         start = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
         text = render_chat(row["prompt"] + row[key], tokenizer, row.get("tools"))
         asked, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (start, text))
-    pairs = enumerate(zip(asked, whole, strict=False))
-    return whole, next((i for i, (a, b) in pairs if a != b), min(len(asked), len(whole)))
+    return whole, common_prefix(asked, whole)

@@ -24,7 +24,8 @@ from lora_exp.config.signature import signature
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
-from lora_exp.model.loading import Base, device, has_bfloat16, lacks_bfloat16
+from lora_exp.model.loading import Base, device
+from lora_exp.model.precision import autocast_dtype
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
 from lora_exp.training.checkpoint import checkpointed
@@ -172,9 +173,7 @@ def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Rec
 
 
 def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
-    """Compute in 16 bits what is held in few, and whole float32 weights where a GPU can."""
-    if cfg.quant is not None:
-        half = cfg.quant.get("compute_dtype") == "float16" or lacks_bfloat16()
-        return {"bf16": not half, "fp16": half}
-    whole = cfg.peft is None and has_bfloat16()
-    return {"bf16": whole or base.model.dtype == torch.bfloat16}
+    """Return what `train.bf16=null` stands for on this base."""
+    dtype = autocast_dtype(base.model, trains_whole=cfg.peft is None)
+    half = {"fp16": dtype == torch.float16} if cfg.quant is not None else {}
+    return {"bf16": dtype == torch.bfloat16} | half

@@ -16,7 +16,7 @@ from lora_exp.after.chat import _blocks, open_chat
 from lora_exp.after.conversation import Conversation, Settings
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, ConfigError, DataError, SavedError
-from lora_exp.training.answers import ends
+from lora_exp.model.special_tokens import end_tokens
 
 Trained = Callable[..., Path]
 LONGER = ("train.max_steps=60", "data.max_rows=null")
@@ -48,7 +48,7 @@ def greedy(path: Path | str, *turns: str, new: int = 24) -> str:
     text = render_chat(messages, tokenizer, answer=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     made = model.generate(
-        **ids, max_new_tokens=new, do_sample=False, eos_token_id=ends(model, tokenizer)
+        **ids, max_new_tokens=new, do_sample=False, eos_token_id=end_tokens(model, tokenizer)
     )
     said: str = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -18,6 +19,8 @@ import pytest
 import torch
 
 from lora_exp.after.completion import Part, generate
+from lora_exp.after.merging import merge
+from lora_exp.data.rows import hub, jsonl
 from lora_exp.errors import DataError, SavedError
 from tests.after.test_chat import lora_exp
 from tests.conftest import ROOT
@@ -207,6 +210,17 @@ def test_rows_keep_their_columns_their_order_and_what_was_known(
     assert [row.pop("expected", None) for row in found] == [None, "known", None, "bad", None, None]
     found[5].pop("completion")
     assert found == [{k: v for k, v in row.items() if k != "completion"} for row in rows]
+
+
+@pytest.mark.parametrize(("function", "bare"), [(jsonl, 1), (hub, 1), (merge, 2), (generate, 3)])
+def test_what_takes_many_arguments_takes_them_by_name(
+    function: Callable[..., Any], bare: int
+) -> None:
+    arguments = list(inspect.signature(function).parameters.values())
+    assert len(arguments) > 6
+    assert [a.kind is a.KEYWORD_ONLY for a in arguments] == [
+        i >= bare for i in range(len(arguments))
+    ]
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(trained: Trained, tmp_path: Path) -> None:

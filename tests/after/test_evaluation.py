@@ -163,18 +163,10 @@ def test_a_reward_model_is_measured_on_pairs(trained: Trained, tmp_path: Path) -
         evaluate(folder, held_out(tmp_path, 2))
 
 
-def test_an_encoder_decoder_model_is_measured_too(base: Any, tmp_path: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
-    )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    base.tokenizer.save_pretrained(tmp_path / "t5")
+def test_an_encoder_decoder_model_is_measured_too(base: Any, t5: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {c}", "completion": c * n} for n, c in enumerate("abcdefgh", 1)]
     path = written(tmp_path / "rows.jsonl", *rows)
-    words = ["algorithm=seq2seq", "model=local", f"model.path={tmp_path / 't5'}", "data=jsonl"]
+    words = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl"]
     words += [f"data.path={path}", f"data.eval_path={path}", "train.max_steps=6", "samples.rows=4"]
     words += ["train.learning_rate=1e-2", "samples.max_new_tokens=4", "tracking=none"]
     metrics = run(compose(*words), tmp_path / "run").metrics

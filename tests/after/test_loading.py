@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_exp import load_adapter
-from lora_exp.after.loading import load_base, side_by_side
+from lora_exp.after.loading import check_apart, load_base, side_by_side
+from lora_exp.after.merging import merge
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from tests.after.test_saved import copied
@@ -170,3 +171,17 @@ def test_another_base_needs_the_same_weights(trained: Trained, tmp_path: Path) -
     (alone / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="nowhere cannot be loaded"):
         load_adapter(alone)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
+def test_an_adapter_whose_start_rewrote_its_base_stands_alone(
+    trained: Trained, tmp_path: Path, start: str
+) -> None:
+    plain, folder = trained("peft=lora"), copied(trained("peft=lora"), tmp_path / "run") / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    name = start.partition("_niter")[0]
+    with pytest.raises(AdapterError, match=rf"changes the base itself \({name}\)"):
+        check_apart(find(folder))
+    with pytest.raises(AdapterError, match=f"only plain LoRAs are combined, this has {name}"):
+        merge([plain, folder], tmp_path / "merged")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError, DataError
@@ -301,19 +301,6 @@ def test_bad_words_get_one_clear_answer(words: list[str], said: str) -> None:
     plus = [w if not w.startswith("algorithm.args.kl_taget") else f"+{w}" for w in words]
     with pytest.raises(ConfigError, match=said):
         compose(*plus)
-
-
-@pytest.fixture
-def t5(tmp_path: Path, base: Any) -> Path:
-    """A tiny encoder-decoder model of random weights, with the embedded tokenizer."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
-    )  # fmt: skip
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    base.tokenizer.save_pretrained(tmp_path / "t5")
-    return tmp_path / "t5"
 
 
 @pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "quant=int8", "peft=none"])

@@ -17,9 +17,10 @@ from lora_exp import compose, run
 from lora_exp.algorithm.critic import save_value
 from lora_exp.algorithm.ppo import PPOConfig, PPOTrainer
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit, load
+from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit
 from tests.algorithm.test_algorithms import words
 from tests.algorithm.test_rollout import ROWS, characters, stirred
+from tests.conftest import tiny
 from tests.test_experiment import digest
 
 TINY = "pkg://lora_exp/assets/tiny"
@@ -80,7 +81,7 @@ def test_policy_and_value_step_back_through_adapters_of_their_own(
 
 @pytest.mark.parametrize("quantization", [None, bnb_4bit("nf4", True, "bfloat16"), bnb_8bit(6.0)])
 def test_policy_value_and_reference_hold_one_base(quantization: Any, tmp_path: Path) -> None:
-    base = load(TINY, None, None, "float32", "sdpa", False, False, quantization)
+    base = tiny(quantization)
     weights = {p.data_ptr() for p in base.model.parameters()}
     model = get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear"))
     stirred(model)  # so that the reference is an adapter too

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose
-from lora_exp.config.validation import REFUSED
 from lora_exp.errors import ConfigError
 
 
@@ -116,41 +115,6 @@ def test_a_target_that_swallows_arguments_is_refused() -> None:
 def test_a_target_that_does_not_exist_is_named() -> None:
     found = faults("peft._target_=peft.LoraConfigg", "trusted_targets=[peft.LoraConfigg]")
     assert found == {"peft._target_": "no class or function is called peft.LoraConfigg"}
-
-
-def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
-    assert "cannot be trained" in faults("quant=nf4", "peft=none")["peft"]
-    assert "model.random_weights" in faults("quant=int8", "model.random_weights=true")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["+peft.use_dora=true", "quant=int8"], "dora on int8"),
-        (["+peft.init_lora_weights=pissa_niter_4", "quant=nf4"], "pissa on nf4"),
-        (["+peft.init_lora_weights=pissa_niter_4"], None),
-        (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is none of nf4, fp4 (did you mean nf4?)"),
-        (["peft=pissa", "peft.use_rslora=true", "peft.rank_pattern={q_proj:2}"], "cannot be saved"),
-        (["peft=prompt_tuning", "algorithm.args.packing=true"], "would see each other"),
-        (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
-        (["experiment=balanced", "peft=none"], "is no option of conf/peft"),
-        (["peft=prefix_tuning", "train.gradient_checkpointing=true"], "do not survive"),
-    ],
-)
-def test_pairs_are_judged_by_their_values(overrides: list[str], said: str | None) -> None:
-    if said is None:
-        assert compose(*overrides)
-    else:
-        assert said in " ".join(faults(*overrides).values())
-
-
-@pytest.mark.parametrize(
-    ("method", "quant"), [(m, q) for m, pairs in REFUSED.items() for q in pairs]
-)
-def test_a_pair_known_not_to_work_is_refused_with_the_reason(method: str, quant: str) -> None:
-    assert faults(f"peft={method}", f"quant={quant}")["peft"] == (
-        f"{method} on {quant}: {REFUSED[method][quant]}"
-    )
 
 
 def test_near_names_are_offered_for_a_file(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data.formats import FORMATS, FieldError, detect, reshape, shape_of
+from lora_exp.data.formats import FORMATS, FieldError, common_prefix, detect, reshape, shape_of
 from lora_exp.errors import DataError
 
 ASK = [{"role": "user", "content": "q"}]
@@ -97,3 +97,11 @@ def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> No
     with pytest.raises(DataError, match="formats that would do: preference, messages"):
         reshape([{"text": "x"}], "text", "prompt")
     assert shape_of("alpaca") == "completion"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [("abc", "abd", 2), ("ab", "abc", 2), ("", "x", 0), ([1, 2, 3], [1, 2, 4], 2), ("a", "a", 1)],
+)
+def test_what_two_sequences_share_at_their_start(a: Any, b: Any, shared: int) -> None:
+    assert common_prefix(a, b) == shared

@@ -174,11 +174,12 @@ def test_a_single_row_is_never_held_out(tmp_path: Path) -> None:
 def test_a_folder_of_rows_loads_as_a_hub_data_set_does(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", *({"prompt": f"{i}", "completion": "a"} for i in range(10)))
     options: dict[str, Any] = {"eval_split": None, "format": "auto", "on_error": "raise"}
-    options |= {"max_rows": None, "max_eval_rows": None}
-    rows = hub(str(tmp_path), None, None, "train", eval_share=0.1, chat_template=None, **options)
+    options |= {"max_rows": None, "max_eval_rows": None, "subset": None, "revision": None}
+    options |= {"eval_share": 0.1, "chat_template": None}
+    rows = hub(str(tmp_path), split="train", **options)
     assert (rows.format, len(rows.train), len(rows.eval)) == ("prompt_completion", 9, 1)
     with pytest.raises(DataError, match=r"data\.path"):
-        hub(str(tmp_path), None, None, "nosplit", eval_share=0.1, chat_template=None, **options)
+        hub(str(tmp_path), split="nosplit", **options)
 
 
 def test_rows_from_the_cache_do_without_the_hubs_answer() -> None:

@@ -12,7 +12,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from lora_exp.data import tasks
-from lora_exp.data.tokens import IGNORED, Prompt, encode, prompt_of, tokenise
+from lora_exp.data.rendered import prompt_of
+from lora_exp.data.tokens import IGNORED, encode, tokenise
 from lora_exp.errors import DataError
 
 
@@ -158,11 +159,3 @@ def test_the_same_rows_come_from_the_cache_and_changed_ones_do_not(base: Any) ->
     assert not tokenise(rows, other, **options).cached
     assert not tokenise([chat("cached?", "no")], base.tokenizer, **options).cached
     assert not tokenise(rows, base.tokenizer, **{**options, "max_length": 63}).cached
-
-
-def test_a_prompt_opens_the_answer_and_text_asks_nothing(base: Any) -> None:
-    text = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt_of(chat("Hi!", "Yes."), base.tokenizer) == Prompt(text, "Yes.\n", chat=True)
-    row = {"prompt": "p", "completion": "c"}
-    assert prompt_of(row, base.tokenizer) == Prompt("p", "c", chat=False)
-    assert prompt_of({"text": "t"}, base.tokenizer) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp.errors import ConfigError
-from lora_exp.files.paths import asset, cache_dir, is_path
+from lora_exp.files.paths import asset, cache_dir, is_path, near_names
 
 
 def test_a_package_path_finds_the_file_that_the_package_carries() -> None:
@@ -38,3 +38,11 @@ def test_the_cache_is_ours_then_the_users(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_dir() == Path("theirs/lora-exp")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache/lora-exp"
+
+
+def test_names_beside_a_path_that_does_not_exist_are_offered(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "row.gguf").touch()
+    assert near_names(tmp_path / "row.jsonl") == " (did you mean rows.jsonl?)"
+    assert near_names(tmp_path / "rows.gguf", "*.gguf") == " (did you mean row.gguf?)"
+    assert near_names(tmp_path / "nowhere" / "x") == ""

@@ -12,8 +12,9 @@ from torch import nn
 from lora_exp.lockstep.classes import Classes, Kind
 from lora_exp.lockstep.segment import Mode
 from lora_exp.lockstep.state import PLAIN, Precision
-from lora_exp.model.loading import bnb_4bit, bnb_8bit, load
+from lora_exp.model.loading import bnb_4bit, bnb_8bit
 from lora_exp.model.processor import processor
+from tests.conftest import tiny
 
 MODE = Mode(PLAIN, True, False)
 
@@ -78,7 +79,7 @@ def test_settings_of_a_quantisation_are_part_of_a_kind() -> None:
     kinds = set()
     settings = [bnb_8bit(0.0), bnb_8bit(6.0), bnb_4bit("nf4", True, "float32")]
     for one in [*settings, bnb_4bit("nf4", False, "float32"), bnb_4bit("fp4", True, "float32")]:
-        base = load("pkg://lora_exp/assets/tiny", None, None, "float32", "sdpa", False, False, one)
+        base = tiny(one)
         kinds.add(str(kind_of(base.model.model.layers[0].mlp.up_proj)))
     assert len(kinds) == 5
 

@@ -32,7 +32,7 @@ from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
 from lora_exp.model.loading import Base, sharing_copy
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, tiny
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]
 COMMON += ["train.save_strategy=no", "train.per_device_train_batch_size=4", "samples.rows=2"]
@@ -304,18 +304,17 @@ KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 def test_other_trainers_keep_the_contract_unmodified(
     tmp_path: Path, kind: str, quantized: bool
 ) -> None:
-    from lora_exp.model.loading import bnb_4bit, load
+    from lora_exp.model.loading import bnb_4bit
 
     quant = bnb_4bit("nf4", True, "float32") if quantized else None
-    tiny = "pkg://lora_exp/assets/tiny"
-    base = load(tiny, None, None, "float32", "sdpa", False, False, quant)
+    base = tiny(quant)
     if kind == "reward":
         if quantized:
             pytest.skip("the score head of a quantised base comes with algorithm=reward")
         torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(asset(tiny), num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(asset(base.path), num_labels=1)
         model.config.pad_token_id = base.tokenizer.pad_token_id
-        base = Base(model.requires_grad_(False), base.tokenizer, tiny, None, None)
+        base = Base(model.requires_grad_(False), base.tokenizer, base.path, None, None)
     trainer_class, args_class, rows, extra = KINDS[kind]
     jobs = [(4, 0.1, 4, 1, 42), (8, 0.0, 2, 2, 1), (16, 0.05, 3, 1, 7)]
 

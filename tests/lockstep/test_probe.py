@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lora_exp.lockstep.probe import Probe
-from lora_exp.model.loading import bnb_4bit, bnb_8bit, load
+from lora_exp.model.loading import bnb_4bit, bnb_8bit
+from tests.conftest import tiny
 from tests.lockstep.processors import (
     LINEAR,
     Processed,
@@ -137,8 +138,7 @@ def test_a_layer_whose_rows_see_each_other_has_no_class() -> None:
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 def test_quantised_layers_show_their_product(quant: str) -> None:
     settings = bnb_8bit(6.0) if quant == "int8" else bnb_4bit(quant, True, "float32")  # type: ignore[arg-type]
-    tiny = "pkg://lora_exp/assets/tiny"
-    model = load(tiny, None, None, "float32", "sdpa", False, False, settings).model.train()
+    model = tiny(settings).model.train()
     layer = model.model.layers[0].mlp.down_proj
     before = layer(torch.ones(1, 3, layer.in_features))
     with processor(banded):
@@ -149,8 +149,7 @@ def test_quantised_layers_show_their_product(quant: str) -> None:
 
 
 def test_eight_bit_layers_that_evaluate_see_all_rows() -> None:
-    tiny = "pkg://lora_exp/assets/tiny"
-    model = load(tiny, None, None, "float32", "sdpa", False, False, bnb_8bit(6.0)).model.eval()
+    model = tiny(bnb_8bit(6.0)).model.eval()
     with torch.no_grad():
         assert probe(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None
 

@@ -18,15 +18,8 @@ from lora_exp import compose
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import (
-    bnb_4bit,
-    bnb_8bit,
-    dtype_of,
-    has_bfloat16,
-    lacks_bfloat16,
-    load,
-    settle,
-)
+from lora_exp.model.loading import bnb_8bit, settle
+from tests.conftest import tiny
 
 
 def loaded(*overrides: str) -> Any:
@@ -69,13 +62,6 @@ def test_4_bit_weights_survive_an_evaluation_on_any_cpu() -> None:
     assert torch.equal(before, linear.weight.data)
 
 
-def test_auto_is_float32_without_a_gpu() -> None:
-    assert dtype_of("auto") is (torch.bfloat16 if has_bfloat16() else torch.float32)
-    assert dtype_of("float16") is torch.float16
-    expected = torch.float16 if lacks_bfloat16() else torch.bfloat16
-    assert bnb_4bit("nf4", True, "auto").bnb_4bit_compute_dtype is expected
-
-
 def test_random_weights_follow_the_seed_and_differ_from_the_trained(base: Any) -> None:
     def weight(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -91,7 +77,7 @@ def test_an_error_of_ours_keeps_its_own_key(monkeypatch: pytest.MonkeyPatch) -> 
     path = asset("pkg://lora_exp/assets/tiny")
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     with pytest.raises(ConfigError, match=r"^model.gguf_file: x.gguf of a hub model"):
-        load(str(path), None, "x.gguf", "auto", "sdpa", False, False, bnb_8bit(6.0))
+        tiny(bnb_8bit(6.0), path=str(path), gguf_file="x.gguf", dtype="auto")
 
 
 def test_weights_that_are_missing_are_never_drawn_anew(
@@ -132,10 +118,10 @@ def test_a_base_that_was_saved_quantised_is_refused_with_the_cure(
 def test_a_new_classification_head_is_no_reason_for_a_report(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tiny, theirs = "pkg://lora_exp/assets/tiny", logging.getLogger("transformers")
+    theirs = logging.getLogger("transformers")
     theirs.addHandler(caplog.handler)
     try:
-        made = load(tiny, None, None, "float32", "sdpa", False, False, None, "SEQ_CLS")
+        made = tiny(task_type="SEQ_CLS")
     finally:
         theirs.removeHandler(caplog.handler)
     assert made.model.score.out_features == 1

@@ -1,0 +1,74 @@
+"""What is known not to work together: methods, quantisations, algorithms. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from lora_exp.config.initialization import (
+    NEEDS_FLOATS,
+    NEEDS_PREPARATION,
+    initialization,
+    rewrites_base,
+    saved_as_plain_lora,
+)
+from lora_exp.config.ranges import Fault
+from lora_exp.files.paths import is_path
+
+FLOAT_BASE = "begins in the base's float weights, and a quantised base has none; quant=none"
+# kind of adapter -> quantisation -> why the pair is refused; seen by running them
+REFUSED: dict[str, dict[str, str]] = {
+    "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
+    **{kind: dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE) for kind in NEEDS_FLOATS},
+}
+PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
+
+
+def pairs(cfg: DictConfig) -> Iterator[Fault]:
+    """Refuse what is known not to work together, by the values and not by the options' names."""
+    quant = _quantisation(cfg)
+    if cfg.quant is not None and cfg.peft is None:
+        yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
+    if cfg.quant is not None and cfg.model.random_weights:
+        yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
+    if cfg.peft is None:
+        return
+    start = initialization(cfg.peft)
+    for kind in ("dora", start) if cfg.peft.get("use_dora") else (start,):
+        if quant in REFUSED.get(kind, {}):
+            yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
+    if start in NEEDS_PREPARATION:
+        yield "peft.init_lora_weights", f"{start} needs a preparation that a run does not make"
+    patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
+    if saved_as_plain_lora(cfg.peft) and cfg.peft.get("use_rslora") and patterns:
+        text = "with rank or alpha patterns cannot be saved as plain LoRA"
+        yield "peft.use_rslora", f"{start} {text}"
+    prompts = cfg.peft._target_ in PROMPTS
+    if _several(cfg):
+        if rewriting := rewrites_base(cfg.peft):
+            text = f"{rewriting} rewrites the base, which reference, value or reward need as it was"
+            yield "peft", f"{text}; peft=lora"
+        if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
+            text = f"{cfg.choices.peft} allows one adapter on a base; reference, value or reward"
+            text += " would be another"
+            yield "peft", f"{text}; peft=lora"
+    if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
+        yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
+    if prompts and cfg.algorithm.args.get("packing"):
+        text = "behind trained virtual tokens packed rows would see each other; give false"
+        yield "algorithm.args.packing", text
+
+
+def _several(cfg: DictConfig) -> bool:
+    """Say whether a run puts more than its own adapter on the base, or needs it bare."""
+    args, named = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    reward = any(isinstance(name, str) and is_path(name) for name in named)
+    ppo = cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer"
+    return bool("beta" in args and args.beta) or ppo or reward
+
+
+def _quantisation(cfg: DictConfig) -> str:
+    if cfg.quant is None:
+        return "none"
+    return str(cfg.quant.get("quant_type", "int8"))

@@ -1,0 +1,46 @@
+"""What identifies a base's weights: the hub's commit, or a hash of local files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from lora_exp.files.paths import asset
+from lora_exp.files.revision import is_commit
+
+
+def identity_of(
+    model: Any, path: str, revision: str | None, gguf_file: str | None
+) -> tuple[str | None, str | None]:
+    """Return what identifies a base's weights, and what makes them hard to find again.
+
+    Args:
+        model: the base.
+        path: as the config names it.
+        revision: as the config asks for it.
+        gguf_file: the file in it, where it is GGUF.
+
+    Returns:
+        The hub's commit or a hash of the local files, and a warning; None for what there is not.
+    """
+    if not asset(path).exists():
+        commit = getattr(model.config, "_commit_hash", None)
+        text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
+        return commit, None if is_commit(revision) else text
+    found = files_hash(asset(path), gguf_file)
+    text = f"model.path: {path} holds no weights that could be told apart by a hash"
+    return found, None if found else text
+
+
+def files_hash(folder: Path, gguf_file: str | None) -> str | None:
+    """Return the hash of a folder's weights, in the order of their names, or None: it has none."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    files = [folder / gguf_file] if gguf_file else sorted(weights)
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,59 @@
+"""In what numbers a base is held, and in what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16() else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def has_bfloat16() -> bool:
+    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def lacks_bfloat16() -> bool:
+    """Say whether there is a GPU that would have to emulate bfloat16."""
+    return torch.cuda.is_available() and not has_bfloat16()
+
+
+def is_quantised(model: Any) -> bool:
+    """Say whether a model's weights are bitsandbytes' integers."""
+    return getattr(model, "quantization_method", None) is not None
+
+
+def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None:
+    """Return the 16-bit dtype that products on a base are computed in.
+
+    A quantised base computes in bfloat16, or in float16 where its config or the GPU wants it;
+    bfloat16 weights in bfloat16; float32 weights as they are, unless all of them train on a GPU
+    that has bfloat16.
+
+    Args:
+        model: the base, with or without adapters.
+        trains_whole: whether all its weights train.
+
+    Returns:
+        The dtype for autocast; None: products are computed in the dtype of the weights.
+    """
+    if is_quantised(model):
+        chosen = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
+        half = chosen == torch.float16 or lacks_bfloat16()
+        return torch.float16 if half else torch.bfloat16
+    if model.dtype == torch.bfloat16 or (trains_whole and has_bfloat16()):
+        return torch.bfloat16
+    return None
+
+
+def autocast(model: Any) -> torch.autocast:
+    """Return a block in which a base computes as in the runs that train an adapter on it."""
+    dtype = autocast_dtype(model)
+    return torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -1,0 +1,36 @@
+"""A base is known by its weights, wherever they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lora_exp.model.identity import files_hash, identity_of
+
+
+def test_local_weights_are_known_by_their_bytes_in_the_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    both = files_hash(tmp_path, None)
+    (tmp_path / "config.json").write_text("{}")
+    assert files_hash(tmp_path, None) == both
+    (tmp_path / "b.safetensors").write_bytes(b"twO")
+    assert files_hash(tmp_path, None) != both
+    (tmp_path / "x.gguf").write_bytes(b"three")
+    assert files_hash(tmp_path, "x.gguf") not in (None, both, files_hash(tmp_path, None))
+
+
+def test_a_folder_without_weights_is_warned_of(tmp_path: Path) -> None:
+    found, warning = identity_of(None, str(tmp_path), None, None)
+    assert found is None
+    assert "no weights that could be told apart" in str(warning)
+
+
+def test_a_base_of_the_hub_is_known_by_its_commit() -> None:
+    commit = "0123456789" * 4
+    model: Any = SimpleNamespace(config=SimpleNamespace(_commit_hash=commit))
+    assert identity_of(model, "some/where", commit, None) == (commit, None)
+    found, warning = identity_of(model, "some/where", "main", None)
+    assert found == commit
+    assert "is not pinned to a commit" in str(warning)

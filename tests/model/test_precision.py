@@ -1,0 +1,101 @@
+"""One rule says in what precision a base computes: training, answering and rewarding ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lora_exp import compose
+from lora_exp.after.loading import Loaded
+from lora_exp.model.loading import Base, base_of, bnb_4bit
+from lora_exp.model.precision import (
+    autocast_dtype,
+    dtype_of,
+    has_bfloat16,
+    is_quantised,
+    lacks_bfloat16,
+)
+from lora_exp.rewards import AdapterReward
+from lora_exp.training.trainer import _precision
+
+HELD = [
+    (["model.dtype=float32"], None),
+    (["model.dtype=bfloat16"], torch.bfloat16),
+    (["model.dtype=float16"], None),
+    (["quant=nf4"], torch.float16 if lacks_bfloat16() else torch.bfloat16),
+    (["quant=nf4", "quant.compute_dtype=float16"], torch.float16),
+    (["quant=nf4", "quant.compute_dtype=float32", "model.dtype=float32"], torch.bfloat16),
+    (["quant=int8"], torch.float16 if lacks_bfloat16() else torch.bfloat16),
+]
+IDS = [",".join(overrides) for overrides, _ in HELD]
+
+
+def test_auto_is_float32_without_a_gpu() -> None:
+    assert dtype_of("auto") is (torch.bfloat16 if has_bfloat16() else torch.float32)
+    assert dtype_of("float16") is torch.float16
+    expected = torch.float16 if lacks_bfloat16() else torch.bfloat16
+    assert bnb_4bit("nf4", True, "auto").bnb_4bit_compute_dtype is expected
+
+
+def seen_by(module: Any, act: Callable[[], Any]) -> torch.dtype | None:
+    """Return the dtype that autocast had when a module was called, None where it was off."""
+    seen: list[torch.dtype | None] = []
+
+    def look(*_: Any) -> None:
+        kind = module.device.type
+        on = torch.is_autocast_enabled(kind)
+        seen.append(torch.get_autocast_dtype(kind) if on else None)
+
+    handle = module.register_forward_pre_hook(look)
+    act()
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("overrides", "dtype"), HELD, ids=IDS)
+def test_training_and_answering_compute_in_one_precision(
+    overrides: list[str], dtype: torch.dtype | None
+) -> None:
+    cfg = compose("tracking=none", *overrides)
+    base = base_of(cfg)
+    assert is_quantised(base.model) == (cfg.quant is not None)
+    flags = _precision(cfg, base)
+    assert flags["bf16"] == (dtype == torch.bfloat16)
+    assert flags.get("fp16", False) == (dtype == torch.float16)
+    model = get_peft_model(base.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert autocast_dtype(model) == dtype
+    loaded = Loaded("x", model.eval(), base.tokenizer)
+
+    def answer() -> None:
+        with loaded.answering():
+            model(input_ids=torch.tensor([[1, 2, 3]], device=model.device))
+
+    assert seen_by(base.model, answer) == dtype
+
+
+def test_all_weights_train_in_bfloat16_where_the_gpu_has_it() -> None:
+    cfg = compose("tracking=none", "peft=none")
+    base = base_of(cfg)
+    assert _precision(cfg, base) == {"bf16": has_bfloat16()}
+    assert autocast_dtype(base.model) is None
+
+
+@pytest.mark.parametrize(("overrides", "dtype"), HELD, ids=IDS)
+def test_a_reward_adapter_scores_in_the_same_precision(
+    trained: Callable[..., Path], overrides: list[str], dtype: torch.dtype | None
+) -> None:
+    saved = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0") / "adapter"
+    cfg = compose("tracking=none", *overrides)
+    base: Base = base_of(cfg)
+    model = get_peft_model(base.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    reward = AdapterReward(str(saved), cfg, model, base.tokenizer, "reward_adapter")
+
+    def score() -> None:
+        assert len(reward(["Who are you?"], [" I am Lora."])) == 1
+
+    assert seen_by(base.model.model, score) == dtype
