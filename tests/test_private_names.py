@@ -44,7 +44,7 @@ PRIVATE = [
     (MODEL, "_supports_attention_backend", "lockstep/eligibility.py"),
     (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),
     (CONFIG, "_attn_implementation", "lockstep/eligibility.py, lockstep/body.py"),
-    (CONFIG, "_commit_hash", "model/loading.py"),
+    (CONFIG, "_commit_hash", "model/identity.py"),
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "lockstep/body.py"),
     (HANDLER, "_resolve_model", "after/endpoints.py"),
     (HANDLER, "_build_generation_config", "after/endpoints.py"),
