@@ -70,16 +70,57 @@ def placed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
 
 
-class Processed(nn.Linear):
-    """A linear layer with a product of its own, summed in float32 and rounded to bfloat16."""
+class Sequential(torch.autograd.Function):
+    """A product that adds term after term, so that no kernel of this machine decides."""
 
-    def __init__(self, product: Product, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False, dtype=torch.bfloat16)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, forward: bool, backward: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.order = backward
+        return added(x, weight.T, forward)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return added(dy[0], weight, ctx.order), None, None, None
+
+
+def added(x: Tensor, weight: Tensor, in_order: bool) -> Tensor:
+    """Multiply and add up in float32, one term after the other, from either end."""
+    y = x.new_zeros(*x.shape[:-1], weight.shape[1], dtype=torch.float32)
+    for k in range(x.shape[-1]) if in_order else reversed(range(x.shape[-1])):
+        y = y + x[..., k, None].float() * weight[k].float()
+    return y.to(x.dtype)
+
+
+class Processed(nn.Linear):
+    """A linear layer that adds up in bands of row numbers, or of places, in another order."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        within: Callable[[int], bool],
+        *,
+        backward_only: bool = False,
+        by_place: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=dtype)
         self.requires_grad_(False)
-        self.product = product
+        self.within, self.backward_only, self.by_place = within, backward_only, by_place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x.float(), self.weight.float()).to(x.dtype)
+        if self.by_place:
+            rows = x.shape[1] // 8 * 8  # those of the last block are short of eight
+            parts = [self.product(x[:, :rows], True), self.product(x[:, rows:], False)]
+            return torch.cat([part for part in parts if part.numel()], 1)
+        return self.product(x, not self.within(x.shape[1]))
+
+    def product(self, x: Tensor, in_order: bool) -> Tensor:
+        forward = in_order or self.backward_only
+        out: Tensor = Sequential.apply(x, self.weight, forward, in_order)  # type: ignore[no-untyped-call]
+        return out
 
 
 @contextmanager
