@@ -25,7 +25,7 @@ from lora_exp.lockstep.segment import Mode
 from lora_exp.lockstep.state import Precision
 from lora_exp.model.loading import Base, base_of, device, sharing_copy
 from lora_exp.model.memory import free_bytes, reset_peak
-from lora_exp.model.requirement import training_bytes
+from lora_exp.model.requirement import loss_bytes, training_bytes
 
 # tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
 ROOM = {"cpu": 2048, "cuda": 16384}
@@ -55,6 +55,7 @@ class Pack:
         self.passes = Passes(mode, verify)
         self.hub = Hub(self.passes, 1, ROOM[device().partition(":")[0]])
         self.held: dict[int, int] = {}  # bytes that each job takes beside the base, estimated
+        self.loss = 0  # bytes that one job's loss takes while it is computed
         self.free, self.wide = 0, False
         self.measured: dict[str, Any] = {}  # what jobs need not measure again
         self._base = base
@@ -79,7 +80,8 @@ class Pack:
         if why:
             log.info("lockstep: this job shares the base but no pass: %s", why)
             return
-        self.held[job] = training_bytes(trainer)
+        loss = loss_bytes(trainer)
+        self.held[job], self.loss = training_bytes(trainer) - loss, max(self.loss, loss)
         if self.wide:
             self.widen()
         self.passes.take(job, body, self._base.model.base_model)
@@ -102,7 +104,8 @@ class Pack:
     def widen(self) -> None:
         """Let as many jobs begin as may: by memory, as many as the largest would fit so far."""
         self.wide = True
-        fitting = int(0.8 * self.free / max(self.held.values(), default=self.free))
+        room = 0.8 * self.free - self.loss
+        fitting = int(room / max(self.held.values(), default=self.free))
         fitting -= self.passes.verification.share > 0  # which holds one job's rows twice
         self.hub.width = self.max_jobs or max(1, fitting)
 

@@ -58,6 +58,18 @@ def training_bytes(trainer: Any) -> int:
     return int(weights + state) + step_bytes(trainer.model.config, _step(trainer))
 
 
+def loss_bytes(trainer: Any) -> int:
+    """Return how much of `training_bytes` is there only while the loss is computed: a tile.
+
+    A pack holds it once: its jobs compute their losses one after the other.
+
+    Args:
+        trainer: just built.
+    """
+    step = _step(trainer)
+    return _head(trainer.model.config.get_text_config(), step) if step.tiled else 0
+
+
 def known_moments(optim: str) -> int | None:
     """Return how many numbers an optimiser keeps of each weight, None where that is not known."""
     name = optim.removeprefix("paged_").removeprefix("galore_")

@@ -153,6 +153,9 @@ def test_the_largest_job_so_far_decides_how_many_fit() -> None:
     pack.held[1] = 200
     pack.widen()
     assert pack.hub.width == 3
+    pack.loss = 200  # of which there is one, whatever the number of jobs
+    pack.widen()
+    assert pack.hub.width == 2
 
 
 class At(TrainerCallback):  # type: ignore[misc]

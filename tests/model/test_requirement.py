@@ -19,7 +19,15 @@ from lora_exp.after.estimate import base_bytes, model_config, need, skeleton
 from lora_exp.algorithm.ppo import PPOConfig, PPOTrainer
 from lora_exp.model.loading import Base
 from lora_exp.model.memory import peak_bytes, reset_peak
-from lora_exp.model.requirement import TILE, Step, _step, state_bytes, step_bytes, training_bytes
+from lora_exp.model.requirement import (
+    TILE,
+    Step,
+    _step,
+    loss_bytes,
+    state_bytes,
+    step_bytes,
+    training_bytes,
+)
 from lora_exp.training.place import Alone
 from tests.conftest import QUICK
 
@@ -76,6 +84,7 @@ def test_logits_are_counted_of_the_trainers_that_make_them(
     assert bool(place.made) == logits
     assert place.made <= step.scored
     assert (step.scored > 0 and not step.tiled) == logits
+    assert (loss_bytes(place.trainer) > 0) == (step.scored > 0 and step.tiled)
     # before the run as in it, but for rows that are shorter than they may be
     assert (step.tiled, step.checkpointing) == (told.tiled, told.checkpointing)
     assert (step.scored > 0, step.sampled > 0) == (told.scored > 0, told.sampled > 0)
