@@ -22,7 +22,7 @@ from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_files, redact_text
 from lora_exp.files.whole import refusal
-from lora_exp.record.run import FAILED, failure, objective, standing
+from lora_exp.record.standing import FAILED, failure, objective, standing
 from lora_exp.record.sweep import COMMAND, SweepTable, command
 from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here

@@ -23,7 +23,7 @@ from lora_exp.errors import Interrupted, LoraExpError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
-from lora_exp.record.run import doubt, doubted, mark, set_aside
+from lora_exp.record.standing import doubt, doubted, mark, set_aside
 from lora_exp.record.sweep import SweepTable, write_command
 from lora_exp.training.interruption import stop
 

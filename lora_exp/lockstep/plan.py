@@ -18,7 +18,7 @@ from lora_exp.config.door import plain
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
-from lora_exp.record.run import FAILED, doubted, standing
+from lora_exp.record.standing import FAILED, doubted, standing
 
 
 @dataclass(frozen=True)

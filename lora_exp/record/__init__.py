@@ -2,6 +2,7 @@
 
 console   words, tables and curves
 run       a run's directory
+standing  how a directory's run stands
 metrics   a trainer's metrics, passed on
 progress  first row and progress
 summary   what is printed before and after

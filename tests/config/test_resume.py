@@ -16,7 +16,7 @@ from lora_exp.after.inspection import inspect
 from lora_exp.after.saved import base_config, find
 from lora_exp.config.door import first_named
 from lora_exp.errors import ConfigError
-from lora_exp.record.run import standing
+from lora_exp.record.standing import standing
 from tests.conftest import QUICK
 from tests.test_experiment import digest, killed, rows_of
 

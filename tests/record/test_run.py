@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose
-from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError
 from lora_exp.files.whole import write_whole
-from lora_exp.record.run import Record, mark, standing
+from lora_exp.record.run import Record
 
 
 def test_every_ending_is_recorded(tmp_path: Path) -> None:
@@ -75,21 +74,3 @@ def test_the_record_names_versions_and_choices(tmp_path: Path) -> None:
     values = Record(tmp_path, compose()).values
     assert {"torch", "transformers", "peft", "trl", "lora-exp", "python"} <= set(values["versions"])
     assert values["choices"]["peft"] == "lora"
-
-
-def test_a_finished_run_is_never_marked_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
-    cfg = compose("tracking=none")
-    path = tmp_path / "run.json"
-    values = {"status": "running", "fingerprint": fingerprint(cfg), "name": "x"}
-    path.write_text(json.dumps(values))
-    assert standing(tmp_path, cfg) == "running"
-    mark(tmp_path, "failed", "killed")
-    assert json.loads(path.read_text()) == values | {"status": "failed", "error": "killed"}
-    path.write_text(json.dumps(values | {"status": "finished"}))
-    mark(tmp_path, "failed", "killed")
-    assert standing(tmp_path, cfg) == "finished"
-    with pytest.raises(ConfigError, match="holds another run"):
-        standing(tmp_path, compose("seed=7"))
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        standing(tmp_path, cfg)
