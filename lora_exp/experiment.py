@@ -122,14 +122,15 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         with _kept(trainer):
             samples = after(cfg, trainer, base, rows.eval, record, samples)
             saved = _save(cfg, trainer, adapted, base, rows, record)
-        tracker.samples(samples, trainer.state.global_step)
-        goal = cfg.goal if judged == cfg.objective else "minimize"
-        seconds = time.perf_counter() - started
-        record.update(objective=judged, goal=goal, metrics={"seconds": seconds})
+            tracker.samples(samples, trainer.state.global_step)
+            goal = cfg.goal if judged == cfg.objective else "minimize"
+            seconds = time.perf_counter() - started
+            record.update(objective=judged, goal=goal, metrics={"seconds": seconds})
     finally:
-        record.update(**place.report())
         board.close()
         tracker.finish(record.summary(), saved)
+        if shared := place.report():
+            record.update(**shared)
     metrics = record.values["metrics"]
     conclude(record, judged, tracker.place, saved)
     return Result(metrics[judged], metrics, record.directory, saved)

@@ -243,10 +243,10 @@ def test_an_adapter_is_refused_on_a_base_of_other_layers_or_sizes(
 
 def test_a_run_is_not_lost_when_it_is_asked_to_stop_after_its_last_step(tmp_path: Path) -> None:
     settings = [*RUN, "train.save_strategy=no", "train.max_steps=5", "samples.max_new_tokens=400"]
-    settings += ["samples.rows=16", "samples.batch_size=1"]
+    settings += ["samples.rows=96", "data.max_eval_rows=96", "samples.batch_size=1"]
     process = started(tmp_path, *settings)
     wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 6)  # measured, five steps
-    time.sleep(0.3)
+    time.sleep(0.2)  # the step ends; then 96 prompts are answered one by one
     process.terminate()
     said = process.communicate()[1]
     assert process.returncode == 75, said
