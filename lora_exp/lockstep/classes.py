@@ -43,7 +43,6 @@ class Kind:
     dtype: torch.dtype  # of the rows
     precision: Precision
     training: bool
-
     heads_first: bool = False  # whether rows come as [1, H, N, D]
 
     @classmethod
@@ -78,7 +77,8 @@ def _settings(holder: Any) -> list[str]:
     """Return the plain settings of a layer, or of its quantisation state, as text."""
     values = vars(holder).items() if holder is not None else ()
     plain = (int, float, str, bool, torch.dtype)
-    return [f"{k} {v}" for k, v in sorted(values) if k != "training" and isinstance(v, plain)]
+    modes = ("training", "is_training")  # a kind's own; the latter is that of the last call
+    return [f"{k} {v}" for k, v in sorted(values) if k not in modes and isinstance(v, plain)]
 
 
 class Classes:
