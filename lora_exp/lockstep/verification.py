@@ -22,7 +22,7 @@ from lora_exp.lockstep.segment import Mode, Pass, Segment, split
 
 log = logging.getLogger("lora_exp")
 Gradients = dict[str, Tensor | None]  # by a parameter's name
-BUDGET = 0.02  # of the tokens of all passes, for products that are verified because they are new
+BUDGET = 0.01  # of the tokens of all passes, for products that are verified because they are new
 
 
 @dataclass(frozen=True)
