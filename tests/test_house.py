@@ -38,8 +38,6 @@ COVERED = {
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
     "lockstep": {
-        "segment",
-        "attention",
         "rowwise",
         "linear",
         "body",
