@@ -37,13 +37,8 @@ COVERED = {
     "": {"errors"},  # every room's tests expect its errors
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
-    "lockstep": {
-        "rowwise",
-        "linear",
-        "body",
-        "passes",
-        "seat",
-    },  # whole packs in test_pack.py
+    # walked by whole packs, in lockstep/test_pack.py
+    "lockstep": {"rowwise", "linear", "body", "passes", "seat"},
     # a proof is of a merge, in test_merging.py; the others are seen from their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }
