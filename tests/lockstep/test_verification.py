@@ -18,7 +18,7 @@ from lora_exp.lockstep.segment import Mode, Pass, Segment
 from lora_exp.lockstep.state import PLAIN, RandomState
 from lora_exp.lockstep.table import Row
 from lora_exp.lockstep.verification import Verification, different
-from tests.lockstep.processors import LINEAR, Halves, processor
+from tests.lockstep.processors import LINEAR, Strided, processor
 from tests.lockstep.test_pack import COMMON, At, alone, packed, seen
 
 MANY = 250  # rows; those of two jobs, and never those of one
@@ -27,7 +27,7 @@ SAME = ["data.max_rows=4", "samples.rows=0", "train.eval_strategy=no"]
 MODE = Mode(PLAIN, True, False)
 
 
-class BackwardHalves(torch.autograd.Function):
+class BackwardStrided(torch.autograd.Function):
     """A product whose gradients alone are added in another order."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class BackwardHalves(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         return LINEAR(x, weight, bias)
 
-    backward = Halves.backward
+    backward = Strided.backward
 
 
 class Ageing:
@@ -77,8 +77,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [(Halves, "the first layer is layers.0.self_attn.q_proj"),
-     (BackwardHalves, "gradients of layers.3.")],
+    [(Strided, "the first layer is layers.0.self_attn.q_proj"),
+     (BackwardStrided, "gradients of layers.3.")],
     ids=["forward", "backward"],
 )  # fmt: skip
 def test_a_pass_that_is_not_the_run_alone_is_seen_and_its_layer_named(
@@ -95,7 +95,7 @@ def test_a_pass_that_is_not_the_run_alone_is_seen_and_its_layer_named(
 
 
 def test_without_verification_nobody_would_know(tmp_path: Path) -> None:
-    results, pack = trained(tmp_path, Halves, verify=0)
+    results, pack = trained(tmp_path, Strided, verify=0)
     whole = [["peft.r=4"], ["peft.r=5"]]
     plain = alone(whole, tmp_path / "alone", *SAME)
     assert any(seen(results[n]) != seen(plain[n]) for n in range(2))
@@ -142,9 +142,9 @@ def test_a_share_of_all_passes_is_verified_and_jobs_take_turns() -> None:
 
 
 def test_after_a_difference_classes_are_measured_anew(tmp_path: Path) -> None:
-    trained(tmp_path, Halves, verify=0)
+    trained(tmp_path, Strided, verify=0)
     assert len(list((tmp_path / "cache").glob("classes/*.json"))) == 1
-    trained(tmp_path / "again", Halves, verify=1)
+    trained(tmp_path / "again", Strided, verify=1)
     assert not list((tmp_path / "cache").glob("classes/*.json"))
 
 
@@ -155,7 +155,7 @@ def test_a_difference_is_told_before_its_layer_is_looked_for(
         raise MemoryError("too little memory to look")
 
     monkeypatch.setattr(verification, "_first_layer", short)
-    _, pack = trained(tmp_path, Halves, verify=1)
+    _, pack = trained(tmp_path, Strided, verify=1)
     assert "hidden values differ" in pack.passes.verification.differences[0]
     assert "too little memory to look" in pack.passes.verification.differences[1]
     assert pack.hub.fused is None  # no pass was made smaller for it
