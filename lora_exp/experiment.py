@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from lora_exp.adapter.attach import Adapted, attach, save
 from lora_exp.algorithm.critic import save_value
 from lora_exp.config.door import build, plain
 from lora_exp.config.settled import run_dir
-from lora_exp.data.examples import prepared, recounted
+from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
+from lora_exp.data.template import prepare
 from lora_exp.errors import ConfigError, DivergedError, Interrupted
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.loading import Base
 from lora_exp.model.memory import peak_bytes
+from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.record.card import model_card
 from lora_exp.record.console import show
 from lora_exp.record.metrics import Metrics, Nowhere, Tracker
@@ -90,7 +93,6 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     rows: Rows = build(cfg, "data")
     shaped = rows.shaped(cfg.algorithm.shape)
     set_seed(cfg.seed)
-    _tell_skipped(rows)
     base = place.base(cfg)
     known = stands_on(cfg, rows, base)
     for key, found in known.items():
@@ -98,7 +100,14 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     record.begin()
     set_seed(cfg.seed)  # the adapter's start does not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
+    prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
+    set_end_tokens(base.model, base.tokenizer)
     data = prepared(shaped, base.tokenizer, adapted.model, cfg)
+    refused = {place: why for tokens in data if tokens for place, why in tokens.refused.items()}
+    rows, shaped = rows.without(refused), shaped.without(refused)
+    if warning := unending(shaped, base.tokenizer):
+        rows = replace(rows, warnings=(*rows.warnings, warning))
+    _tell_skipped(rows)
     tracker = _tracker(cfg, record, sweep)
     board = place.board()
     saved = None
@@ -163,7 +172,7 @@ def _tell_skipped(rows: Rows) -> None:
     for why in rows.skipped:
         log.info("skipped: %s", why)
     if rows.skipped:
-        text = "%d rows were skipped (data.on_error=skip), the first: %s; run.log lists them"
+        text = "%d rows were left out, the first: %s; run.log lists them"
         log.warning(text, len(rows.skipped), rows.skipped[0])
 
 

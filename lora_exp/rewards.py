@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_exp.adapter.several import add_saved, is_adapted, score, using
 from lora_exp.config.door import build, untrusted
 from lora_exp.config.start import adapter_config, check_base
-from lora_exp.data.formats import Row
+from lora_exp.data.turns import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
 from lora_exp.files.paths import is_path
 from lora_exp.model.loading import Base, base_of

@@ -18,8 +18,8 @@ from lora_exp.after.output import check_file
 from lora_exp.after.prompts import Asking, prompts_of, read
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.resume import changes
-from lora_exp.data.formats import Row
-from lora_exp.data.rows import files
+from lora_exp.data.reading import files
+from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, SavedError
 from lora_exp.files.lock import hold
 from lora_exp.files.whole import sha256, write_whole

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from lora_exp.after.loading import Loaded
-from lora_exp.data.formats import Row
 from lora_exp.data.template import render_chat
-from lora_exp.errors import ConfigError, DataError, LoraExpError, SavedError, did_you_mean
+from lora_exp.data.turns import Row
+from lora_exp.errors import ConfigError, LoraExpError, SavedError, did_you_mean
 from lora_exp.files.whole import write_whole
 from lora_exp.model.special_tokens import end_tokens
 from lora_exp.training.answers import room
@@ -182,10 +181,7 @@ class Conversation:
         for start in range(0, len(self.turns), 2):
             messages = self._messages()
             kept = messages[:first] + messages[first + start :]
-            try:
-                text = render_chat(kept, loaded.tokenizer, answer=True)
-            except TemplateError as error:
-                raise DataError(f"the chat template refuses this: {error}") from error
+            text = render_chat(kept, loaded.tokenizer, answer=True)
             ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) <= space:
                 break

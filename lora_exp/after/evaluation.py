@@ -23,10 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_exp.after.loading import Loaded, check_apart, load, load_base
 from lora_exp.after.output import check_file
 from lora_exp.after.saved import find
-from lora_exp.data.formats import Row
 from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
 from lora_exp.data.tokens import IGNORED, tokenise
+from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.files.whole import write_whole
 from lora_exp.record.console import tracked

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_exp.data.rows import files
+from lora_exp.data.reading import files
 from lora_exp.errors import SavedError
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".yaml")

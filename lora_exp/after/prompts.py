@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from lora_exp.data.formats import ROLES, Row
+from lora_exp.data.reading import files, lines
 from lora_exp.data.rendered import Prompt, prompt_of
-from lora_exp.data.rows import convert, files, lines
+from lora_exp.data.rows import convert
+from lora_exp.data.turns import ROLES, Row
 from lora_exp.errors import DataError
 
 
@@ -34,19 +32,13 @@ def read(path: str | Path, as_chat: bool = False) -> list[Asking]:
     Raises:
         DataError: by file, line and field, what cannot be used; or there are no rows.
     """
-    numbered: list[tuple[str, Any]] = [
-        found for file in files(str(path)) for found in lines(file, "raise")
-    ]
+    numbered: list[tuple[str, Any]] = [row for file in files(str(path)) for row in lines(file)]
     if not numbered:
         raise DataError(f"{path}: no rows")
     rows = []
     for where, written in numbered:
-        try:
-            json.dumps(written, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise DataError(f"{where}: holds half a surrogate pair, which is no text") from None
-        (row,), *_ = convert([(where, _question(written, as_chat))], "auto", where, "raise")
-        rows.append(Asking(where, written, row))
+        read = convert([(where, _question(written, as_chat))], "auto", where, "raise")
+        rows.append(Asking(where, written, read.rows[0]))
     return rows
 
 
@@ -63,7 +55,7 @@ def _question(row: Any, as_chat: bool) -> Any:
         prompt = [{"role": "user", "content": prompt}]
     elif "chosen" in row or not prompt:
         return row
-    return {"prompt": prompt} | {key: row[key] for key in ("tools",) if key in row}
+    return {"prompt": prompt} | {key: row[key] for key in ("tools", "system") if key in row}
 
 
 def prompts_of(rows: list[Asking], tokenizer: Any) -> list[Prompt]:
@@ -80,8 +72,8 @@ def prompts_of(rows: list[Asking], tokenizer: Any) -> list[Prompt]:
             raise DataError(f"{each.where}: {text}")
         try:
             prompt = prompt_of(each.row, tokenizer)
-        except TemplateError as error:
-            raise DataError(f"{each.where}: the chat template refuses it: {error}") from error
+        except DataError as error:
+            raise DataError(f"{each.where}: {error}") from error
         if prompt is None:
             text = "asks nothing; give a prompt, or turns that end with a question"
             raise DataError(f"{each.where}: {text}")

@@ -20,7 +20,7 @@ from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import compared, fits, members, signature
 from lora_exp.config.start import adapter_config
-from lora_exp.data.formats import SHAPES
+from lora_exp.data.shapes import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.files.paths import asset, is_path, near_names
 from lora_exp.files.redaction import redact

@@ -1,6 +1,9 @@
 """A row, from its fields to tokens.
 
-formats   what rows look like, and become
+turns     a chat's turns, checked
+formats   how rows are written
+shapes    what algorithms learn from
+reading   files of rows
 tasks     the generated tasks and their answers
 rows      read, checked, split
 template  chat templates: turns to text

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow
-from datasets import Dataset
-from jinja2.exceptions import TemplateError
+from datasets import Dataset, Features, Json, List
+from datasets.features.features import generate_from_arrow_type
 from omegaconf import DictConfig
 
-from lora_exp.data.formats import SHAPES, Row
+from lora_exp.data.reading import OnError
 from lora_exp.data.rows import Rows
-from lora_exp.data.template import render_chat
-from lora_exp.data.tokens import IGNORED, Counts, Tokens, tokenise, virtual_tokens
+from lora_exp.data.shapes import SHAPES, several, where
+from lora_exp.data.template import as_taken, render_chat, turn_end
+from lora_exp.data.tokens import (
+    IGNORED,
+    Counts,
+    Tokens,
+    text_prompt,
+    tokenise,
+    virtual_tokens,
+)
+from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError
 
 Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
@@ -23,12 +32,10 @@ Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
 def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
     """Return a prompt's tokens, of a chat with the answer's turn opened."""
     if isinstance(row["prompt"], str):
-        ids: list[int] = tokenizer(row["prompt"])["input_ids"]
-        return ids
-    chat: list[int] = tokenizer.apply_chat_template(
-        row["prompt"], tools=row.get("tools"), add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    return chat
+        return text_prompt(row["prompt"], tokenizer)
+    text = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def prepared(
@@ -38,7 +45,7 @@ def prepared(
 
     Args:
         rows: in the algorithm's shape.
-        tokenizer: the base's; it gets the chat template of the rows, where they bring one.
+        tokenizer: the base's, its chat template in place.
         model: with its adapter, whose trained tokens stand before every prompt.
         cfg: the run's.
 
@@ -51,15 +58,21 @@ def prepared(
     if (args.get("max_length") or 0) > context:
         text = f"{args.max_length} is longer than the model's context of {context} tokens"
         raise ConfigError([("algorithm.args.max_length", text)])
-    if rows.chat_template is not None:
-        tokenizer.chat_template = rows.chat_template
     context -= virtual_tokens(model)
     splits = {"train": rows.train, "eval": rows.eval}
     if shape == "prompt":
         room = context - args.max_completion_length
-        made = {what: prompts(some, tokenizer, room, what) for what, some in splits.items() if some}
+        made = {
+            what: prompts(some, tokenizer, room, what, rows.on_error)
+            for what, some in splits.items()
+            if some
+        }
     elif shape != "completion":
-        made = {what: raw(some, shape, tokenizer) for what, some in splits.items() if some}
+        made = {
+            what: raw(some, shape, tokenizer, rows.on_error)
+            for what, some in splits.items()
+            if some
+        }
     else:
         cut = args.get("packing") and args.get("packing_strategy") in ("wrapped", "bfd_split")
         room = min(args.max_length or math.inf, context)
@@ -67,6 +80,7 @@ def prepared(
             "max_length": None if cut or room == math.inf else int(room),
             "completion_only": bool(args.get("completion_only_loss")),
             "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
+            "on_error": rows.on_error,
         }
         made = {
             what: tokenise(some, tokenizer, what=what, **options)
@@ -74,6 +88,15 @@ def prepared(
             if some
         }
     return made["train"], made.get("eval")
+
+
+def unending(rows: Rows, tokenizer: Any) -> str | None:
+    """Return a warning where chats teach no token that ends an answer."""
+    chats = any(isinstance(row.get("messages", row.get("prompt")), list) for row in rows.train[:1])
+    if not chats or turn_end(tokenizer) is not None:
+        return None
+    text = "the chat template ends answers with no special token, so the model does not learn to"
+    return f"{text} stop; give data.chat_template=<file.jinja> with one"
 
 
 def recounted(
@@ -87,7 +110,9 @@ def recounted(
     return train, held_out and seen(held_out, trainer.eval_dataset, length, "eval")
 
 
-def prompts(rows: list[Row], tokenizer: Any, room: float, what: str) -> Tokens:
+def prompts(
+    rows: list[Row], tokenizer: Any, room: float, what: str, on_error: OnError = "raise"
+) -> Tokens:
     """Make prompt rows ready for trainers that answer them; the other columns stay for rewards.
 
     Args:
@@ -95,63 +120,96 @@ def prompts(rows: list[Row], tokenizer: Any, room: float, what: str) -> Tokens:
         tokenizer: its chat template in place.
         room: tokens that a prompt may have beside its answer; longer ones are dropped.
         what: `train` or `eval`, for messages.
+        on_error: of prompts that the chat template refuses.
 
     Raises:
-        DataError: no prompt is left.
+        DataError: no prompt is left, or the chat template refuses one, by file and line.
     """
-    _check_template(rows, tokenizer)
-    try:
-        lengths = [len(prompt_ids(row, tokenizer)) for row in rows]
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses a prompt: {error}") from error
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    lengths: dict[int, int] = {}  # by the row's number
+
+    def measure(row: Row, number: int) -> None:
+        lengths[number] = len(prompt_ids(row, tokenizer))
+
+    refused = _judged(rows, tokenizer, measure, on_error)
+    kept = [i for i, length in lengths.items() if length <= room]
     if not kept:
         text = f"none of the {len(rows)} {what} prompts has at most {room:g} tokens"
         raise DataError(f"{text}; lower algorithm.args.max_completion_length or shorten them")
-    tokens = sum(length for length in lengths if length <= room)
-    counts = Counts(len(kept), tokens, 0, 0, len(rows) - len(kept))
-    return Tokens(table(kept), counts, cached=False)
+    counts = Counts(len(kept), sum(lengths[i] for i in kept), 0, 0, len(lengths) - len(kept))
+    taken = [_taken(rows[i], tokenizer) for i in kept]
+    return Tokens(table(taken), counts, cached=False, refused=refused)
+
+
+def raw(rows: list[Row], shape: str, tokenizer: Any, on_error: OnError = "raise") -> Tokens:
+    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has.
+
+    Raises:
+        DataError: chats without a template, or the template refuses one, by file and line.
+    """
+    answers = [field for field in ("chosen", "rejected", "completion") if field in SHAPES[shape]]
+
+    def render(row: Row, number: int) -> None:
+        if isinstance(row["prompt"], list):
+            for answer in answers:
+                render_chat(row["prompt"] + row[answer], tokenizer, row.get("tools"))
+
+    refused = _judged(rows, tokenizer, render, on_error)
+    wanted = SHAPES[shape] | {"tools", "margin"}
+    kept = [row for row in rows if where(row) not in refused]
+    taken = [_taken(row, tokenizer) for row in kept]
+    columns = [{key: row[key] for key in row.keys() & wanted} for row in taken]
+    return Tokens(table(columns), Counts(len(kept), 0, 0, 0, 0), cached=False, refused=refused)
+
+
+def _judged(
+    rows: list[Row], tokenizer: Any, judge: Callable[[Row, int], None], on_error: OnError
+) -> dict[str, str]:
+    """Return which rows the chat template refuses, and why."""
+    if any(isinstance(row["prompt"], list) for row in rows) and not tokenizer.chat_template:
+        text = "the rows are chats, but the tokenizer has no chat template; give"
+        raise DataError(f"{text} data.chat_template=<file.jinja>, or rows of plain text")
+    refused = {}
+    for number, row in enumerate(rows):
+        try:
+            judge(row, number)
+        except DataError as error:
+            refused[where(row)] = f"{where(row)}: {error}"
+    if refused and (on_error == "raise" or len(refused) == len(rows)):
+        raise DataError(several(list(refused.values())))
+    return refused
+
+
+def _taken(row: Row, tokenizer: Any) -> Row:
+    """Return a row whose chats are in the form that the chat template takes."""
+    chats = {key: value for key, value in row.items() if key in CHATS and isinstance(value, list)}
+    return dict(row) | {key: as_taken(turns, tokenizer) for key, turns in chats.items()}
+
+
+CHATS = ("prompt", "chosen", "rejected", "completion")
 
 
 def table(rows: list[Row]) -> Dataset:
     """Return rows as a data set with the columns of all of them, None where a row has none.
 
-    Raises:
-        DataError: a column is of several types.
+    Columns of objects, or of several types, are kept as they are: Arrow would give each object the
+    keys of all others.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
-    for name, values in columns.items():
-        try:
-            pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise DataError(f"field {name!r} is not of one type in all rows: {error}") from error
-    return Dataset.from_dict(columns)
+    features = {name: _feature(values) for name, values in columns.items()}
+    return Dataset.from_dict(columns, features=Features(features))
 
 
-def _check_template(rows: list[Row], tokenizer: Any) -> None:
-    chats = any(isinstance(row["prompt"], list) for row in rows)
-    if chats and not tokenizer.chat_template:
-        text = (
-            "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
-        )
-        raise DataError(f"{text}<file.jinja>, or rows of plain text")
-    asked = next((row["prompt"] for row in rows if isinstance(row["prompt"], list)), None)
-    if asked is not None:  # trainers render rows themselves, and would wait for ever
-        with suppress(TemplateError):  # said with the row, later
-            render_chat(asked, tokenizer)
-
-
-def raw(rows: list[Row], shape: str, tokenizer: Any) -> Tokens:
-    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has.
-
-    Raises:
-        DataError: chats without a template, or a column of several types.
-    """
-    _check_template(rows, tokenizer)
-    wanted = SHAPES[shape] | {"tools", "margin"}
-    columns = [{key: row[key] for key in row.keys() & wanted} for row in rows]
-    return Tokens(table(columns), Counts(len(rows), 0, 0, 0, 0), cached=False)
+def _feature(values: list[Any]) -> Any:
+    """Return the type of a column."""
+    try:
+        kind = pyarrow.array(values).type
+    except (pyarrow.ArrowException, OverflowError):
+        return Json()
+    if pyarrow.types.is_nested(kind):
+        lists = all(isinstance(value, list) for value in values)
+        return List(Json()) if lists and pyarrow.types.is_struct(kind.value_type) else Json()
+    return generate_from_arrow_type(kind)
 
 
 def seen(given: Tokens, dataset: Any, max_length: int | None, what: str) -> Tokens:

@@ -1,14 +1,7 @@
-"""The formats that rows come in, and the shapes that algorithms learn from.
+"""The formats that rows come in: which one a row has, and what it becomes.
 
-A shape is what a row is after reading, with whatever other columns it came with; a text is a string
-or, in chats, a list of turns:
-
-completion            `messages`; or `prompt` and `completion`; or `text`
-preference            `prompt`, `chosen`, `rejected`
-unpaired_preference   `prompt`, `completion`, `label` (true: wanted)
-prompt                `prompt`, and `answer` where it is known
-
-Knows nothing of files or tokens; needs no torch.
+Of the fields that tell formats apart a row keeps those of its own; the other columns are carried
+along. Knows nothing of files or tokens; needs no torch.
 """
 
 from __future__ import annotations
@@ -17,103 +10,91 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_exp.data.turns import FieldError, Row, text_in, tools_in, turns_in, with_system
 from lora_exp.errors import DataError
 
-Row = dict[str, Any]
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ROLES |= {"chatgpt": "assistant", "model": "assistant", "system": "system", "tool": "tool"}
+
+class EmptyAnswer(FieldError):
+    """An answer without text, from which nothing can be learnt."""
 
 
-class FieldError(Exception):
-    """A field that cannot be used; the reader adds file and line."""
-
-
-def _text(row: Row, field: str) -> str:
-    if field not in row:
-        raise FieldError(f"field {field!r} is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise FieldError(f"field {field!r} is {json.dumps(value)[:40]}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise FieldError(f"field {field!r} holds half a surrogate pair, which is no text") from None
-    return value
+# question, what it is about, answer: as the columns of well-known data sets are called
+QUESTIONS = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("instruction", "context", "output"),
+    ("instruction", "input", "response"),
+    ("question", "", "answer"),
+    ("query", "", "response"),
+    ("input", "", "output"),
+)
 
 
 def _from_text(row: Row) -> Row:
-    if not _text(row, "text"):
-        raise FieldError("field 'text' is empty")
+    if not text_in(row, "text"):
+        raise EmptyAnswer("field 'text' is empty")
     return row
 
 
 def _from_prompt_completion(row: Row) -> Row:
     if isinstance(row.get("prompt"), list):
-        prompt, completion = _turns(row, "prompt"), _turns(row, "completion")
-        rest = {key: row[key] for key in row.keys() - {"prompt", "completion"}}
-        return rest | {"messages": _answered(prompt + completion, "completion")}
-    _text(row, "prompt")
-    if not _text(row, "completion"):
-        raise FieldError("field 'completion' is empty")
+        prompt, completion = turns_in(row, "prompt"), turns_in(row, "completion")
+        turns = with_system(_answered(prompt + completion, "completion"), row)
+        return _without(row, "prompt", "completion", "system") | {"messages": turns}
+    text_in(row, "prompt")
+    if not text_in(row, "completion"):
+        raise EmptyAnswer("field 'completion' is empty")
     return row
 
 
 def _from_alpaca(row: Row) -> Row:
-    question = _text(row, "instruction")
-    if row.get("input"):
-        question += "\n\n" + _text(row, "input")
-    answer = _text(row, "output")
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    rest = {key: row[key] for key in row.keys() - {"instruction", "input", "output", "system"}}
-    return rest | {"messages": [*system, *turns]}
+    names = next((n for n in QUESTIONS if n[0] in row and n[2] in row), QUESTIONS[0])
+    question, about, answer = names
+    text = text_in(row, question)
+    if about and row.get(about):
+        text += "\n\n" + text_in(row, about)
+    turns = [*_history(row), {"role": "user", "content": text}]
+    turns.append({"role": "assistant", "content": text_in(row, answer)})
+    messages = with_system(_answered(turns, answer), row)
+    return _without(row, question, about, answer, "system", "history") | {"messages": messages}
 
 
-def _from_messages(row: Row) -> Row:
-    return row | {"messages": _answered(_turns(row, "messages"), "messages")}
+def _history(row: Row) -> list[Row]:
+    """Return the earlier turns of an alpaca row: pairs of question and answer."""
+    history = row.get("history") or []
+    texts = [text for pair in history for text in pair] if isinstance(history, list) else [None]
+    if len(texts) != 2 * len(history) or not all(isinstance(text, str) for text in texts):
+        raise FieldError("field 'history' is not a list of pairs [question, answer]")
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def _from_messages(row: Row, field: str = "messages") -> Row:
+    turns = with_system(_answered(turns_in(row, field), field), row)
+    return _without(row, field, "system") | {"messages": turns}
 
 
 def _from_sharegpt(row: Row) -> Row:
-    turns = _turns(row, "conversations", role="from", content="value")
-    rest = {key: row[key] for key in row.keys() - {"conversations"}}
-    return rest | {"messages": _answered(turns, "conversations")}
-
-
-def _turns(row: Row, field: str, role: str = "role", content: str = "content") -> list[Row]:
-    turns = row.get(field)
-    if not isinstance(turns, list) or not turns:
-        raise FieldError(f"field {field!r} is not a list of turns")
-    converted = []
-    for number, turn in enumerate(turns):
-        place = f"{field}[{number}]"
-        if not isinstance(turn, dict):
-            raise FieldError(f"{place} is not an object with {role!r} and {content!r}")
-        speaker = turn.get(role)
-        if not isinstance(speaker, str) or speaker not in ROLES:
-            raise FieldError(f"{place}.{role} is {speaker!r}, none of {', '.join(sorted(ROLES))}")
-        rest = {key: turn[key] for key in turn.keys() - {role, content}}  # tool calls and the like
-        if turn.get("tool_calls") and not turn.get(content):
-            turn = turn | {content: ""}
-        try:
-            said = _text(turn, content)
-        except FieldError as error:
-            raise FieldError(f"{place}: {error}") from None
-        converted.append(rest | {"role": ROLES[speaker], "content": said})
-    return converted
+    return _from_messages(row, "conversations")
 
 
 def _answered(turns: list[Row], field: str) -> list[Row]:
-    if not any(turn["role"] == "assistant" for turn in turns):
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if not answers:
         raise FieldError(f"{field!r} has no assistant turn, so nothing to learn")
+    if not any(turn.get("weight", 1) for turn in answers):
+        raise FieldError(f"each assistant turn of {field!r} has weight 0, so nothing to learn")
+    if not any(turn["content"].strip() or turn.get("tool_calls") for turn in answers):
+        raise EmptyAnswer(f"the answer in {field!r} is empty")
     return turns
 
 
 def _from_preference(row: Row) -> Row:
     """Read a pair of answers; where the prompt is not given, it is what both begin with."""
-    chosen, rejected = _said(row, "chosen"), _said(row, "rejected")
+    chosen, rejected = _text_or_turns(row, "chosen"), _text_or_turns(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise FieldError("one of 'chosen' and 'rejected' is a text, the other a list of turns")
-    prompt = _said(row, "prompt") if row.get("prompt") else None
+    prompt = _text_or_turns(row, "prompt") if row.get("prompt") else None
     if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
         prompt = None  # the turns of the prompt stand in both answers
     if prompt is None:
@@ -131,7 +112,7 @@ def _from_preference(row: Row) -> Row:
         raise FieldError("'chosen' and 'rejected' are the same")
     if not prompt:
         raise FieldError("field 'prompt' is missing, and the two answers begin with nothing shared")
-    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return _prompted(row, prompt) | {"chosen": chosen, "rejected": rejected}
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -154,23 +135,35 @@ def _shared_turns(a: list[Row], b: list[Row]) -> int:
 def _from_unpaired_preference(row: Row) -> Row:
     if not isinstance(row.get("label"), bool):
         raise FieldError(f"field 'label' is {json.dumps(row.get('label'))}, not true or false")
-    prompt, completion = _said(row, "prompt"), _said(row, "completion")
+    prompt, completion = _text_or_turns(row, "prompt"), _text_or_turns(row, "completion")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise FieldError("one of 'prompt' and 'completion' is a text, the other a list of turns")
-    return row | {"prompt": prompt, "completion": completion}
+    return _prompted(row, prompt) | {"completion": completion}
 
 
 def _from_prompt(row: Row) -> Row:
-    return row | {"prompt": _said(row, "prompt")}
+    return _prompted(row, _text_or_turns(row, "prompt"))
 
 
-def _said(row: Row, field: str) -> Any:
+def _prompted(row: Row, prompt: Any) -> Row:
+    """Return a row with its prompt, the system prompt of its column `system` at the beginning."""
+    if isinstance(prompt, list) and row.get("system"):
+        return _without(row, "system") | {"prompt": with_system(prompt, row)}
+    return row | {"prompt": prompt}
+
+
+def _text_or_turns(row: Row, field: str) -> Any:
     """Return a text that is not empty, or checked turns."""
     if isinstance(row.get(field), list):
-        return _turns(row, field)
-    if not _text(row, field):
-        raise FieldError(f"field {field!r} is empty")
+        return turns_in(row, field)
+    if not text_in(row, field):
+        empty = FieldError if field == "prompt" else EmptyAnswer
+        raise empty(f"field {field!r} is empty")
     return row[field]
+
+
+def _without(row: Row, *fields: str) -> Row:
+    return {key: row[key] for key in row.keys() - set(fields)}
 
 
 # in the order in which a row's fields are compared with them
@@ -184,104 +177,80 @@ FORMATS: dict[str, Callable[[Row], Row]] = {
     "text": _from_text,
     "prompt": _from_prompt,
 }
-FIELDS: dict[str, set[str]] = {
-    "preference": {"chosen", "rejected"},
-    "unpaired_preference": {"prompt", "completion", "label"},
-    "messages": {"messages"},
-    "sharegpt": {"conversations"},
-    "alpaca": {"instruction", "output"},
-    "prompt_completion": {"prompt", "completion"},
-    "text": {"text"},
-    "prompt": {"prompt"},
+FIELDS: dict[str, list[set[str]]] = {
+    "preference": [{"chosen", "rejected"}],
+    "unpaired_preference": [{"prompt", "completion", "label"}],
+    "messages": [{"messages"}],
+    "sharegpt": [{"conversations"}],
+    "alpaca": [{question, answer} for question, _, answer in QUESTIONS],
+    "prompt_completion": [{"prompt", "completion"}],
+    "text": [{"text"}],
+    "prompt": [{"prompt"}],
 }
-SHAPES: dict[str, set[str]] = {
-    "completion": {"messages", "text", "completion"},
+# what a row of a format may hold of the fields that the later stages read
+READ = {"messages", "text", "prompt", "completion", "chosen", "rejected"}
+KEPT: dict[str, set[str]] = {
     "preference": {"prompt", "chosen", "rejected"},
     "unpaired_preference": {"prompt", "completion", "label"},
-    "prompt": {"prompt"},
+    "messages": {"messages"},
+    "sharegpt": {"messages"},
+    "alpaca": {"messages"},
+    "prompt_completion": {"messages", "prompt", "completion"},
+    "text": {"text"},
+    "prompt": {"prompt", "text"},
 }
 
 
 def detect(row: Row, where: str) -> str:
-    """Tell the format by a row's fields.
+    """Tell the format by a row's fields: the first of `FORMATS` whose fields are all there.
 
     Raises:
         DataError: the fields belong to no known format.
     """
-    for format, fields in FIELDS.items():
-        if fields <= row.keys() and ("label" not in fields or isinstance(row["label"], bool)):
-            return format
-    known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, fields in FIELDS.items())
-    raise DataError(f"{where}: fields {sorted(row)} are of no known format ({known})")
+    for format, choices in FIELDS.items():
+        fields = next((fields for fields in choices if fields <= row.keys()), None)
+        if fields is None or ("label" in fields and not isinstance(row["label"], bool)):
+            continue
+        if format == "alpaca" and "prompt" in row and "instruction" not in row:
+            continue  # a prompt beside its answer, for algorithms that answer prompts
+        return format
+    known = "; ".join(
+        f"{name}: {' or '.join(', '.join(sorted(fields)) for fields in choices)}"
+        for name, choices in FIELDS.items()
+    )
+    raise DataError(
+        f"{where}: fields {sorted(row)} are of no known format ({known}); data.columns says which"
+        " column is which, as in data.columns={prompt: ask, completion: reply}"
+    )
 
 
-def shape_of(format: str) -> str:
-    """Return the shape that rows of a format have."""
-    return format if format in SHAPES else "completion"
-
-
-def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
-    """Bring rows to the shape that an algorithm learns from, where they hold what it needs.
-
-    Pairs become two unpaired rows, or the prompt with its chosen answer; a row with an answer
-    becomes a prompt whose `answer` is known.
+def read_as(format: str, row: Row, as_chat: bool = False) -> Row:
+    """Bring a row of a format to its shape, without the fields of other formats.
 
     Args:
-        rows: as read.
-        format: from what.
-        shape: one of `SHAPES`.
+        format: one of `FORMATS`.
+        row: as it was written.
+        as_chat: plain texts of prompts and answers become turns.
 
     Raises:
-        DataError: what was found and what is needed.
+        FieldError: a field that cannot be used.
     """
-    found = shape_of(format)
-    if found == shape:
-        return rows
-    convert = CONVERSIONS.get((found, shape))
-    if convert is None or (shape == "prompt" and format == "text"):
-        fields = ", ".join(sorted(rows[0])) if rows else "nothing"
-        near = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
-        raise DataError(
-            f"the algorithm needs rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))}), but"
-            f" these were read as {format} with the fields {fields}; formats that would do:"
-            f" {', '.join(near)}"
-        )
-    return [new for row in rows for new in convert(row)]
+    shaped = FORMATS[format](row)
+    spare = READ - KEPT[format] | ({"label"} - KEPT[format] if format != "prompt" else set())
+    shaped = _without(shaped, *spare, "tools")
+    tools = tools_in(row)
+    shaped |= {"tools": tools} if tools else {}
+    return _as_chat(shaped) if as_chat else shaped
 
 
-def _without(row: Row, *fields: str) -> Row:
-    return {key: row[key] for key in row.keys() - set(fields)}
-
-
-def _to_unpaired(row: Row) -> list[Row]:
-    rest = _without(row, "chosen", "rejected")
-    pair = (("chosen", True), ("rejected", False))
-    return [rest | {"completion": row[field], "label": label} for field, label in pair]
-
-
-def _to_chosen(row: Row) -> list[Row]:
-    rest = _without(row, "prompt", "chosen", "rejected")
-    if isinstance(row["chosen"], list):
-        return [rest | {"messages": row["prompt"] + row["chosen"]}]
-    return [rest | {"prompt": row["prompt"], "completion": row["chosen"]}]
-
-
-def _to_prompt(row: Row) -> list[Row]:
-    if "chosen" in row:
-        (row,) = _to_chosen(row)
-    if "messages" not in row:
-        answer = row.get("answer", row["completion"])
-        return [_without(row, "completion") | {"prompt": row["prompt"], "answer": answer}]
-    *asked, last = row["messages"]
-    if last["role"] != "assistant":
-        asked, last = row["messages"], {"content": None}
-    rest = _without(row, "messages")
-    return [rest | {"prompt": asked, "answer": rest.get("answer", last["content"])}]
-
-
-CONVERSIONS: dict[tuple[str, str], Callable[[Row], list[Row]]] = {
-    ("preference", "unpaired_preference"): _to_unpaired,
-    ("preference", "completion"): _to_chosen,
-    ("preference", "prompt"): _to_prompt,
-    ("completion", "prompt"): _to_prompt,
-}
+def _as_chat(row: Row) -> Row:
+    if not isinstance(row.get("prompt"), str):
+        return row
+    turns = {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    turns["prompt"] = with_system(turns["prompt"], row)
+    for field in row.keys() & {"completion", "chosen", "rejected"}:
+        turns[field] = [{"role": "assistant", "content": row[field]}]
+    rest = _without(row, *turns, "system")
+    if "completion" in turns and "label" not in row:
+        return rest | {"messages": turns["prompt"] + turns["completion"]}
+    return rest | turns

@@ -5,16 +5,19 @@ Knows nothing of tokens; needs no torch.
 
 from __future__ import annotations
 
-import glob
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_exp.data import tasks as generated
-from lora_exp.data.formats import FORMATS, FieldError, Row, detect, reshape
+from lora_exp.data.formats import EmptyAnswer, detect, read_as
+from lora_exp.data.reading import OnError, files, lines
+from lora_exp.data.shapes import Placed, reshape, several
+from lora_exp.data.shapes import where as place_of
+from lora_exp.data.turns import FieldError, Row
 from lora_exp.errors import DataError
 from lora_exp.files.paths import asset
 from lora_exp.files.whole import sha256
@@ -23,7 +26,7 @@ Format = Literal[
     "auto", "preference", "unpaired_preference", "messages", "sharegpt", "alpaca",
     "prompt_completion", "text", "prompt",
 ]  # fmt: skip
-OnError = Literal["raise", "skip"]
+Columns = Mapping[str, str] | None
 SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
 DRAWN = "lora_exp.corpus"  # the source's name in records; a run resumes with the same one
 
@@ -37,8 +40,9 @@ class Rows:
     format: str
     source: dict[str, str]  # file -> SHA-256, or hub id -> revision
     chat_template: str | None  # Jinja text that replaces the model's own
-    warning: str | None = None
-    skipped: tuple[str, ...] = ()  # rows that could not be used, and why
+    warnings: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # rows that were left out, and why
+    on_error: OnError = "raise"  # of rows that only the chat template can judge
 
     def shaped(self, shape: str) -> Rows:
         """Return the rows in the shape that an algorithm learns from.
@@ -48,6 +52,29 @@ class Rows:
         """
         train, held_out = (reshape(rows, self.format, shape) for rows in (self.train, self.eval))
         return replace(self, train=train, eval=held_out)
+
+    def without(self, refused: dict[str, str]) -> Rows:
+        """Leave out rows that a chat template refuses.
+
+        Args:
+            refused: where a row was read -> why it is left out.
+        """
+        kept = [
+            [row for row in rows if place_of(row) not in refused]
+            for rows in (self.train, self.eval)
+        ]
+        skipped = (*self.skipped, *refused.values())
+        return replace(self, train=kept[0], eval=kept[1], skipped=skipped)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Rows in their shape, and those that were left out."""
+
+    rows: list[Row]
+    format: str
+    skipped: list[str]
+    empty: int  # of the skipped, those without an answer
 
 
 def jsonl(
@@ -60,20 +87,21 @@ def jsonl(
     max_eval_rows: int | None,
     chat_template: str | None,
     on_error: OnError,
+    columns: Columns = None,
+    as_chat: bool = False,
 ) -> Rows:
-    """Read JSON lines (or one JSON list) from a file or a glob.
+    """Read rows from a file or a glob; see `reading` for the kinds of files.
 
     Raises:
         DataError: by file, line and field, what cannot be used; or nothing is left to train on.
     """
-    train, found, skipped, source = _read_files(path, format, on_error)
-    held_out: list[Row] | None = None
+    read, source = _read_files(path, format, on_error, columns, as_chat)
+    held_out = None
     if eval_path is not None:
-        held_out, _, also, eval_source = _read_files(eval_path, format, on_error)
+        held_out, eval_source = _read_files(eval_path, format, on_error, columns, as_chat)
         source |= eval_source
-        skipped += also
-    train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
-    return Rows(train, held_out, found, source, _template(chat_template), skipped=tuple(skipped))
+    split = _split(read, held_out, eval_share, max_rows, max_eval_rows)
+    return _rows(read, held_out, split, source, chat_template, on_error)
 
 
 def hub(
@@ -89,6 +117,8 @@ def hub(
     max_eval_rows: int | None,
     chat_template: str | None,
     on_error: OnError,
+    columns: Columns = None,
+    as_chat: bool = False,
 ) -> Rows:
     """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.
 
@@ -97,31 +127,66 @@ def hub(
     """
     from datasets import load_dataset
 
-    def load(name: str) -> tuple[list[Row], str, list[str]]:
+    def load(name: str) -> Converted:
         try:
             loaded = load_dataset(path, subset, revision=revision, split=name)
         except (OSError, ValueError) as error:
             raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
         numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
-        return convert(numbered, format, f"{path}[{name}]", on_error)
+        return convert(numbered, format, f"{path}[{name}]", on_error, columns, as_chat)
 
-    train, found, skipped = load(split)
-    held_out = None
-    if eval_split:
-        held_out, _, also = load(eval_split)
-        skipped += also
-    train, held_out = _split(train, held_out, eval_share, max_rows, max_eval_rows)
+    read = load(split)
+    held_out = load(eval_split) if eval_split else None
+    parts = _split(read, held_out, eval_share, max_rows, max_eval_rows)
     if Path(path).exists():
-        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        source = {str(p): sha256(p) for p in files}
-        return Rows(
-            train, held_out, found, source, _template(chat_template), skipped=tuple(skipped)
-        )
+        paths = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        source = {str(p): sha256(p) for p in paths}
+        return _rows(read, held_out, parts, source, chat_template, on_error)
     commit = _commit(path, revision)
+    rows = _rows(read, held_out, parts, {path: str(commit)}, chat_template, on_error)
+    if revision == commit:
+        return rows
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
-    warning = None if revision == commit else unpinned
-    source = {path: str(commit)}
-    return Rows(train, held_out, found, source, _template(chat_template), warning, tuple(skipped))
+    return replace(rows, warnings=(unpinned, *rows.warnings))
+
+
+def _rows(
+    read: Converted,
+    held_out: Converted | None,
+    split: tuple[list[Row], list[Row]],
+    source: dict[str, str],
+    chat_template: str | None,
+    on_error: OnError,
+) -> Rows:
+    """Put together what was read, with what is worth a warning."""
+    both = [read, held_out] if held_out else [read]
+    skipped = tuple(why for part in both for why in part.skipped)
+    train, evaluation = split
+    warnings = []
+    if empty := sum(part.empty for part in both):
+        warnings.append(f"{empty:,} rows have an empty answer and are left out")
+    texts = [row["prompt"] for row in train if isinstance(row.get("prompt"), str)]
+    if spaces := sum(text[-1:].isspace() for text in texts):
+        text = f"{spaces:,} of {len(texts):,} prompts end in white space, which most tokenizers"
+        warnings.append(f"{text} join with the answer's first word; end prompts without it")
+    if repeated := _repeated(train, evaluation):
+        warnings.append(f"{repeated:,} of {len(evaluation):,} held-out rows are training rows, too")
+    return Rows(
+        train, evaluation, read.format, source, _template(chat_template), tuple(warnings),
+        skipped, on_error,
+    )  # fmt: skip
+
+
+def _repeated(train: list[Row], held_out: list[Row]) -> int:
+    """Count the held-out rows that stand among the training rows."""
+    if not held_out:
+        return 0
+    known = {_content(row) for row in train}
+    return sum(_content(row) in known for row in held_out)
+
+
+def _content(row: Row) -> int:
+    return hash(json.dumps(row, sort_keys=True, default=str))
 
 
 def _commit(path: str, revision: str | None) -> str:
@@ -161,117 +226,113 @@ def _template(path: str | None) -> str | None:
 
 
 def _read_files(
-    pattern: str, format: str, on_error: OnError
-) -> tuple[list[Row], str, list[str], dict[str, str]]:
+    pattern: str, format: str, on_error: OnError, columns: Columns, as_chat: bool
+) -> tuple[Converted, dict[str, str]]:
     paths = files(pattern)
     source = {}
     for path in paths:
         name = pattern if len(paths) == 1 else str(path)
         source[name] = sha256(path)
-    numbered = (row for path in paths for row in lines(path, on_error))
-    return *convert(numbered, format, pattern, on_error), source
-
-
-def files(pattern: str) -> list[Path]:
-    """Return the files that a path or a glob names, in order.
-
-    Raises:
-        DataError: there is none.
-    """
-    paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise DataError(f"no file matches {pattern}")
-    return paths
-
-
-def lines(path: Path, on_error: OnError) -> Iterator[tuple[str, Row | DataError]]:
-    """Yield `(file:line, row)`; a file that holds one JSON list is taken row by row.
-
-    A line that cannot be read is its error, where bad rows are skipped.
-
-    Raises:
-        DataError: a line cannot be read, and bad rows are not skipped.
-    """
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
-        for number, row in enumerate(_parse(raw, f"{path}"), 1):
-            yield f"{path} row {number}", row
-        return
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                yield where, _parse(line, where)
-            except DataError as error:
-                if on_error == "raise":
-                    raise
-                yield where, error
-
-
-def _parse(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        text = f"{where}: not UTF-8 at byte {error.start + 1}; convert the file to UTF-8"
-        raise DataError(text) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
+    numbered = (row for path in paths for row in lines(path))
+    return convert(numbered, format, pattern, on_error, columns, as_chat), source
 
 
 def convert(
-    rows: Iterable[tuple[str, Any]], format: str, source: str, on_error: OnError
-) -> tuple[list[Row], str, list[str]]:
+    rows: Iterable[tuple[str, Any]],
+    format: str,
+    source: str,
+    on_error: OnError,
+    columns: Columns = None,
+    as_chat: bool = False,
+) -> Converted:
     """Bring every row to its shape; the first row decides the format where it is `auto`.
 
+    A row whose answer is empty is left out, whatever `on_error` says.
+
     Args:
-        rows: each with where it stands.
+        rows: each with where it was read.
         format: of all of them.
         source: what they were read from, for errors.
         on_error: of a row that cannot be used.
-
-    Returns:
-        The rows, their format, and why others were skipped.
+        columns: field -> the column that holds it.
+        as_chat: plain texts of prompts and answers become turns.
 
     Raises:
         DataError: by file, line and field, what cannot be used; or there are no rows.
     """
     converted: list[Row] = []
     skipped: list[str] = []
+    faults: list[str] = []
+    empty = 0
     for where, row in rows:
         try:
-            if isinstance(row, DataError):
-                raise row
-            if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise DataError(f"{where}: a row is an object {{...}}, this is {kind}")
             if format == "auto":
-                format = detect(row, where)
-            try:
-                converted.append(FORMATS[format](row))
-            except FieldError as error:
-                raise DataError(f"{where}: {error} (read as {format})") from None
+                format = detect(_named(_checked(row, where), columns, where), where)
+            converted.append(_converted(row, format, columns, as_chat, where))
+        except EmptyAnswer as error:
+            empty += 1
+            skipped.append(f"{where}: {error}")
         except DataError as error:
-            if on_error == "raise":
-                raise
-            skipped.append(str(error))
+            (faults if on_error == "raise" else skipped).append(str(error))
+            if format == "auto":  # no row can be read without one
+                break
+    if faults:
+        raise DataError(several(faults))
     if not converted:
         why = f"; {len(skipped)} were skipped, the first: {skipped[0]}" if skipped else ""
         raise DataError(f"{source}: no rows{why}")
-    return converted, format, skipped
+    return Converted(converted, format, skipped, empty)
+
+
+def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: str) -> Row:
+    row = _named(_checked(row, where), columns, where)
+    try:
+        return Placed(read_as(format, row, as_chat), where)
+    except EmptyAnswer:
+        raise
+    except FieldError as error:
+        raise DataError(f"{where}: {error} (read as {format})") from None
+
+
+def _checked(row: Any, where: str) -> Row:
+    """Return a row that is an object of texts that can be written as UTF-8."""
+    if isinstance(row, DataError):
+        raise row
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row is an object {{...}}, this is {type(row).__name__}")
+    for field, value in row.items():
+        try:
+            json.dumps([field, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            text = f"field {field!r} holds half a surrogate pair, which is no text"
+            raise DataError(f"{where}: {text}") from None
+    return row
+
+
+def _named(row: Row, columns: Columns, where: str) -> Row:
+    """Give columns the names of the fields that they hold."""
+    if not columns:
+        return row
+    missing = sorted(set(columns.values()) - row.keys())
+    if missing:
+        text = f"data.columns: there is no column {missing[0]!r}; the columns are {sorted(row)}"
+        raise DataError(f"{where}: {text}")
+    rest = {key: row[key] for key in row.keys() - set(columns.values())}
+    return rest | {field: row[column] for field, column in columns.items()}
 
 
 def _split(
-    train: list[Row],
-    held_out: list[Row] | None,
+    read: Converted,
+    evaluation: Converted | None,
     share: float,
     max_rows: int | None,
     max_eval_rows: int | None,
 ) -> tuple[list[Row], list[Row]]:
     """Hold out a share of the rows where no evaluation rows were given, then apply the limits."""
-    if held_out is None:
+    train = read.rows
+    if evaluation is not None:
+        held_out = evaluation.rows
+    else:
         count = min(round(len(train) * share), len(train) - 1)
         count = max(count, 1) if share and len(train) > 1 else count
         chosen = set(random.Random(SPLIT_SEED).sample(range(len(train)), count))

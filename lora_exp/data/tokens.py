@@ -11,8 +11,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,19 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from rich.progress import track
 
-from lora_exp.data.formats import Row
-from lora_exp.data.rendered import prompt_of, rendered
+from lora_exp.data.reading import OnError
+from lora_exp.data.rendered import Span, prompt_of, rendered
+from lora_exp.data.shapes import several, where
+from lora_exp.data.template import template_of
+from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 from lora_exp.files.paths import cache_dir
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-VERSION = 3  # of the rule, here and in `rendered`; part of the cache's key
+VERSION = 4  # of the rule, here and in `rendered`; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
-Encode = Callable[[list[Row], Any], Iterator[tuple[list[int], list[int]]]]
+Encoded = tuple[list[int], list[int]] | DataError  # ids and labels, or why a row has none
+Encode = Callable[[list[Row], Any], Iterator[Encoded]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Tokens:
     dataset: Any
     counts: Counts
     cached: bool
+    refused: dict[str, str] = field(default_factory=dict)  # where a row was read -> why
 
 
 def tokenise(
@@ -58,6 +63,7 @@ def tokenise(
     max_length: int | None,
     completion_only: bool,
     separate: bool = False,
+    on_error: OnError = "raise",
     what: str,
 ) -> Tokens:
     """Tokenise rows, or take them from the cache if these rows met this tokenizer before.
@@ -68,10 +74,12 @@ def tokenise(
         max_length: tokens to keep of a row, from its start; None keeps all.
         completion_only: whether prompts are left out of the loss.
         separate: whether the answer is a text of its own, as encoder-decoder models take it.
+        on_error: of rows that the chat template refuses.
         what: `train` or `eval`, for messages.
 
     Raises:
-        DataError: no row has a token that counts, or rows are chats and there is no chat template.
+        DataError: no row has a token that counts, rows are chats and there is no chat template, or
+            it refuses them, by file and line.
     """
     if any("messages" in row for row in rows) and not tokenizer.chat_template:
         raise DataError(
@@ -81,11 +89,15 @@ def tokenise(
     key = _key(rows, tokenizer, max_length, completion_only, separate)
     folder = cache_dir() / "tokens" / key
     if (folder / "counts.json").is_file():
-        counts = Counts(**json.loads((folder / "counts.json").read_text()))
-        tokens = Tokens(load_from_disk(str(folder)), counts, cached=True)
+        kept = json.loads((folder / "counts.json").read_text())
+        refused = _named(kept.pop("refused"), rows)
+        dataset = load_from_disk(str(folder))
+        tokens = Tokens(dataset, Counts(**kept), cached=True, refused=refused)
     else:
         encoded = _pairs if separate else partial(encode, completion_only=completion_only)
         tokens = _fresh(rows, tokenizer, max_length, encoded, what, folder)
+    if tokens.refused and on_error == "raise":
+        raise DataError(several(list(tokens.refused.values())))
     if not tokens.counts.rows:
         raise DataError(
             f"none of the {len(rows)} {what} rows has a token that counts towards the loss"
@@ -96,7 +108,7 @@ def tokenise(
 
 def _key(rows: list[Row], tokenizer: Any, *options: Any) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, *options]).encode())
-    for part in (_vocabulary(tokenizer), tokenizer.chat_template, tokenizer.eos_token):
+    for part in (_vocabulary(tokenizer), template_of(tokenizer), tokenizer.eos_token):
         digest.update(f"{part}\0".encode())
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -121,10 +133,15 @@ def _fresh(
 ) -> Tokens:
     ids: list[list[int]] = []
     labels: list[list[int]] = []
+    refused: list[tuple[int, str]] = []  # the row's number, and why
     truncated = dropped = 0
-    chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-    for chunk in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
-        for row_ids, row_labels in encoded(chunk, tokenizer):
+    chunks = range(0, len(rows), CHUNK)
+    for at in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
+        for number, encoding in enumerate(encoded(rows[at : at + CHUNK], tokenizer), at):
+            if isinstance(encoding, DataError):
+                refused.append((number, str(encoding)))
+                continue
+            row_ids, row_labels = encoding
             longest = max(len(row_ids), len(row_labels))
             truncated += max_length is not None and longest > max_length
             row_labels = row_labels[:max_length]
@@ -136,28 +153,39 @@ def _fresh(
     trained = sum(label != IGNORED for row in labels for label in row)
     counts = Counts(len(ids), sum(map(len, ids)), trained, truncated, dropped)
     dataset = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    named = _named(refused, rows)
     if not ids:
-        return Tokens(dataset, counts, cached=False)
-    _store(dataset, counts, folder)
-    return Tokens(load_from_disk(str(folder)), counts, cached=False)
+        return Tokens(dataset, counts, cached=False, refused=named)
+    _store(dataset, asdict(counts) | {"refused": refused}, folder)
+    return Tokens(load_from_disk(str(folder)), counts, cached=False, refused=named)
 
 
-def _store(dataset: Any, counts: Counts, folder: Path) -> None:
+def _named(refused: Iterable[tuple[int, str]], rows: list[Row]) -> dict[str, str]:
+    """Tell by file and line why rows are refused; the cache knows only their numbers."""
+    places = ((where(rows[number]), why) for number, why in refused)
+    return {place: f"{place}: {why}" for place, why in places}
+
+
+def _store(dataset: Any, counts: dict[str, Any], folder: Path) -> None:
     """Write beside, then rename: two runs may tokenise the same rows at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=folder.parent))
     dataset.save_to_disk(str(staged))
-    (staged / "counts.json").write_text(json.dumps(asdict(counts)))
+    (staged / "counts.json").write_text(json.dumps(counts))
     try:
         staged.rename(folder)
     except OSError:  # the other run was first, with the same bytes
         shutil.rmtree(staged)
 
 
-def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[Encoded]:
     """Yield the prompt's ids and the answer's, each with the tokenizer's own special tokens."""
     for row in rows:
-        asked = prompt_of(row, tokenizer)
+        try:
+            asked = prompt_of(row, tokenizer)
+        except DataError as error:
+            yield error
+            continue
         if asked is None and "messages" in row:  # it ends with a question
             yield [], []
             continue
@@ -169,38 +197,69 @@ def _pairs(rows: list[Row], tokenizer: Any) -> Iterator[tuple[list[int], list[in
         yield ids, labels if labels[-1:] == [end] else [*labels, end]
 
 
-def encode(
-    rows: list[Row], tokenizer: Any, completion_only: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the token ids and labels of each row, whole.
+def encode(rows: list[Row], tokenizer: Any, completion_only: bool) -> Iterator[Encoded]:
+    """Yield the token ids and labels of each row, whole, or why the chat template refuses it.
 
     Boundaries are found in characters, then carried to tokens by their offsets, so that a template
-    needs no markers; a token that straddles a boundary counts.
+    needs no markers; a token that straddles a boundary counts. A row begins with one BOS token,
+    where the tokenizer or the template writes it, and ends with one EOS token, where one ends it.
     """
-    texts, spans = zip(*(rendered(row, tokenizer) for row in rows), strict=True)
-    chats = ["messages" in row for row in rows]
-    for chat in sorted(set(chats)):
-        chosen = [i for i, c in enumerate(chats) if c == chat]
+    texts: dict[int, str] = {}
+    spans: dict[int, list[Span]] = {}
+    refused: dict[int, DataError] = {}
+    for i, row in enumerate(rows):
+        try:
+            texts[i], spans[i] = rendered(row, tokenizer)
+        except DataError as error:
+            refused[i] = error
+    encoded: dict[int, Encoded] = dict(refused)
+    for chat in (False, True):
+        chosen = [i for i in texts if ("messages" in rows[i]) == chat]
+        if not chosen:
+            continue
         # a chat template writes its own special tokens; plain text gets the tokenizer's
-        found = tokenizer(
+        batch = tokenizer(
             [texts[i] for i in chosen],
             add_special_tokens=not chat,
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
         for i, ids, offsets in zip(
-            chosen, found["input_ids"], found["offset_mapping"], strict=True
+            chosen, batch["input_ids"], batch["offset_mapping"], strict=True
         ):
-            yield ids, _labels(ids, offsets, spans[i] if completion_only else None)
+            labels = _labels(ids, offsets, spans[i] if completion_only else None)
+            kept = once(ids, tokenizer)
+            encoded[i] = ids[kept], labels[kept]
+    for i in range(len(rows)):
+        yield encoded[i]
 
 
-def _labels(
-    ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]] | None
-) -> list[int]:
+def once(ids: list[int], tokenizer: Any) -> slice:
+    """Return the part of a row that begins with one BOS token and ends with one EOS token.
+
+    Both may be there twice: a text holds them, or its template, and the tokenizer adds its own.
+    """
+    start, stop = 0, len(ids)
+    while ids[start : start + 2] == [tokenizer.bos_token_id] * 2:
+        start += 1
+    while stop - 2 >= start and ids[stop - 2 : stop] == [tokenizer.eos_token_id] * 2:
+        stop -= 1
+    return slice(start, stop)
+
+
+def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span] | None) -> list[int]:
     if spans is None:
         return list(ids)
     counted = [any(s < stop and e > start for start, stop in spans) for s, e in offsets]
     return [token if c else IGNORED for token, c in zip(ids, counted, strict=True)]
+
+
+def text_prompt(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a plain prompt: one BOS token, and no EOS token before the answer."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    ids = ids[once(ids, tokenizer)]
+    written = text.endswith(tokenizer.eos_token or "\0")
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not written else ids
 
 
 def virtual_tokens(model: Any) -> int:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_exp.data.template import turn_end
+
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the model names."""
+    """Return the tokens that end an answer.
+
+    They are the tokenizer's, those that the model names, and what the chat template ends an answer
+    with: a base that learns chats often has another EOS token than its template.
+    """
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    return sorted({tokenizer.eos_token_id, *stops} - {None})
+    end = turn_end(tokenizer)
+    turn = tokenizer.convert_tokens_to_ids(end) if end is not None else None
+    return sorted({tokenizer.eos_token_id, turn, *stops} - {None})
+
+
+def set_end_tokens(model: Any, tokenizer: Any) -> None:
+    """Let a model stop at all of them, also in trainers and programs that ask the model alone."""
+    stops = end_tokens(model, tokenizer)
+    named = model.generation_config.eos_token_id
+    if set(stops) - {*(named if isinstance(named, list) else [named])}:
+        model.generation_config.eos_token_id = stops
 
 
 def ensure_pad_token(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,13 @@ class Record:
             self.values, self.begun = _read(path), False
             self._config, self._fingerprint = redact(plain(cfg)), fingerprint(cfg)
             if self.values:
+                self.values.setdefault("date", date.today().isoformat())
                 self._check_changes()
             else:
                 self.values = {
                     "name": cfg.name,
                     "tracking_id": secrets.token_hex(4),
+                    "date": date.today().isoformat(),  # what chat templates that write it get
                     "choices": plain(cfg.choices),
                     "metrics": {},
                     "resumed": [],

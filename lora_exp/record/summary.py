@@ -52,7 +52,7 @@ def announce(
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }
     show(facts(cfg.name, {key: line for key, line in lines.items() if line}))
-    for warning in (base.warning, rows.warning):
+    for warning in (base.warning, *rows.warnings):
         if warning:
             show(f"[yellow]{warning}[/]")
     show("\nfirst row; what counts towards the loss stands in «»:")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lora_exp.data.formats import Row
 from lora_exp.data.rendered import Prompt, prompt_of
 from lora_exp.data.tokens import virtual_tokens
+from lora_exp.data.turns import Row
 from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.console import tracked
 

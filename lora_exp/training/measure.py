@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig
 
-from lora_exp.data.formats import Row, common_prefix
+from lora_exp.data.formats import common_prefix
 from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
+from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.model.loading import Base
 from lora_exp.record.metrics import named

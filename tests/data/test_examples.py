@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from lora_exp.data.examples import first, prompt_ids, prompts, raw, seen, table
+from lora_exp.data.examples import first, prompt_ids, prompts, raw, seen, table, unending
+from lora_exp.data.rows import corpus
+from lora_exp.data.shapes import Placed
 from lora_exp.data.tokens import IGNORED, Counts, Tokens
 from lora_exp.errors import DataError
 
@@ -36,14 +39,40 @@ def test_only_what_the_trainer_reads_is_handed_on() -> None:
     }  # fmt: skip
 
 
-def test_every_rows_columns_are_kept_and_types_may_not_differ() -> None:
-    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "x"}]
-    assert table(rows).to_list() == [
-        {"prompt": "a", "answer": None},
-        {"prompt": "b", "answer": "x"},
+def test_a_table_gives_no_row_what_others_hold() -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "tools": [{"name": "f"}], "id": 1, "meta": {"x": 1}, "answer": 3},
+        {"prompt": "b", "tools": [{"kind": "g"}], "id": 2**64 - 1, "meta": {"y": [2]}},
+        {"prompt": "c", "answer": "x", "id": 0},
     ]
-    with pytest.raises(DataError, match="field 'answer' is not of one type in all rows"):
-        table([{"answer": "x"}, {"answer": 1}])
+    names = ("prompt", "tools", "id", "meta", "answer")
+    assert table(rows).to_list() == [{name: row.get(name) for name in names} for row in rows]
+
+
+def test_prompts_that_the_template_refuses_are_named_or_left_out(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    refuse = "{{ raise_exception('no system turn') }}"
+    guard = "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}"
+    tokenizer.chat_template = guard + tokenizer.chat_template
+    bad = [{"role": "system", "content": "be"}, *ASK]
+    rows = [Placed({"prompt": turns}, f"rows.jsonl:{i}") for i, turns in enumerate((ASK, bad), 1)]
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
+        prompts(rows, tokenizer, 99, "train")
+    left = prompts(rows, tokenizer, 99, "train", on_error="skip")
+    assert (left.counts.rows, list(left.refused)) == (1, ["rows.jsonl:2"])
+    good, wrong = ([{"role": "assistant", "content": text}] for text in ("a", "b"))
+    pairs = [Placed({**row, "chosen": good, "rejected": wrong}, row.where) for row in rows]
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
+        raw(pairs, "preference", tokenizer)
+    assert raw(pairs, "preference", tokenizer, on_error="skip").counts.rows == 1
+
+
+def test_chats_that_teach_no_end_are_worth_a_warning(base: Any) -> None:
+    rows = corpus(0, 4, 2, None).shaped("completion")
+    assert unending(rows, base.tokenizer) is None
+    endless = copy.deepcopy(base.tokenizer)
+    endless.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert "does not learn to stop" in str(unending(rows, endless))
 
 
 def given(rows: int) -> Tokens:

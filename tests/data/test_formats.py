@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data.formats import FORMATS, FieldError, common_prefix, detect, reshape, shape_of
-from lora_exp.errors import DataError
+from lora_exp.data.formats import FORMATS, common_prefix, detect
+from lora_exp.data.turns import FieldError
 
 ASK = [{"role": "user", "content": "q"}]
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
@@ -59,44 +59,6 @@ def test_a_label_that_is_a_word_makes_no_unpaired_row() -> None:
     row = {"prompt": "q", "completion": "a", "label": "easy"}
     assert detect(row, "here") == "prompt_completion"
     assert detect(row | {"label": False}, "here") == "unpaired_preference"
-
-
-def test_pairs_are_taken_apart() -> None:
-    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "task": "t"}
-    unpaired = reshape([pair], "preference", "unpaired_preference")
-    assert unpaired == [
-        {"prompt": "q", "completion": "a", "label": True, "task": "t"},
-        {"prompt": "q", "completion": "b", "label": False, "task": "t"},
-    ]
-    assert reshape([pair], "preference", "completion") == [
-        {"prompt": "q", "completion": "a", "task": "t"}
-    ]
-    chat = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
-    assert reshape([chat], "preference", "completion") == [{"messages": ASK + GOOD}]
-
-
-@pytest.mark.parametrize(
-    ("format", "row", "prompt", "answer"),
-    [
-        ("messages", {"messages": ASK + GOOD}, ASK, "good"),
-        ("messages", {"messages": ASK + GOOD + ASK}, ASK + GOOD + ASK, None),
-        ("prompt_completion", {"prompt": "q", "completion": "a"}, "q", "a"),
-        ("prompt_completion", {"prompt": "q", "completion": "a", "answer": "42"}, "q", "42"),
-        ("preference", {"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, "good"),
-    ],
-)
-def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
-    format: str, row: dict[str, Any], prompt: Any, answer: str | None
-) -> None:
-    assert reshape([row], format, "prompt") == [{"prompt": prompt, "answer": answer}]
-
-
-def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> None:
-    with pytest.raises(DataError, match=r"shape preference .* read as text with the fields text"):
-        reshape([{"text": "x"}], "text", "preference")
-    with pytest.raises(DataError, match="formats that would do: preference, messages"):
-        reshape([{"text": "x"}], "text", "prompt")
-    assert shape_of("alpaca") == "completion"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import pytest
+import trl
+
 from lora_exp.data.rendered import Prompt, prompt_of, rendered
+from lora_exp.data.template import as_taken, render_chat
+from lora_exp.data.tokens import IGNORED, encode
+from lora_exp.errors import DataError
 from tests.data.test_tokens import chat
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TOKEN = r"<[\[|\uff5c][^<>]{1,30}[\]|\uff5c]>|<(?:start|end)_of_turn>|<turn\|>|</?s>|\[/?INST\]"
+CALL = {"name": "add", "arguments": {"a": 2, "b": 3}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "id": "call_1234", "function": CALL}]}  # fmt: skip
+RETURNED = {"role": "tool", "content": "5", "name": "add", "tool_call_id": "call_1234"}
+TOOLS = [*chat("2+3?")["messages"], CALLED, RETURNED, *chat("ok?", "It is 5.")["messages"][1:]]
+CHATS = {
+    "one": chat("q1", "one")["messages"],
+    "several": chat("q1", "one", "q2", "two words", "q3", "three")["messages"],
+    "system": [{"role": "system", "content": "be brief"}, *chat("q", "one", "q", "2")["messages"]],
+    "thoughts": chat("q", "<think>\nhm\n</think>\n\none", "r", "<think>\nso\n</think>\n\ntwo")[
+        "messages"
+    ],
+    "tools": [*TOOLS, *chat("thanks", "welcome")["messages"]],
+}
+
+
+def with_template(base: Any, template: str) -> Any:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokens = sorted({*re.findall(TOKEN, template)})
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_spans_are_the_answers_with_what_ends_them(base: Any) -> None:
@@ -23,3 +59,82 @@ def test_a_prompt_opens_the_answer_and_text_asks_nothing(base: Any) -> None:
     row = {"prompt": "p", "completion": "c"}
     assert prompt_of(row, base.tokenizer) == Prompt("p", "c", chat=False)
     assert prompt_of({"text": "t"}, base.tokenizer) is None
+
+
+# whose training template leaves out the space after an end token, counts what ends a tool's
+# result (DeepSeek-V3), or leaves out the turn that answers it (Gemma)
+OTHERWISE = {"llava_next", "deepseekv3", "diffusion_gemma"}
+NAMES = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training*"))
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - OTHERWISE))
+def test_masks_are_those_of_trls_training_templates(base: Any, name: str) -> None:
+    """But for what the generation prompt writes, which the model never does."""
+    tokenizer = with_template(base, (TEMPLATES / f"{name}_training.jinja").read_text())
+    compared = 0
+    for turns in CHATS.values():
+        try:
+            theirs = tokenizer.apply_chat_template(
+                as_taken(turns, tokenizer), return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception:  # the template takes no such turn
+            continue
+        (ours,) = encode([{"messages": turns}], tokenizer, completion_only=True)
+        if isinstance(ours, DataError):
+            assert "does not show assistant turn" in str(ours)
+            continue
+        ids, labels = ours
+        assert ids == theirs["input_ids"]
+        counted = [label != IGNORED for label in labels]
+        asked = render_chat(turns[:-1], tokenizer)
+        opened = render_chat(turns[:-1], tokenizer, answer=True).removeprefix(asked)
+        pairs = zip(ids, counted, theirs["assistant_masks"], strict=True)
+        for (mine, yours), run in groupby(pairs, lambda pair: (pair[1], bool(pair[2]))):
+            text = tokenizer.decode([pair[0] for pair in run])
+            assert mine == yours or (yours and text in opened), text
+        compared += 1
+    assert compared > 1
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "qwen3", "nemotron_3_nano", "deepseek_r1_distill"])
+def test_thoughts_that_a_template_drops_hide_no_answer(base: Any, name: str) -> None:
+    tokenizer = with_template(base, (TEMPLATES / f"{name}.jinja").read_text())
+    text, spans = rendered({"messages": CHATS["thoughts"]}, tokenizer)
+    shown = [text[a:b] for a, b in spans]
+    assert ["one" in shown[0], "two" in shown[1]] == [True, True]
+    assert not any(asked in "".join(shown) for asked in ("user\n", "q\n", "r\n"))
+
+
+def test_a_turn_of_weight_nought_does_not_count(base: Any) -> None:
+    row = chat("one", "two", "three", "four")
+    row["messages"][1]["weight"] = 0
+    text, spans = rendered(row, base.tokenizer)
+    assert [text[a:b] for a, b in spans] == ["four<|im_end|>\n"]
+    assert "two<|im_end|>" in text
+
+
+def test_the_token_that_opens_the_next_turn_ends_a_bare_answer(base: Any) -> None:
+    tokenizer = with_template(base, (TEMPLATES / "glm4moe.jinja").read_text())
+    text, spans = rendered(chat("one", "two", "three", "four"), tokenizer)
+    assert [text[a:b][-8:] for a, b in spans] == ["<|user|>"] * 2
+    assert text.endswith("four<|user|>")
+
+
+def test_an_answer_is_found_in_the_whole_where_the_system_prompt_moves(base: Any) -> None:
+    mistral = (
+        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set ns.last = loop.index %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.index == ns.last and "
+        "messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = with_template(base, mistral)
+    text, spans = rendered({"messages": CHATS["system"]}, tokenizer)
+    assert text == "<|endoftext|>[INST]q[/INST]one</s>[INST]be brief q[/INST]2</s>"
+    assert [text[a:b] for a, b in spans] == ["one</s>", "2</s>"]
+
+
+def test_a_call_that_the_template_does_not_show_is_an_error(base: Any) -> None:
+    tokenizer = with_template(base, (TEMPLATES / "llama3.jinja").read_text())
+    with pytest.raises(DataError, match=r"does not show assistant turn 1: .*call_1234"):
+        rendered({"messages": CHATS["tools"]}, tokenizer)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data.formats import ROLES
 from lora_exp.data.rows import _commit, corpus, hub, jsonl, pairs
+from lora_exp.data.shapes import where
+from lora_exp.data.turns import ROLES
 from lora_exp.errors import DataError
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -228,3 +229,120 @@ def test_the_name_of_rows_in_docs_extending_stays() -> None:
 def test_generated_rows_keep_the_name_of_their_source_which_resumed_runs_compare() -> None:
     assert corpus(0, 4, 2, None).source == {"lora_exp.corpus": "seed 0, 4 rows"}
     assert pairs(0, 4, 2, None).source == {"lora_exp.corpus": "pairs, seed 0, 4 rows"}
+
+
+INSTRUCTED = {"instruction": "q", "input": "", "output": "a"}
+ASKED = {"prompt": "q", "prompt_id": "7", "messages": CHAT}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "expected"),
+    [
+        (INSTRUCTED | {"text": "spare"}, "alpaca", {"messages": CHAT}),
+        (ASKED, "messages", {"messages": CHAT, "prompt_id": "7"}),
+        ({"text": "t", "label": 3, "prompt": "spare"}, "text", {"text": "t"}),
+        ({"question": "q", "answer": "a", "id": 1}, "alpaca", {"messages": CHAT, "id": 1}),
+        ({"query": "q", "response": "a"}, "alpaca", {"messages": CHAT}),
+        ({"instruction": "q", "context": "", "response": "a"}, "alpaca", {"messages": CHAT}),
+        ({"instruction": "q", "response": "a"}, "alpaca", {"messages": CHAT}),
+        ({"input": "q", "output": "a"}, "alpaca", {"messages": CHAT}),
+        ({"prompt": "q", "completion": "a", "messages": CHAT}, "messages", {"messages": CHAT}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "completion": "c"}, "preference",
+         {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    ],
+)  # fmt: skip
+def test_columns_of_other_formats_are_never_trained_on(
+    tmp_path: Path, row: dict[str, Any], format: str, expected: dict[str, Any]
+) -> None:
+    rows = read(write(tmp_path / "rows.jsonl", row, row))
+    assert (rows.format, rows.train) == (format, [expected] * 2)
+
+
+def test_the_history_and_system_prompt_of_alpaca_rows_are_turns(tmp_path: Path) -> None:
+    row = INSTRUCTED | {"history": [["a?", "b"], ["c?", "d"]], "system": "be"}
+    (read_row,) = read(write(tmp_path / "rows.jsonl", row)).train
+    assert [turn["content"] for turn in read_row["messages"]] == [
+        "be",
+        "a?",
+        "b",
+        "c?",
+        "d",
+        "q",
+        "a",
+    ]
+    with pytest.raises(DataError, match=r"rows.jsonl:1: field 'history' is not a list of pairs"):
+        read(write(tmp_path / "rows.jsonl", INSTRUCTED | {"history": [["a?"]]}))
+
+
+def test_columns_are_renamed_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"ask": "q", "reply": "a", "prompt": "spare"})
+    rows = read(path, columns={"prompt": "ask", "completion": "reply"})
+    assert (rows.format, rows.train) == ("prompt_completion", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(DataError, match=r"data.columns: there is no column 'answer'; the columns"):
+        read(path, columns={"completion": "answer"})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "completion": "a"}, {"messages": CHAT}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"},
+         {"prompt": CHAT[:1], "chosen": CHAT[1:],
+          "rejected": [{"role": "assistant", "content": "b"}]}),
+        ({"prompt": "q", "completion": "a", "label": True},
+         {"prompt": CHAT[:1], "completion": CHAT[1:], "label": True}),
+        ({"prompt": "q"}, {"prompt": CHAT[:1]}),
+        ({"text": "t"}, {"text": "t"}),
+    ],
+)  # fmt: skip
+def test_texts_become_turns_where_that_is_asked_for(
+    tmp_path: Path, row: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert read(write(tmp_path / "rows.jsonl", row), as_chat=True).train == [expected]
+
+
+@pytest.mark.parametrize(
+    ("good", "empty"),
+    [
+        ({"text": "t"}, {"text": ""}),
+        ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}),
+        (INSTRUCTED, INSTRUCTED | {"output": " "}),
+        ({"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"},
+         {"prompt": "q", "chosen": "", "rejected": "b"}),
+    ],
+)  # fmt: skip
+def test_rows_with_an_empty_answer_are_left_out_and_counted(
+    tmp_path: Path, good: dict[str, Any], empty: dict[str, Any]
+) -> None:
+    rows = read(write(tmp_path / "rows.jsonl", good, empty, good))
+    assert len(rows.train) == 2
+    assert rows.warnings == ("1 rows have an empty answer and are left out",)
+    assert rows.skipped[0].startswith(str(tmp_path / "rows.jsonl:2"))
+
+
+def test_prompts_that_end_in_white_space_and_repeated_rows_are_worth_a_warning(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *({"prompt": f"q{i} ", "completion": "a"} for i in "123"))
+    rows = read(path, eval_path=path)
+    assert "3 of 3 prompts end in white space" in rows.warnings[0]
+    assert rows.warnings[1] == "3 of 3 held-out rows are training rows, too"
+
+
+def test_rows_know_their_lines_and_can_be_left_out_later(tmp_path: Path) -> None:
+    rows = read(write(tmp_path / "rows.jsonl", *({"text": str(i)} for i in range(3))))
+    second = where(rows.train[1])
+    assert second.endswith("rows.jsonl:2")
+    left = rows.without({second: f"{second}: refused"})
+    assert [row["text"] for row in left.train] == ["0", "2"]
+    assert left.skipped == (f"{second}: refused",)
+
+
+def test_the_first_five_bad_rows_are_named(tmp_path: Path) -> None:
+    rows = [{"text": "x"}, *({"text": i} for i in range(8))]
+    with pytest.raises(DataError) as raised:
+        read(write(tmp_path / "rows.jsonl", *rows))
+    named = [f"rows.jsonl:{line}: " in str(raised.value) for line in range(2, 10)]
+    assert named == [True] * 5 + [False] * 3
+    assert "and 3 more" in str(raised.value)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
+from datetime import date
 from typing import Any
 
 import pytest
 
-from lora_exp.data.examples import raw
-from lora_exp.errors import DataError
+from lora_exp.data.examples import prompts
+from lora_exp.data.template import Form, form_of, prepare, render_chat, turn_end
+from lora_exp.data.tokens import tokenise
+from lora_exp.errors import ConfigError, DataError
 from tests.data.test_tokens import chat, counted
 
 
@@ -18,9 +21,87 @@ def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = 3 * loop + "{{ i }}" + 3 * "{% endfor %}"
     began = time.perf_counter()
-    with pytest.raises(DataError, match="the chat template does not end within 3 s"):
+    with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
         counted(chat("q", "a"), tokenizer)
     rows = [{"prompt": chat("q")["messages"], "answer": "a"}]
-    with pytest.raises(DataError, match="the chat template does not end within 3 s"):
-        raw(rows, "prompt", tokenizer)  # of trainers that render rows themselves
+    with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
+        prompts(rows, tokenizer, 99, "train")  # of trainers that render rows themselves
     assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "03 Feb 2025"),
+        ('{% set d = strftime_now( "%Y-%m-%d" ) %}<{{ d }}>', "<2025-02-03>"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%b') }}{% endif %}", "Feb"),
+    ],
+)
+def test_a_template_that_writes_the_date_gets_that_of_the_run(
+    base: Any, template: str, text: str
+) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    prepare(tokenizer, template, date(2025, 2, 3))
+    assert render_chat(chat("q")["messages"], tokenizer) == text
+    assert tokenizer.chat_template == template  # which is what is saved
+
+
+def test_another_day_is_another_text_in_the_cache(base: Any) -> None:
+    rows, ends = [chat("q", "on what day?")], "{% for m in messages %}{{ m.content }}{% endfor %}"
+    cached = []
+    for day in (3, 3, 4):
+        tokenizer = copy.deepcopy(base.tokenizer)
+        prepare(tokenizer, "{{ strftime_now('%d') }}" + ends, date(2025, 2, day))
+        made = tokenise(rows, tokenizer, max_length=64, completion_only=False, what="train")
+        cached.append(made.cached)
+    assert cached == [False, True, False]
+
+
+def test_a_date_that_cannot_be_fixed_is_refused(base: Any) -> None:
+    template = "{% set form = '%Y' %}{{ strftime_now(form) }}"
+    with pytest.raises(ConfigError, match="writes today's date in a form that it computes"):
+        prepare(copy.deepcopy(base.tokenizer), template, date(2025, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        ("{{ messages[0].content }}", Form()),
+        ("{% for p in messages[0].content %}{{ p.text }}{% endfor %}", Form(parts=True)),
+        ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+         "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}", Form()),
+        ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+         "{{ '' + c.function.arguments }}{% endfor %}{% endfor %}", Form(arguments_as_text=True)),
+        ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+         "{{ c.function.arguments }}{% endfor %}{% endfor %}", Form(arguments_as_text=True)),
+    ],
+)  # fmt: skip
+def test_turns_are_given_in_the_form_that_the_template_takes(
+    base: Any, template: str, form: Form
+) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = template
+    assert form_of(tokenizer) == form
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (None, "<|im_end|>"),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", None),
+        ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "<|im_start|>"),
+    ],
+)
+def test_what_ends_a_turn_is_read_off_the_template(
+    base: Any, template: str | None, end: str | None
+) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    assert turn_end(tokenizer) == end
+
+
+def test_what_a_template_raises_is_a_fault_of_the_row(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content | int / 0 }}"
+    with pytest.raises(DataError, match=r"the chat template refuses it: .*division"):
+        render_chat(chat("1")["messages"], tokenizer)

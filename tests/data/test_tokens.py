@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_exp.data import tasks
 from lora_exp.data.rendered import prompt_of
+from lora_exp.data.shapes import Placed
 from lora_exp.data.tokens import IGNORED, encode, tokenise
 from lora_exp.errors import DataError
 
@@ -23,7 +24,10 @@ def chat(*said: str) -> dict[str, Any]:
 
 
 def counted(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
-    ((ids, labels),) = encode([row], tokenizer, completion_only)
+    (encoded,) = encode([row], tokenizer, completion_only)
+    if isinstance(encoded, DataError):
+        raise encoded
+    ids, labels = encoded
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     return tokenizer.decode([token for token in labels if token != IGNORED])
 
@@ -59,10 +63,10 @@ TEMPLATES = Path(trl.__file__).parent / "chat_templates"
     ("template", "specials", "counted_text", "expected"),
     [
         ("qwen3", ["<|im_end|>", "<|im_start|>"],
-         "one<|im_end|>two<|im_end|><think>\n\n</think>\n\nthree<|im_end|>\n",
+         "one<|im_end|>\ntwo<|im_end|>\n<think>\n\n</think>\n\nthree<|im_end|>\n",
          "<think>\n\n</think>\n\nthree\n"),
         ("phi3", ["<|end|>", "<|endoftext|>"],
-         "one<|end|><think>t</think>\n\ntwo<|end|>three<|end|>\n<|end|>", "three\n"),
+         "one<|end|>\n<think>t</think>\n\ntwo<|end|>\nthree<|end|>\n<|end|>", "three\n"),
         ("llama3_2", ["<|eot_id|>", "<|end_of_text|>"],
          "one<|eot_id|><think>t</think>\n\ntwo<|eot_id|>three<|eot_id|>", "three"),
         ("gemma", ["<end_of_turn>", "<eos>"],
@@ -83,24 +87,35 @@ def test_every_turn_counts_under_the_templates_of_real_models(
     assert found.answer == expected
 
 
-def test_a_template_that_refuses_a_row_is_told_with_the_row(base: Any) -> None:
+def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
-    row = {"messages": [{"role": "system", "content": "be"}, *chat("q", "a")["messages"]]}
-    with pytest.raises(DataError, match=r"the chat template refuses a row: System.*; the row: "):
-        counted(row, tokenizer)
+    bad = {"messages": [{"role": "system", "content": "be"}, *chat("q", "a")["messages"]]}
+    rows = [Placed(chat("q", "a"), "rows.jsonl:1"), Placed(bad, "rows.jsonl:2")]
+    options: dict[str, Any] = {"max_length": 64, "completion_only": True, "what": "train"}
+    refusal = r"rows.jsonl:2: the chat template refuses it: System role not supported"
+    for cached in (False, True):
+        with pytest.raises(DataError, match=refusal):
+            tokenise(rows, tokenizer, **options)
+        tokens = tokenise(rows, tokenizer, on_error="skip", **options)
+        assert (tokens.counts.rows, [*tokens.refused], tokens.cached) == (1, ["rows.jsonl:2"], True)
+        if cached:  # the same rows elsewhere are told by their own lines
+            moved = [Placed(row, f"other.jsonl:{i}") for i, row in enumerate(rows)]
+            assert [*tokenise(moved, tokenizer, on_error="skip", **options).refused] == [
+                "other.jsonl:1"
+            ]
 
 
 def test_a_turn_that_the_template_does_not_show_is_an_error(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
-    # like reasoning models: earlier assistant turns lose their thoughts
+    # like templates that summarise what was said before
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]"
-        "{{ m.content if loop.last or m.role == 'user' else m.content.split('|')[-1] }}\n"
+        "{{ m.content if loop.last or m.role == 'user' else 'said before' }}\n"
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    row = chat("q", "think|one", "r", "hm|two")
-    with pytest.raises(DataError, match=r"does not show assistant turn 1: 'think\|one'"):
+    row = chat("q", "one", "r", "two")
+    with pytest.raises(DataError, match=r"does not show assistant turn 1: 'one'"):
         counted(row, tokenizer)
 
 

@@ -1,0 +1,128 @@
+"""The shapes that algorithms learn from, and how rows are brought from one to another.
+
+A shape is what a row is after reading, with whatever other columns it came with; a text is a string
+or, in chats, a list of turns:
+
+completion            `messages`; or `prompt` and `completion`; or `text`
+preference            `prompt`, `chosen`, `rejected`
+unpaired_preference   `prompt`, `completion`, `label` (true: wanted)
+prompt                `prompt`, and `answer` where it is known
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_exp.data.formats import FORMATS
+from lora_exp.data.turns import Row
+from lora_exp.errors import DataError
+
+SHAPES: dict[str, set[str]] = {
+    "completion": {"messages", "text", "completion"},
+    "preference": {"prompt", "chosen", "rejected"},
+    "unpaired_preference": {"prompt", "completion", "label"},
+    "prompt": {"prompt"},
+}
+SHOWN = 5  # faulty rows that an error names
+
+
+class Placed(dict[str, Any]):
+    """A row that knows where it was read."""
+
+    def __init__(self, row: Row, where: str) -> None:
+        """Keep the row's fields, and `file:line`."""
+        super().__init__(row)
+        self.where = where
+
+
+def where(row: Row) -> str:
+    """Return where a row was read, or its beginning, if it was not read from a file."""
+    return row.where if isinstance(row, Placed) else f"the row {str(row)[:80]}"
+
+
+def several(faults: list[str]) -> str:
+    """Write the first faults, and how many more there are."""
+    if len(faults) == 1:
+        return faults[0]
+    more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    text = "\n  ".join(faults[:SHOWN])
+    return (
+        f"{len(faults)} rows cannot be used (data.on_error=skip leaves them out):\n  {text}{more}"
+    )
+
+
+def shape_of(format: str) -> str:
+    """Return the shape that rows of a format have."""
+    return format if format in SHAPES else "completion"
+
+
+def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
+    """Bring rows to the shape that an algorithm learns from, where they hold what it needs.
+
+    Pairs become two unpaired rows, or the prompt with its chosen answer; a row with an answer
+    becomes a prompt whose `answer` is known.
+
+    Args:
+        rows: as read.
+        format: from what.
+        shape: one of `SHAPES`.
+
+    Raises:
+        DataError: what was read and what is needed.
+    """
+    given = shape_of(format)
+    if given == shape:
+        return rows
+    convert = CONVERSIONS.get((given, shape))
+    if convert is None or (shape == "prompt" and format == "text"):
+        fields = ", ".join(sorted(rows[0])) if rows else "nothing"
+        near = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
+        raise DataError(
+            f"the algorithm needs rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))}), but"
+            f" these were read as {format} with the fields {fields}; formats that would do:"
+            f" {', '.join(near)}"
+        )
+    return [_at(row, new) for row in rows for new in convert(row)]
+
+
+def _at(row: Row, new: Row) -> Row:
+    return Placed(new, row.where) if isinstance(row, Placed) else new
+
+
+def _without(row: Row, *fields: str) -> Row:
+    return {key: row[key] for key in row.keys() - set(fields)}
+
+
+def _to_unpaired(row: Row) -> list[Row]:
+    rest = _without(row, "chosen", "rejected")
+    pair = (("chosen", True), ("rejected", False))
+    return [rest | {"completion": row[field], "label": label} for field, label in pair]
+
+
+def _to_chosen(row: Row) -> list[Row]:
+    rest = _without(row, "prompt", "chosen", "rejected")
+    if isinstance(row["chosen"], list):
+        return [rest | {"messages": row["prompt"] + row["chosen"]}]
+    return [rest | {"prompt": row["prompt"], "completion": row["chosen"]}]
+
+
+def _to_prompt(row: Row) -> list[Row]:
+    if "chosen" in row:
+        (row,) = _to_chosen(row)
+    if "messages" not in row:
+        answer = row.get("answer", row["completion"])
+        return [_without(row, "completion") | {"prompt": row["prompt"], "answer": answer}]
+    *asked, last = row["messages"]
+    if last["role"] != "assistant":
+        asked, last = row["messages"], {"content": None}
+    rest = _without(row, "messages")
+    return [rest | {"prompt": asked, "answer": rest.get("answer", last["content"])}]
+
+
+CONVERSIONS: dict[tuple[str, str], Callable[[Row], list[Row]]] = {
+    ("preference", "unpaired_preference"): _to_unpaired,
+    ("preference", "completion"): _to_chosen,
+    ("preference", "prompt"): _to_prompt,
+    ("completion", "prompt"): _to_prompt,
+}

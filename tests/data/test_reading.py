@@ -1,0 +1,123 @@
+"""Files of rows: each kind gives the same rows, and what cannot be read is named."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from lora_exp.data.reading import files, lines
+from lora_exp.errors import DataError
+
+ROWS = [{"prompt": "Größe?", "completion": "1,80 m"}, {"prompt": "a\nb", "completion": '"ok"'}]
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def separated(delimiter: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["prompt", "completion"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return text.getvalue().encode()
+
+
+def zstd() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(JSONL)
+    return bytes(sink.getvalue())
+
+
+def arrow(new: Callable[..., Any]) -> bytes:
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(ROWS)
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def parquet() -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", JSONL),
+        ("rows.json", json.dumps(ROWS, indent=2).encode()),
+        ("rows.txt", b"\xef\xbb\xbf" + JSONL),
+        ("rows.jsonl.gz", gzip.compress(JSONL)),
+        ("rows.jsonl.bz2", bz2.compress(JSONL)),
+        ("rows.jsonl.zst", zstd()),
+        ("rows.csv", separated(",")),
+        ("rows.csv.gz", gzip.compress(separated(","))),
+        ("rows.tsv", separated("\t")),
+        ("rows.parquet", parquet()),
+        ("rows.arrow", arrow(pyarrow.ipc.new_file)),
+        ("stream.arrow", arrow(pyarrow.ipc.new_stream)),
+    ],
+)
+def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    numbered = list(lines(tmp_path / name))
+    assert [row for _, row in numbered] == ROWS
+    assert all(where.startswith(str(tmp_path / name)) for where, _ in numbered)
+
+
+def test_a_saved_data_set_is_read_by_its_folder_and_other_folders_are_not(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (path,) = files(str(tmp_path / "saved"))
+    assert [row for _, row in lines(path)] == ROWS
+    with pytest.raises(DataError, match=r"is a folder; data=hub data\.path=.* or give a glob"):
+        files(str(tmp_path))
+    with pytest.raises(DataError, match="no file matches"):
+        files(str(tmp_path / "*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.xlsx", b"PK\x03\x04rest", "is a ZIP archive or spreadsheet; rows are read from"),
+        ("rows.jsonl.xz", lzma.compress(JSONL), "is an xz file; rows are read from JSON Lines"),
+        ("rows.jsonl.gz", gzip.compress(JSONL)[:-20], r"cannot be decompressed \(gzip\)"),
+        ("rows.parquet", parquet()[:40], "rows.parquet: cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(lines(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"text": ' + b"7" * 6000 + b"}", r"rows.jsonl:1: a number cannot be read"),
+        ("rows.jsonl", b'{"text": "caf\xe9"}', r"rows.jsonl:1: not UTF-8 at byte 14"),
+        ("rows.csv", b"prompt,completion\nonly one\n", "rows.csv:2: not the 2 columns"),
+        ("rows.csv", b"prompt,completion\na,b,c\n", "rows.csv:2: not the 2 columns"),
+        ("rows.csv", b'prompt,completion\na,"open\n', "rows.csv:2: not CSV"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_its_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    ((_, error),) = lines(tmp_path / name)
+    assert isinstance(error, DataError)
+    with pytest.raises(DataError, match=message):
+        raise error

@@ -1,0 +1,67 @@
+"""Shapes: what becomes of a row for an algorithm, and what cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_exp.data.shapes import Placed, reshape, several, shape_of, where
+from lora_exp.errors import DataError
+
+ASK = [{"role": "user", "content": "q"}]
+GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+
+
+def test_pairs_are_taken_apart() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "task": "t"}
+    unpaired = reshape([pair], "preference", "unpaired_preference")
+    assert unpaired == [
+        {"prompt": "q", "completion": "a", "label": True, "task": "t"},
+        {"prompt": "q", "completion": "b", "label": False, "task": "t"},
+    ]
+    assert reshape([pair], "preference", "completion") == [
+        {"prompt": "q", "completion": "a", "task": "t"}
+    ]
+    chat = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
+    assert reshape([chat], "preference", "completion") == [{"messages": ASK + GOOD}]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "prompt", "answer"),
+    [
+        ("messages", {"messages": ASK + GOOD}, ASK, "good"),
+        ("messages", {"messages": ASK + GOOD + ASK}, ASK + GOOD + ASK, None),
+        ("prompt_completion", {"prompt": "q", "completion": "a"}, "q", "a"),
+        ("prompt_completion", {"prompt": "q", "completion": "a", "answer": "42"}, "q", "42"),
+        ("preference", {"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, "good"),
+    ],
+)
+def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
+    format: str, row: dict[str, Any], prompt: Any, answer: str | None
+) -> None:
+    assert reshape([row], format, "prompt") == [{"prompt": prompt, "answer": answer}]
+
+
+def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> None:
+    with pytest.raises(DataError, match=r"shape preference .* read as text with the fields text"):
+        reshape([{"text": "x"}], "text", "preference")
+    with pytest.raises(DataError, match="formats that would do: preference, messages"):
+        reshape([{"text": "x"}], "text", "prompt")
+    assert shape_of("alpaca") == "completion"
+
+
+def test_rows_keep_their_place_in_a_new_shape() -> None:
+    pair = Placed({"prompt": "q", "chosen": "a", "rejected": "b"}, "rows.jsonl:7")
+    unpaired = reshape([pair], "preference", "unpaired_preference")
+    assert [where(row) for row in unpaired] == ["rows.jsonl:7"] * 2
+    assert where({"text": "x"}) == "the row {'text': 'x'}"
+
+
+def test_the_first_five_faults_are_named_and_the_rest_counted() -> None:
+    faults = [f"rows.jsonl:{i}: bad" for i in range(1, 9)]
+    text = several(faults)
+    assert [fault in text for fault in faults] == [True] * 5 + [False] * 3
+    assert text.startswith("8 rows cannot be used")
+    assert text.endswith("and 3 more")
+    assert several(faults[:1]) == faults[0]
