@@ -26,6 +26,7 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.loading import Base, device
 from lora_exp.model.precision import autocast_dtype
+from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
 from lora_exp.training.checkpoint import checkpointed
@@ -67,6 +68,8 @@ def trainer_of(
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
     guards = (FiniteLoss(), GradientCheck())
+    apart = cfg.algorithm.task_type == "SEQ_2_SEQ_LM"  # its answers are tokenised apart, and end so
+    tokenizer = base.tokenizer if apart else without_end(base.tokenizer)
     try:
         trainer = build(
             cfg,
@@ -76,7 +79,7 @@ def trainer_of(
             args=_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
-            processing_class=base.tokenizer,
+            processing_class=tokenizer,
             callbacks=[*guards, *adapted.callbacks, *callbacks],
             **given,
         )
