@@ -267,7 +267,7 @@ def convert(
     for where, row in rows:
         try:
             if format == "auto":
-                format = detect(_named(_checked(row, where), columns, where), where)
+                format = detect(_named(checked(row, where), columns, where), where)
             converted.append(_converted(row, format, columns, as_chat, where))
         except EmptyAnswer as error:
             empty += 1
@@ -285,7 +285,7 @@ def convert(
 
 
 def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: str) -> Row:
-    row = _named(_checked(row, where), columns, where)
+    row = _named(checked(row, where), columns, where)
     try:
         return Placed(read_as(format, row, as_chat), where)
     except EmptyAnswer:
@@ -294,8 +294,12 @@ def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: st
         raise DataError(f"{where}: {error} (read as {format})") from None
 
 
-def _checked(row: Any, where: str) -> Row:
-    """Return a row that is an object of texts that can be written as UTF-8."""
+def checked(row: Any, where: str) -> Row:
+    """Return a row that is an object of texts that can be written as UTF-8.
+
+    Raises:
+        DataError: it is not, or could not be read.
+    """
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
