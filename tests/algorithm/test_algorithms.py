@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError, DataError
-from tests.lockstep.test_pack import alone, packed, seen
+from tests.lockstep.test_pack import alone, computed, packed
 from tests.test_experiment import digest, killed, rows_of
 
 REWARDS = "algorithm.rewards=[lora_exp.rewards.similarity]"
@@ -115,7 +115,7 @@ def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -
     for ours, theirs in zip(
         together, alone(jobs, tmp_path / "alone", *common, every=[]), strict=True
     ):
-        assert seen(ours) == seen(theirs)
+        assert computed(ours) == computed(theirs)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "grpo", "rloo", "ppo"])

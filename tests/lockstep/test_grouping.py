@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lora_exp.lockstep.grouping import FILLING, Group, group, on_grid
+from lora_exp.lockstep.grouping import MAX_FILLING, Group, group, on_grid
 
 # as seen on a processor with AMX in bfloat16: (from this number of rows on, this class)
 AMX = {
@@ -75,7 +75,7 @@ def test_every_segment_is_computed_once_and_only_in_its_class(bands: list[tuple[
         for g in groups:
             assert {class_of(bands, sizes[i]) for i in g.members} == {class_of(bands, g.rows)}
             needed = sum(sizes[i] for i in g.members)
-            assert needed <= g.rows <= max(needed * FILLING, on_grid(needed))
+            assert needed <= g.rows <= max(needed * MAX_FILLING, on_grid(needed))
 
 
 def test_a_grid_has_few_numbers_and_wastes_little() -> None:

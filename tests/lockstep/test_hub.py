@@ -20,7 +20,7 @@ class Adder:
 
     def serve(self, requests: list[Request]) -> list[int]:
         numbers = [request.payload for request in requests]
-        self.served.append((requests[0].kind, numbers))
+        self.served.append((requests[0].batch_key, numbers))
         if error := self.fails(numbers):
             raise error
         return [number + 1 for number in numbers]
@@ -29,7 +29,7 @@ class Adder:
 def asking(hub: Hub, results: dict[int, Any], job: int, *asked: tuple[str, int, int]) -> Any:
     def run() -> None:
         try:
-            results[job] = [hub.ask(job, kind, 1, order, n) for kind, order, n in asked]
+            results[job] = [hub.ask(job, key, 1, priority, n) for key, priority, n in asked]
         except Exception as error:
             results[job] = error
 
@@ -64,17 +64,17 @@ def test_an_error_finds_its_own_job() -> None:
     hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(5)])
     assert isinstance(results.pop(3), ValueError)
     assert results == {job: [job + 1, 10] for job in (0, 1, 2, 4)}
-    assert hub.fused is None
+    assert hub.max_batch is None
 
 
 def test_too_little_memory_halves_what_is_served_at_once_for_good() -> None:
-    full = MemoryError()
-    server, results = Adder(lambda numbers: full if len(numbers) > 2 else None), {}
+    out_of_memory_error = MemoryError()
+    server, results = Adder(lambda numbers: out_of_memory_error if len(numbers) > 2 else None), {}
     hub = Hub(server, 9, 99)
     hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(6)])
     assert results == {job: [job + 1, 10] for job in range(6)}
-    assert hub.fused is not None
-    assert hub.fused <= 2
+    assert hub.max_batch is not None
+    assert hub.max_batch <= 2
 
 
 def test_an_interrupt_reaches_every_job() -> None:
@@ -107,7 +107,7 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
         random.seed(seed)
         return [draw(), draw()]
 
-    hub, found = Hub(Adder(), 9, 99), {}
+    hub, drawn = Hub(Adder(), 9, 99), {}
 
     def job(seed: int) -> Any:
         def run() -> None:
@@ -119,12 +119,12 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
                 assert not torch.is_grad_enabled()
                 assert torch.is_autocast_enabled("cpu") is (seed == 1)
             assert torch.is_grad_enabled()
-            found[seed] = [first, draw()]
+            drawn[seed] = [first, draw()]
 
         return run
 
     hub.run([job(0), job(1)])
-    assert found == {0: alone(0), 1: alone(1)}
+    assert drawn == {0: alone(0), 1: alone(1)}
 
 
 @pytest.mark.parametrize(

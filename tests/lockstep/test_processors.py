@@ -13,7 +13,7 @@ import pytest
 from lora_exp.model.processor import processor as here
 from tests.conftest import ROOT
 from tests.lockstep.processors import Product, banded, combed, placed, processor
-from tests.lockstep.test_pack import COMMON, alone, packed, seen
+from tests.lockstep.test_pack import COMMON, alone, computed, packed
 
 BATCHES = (1, 2, 3, 4, 6)
 SHORT = [*COMMON, "train.max_steps=2", "samples.rows=2", "data.max_eval_rows=4"]
@@ -28,8 +28,8 @@ def hold_the_contract(folder: Path, *settings: str) -> float:
     """Train jobs of all batches together and alone, and return how many products were shared."""
     results, pack = packed(JOBS, folder / "pack", *settings, every=SHORT)
     for ours, theirs in zip(results, alone(JOBS, folder, *settings, every=SHORT), strict=True):
-        assert seen(ours) == seen(theirs)
-    assert pack.passes.made["most jobs"] == len(JOBS)
+        assert computed(ours) == computed(theirs)
+    assert pack.passes.counts["most jobs"] == len(JOBS)
     return float(pack.passes.report()["products_together"])
 
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from lora_exp.lockstep.state import ProcessState, nest
+from lora_exp.lockstep.state import ProcessState, set_autocast_depth
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
     layer, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
     waiting = torch.autocast("cpu", torch.bfloat16)
     waiting.__enter__()
-    depth = nest(0)  # as a job that waits in it leaves the process
+    depth = set_autocast_depth(0)  # as a job that waits in it leaves the process
     assert depth == 1
     with torch.autocast("cpu", torch.bfloat16):
         before = layer(x)
@@ -54,5 +54,5 @@ def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
         layer.weight.add_(1.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(layer(x), before)
-    nest(depth)
+    set_autocast_depth(depth)
     waiting.__exit__(None, None, None)
