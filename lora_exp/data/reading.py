@@ -1,4 +1,4 @@
-"""Rows in files: JSON Lines, JSON, CSV, Parquet and Arrow, also compressed with gzip or Zstandard.
+"""Rows in files: JSON Lines, JSON, CSV, Parquet, Arrow, also compressed (gzip, bzip2, Zstandard).
 
 The kind of a file is recognised by its first bytes, CSV by its name. Needs no torch.
 """
@@ -69,7 +69,7 @@ def _uncompressed(raw: bytes, path: Path) -> bytes:
     compression = next((name for magic, name in COMPRESSED.items() if raw.startswith(magic)), None)
     unreadable = next((name for magic, name in OTHERS.items() if raw.startswith(magic)), None)
     if unreadable is not None:
-        readable = "JSON Lines, JSON, CSV, Parquet or Arrow, also .gz and .zst"
+        readable = "JSON Lines, JSON, CSV, Parquet or Arrow, also .gz, .bz2 and .zst"
         raise DataError(f"{path} is {unreadable}; rows are read from {readable}")
     if compression is None:
         return raw
