@@ -52,9 +52,8 @@ class Hub:
     def __init__(self, server: Server, width: int, capacity: int) -> None:
         self.server, self.width, self.capacity = server, width, capacity
         self.tick: Callable[[], None] = lambda: None  # called between passes
-        self.max_batch: int | None = (
-            None  # limit of requests served as one, set when memory runs out
-        )
+        # limit of requests served as one, set when memory runs out
+        self.max_batch: int | None = None
         self._queue: deque[tuple[int, Callable[[], None]]] = deque()
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}

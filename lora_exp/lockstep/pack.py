@@ -42,7 +42,7 @@ class Pack:
         verify: float,
         base: Base | None = None,
     ) -> None:
-        """Make an empty pack.
+        """Create an empty pack.
 
         Args:
             mode: `exact` or `bmm`, see `FusedLinear`.
@@ -81,10 +81,8 @@ class Pack:
             log.info("lockstep: this job shares the base but no pass: %s", obstacle)
             return
         loss = loss_bytes(trainer)
-        self.job_bytes[job], self.loss_bytes = (
-            training_bytes(trainer) - loss,
-            max(self.loss_bytes, loss),
-        )
+        self.job_bytes[job] = training_bytes(trainer) - loss
+        self.loss_bytes = max(self.loss_bytes, loss)
         if self.admitting:
             self.widen()
         self.passes.add(job, body, self._base.model.base_model)

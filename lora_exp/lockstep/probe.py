@@ -78,12 +78,14 @@ class Probe:
             repeated = (t.expand(1, rows, *t.shape).contiguous() for t in (x, dy))
             for i, out in enumerate(self._computed(*repeated)):
                 first = out[:, :1].contiguous()
-                if not torch.equal(out, first.expand_as(out)) or self._is_exact(first, i):
+                if not torch.equal(out, first.expand_as(out)) or self._has_no_rounding_error(
+                    first, i
+                ):
                     return None
                 digest.update(first.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _is_exact(self, out: Tensor, direction: int) -> bool:
+    def _has_no_rounding_error(self, out: Tensor, direction: int) -> bool:
         """Return whether there is no rounding error in the output (0) or the gradient (1)."""
         if self.remainder is None:
             return False
@@ -99,7 +101,7 @@ class Probe:
     ) -> bool:
         """Return whether the result of a row is independent of the other rows.
 
-        8-bit layers find outliers by the column of all rows, so some columns get large values.
+        8-bit layers detect outliers over all rows, so some columns get large values.
         """
         gradient = self.gradients[0]
         for count in COUNTS:

@@ -72,8 +72,8 @@ class Rowwise(nn.Module):
             return output
         context: PassContext = self.body.context
         if context not in self.signatures or self.signatures[context].dtype != x_1NC.dtype:
-            _, one, other, *filling = x_1NC.shape
-            shape = (one, *filling) if heads_first else (other, *filling)
+            _, second, third, *rest = x_1NC.shape
+            shape = (second, *rest) if heads_first else (third, *rest)
             self.signatures[context] = LayerSignature.of(
                 self.base, shape, x_1NC.dtype, context, heads_first
             )

@@ -1,4 +1,4 @@
-"""Classes are measured once for all that computes under the same conditions."""
+"""Classes are measured once and cached for all runs under the same conditions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def signature_of(layer: nn.Linear, dtype: torch.dtype = torch.float32) -> LayerS
     return LayerSignature.of(layer, (layer.in_features,), dtype, CONTEXT)
 
 
-def test_what_was_measured_is_read_by_the_next_process(layer: nn.Linear) -> None:
+def test_measured_classes_are_read_by_the_next_process(layer: nn.Linear) -> None:
     first = RowClasses("cpu")
     measured = first.class_of(signature_of(layer), layer, 64)
     first.save()
@@ -43,7 +43,7 @@ def test_what_was_measured_is_read_by_the_next_process(layer: nn.Linear) -> None
     assert not again.probes  # nothing was computed
 
 
-def test_processes_keep_what_the_others_have_kept(layer: nn.Linear) -> None:
+def test_processes_keep_each_others_classes(layer: nn.Linear) -> None:
     one, other = RowClasses("cpu"), RowClasses("cpu")
     for classes, rows in ((one, 8), (other, 16)):
         classes.class_of(signature_of(layer), layer, rows)
@@ -52,7 +52,7 @@ def test_processes_keep_what_the_others_have_kept(layer: nn.Linear) -> None:
     assert set(saved) == {"8", "16"}
 
 
-def test_layers_of_other_sizes_dtypes_and_modes_are_other_kinds(layer: nn.Linear) -> None:
+def test_layers_of_other_sizes_dtypes_and_modes_have_other_signatures(layer: nn.Linear) -> None:
     wider, classes = nn.Linear(32, 64, bias=False), RowClasses("cpu")
     signatures = {signature_of(layer), signature_of(wider), signature_of(layer, torch.bfloat16)}
     for context in (
@@ -78,7 +78,7 @@ def test_other_threads_and_settings_are_other_conditions(monkeypatch: pytest.Mon
     assert len(paths) == 3
 
 
-def test_settings_of_a_quantisation_are_part_of_a_kind() -> None:
+def test_settings_of_a_quantisation_are_part_of_the_signature() -> None:
     signatures = set()
     settings = [bnb_8bit(0.0), bnb_8bit(6.0), bnb_4bit("nf4", True, "float32")]
     for one in [*settings, bnb_4bit("nf4", False, "float32"), bnb_4bit("fp4", True, "float32")]:
@@ -87,7 +87,7 @@ def test_settings_of_a_quantisation_are_part_of_a_kind() -> None:
     assert len(signatures) == 5
 
 
-def test_what_was_wrong_is_forgotten_and_not_kept_again(layer: nn.Linear) -> None:
+def test_wrong_classes_are_deleted_and_none_are_saved_afterwards(layer: nn.Linear) -> None:
     classes = RowClasses("cpu")
     classes.class_of(signature_of(layer), layer, 8)
     classes.save()

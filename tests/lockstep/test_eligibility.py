@@ -1,4 +1,4 @@
-"""Which bases can take part in a pass, and why others cannot."""
+"""Which bases can share a pass, and why others cannot."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_architectures_whose_pass_is_exact(model: tuple[Any, dict[str, Any]]) ->
         ((LlamaConfig, {"attn_implementation": "eager"}), "not sdpa"),
     ],
 )
-def test_architectures_that_share_no_pass_say_why(
+def test_architectures_that_share_no_pass_give_the_reason(
     model: tuple[Any, dict[str, Any]], why: str
 ) -> None:
     assert why in (base_obstacle(small(model[0], **model[1])) or "")
 
 
-def test_a_body_whose_layers_see_other_rows_does_not_pass_its_proof() -> None:
+def test_a_body_whose_rows_depend_on_each_other_is_not_exact() -> None:
     built = small(LlamaConfig)
     fused = FusedBody(built.base_model, "exact")
 

@@ -53,7 +53,7 @@ def test_a_band_cuts_a_pass_to_size() -> None:
     assert [g.members for g in groups] == [(0, 1), (2, 3)]
 
 
-def test_products_are_as_few_as_sizes_of_several_kinds_allow() -> None:
+def test_different_sizes_are_grouped_into_the_fewest_products() -> None:
     bands = [(1, "few"), (37, "a"), (192, "many")]
     groups = group((60, 60, 112, 124), 356, lambda rows: class_of(bands, rows))
     assert [len(g.members) for g in groups] == [2, 2]

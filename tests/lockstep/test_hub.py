@@ -1,4 +1,4 @@
-"""Jobs as greenlets: who waits for whom, and whose the errors are."""
+"""Jobs as greenlets: when they are served, and in which job errors are raised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_exp.lockstep.hub import Hub, Request, out_of_memory
 
 
 class Adder:
-    """Answers each number with itself plus one, and remembers what it was asked together."""
+    """Answers each number with the number plus one, and records the batches."""
 
     def __init__(self, fails: Any = lambda numbers: None) -> None:
         self.served: list[tuple[Any, list[int]]] = []
@@ -36,7 +36,7 @@ def asking(hub: Hub, results: dict[int, Any], job: int, *asked: tuple[str, int, 
     return run
 
 
-def test_what_waits_together_is_served_together_forwards_first() -> None:
+def test_waiting_requests_are_served_together_forwards_first() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 9, 99)
     hub.run(
@@ -49,7 +49,7 @@ def test_what_waits_together_is_served_together_forwards_first() -> None:
     assert results == {0: [2, 3], 1: [11, 21, 31]}
 
 
-def test_places_are_taken_again_and_room_is_kept() -> None:
+def test_the_next_job_begins_when_one_ends_and_the_capacity_is_kept() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 3, 2)
     hub.run([asking(hub, results, job, ("f", 0, job)) for job in range(5)])
@@ -57,7 +57,7 @@ def test_places_are_taken_again_and_room_is_kept() -> None:
     assert max(len(numbers) for _, numbers in server.served) == 2
 
 
-def test_an_error_finds_its_own_job() -> None:
+def test_an_error_is_raised_in_its_own_job_only() -> None:
     server = Adder(lambda numbers: ValueError("no") if 3 in numbers else None)
     results: dict[int, Any] = {}
     hub = Hub(server, 9, 99)
@@ -67,7 +67,7 @@ def test_an_error_finds_its_own_job() -> None:
     assert hub.max_batch is None
 
 
-def test_too_little_memory_halves_what_is_served_at_once_for_good() -> None:
+def test_too_little_memory_halves_the_batch_size_for_good() -> None:
     out_of_memory_error = MemoryError()
     server, results = Adder(lambda numbers: out_of_memory_error if len(numbers) > 2 else None), {}
     hub = Hub(server, 9, 99)
@@ -136,5 +136,5 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
         (RuntimeError("shape mismatch"), False),
     ],
 )
-def test_out_of_memory_is_known_by_its_word(error: BaseException, expected: bool) -> None:
+def test_out_of_memory_is_recognised_by_its_message(error: BaseException, expected: bool) -> None:
     assert out_of_memory(error) is expected

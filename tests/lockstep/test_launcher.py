@@ -99,7 +99,7 @@ def in_training(command: list[str], folder: Path, output: TextIO) -> subprocess.
     return launched
 
 
-def test_the_default_launcher_leaves_what_the_basic_one_leaves(tmp_path: Path) -> None:
+def test_the_default_launcher_writes_the_same_files_as_the_basic_one(tmp_path: Path) -> None:
     sweep = ["-m", "peft.r=2,4", "peft=lora,dora", "peft.lora_dropout=0.1", *STEPS]
     for name, launcher in (("lockstep", []), ("basic", ["hydra/launcher=basic"])):
         (tmp_path / name).mkdir()
@@ -131,7 +131,7 @@ def test_the_default_launcher_leaves_what_the_basic_one_leaves(tmp_path: Path) -
     assert places == ["lockstep, exact", "alone", "lockstep, exact", "alone"]
 
 
-def test_the_plan_is_told_before_anything_loads(tmp_path: Path) -> None:
+def test_the_plan_is_printed_before_anything_is_loaded(tmp_path: Path) -> None:
     done = cli("-m", "peft.r=2,4,0", "peft=lora,pissa", *STEPS, cwd=tmp_path)
     output = " ".join(done.stdout.split())
     assert "0, 2 in lockstep (exact) on pkg://lora_exp/assets/tiny" in output
@@ -195,7 +195,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("everyone", [True, False])
-def test_an_interrupted_sweep_saves_every_job_and_goes_on_by_its_directory(
+def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
     everyone: bool, tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
@@ -224,7 +224,7 @@ def test_an_interrupted_sweep_saves_every_job_and_goes_on_by_its_directory(
     assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
 
 
-def test_a_sweep_that_goes_on_runs_failed_jobs_again_only_when_asked(tmp_path: Path) -> None:
+def test_a_resumed_sweep_retries_failed_jobs_only_when_asked(tmp_path: Path) -> None:
     command = ["-m", *STEPS, "train.learning_rate=1e-3,1e30", "hydra.sweep.dir=multirun/a/b"]
     command += ["train.warmup_steps=0", "train.max_grad_norm=0"]
     done = cli(*command, cwd=tmp_path)
@@ -258,7 +258,7 @@ def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
         assert launched.wait() == 0
 
 
-def test_a_directory_that_holds_another_run_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_directory_of_another_run_is_not_changed(tmp_path: Path) -> None:
     command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
     assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
     held = tmp_path / "multirun/a/b/1"

@@ -114,7 +114,9 @@ def test_four_unlike_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -> N
     ],
     ids=lambda setting: "+".join(setting),
 )
-def test_they_do_so_under_every_setting(tmp_path: Path, setting: list[str]) -> None:
+def test_jobs_equal_their_runs_alone_under_every_setting(
+    tmp_path: Path, setting: list[str]
+) -> None:
     jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8", "targets=attention"]]
     results, pack = packed(jobs, tmp_path / "pack", *setting)
     for ours, theirs in zip(results, alone(jobs, tmp_path, *setting), strict=True):
@@ -122,7 +124,7 @@ def test_they_do_so_under_every_setting(tmp_path: Path, setting: list[str]) -> N
     assert pack.passes.counts["most jobs"] == 2
 
 
-def test_stacked_adapters_are_near_and_say_so(tmp_path: Path) -> None:
+def test_stacked_adapters_are_near_and_the_record_names_the_mode(tmp_path: Path) -> None:
     jobs = [["peft.r=2", "peft.lora_dropout=0.1"], ["peft.r=16", "targets=qv"], ["peft.r=8"]]
     results, _ = packed(jobs, tmp_path / "pack", mode="bmm")
     for ours, theirs in zip(results, alone(jobs, tmp_path), strict=True):
@@ -170,7 +172,7 @@ class At(TrainerCallback):  # type: ignore[misc]
 
 
 def poisoned(model: Any) -> None:
-    """Make an adapter's weights no numbers."""
+    """Set an adapter's weights to NaN."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, float("nan"))
@@ -201,7 +203,7 @@ def test_a_job_that_fails_between_forward_and_backward_takes_none_with_it(
 @pytest.mark.parametrize(
     ("act", "error"), [(poisoned, DivergedError), (broken, RuntimeError)], ids=["NaN", "exception"]
 )
-def test_what_befalls_one_job_does_not_touch_the_others(
+def test_a_failed_job_does_not_affect_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any, error: type[Exception]
 ) -> None:
     join = Pack.join
@@ -244,7 +246,7 @@ def test_a_request_that_fails_is_the_failure_of_its_own_job_only(
     assert computed(results[1]) == computed(alone([UNLIKE[2]], tmp_path)[0])
 
 
-def test_a_job_goes_on_from_its_checkpoint_within_a_pack(tmp_path: Path) -> None:
+def test_a_job_resumes_from_its_checkpoint_within_a_pack(tmp_path: Path) -> None:
     save = ["train.save_strategy=steps", "train.save_steps=3", "train.save_total_limit=2"]
     jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8"]]
     whole = alone(jobs, tmp_path / "alone", *save)
@@ -369,7 +371,7 @@ class Twice(Trainer):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
+def test_a_pass_is_repeated_for_a_job_whose_backward_is_later(
     tmp_path: Path, base: Base, checkpointing: bool
 ) -> None:
     def trained(n: int, trainer_class: type[Trainer], pack: Pack | None) -> tuple[Any, Any]:

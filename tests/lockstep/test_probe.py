@@ -1,4 +1,4 @@
-"""A probe sees another order of summation, where random rows do not."""
+"""A probe shows another order of summation, where random rows do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def probe(layer: Any, dtype: torch.dtype = torch.bfloat16) -> Probe:
 
 
 @pytest.mark.parametrize("by_place", [False, True])
-def test_random_rows_do_not_see_what_the_probe_sees(by_place: bool) -> None:
+def test_random_rows_do_not_show_what_the_probe_shows(by_place: bool) -> None:
     torch.manual_seed(0)
     layer = Processed(32, 48, in_band, by_place=by_place)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool
     assert classes[36] != classes[37]
 
 
-def test_rows_that_differ_by_their_place_are_of_no_class() -> None:
+def test_rows_that_depend_on_their_position_have_no_class() -> None:
     prober = probe(Processed(64, 96, in_band, by_place=True))
     assert prober.class_of(40) is not None
     assert prober.class_of(43) is None
@@ -91,7 +91,7 @@ def test_a_bias_that_is_added_first_is_another_class() -> None:
         assert prober.class_of(20) == prober.class_of(8) != prober.class_of(21)
 
 
-def test_a_probe_that_would_see_nothing_finds_no_class() -> None:
+def test_a_layer_without_rounding_errors_has_no_class() -> None:
     class Exact(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return LINEAR(x.double(), self.weight.double()).to(x.dtype) * 0
@@ -108,7 +108,7 @@ def test_a_bias_does_not_hide_it() -> None:
     assert prober.class_of(36) != prober.class_of(37)
 
 
-def test_a_layer_whose_rows_see_each_other_has_no_class() -> None:
+def test_a_layer_whose_rows_depend_on_each_other_has_no_class() -> None:
     class Mixing(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * x.abs().amax()
@@ -129,7 +129,7 @@ def test_quantised_layers_show_their_product(quant: str) -> None:
     assert torch.equal(before, layer(torch.ones(1, 3, layer.in_features)))  # left as it was
 
 
-def test_eight_bit_layers_that_evaluate_see_all_rows() -> None:
+def test_eight_bit_layers_in_evaluation_have_no_class() -> None:
     model = tiny(bnb_8bit(6.0)).model.eval()
     with torch.no_grad():
         assert probe(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None

@@ -1,4 +1,4 @@
-"""The contract on other processors: simulated ones, and what this one can be told to be."""
+"""The contract on other processors: simulated ones, and this one with other settings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_pack_keeps_the_contract_whatever_this_processor_is_told(
+def test_a_pack_keeps_the_contract_under_every_setting_of_this_processor(
     tmp_path: Path, setting: str
 ) -> None:
     flags = here().get("flags", "").split()

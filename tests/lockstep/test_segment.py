@@ -1,4 +1,4 @@
-"""A job's rows in a pass: cut out, shaped as its own model knows them, and where they begin."""
+"""A job's rows in a pass: their shape, their alignment in memory, their products."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_a_jobs_rows_begin_in_memory_where_a_tensor_of_their_own_would() -> None
     assert torch.equal(whole.grad[0, :, 0], torch.tensor([0.0] * 3 + [1.0] * 10 + [0.0] * 6))
 
 
-def test_what_belongs_to_one_row_is_laid_out_for_all() -> None:
+def test_values_of_one_row_are_repeated_for_all() -> None:
     (s,) = segments((3, 2))
     assert s.flat(torch.tensor([[4, 5]])).tolist() == [4, 5] * 3
     assert s.flat(torch.arange(6).view(3, 2)).tolist() == list(range(6))
 
 
-def test_a_segment_knows_the_products_that_it_is_part_of() -> None:
+def test_a_pass_lists_the_products_of_a_segment() -> None:
     one = LayerGroups(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
     other = LayerGroups(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
     p = Pass(segments((1, 6), (2, 5), (1, 4)), 0, (one, other, one, None))

@@ -1,4 +1,4 @@
-"""What a process has only one of."""
+"""Process-wide state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _unchanged() -> object:
     before.restore()
 
 
-def test_a_state_taken_leaves_the_modes_of_a_fresh_process_and_comes_back() -> None:
+def test_taking_a_state_sets_default_modes_and_restoring_brings_it_back() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         state = ProcessState.now()
         assert torch.is_grad_enabled()

@@ -40,7 +40,7 @@ def test_a_log_gets_a_line_for_each_job_that_ends() -> None:
     assert "job 1 (peft.r=16): failed at step 3" in output.getvalue()
 
 
-def test_while_it_is_open_jobs_speak_to_their_logs_only(
+def test_while_the_table_is_open_jobs_print_to_their_logs_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     table, _ = table_and_output(terminal=False)

@@ -1,4 +1,4 @@
-"""A pass is held against the runs alone while it trains, and what differs is named."""
+"""Passes are compared with runs alone during training, and a difference is located."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
      (BackwardStrided, "gradients of layers.3.")],
     ids=["forward", "backward"],
 )  # fmt: skip
-def test_a_pass_that_is_not_the_run_alone_is_seen_and_its_layer_named(
+def test_a_pass_that_differs_from_the_run_alone_is_detected_and_its_layer_named(
     tmp_path: Path, product: type[torch.autograd.Function], message: str
 ) -> None:
     results, pack = trained(tmp_path, product, verify=1)
@@ -96,7 +96,7 @@ def test_a_pass_that_is_not_the_run_alone_is_seen_and_its_layer_named(
     assert 0 < record["lockstep"]["verified"] <= record["lockstep"]["passes"]
 
 
-def test_without_verification_nobody_would_know(tmp_path: Path) -> None:
+def test_without_verification_a_difference_is_not_detected(tmp_path: Path) -> None:
     results, pack = trained(tmp_path, Strided, verify=0)
     whole = [["peft.r=4"], ["peft.r=5"]]
     plain = alone(whole, tmp_path / "alone", *SAME)
@@ -123,7 +123,7 @@ def passes(sizes: list[list[int]], fraction: float) -> list[int | None]:
         ids = [torch.zeros(1, n, dtype=torch.long) for n in each]
         segments = [Segment(i, x, None, None, None, random) for i, x in enumerate(ids)]
         check = chooser.choose(CONTEXT, Pass(segments, 0, None))
-        if check is not None:  # and found right
+        if check is not None:  # and verified without a difference
             chooser._verified_keys |= check.keys
             chooser._tokens[1] += segments[check.index].tokens
         indices.append(check.index if check else None)
@@ -152,7 +152,7 @@ def test_after_a_difference_classes_are_measured_anew(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("classes/*.json"))
 
 
-def test_a_difference_is_told_before_its_layer_is_looked_for(
+def test_a_difference_is_recorded_before_its_layer_is_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: Any) -> str:

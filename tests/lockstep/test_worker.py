@@ -34,7 +34,7 @@ def test_what_cannot_be_sent_arrives_as_its_text() -> None:
     assert str(value) == "Unsendable: gone"
 
 
-def test_a_death_is_told_by_name_with_its_likely_cure() -> None:
+def test_a_workers_death_is_reported_with_its_signal_and_a_remedy() -> None:
     assert "SIGKILL" in _exit_reason(-9)
     assert "lockstep.max_jobs" in _exit_reason(-9)
     assert _exit_reason(3) == "gone with exit code 3"
