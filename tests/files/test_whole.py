@@ -1,4 +1,4 @@
-"""Folders are whole or absent, and a disk that refuses a write is told from other errors."""
+"""Folders are whole or absent, and a disk's refusal is distinguished from other errors."""
 
 from __future__ import annotations
 

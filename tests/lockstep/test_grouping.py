@@ -8,7 +8,7 @@ import pytest
 
 from lora_exp.lockstep.grouping import MAX_FILLING, Group, group, on_grid
 
-# as seen on a processor with AMX in bfloat16: (from this number of rows on, this class)
+# as measured on a processor with AMX in bfloat16: (from this number of rows on, this class)
 AMX = {
     "512 to 192": [(1, "0"), (37, "1"), (192, "0")],
     "192 to 512 backward": [(1, "0"), (40, "1"), (41, "0"), (43, "1"), (45, "0"), (46, "1"),
