@@ -23,42 +23,42 @@ from lora_exp.algorithm.ppo_losses import (
 ALL = torch.ones(1, 3)
 
 
-def close(computed: Tensor, expected: list[list[float]] | float) -> None:
+def assert_close(computed: Tensor, expected: list[list[float]] | float) -> None:
     torch.testing.assert_close(computed, tensor(expected))
 
 
 def test_a_mean_is_over_the_tokens_of_the_mask() -> None:
-    close(masked_mean(tensor([[1.0, 2.0, 9.0]]), tensor([[1, 1, 0]])), 1.5)
+    assert_close(masked_mean(tensor([[1.0, 2.0, 9.0]]), tensor([[1, 1, 0]])), 1.5)
 
 
 def test_k1_is_the_log_ratio_and_k3_is_never_negative() -> None:
     p, q = tensor([[math.log(0.5), math.log(0.2)]]), tensor([[math.log(0.25), math.log(0.4)]])
-    close(kl_estimate(p, q, "k1"), [[math.log(2), -math.log(2)]])
-    close(kl_estimate(p, q, "k3"), [[0.5 - 1 + math.log(2), 2 - 1 - math.log(2)]])
+    assert_close(kl_estimate(p, q, "k1"), [[math.log(2), -math.log(2)]])
+    assert_close(kl_estimate(p, q, "k3"), [[0.5 - 1 + math.log(2), 2 - 1 - math.log(2)]])
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_both_estimators_are_unbiased(estimator: str) -> None:
     p, q = tensor([0.5, 0.3, 0.2]), tensor([0.2, 0.2, 0.6])
     exact = (p * (p / q).log()).sum()
-    close((p * kl_estimate(p.log(), q.log(), estimator)).sum(), float(exact))  # type: ignore[arg-type]
+    assert_close((p * kl_estimate(p.log(), q.log(), estimator)).sum(), float(exact))  # type: ignore[arg-type]
 
 
 def test_the_score_counts_at_the_last_token_and_the_kl_at_each() -> None:
     computed = token_rewards(tensor([2.0]), tensor([[0.1, 0.2, 0.0]]), tensor([[1, 1, 0]]), 0.5)
-    close(computed, [[-0.05, 1.9, 0.0]])
+    assert_close(computed, [[-0.05, 1.9, 0.0]])
 
 
 def test_advantages_as_by_hand() -> None:
     # deltas 0.1, 0.1, 0.3; with lambda 0.5: 0.3, then 0.1 + 0.15, then 0.1 + 0.125
     computed = gae_advantages(tensor([[0.0, 0.0, 1.0]]), tensor([[0.5, 0.6, 0.7]]), ALL, 1.0, 0.5)
-    close(computed, [[0.225, 0.25, 0.3]])
+    assert_close(computed, [[0.225, 0.25, 0.3]])
 
 
 def test_after_the_last_token_values_and_advantages_are_zero() -> None:
     mask = tensor([[1.0, 1.0, 0.0]])
     computed = gae_advantages(tensor([[0.0, 1.0, 0.0]]), tensor([[0.5, 0.6, 7.0]]), mask, 0.9, 0.5)
-    close(computed, [[0.9 * 0.6 - 0.5 + 0.45 * 0.4, 0.4, 0.0]])
+    assert_close(computed, [[0.9 * 0.6 - 0.5 + 0.45 * 0.4, 0.4, 0.0]])
 
 
 def test_with_lambda_one_an_advantage_is_the_return_less_the_value() -> None:
@@ -69,19 +69,19 @@ def test_with_lambda_one_an_advantage_is_the_return_less_the_value() -> None:
 
 def test_whitening_as_by_hand() -> None:
     third = math.sqrt(1.5)
-    close(whiten(tensor([[1.0, 2.0, 3.0]]), ALL), [[-third, 0.0, third]])
+    assert_close(whiten(tensor([[1.0, 2.0, 3.0]]), ALL), [[-third, 0.0, third]])
     with_mean = whiten(tensor([[1.0, 3.0, 50.0]]), tensor([[1.0, 1.0, 0.0]]), keep_mean=True)
-    close(with_mean, [[1.0, 3.0, 0.0]])
+    assert_close(with_mean, [[1.0, 3.0, 0.0]])
 
 
 def test_a_gain_is_clipped_and_a_loss_is_not() -> None:
     new = tensor([[1.5, 1.5, 0.5]]).log().requires_grad_()
     loss, clipped = policy_loss(new, torch.zeros(1, 3), tensor([[1.0, -1.0, 1.0]]), ALL, 0.2)
-    close(loss.detach(), (-1.2 + 1.5 - 0.5) / 3)
-    close(clipped, 1 / 3)
+    assert_close(loss.detach(), (-1.2 + 1.5 - 0.5) / 3)
+    assert_close(clipped, 1 / 3)
     loss.backward()
     assert new.grad is not None
-    close(new.grad, [[0.0, 0.5, -0.5 / 3]])
+    assert_close(new.grad, [[0.0, 0.5, -0.5 / 3]])
 
 
 def test_a_values_error_is_the_larger_of_clipped_and_unclipped() -> None:
@@ -89,14 +89,14 @@ def test_a_values_error_is_the_larger_of_clipped_and_unclipped() -> None:
     loss, clipped = value_loss(
         tensor([[1.0, 0.6, 0.0]]), tensor([[0.5, 0.5, 0.0]]), tensor([[1.0, 0.9, 0.0]]), ALL, 0.2
     )
-    close(loss, 0.5 * (0.09 + 0.09) / 3)
-    close(clipped, 1 / 3)
+    assert_close(loss, 0.5 * (0.09 + 0.09) / 3)
+    assert_close(clipped, 1 / 3)
 
 
 def test_explained_variance_is_one_for_exact_values_and_zero_for_a_constant() -> None:
     returns = tensor([[1.0, 2.0, 4.0]])
-    close(explained_variance(returns.clone(), returns, ALL), 1.0)
-    close(explained_variance(torch.full((1, 3), 7.0), returns, ALL), 0.0)
+    assert_close(explained_variance(returns.clone(), returns, ALL), 1.0)
+    assert_close(explained_variance(torch.full((1, 3), 7.0), returns, ALL), 0.0)
 
 
 def test_beta_follows_the_kl_within_its_bounds() -> None:
