@@ -65,7 +65,7 @@ def trained(
         join = seat.join
         seat.join = lambda trainer: (trainer.add_callback(At(ageing.age)), join(trainer))  # type: ignore[assignment,func-returns-value,return-value]
         cfg = compose(*COMMON, f"peft.r={4 + n}", *SAME)
-        results[n] = run(cfg, folder / str(n), index=seat)
+        results[n] = run(cfg, folder / str(n), place=seat)
 
     with processor(ageing):
         pack.hub.run((lambda n=n: job(n)) for n in range(2))  # type: ignore[misc]
