@@ -74,13 +74,11 @@ def prepared(
             if rows_of_split
         }
     else:
-        splits_long_rows = args.get("packing") and args.get("packing_strategy") in (
-            "wrapped",
-            "bfd_split",
-        )
+        strategies = ("wrapped", "bfd_split")  # these split long rows instead of cutting them
+        is_split = args.get("packing") and args.get("packing_strategy") in strategies
         room = min(args.max_length or math.inf, context)
         options: dict[str, Any] = {
-            "max_length": None if splits_long_rows or room == math.inf else int(room),
+            "max_length": None if is_split or room == math.inf else int(room),
             "completion_only": bool(args.get("completion_only_loss")),
             "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
             "on_error": rows.on_error,

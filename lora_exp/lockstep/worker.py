@@ -27,12 +27,8 @@ from lora_exp.errors import DivergedError, Interrupted, LoraExpError
 from lora_exp.training.interruption import stop
 
 Config = tuple[int, DictConfig]
-SENDABLE = (
-    "builtins",
-    "lora_exp",
-    "hydra",
-    "omegaconf",
-)  # whose errors can be sent to the launcher
+# packages whose errors can be sent to the launcher
+SENDABLE = ("builtins", "lora_exp", "hydra", "omegaconf")
 
 
 def end_with_parent(launcher: int) -> None:
