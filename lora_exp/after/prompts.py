@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_exp.data.conversion import convert, validate
 from lora_exp.data.reading import files, lines
 from lora_exp.data.rendered import Prompt, prompt_of
-from lora_exp.data.rows import checked, convert
 from lora_exp.data.turns import ROLES, Row
 from lora_exp.errors import DataError
 
@@ -37,7 +37,7 @@ def read(path: str | Path, as_chat: bool = False) -> list[Asking]:
         raise DataError(f"{path}: no rows")
     rows = []
     for where, written in numbered:
-        asked = _question(checked(written, where), as_chat)
+        asked = _question(validate(written, where), as_chat)
         read = convert([(where, asked)], "auto", where, "raise")
         rows.append(Asking(where, written, read.rows[0]))
     return rows

@@ -46,14 +46,14 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["+train.neftune_noise_alpha=5"], "NEFTune"),
     ],
 )
-def test_what_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
+def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
     made = plan([job(0, *overrides), job(1, *overrides)])
     assert not made.packs
     assert all(why in reason for _, reason in made.alone)
     assert len(made.alone) == 2
 
 
-def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
+def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     done = job(0, "peft.r=4", folder=tmp_path)
     done.directory.mkdir()
     assert done.settled is not None
@@ -68,7 +68,7 @@ def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
     assert not made.alone
 
 
-def test_a_label_is_what_tells_a_job_from_its_siblings() -> None:
+def test_a_label_has_the_overrides_that_differ_between_jobs() -> None:
     jobs = [job(0, "peft.r=8", "seed=1"), job(1, "peft.r=16", "seed=1")]
     assert labels(jobs) == {0: "peft.r=8", 1: "peft.r=16"}
 
