@@ -87,7 +87,11 @@ def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: st
 
 
 def validate(row: Any, where: str) -> Row:
-    """Return a row if it is an object that can be written as UTF-8."""
+    """Return a row if it is an object that can be written as UTF-8.
+
+    Raises:
+        DataError: it is not, or could not be read.
+    """
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
