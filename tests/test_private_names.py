@@ -40,6 +40,7 @@ PRIVATE = [
     ("trl.GRPOTrainer", "_buffered_inputs", "training/checkpoint.py"),
     ("trl.GRPOTrainer", "_step", "training/checkpoint.py"),
     ("trl.RLOOTrainer", "_buffered_inputs", "training/checkpoint.py"),
+    ("trl.SFTTrainer", "_metrics", "training/averages.py"),
     ("trl.RLOOTrainer", "_step", "training/checkpoint.py"),
     (MODEL, "_supports_attention_backend", "lockstep/eligibility.py"),
     (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from lora_exp.adapter.untrusted import numbers_only
 from lora_exp.errors import CheckpointError
 from lora_exp.files.whole import clear, sha256, whole
+from lora_exp.training.averages import Averages
 from lora_exp.training.guards import check_finite
 from lora_exp.training.interruption import stop
 
@@ -221,5 +222,6 @@ class Checkpoints:
 
 @cache
 def checkpointed(trainer: type) -> type:
-    """Return a subclass of a trainer's class, with the mixin `Checkpoints` first."""
-    return type(trainer.__name__, (Checkpoints, trainer), {"__module__": trainer.__module__})
+    """Return a subclass of a trainer's class, with our mixins first."""
+    bases = (Checkpoints, Averages, trainer)
+    return type(trainer.__name__, bases, {"__module__": trainer.__module__})
