@@ -6,7 +6,9 @@ initialization  how LoRA's weights begin
 overrides       an override's key and value
 start           the adapter a run starts from
 resume          what may change on resume
+keep            the weights that a run saves
 settled         plain values, a name, a fingerprint
+owned           arguments that a run sets itself
 ranges          numbers that train nothing
 pairs           what does not work together
 mistakes        wrong overrides in our words

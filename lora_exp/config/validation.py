@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
+from lora_exp.config.owned import OWNED, UNREAD
 from lora_exp.config.pairs import pairs
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
@@ -33,7 +34,7 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal",
+        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal", "keep",
         "trusted_targets", "train", "rate", "samples", "model", "quant", "peft", "targets",
         "algorithm", "data", "tracking", "lockstep", "choices",
     ),
@@ -46,20 +47,6 @@ KEYS = {
     ),
 }  # fmt: skip
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
-# arguments of trainers that a run sets itself, and what to say instead
-OWNED = {
-    "output_dir": "hydra.run.dir=<directory>",
-    "seed": "seed=<number>",
-    "report_to": "tracking=wandb or tracking=none",
-    "disable_tqdm": "nothing: the run has its own progress bar",
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "dataloader_pin_memory": "nothing: it is on where there is a GPU",
-    "logging_nan_inf_filter": "nothing: a run stops at the first number that is not finite",
-    "save_only_model": "nothing: a run goes on bit for bit, and needs all of a checkpoint for that",
-    "ignore_data_skip": "nothing: a run that goes on sees the rows that it has not seen",
-    "enable_jit_checkpoint": "nothing: SIGTERM saves at the end of a step",
-    "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
-}
 CHOICES = {
     "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
     "optim": "transformers.training_args.OptimizerNames",
@@ -80,7 +67,9 @@ def settled(cfg: DictConfig, about: DictConfig) -> DictConfig:
         ConfigError: every fault of the config at once.
     """
     choices = OmegaConf.to_container(about.runtime.choices)
-    return validate(settle(cfg, choices, list(about.overrides.task)))  # type: ignore[arg-type]
+    common = list(about.job.config.override_dirname.exclude_keys)  # a sweep's launcher knows them
+    overrides = list(about.overrides.task)
+    return validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
 
 
 def validate(cfg: DictConfig) -> DictConfig:
@@ -135,6 +124,7 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
             given |= {f"train.{k}": v for k, v in values["train"].items()}
             yield from _trainer_arguments(given)
+            yield from _unread(target, given)
             given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
         yield from _against(target, key, given)
 
@@ -148,6 +138,14 @@ def _trainer_arguments(given: dict[str, Any]) -> Iterator[Fault]:
         if known and value not in known:
             near = did_you_mean(str(value), known)
             yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
+
+
+def _unread(target: str, given: dict[str, Any]) -> Iterator[Fault]:
+    """Refuse arguments that would have no effect."""
+    for full in given:
+        why = UNREAD.get(target, {}).get(full.rpartition(".")[2])
+        if why is not None:
+            yield full, f"would have no effect; say {why}"
 
 
 def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:

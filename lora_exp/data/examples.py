@@ -18,6 +18,7 @@ from lora_exp.data.template import render_chat, to_form, turn_end
 from lora_exp.data.tokens import (
     IGNORED,
     Counts,
+    Lengths,
     Tokens,
     text_prompt,
     tokenise,
@@ -227,9 +228,11 @@ def recount(tokens: Tokens, dataset: Any, max_length: int | None, what: str) -> 
     """
     limit = max_length or float("inf")
     total = trained = truncated = 0
+    lengths: list[int] = []
     for row in dataset:
         prompt = len(row.get("prompt_ids", ()))
         answers = [len(row[key]) for key in ANSWERS if key in row]
+        lengths.append(prompt + max(answers, default=0))
         truncated += any(prompt + answer > limit for answer in answers)
         total += sum(int(min(prompt + answer, limit)) for answer in answers)
         # a row without prompt_ids is a text with one score, at its last token
@@ -241,7 +244,7 @@ def recount(tokens: Tokens, dataset: Any, max_length: int | None, what: str) -> 
     if not len(dataset):
         text = f"each of the {tokens.counts.rows} {what} rows is longer than {max_length} tokens"
         raise DataError(f"{text}; raise algorithm.args.max_length or shorten them")
-    return Tokens(dataset, counts, cached=False)
+    return Tokens(dataset, counts, cached=False, lengths=Lengths.of(lengths))
 
 
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")

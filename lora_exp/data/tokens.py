@@ -29,7 +29,7 @@ from lora_exp.errors import DataError
 from lora_exp.files.paths import cache_dir
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-VERSION = 4  # of the loss mask, here and in `rendered`; part of the cache's key
+VERSION = 5  # of the loss mask, here and in `rendered`; part of the cache's key
 CHUNK = 1000  # rows tokenised at a time
 Encoded = tuple[list[int], list[int]] | DataError  # ids and labels, or the error of the row
 Encode = Callable[[list[Row], Any], Iterator[Encoded]]
@@ -47,6 +47,22 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """How many tokens the rows of a data set have before any is cut."""
+
+    median: int
+    most: int  # 99% of the rows have no more
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> Lengths:
+        """Return what is told of the lengths of at least one row."""
+        ordered = sorted(lengths)
+        last = len(ordered) - 1
+        return cls(ordered[last // 2], ordered[-(-last * 99 // 100)], ordered[last])
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Tokenised rows: `input_ids`, and `labels`, `IGNORED` where a token does not count."""
 
@@ -54,6 +70,7 @@ class Tokens:
     counts: Counts
     cached: bool
     refused: dict[str, str] = field(default_factory=dict)  # where a row was read -> why
+    lengths: Lengths | None = None  # None: of prompts
 
 
 def tokenise(
@@ -91,8 +108,9 @@ def tokenise(
     if (folder / "counts.json").is_file():
         saved = json.loads((folder / "counts.json").read_text())
         refused = _by_location(saved.pop("refused"), rows)
+        lengths = Lengths(**saved.pop("lengths"))
         dataset = load_from_disk(str(folder))
-        tokens = Tokens(dataset, Counts(**saved), cached=True, refused=refused)
+        tokens = Tokens(dataset, Counts(**saved), True, refused, lengths)
     else:
         encoder = (
             _encode_separately if separate else partial(encode, completion_only=completion_only)
@@ -136,6 +154,7 @@ def _tokenise_and_store(
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     refused: list[tuple[int, str]] = []  # index of the row, and why
+    lengths: list[int] = []
     truncated = dropped = 0
     chunks = range(0, len(rows), CHUNK)
     for start in track(chunks, f"tokenising {what} rows", transient=True, disable=len(chunks) < 5):
@@ -144,8 +163,8 @@ def _tokenise_and_store(
                 refused.append((number, str(encoding)))
                 continue
             row_ids, row_labels = encoding
-            longest = max(len(row_ids), len(row_labels))
-            truncated += max_length is not None and longest > max_length
+            lengths.append(max(len(row_ids), len(row_labels)))
+            truncated += max_length is not None and lengths[-1] > max_length
             row_labels = row_labels[:max_length]
             if all(label == IGNORED for label in row_labels):
                 dropped += 1
@@ -158,8 +177,9 @@ def _tokenise_and_store(
     by_location = _by_location(refused, rows)
     if not ids:
         return Tokens(dataset, counts, cached=False, refused=by_location)
-    _store(dataset, asdict(counts) | {"refused": refused}, folder)
-    return Tokens(load_from_disk(str(folder)), counts, cached=False, refused=by_location)
+    summary = Lengths.of(lengths)
+    _store(dataset, asdict(counts) | {"refused": refused, "lengths": asdict(summary)}, folder)
+    return Tokens(load_from_disk(str(folder)), counts, False, by_location, summary)
 
 
 def _by_location(refused: Iterable[tuple[int, str]], rows: list[Row]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from torch import nn
 
 from lora_exp.lockstep.state import RandomState
 
+REQUIRES_GRAD = "make_inputs_require_grads"  # transformers' name of it
+
 
 def base_obstacle(model: Any) -> str | None:
     """Return why jobs on this base cannot share a pass; None if they can."""
@@ -46,6 +48,30 @@ def adapter_obstacle(model: Any) -> str | None:
             if module.lora_variant:
                 return f"{name} has {type(next(iter(module.lora_variant.values()))).__name__}"
     return None
+
+
+def hooked(body: Any, shared: Any) -> str:
+    """Name a module of a job's body with a hook, which a shared pass would leave out; else "".
+
+    Args:
+        body: the job's.
+        shared: the pack's base, whose own hooks act in both.
+    """
+    known = {id(hook) for module in shared.modules() for hook in _hooks(module)}
+    for name, module in body.named_modules():
+        for hook in _hooks(module):
+            # gradient checkpointing lets embeddings require a gradient; a pass sees to that
+            if id(hook) not in known and getattr(hook, "__name__", "") != REQUIRES_GRAD:
+                return f"{name} has the hook {getattr(hook, '__qualname__', hook)}"
+    return ""
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    kinds = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    return [hook for hooks in kinds for hook in hooks.values()]
 
 
 @contextmanager

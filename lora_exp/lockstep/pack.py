@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle
+from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, hooked
 from lora_exp.lockstep.hub import Hub
 from lora_exp.lockstep.passes import Passes
 from lora_exp.lockstep.segment import PassContext
@@ -118,6 +118,8 @@ class Pack:
     def _shared_forward(self, job: int, body: Any) -> Callable[..., Any]:
         own_forward = body.forward
         layers = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
+        assert self._base is not None
+        shared, hooks = self._base.model.base_model, None
 
         def forward(
             input_ids: Tensor | None = None,
@@ -127,6 +129,7 @@ class Pack:
             use_cache: bool | None = None,
             **rest: Any,
         ) -> Any:
+            nonlocal hooks
             arguments = {
                 "input_ids": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past_key_values": past_key_values,
@@ -135,6 +138,12 @@ class Pack:
             if job in self.passes.verification.excluded or not is_plain_call(arguments):
                 return own_forward(**arguments)
             grad = torch.is_grad_enabled()
+            if grad and hooks is None:  # those of a trainer come when it begins
+                hooks = hooked(body, shared)
+                if hooks:
+                    log.info("lockstep: this job computes its own passes: %s", hooks)
+            if hooks:
+                return own_forward(**arguments)
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             context = PassContext(ComputeState.now(), body.training, checkpointing)
             request = {

@@ -18,7 +18,32 @@ from lora_exp.config.door import plain
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
+from lora_exp.record.contents import changed
 from lora_exp.record.standing import FAILED, doubted, standing
+
+PROCESS = "sets what a process has only one of"
+# arguments of trainers that change more than their own job, or the job's own modules
+APART = {
+    "neftune_noise_alpha": "NEFTune's noise is drawn in the base's embedding",
+    "full_determinism": f"full_determinism {PROCESS}",
+    "tf32": f"tf32 {PROCESS}",
+    "accelerator_config": f"accelerator_config {PROCESS}",
+    "log_level": f"log_level {PROCESS}",
+    "torch_compile": "torch_compile makes kernels of its own",
+    "torch_compile_backend": "torch_compile makes kernels of its own",
+    "torch_compile_mode": "torch_compile makes kernels of its own",
+    "use_liger_kernel": "Liger's kernels replace those of the base",
+    "liger_kernel_config": "Liger's kernels replace those of the base",
+    "activation_checkpointing": "activation_checkpointing wraps the base's layers",
+    "activation_checkpointing_kwargs": "activation_checkpointing wraps the base's layers",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs are the base's layers' own",
+    "auto_find_batch_size": "auto_find_batch_size begins again with another batch",
+    "debug": "debug puts hooks on the base's modules",
+    "optim_target_modules": "optim_target_modules steps inside the backward",
+}
+
+
+LABEL = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -53,7 +78,9 @@ def plan(jobs: Iterable[Job]) -> Plan:
             at_once.append((job, "refused, not run"))
         elif doubted(job.directory) and job.settled.lockstep.on_difference == "retrain":
             alone.append((job, "not proven equal before, trained again"))
-        elif (status := standing(job.directory, job.settled)) == "finished":
+        elif (status := standing(job.directory, job.settled)) == "finished" and not changed(
+            job.directory, job.settled
+        ):
             at_once.append((job, "finished before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
             at_once.append((job, f"{status} before, not run again but with retry_failed=true"))
@@ -100,8 +127,9 @@ def solitary(job: Job) -> str | None:
             return why
     if peft.get("bias", "none") != "none":
         return "bias trains the base's own biases"
-    if cfg.train.get("neftune_noise_alpha"):
-        return "NEFTune's noise is drawn in the base's embedding"
+    for key, why in APART.items():
+        if cfg.train.get(key) or cfg.algorithm.args.get(key):
+            return why
     if cfg.model.random_weights:
         return "random_weights makes a base of its own"
     if cfg.lockstep.max_jobs == 1:
@@ -125,7 +153,12 @@ def labels(jobs: Iterable[Job]) -> dict[int, str]:
     jobs = list(jobs)
     common = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
     distinguishing = {job.number: [o for o in job.overrides if o not in common] for job in jobs}
-    return {number: redact_text(" ".join(parts)) for number, parts in distinguishing.items()}
+    return {n: _short(redact_text(" ".join(parts))) for n, parts in distinguishing.items()}
+
+
+def _short(label: str) -> str:
+    """Leave out the middle of what is wider than a column."""
+    return label if len(label) <= LABEL else f"{label[: LABEL // 2]}…{label[-LABEL // 2 + 1 :]}"
 
 
 def show(planned: Plan) -> None:

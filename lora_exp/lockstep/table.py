@@ -101,7 +101,7 @@ class Table:
 
     def _rendered(self) -> RenderableType:
         table = RichTable(title=self.title, title_justify="left", caption=self._summary())
-        for column in ("job", "name", "step", "", "loss", "rate", "status"):
+        for column in ("job", "name", "step", "", "loss", "rate", "evaluation", "status"):
             table.add_column(column, justify="right" if column in ("step", "loss") else "left")
         for row in self.rows:
             table.add_row(
@@ -111,6 +111,7 @@ class Table:
                 ProgressBar(total=row.steps or 1, completed=row.step, width=16),
                 row.shown.get("loss", ""),
                 row.shown.get("rate", ""),
+                row.shown.get("eval", "").strip().removeprefix("eval "),
                 row.status,
             )
         return table

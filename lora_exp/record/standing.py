@@ -6,6 +6,7 @@ Knows only run.json; what is in it is written by `run`.
 from __future__ import annotations
 
 import json
+import math
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 
 FAILED = ("failed", "diverged")
@@ -42,7 +44,8 @@ def standing(directory: Path, cfg: DictConfig) -> str | None:
 def objective(directory: Path) -> float:
     """Return the value of a finished run's objective."""
     values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    return float(values["metrics"][values["objective"]])
+    value = values["metrics"][values["objective"]]
+    return math.nan if value is None else float(value)
 
 
 def failure(directory: Path) -> str:
@@ -55,7 +58,7 @@ def mark(directory: Path, status: str, error: str) -> None:
     path = directory / "run.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if values and values["status"] != "finished":
-        write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
+        write_whole(path, dumps(values | {"status": status, "error": error}, indent=1) + "\n")
 
 
 def doubt(directory: Path) -> None:
@@ -69,7 +72,7 @@ def doubt(directory: Path) -> None:
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         kept = values.get("lockstep", {}) | {"proven": False}
-        write_whole(path, json.dumps(values | {"lockstep": kept}, indent=1) + "\n")
+        write_whole(path, dumps(values | {"lockstep": kept}, indent=1) + "\n")
 
 
 def doubted(directory: Path) -> bool:
@@ -81,12 +84,16 @@ def doubted(directory: Path) -> bool:
         return False
 
 
-def set_aside(directory: Path) -> Path:
+def set_aside(directory: Path, why: str = "not-proven-equal") -> Path:
     """Move a run's directory away, so that the run can be made anew in its place.
+
+    Args:
+        directory: the run's.
+        why: becomes part of the directory's new name.
 
     Raises:
         OSError: it cannot be moved.
     """
-    names = (f"{directory.name}.not-proven-equal{'' if n == 1 else n}" for n in count(1))
+    names = (f"{directory.name}.{why}{'' if n == 1 else n}" for n in count(1))
     aside = next(path for name in names if not (path := directory.with_name(name)).exists())
     return directory.rename(aside)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from lora_exp.config.overrides import parted
 from lora_exp.errors import ConfigError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 
 COMMAND = "sweep.json"
@@ -162,7 +163,7 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    write_whole(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+    write_whole(folder / "summary.json", dumps(rows, indent=1) + "\n")
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
     keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
     names = sorted({name for r in rows for name in r["metrics"]})

@@ -20,6 +20,8 @@ from transformers.trainer_utils import TrainOutput
 from lora_exp.adapter.untrusted import numbers_only
 from lora_exp.errors import CheckpointError
 from lora_exp.files.whole import clear, sha256, whole
+from lora_exp.training.averages import Averages
+from lora_exp.training.best import Watched
 from lora_exp.training.guards import check_finite
 from lora_exp.training.interruption import stop
 
@@ -98,6 +100,7 @@ class Checkpoints:
     """A mixin for trainers: complete checkpoints, the best kept, a stop at the end of a step."""
 
     owner = ""  # the run whose checkpoints these are
+    watched = Watched("loss", maximize=False)
     model: Any
     state: Any
     args: Any
@@ -175,8 +178,9 @@ class Checkpoints:
         if not limit or limit < 0:
             return
         steps = {step: path for step, path in numbered(folder).items() if owner(path) == self.owner}
+        best = self.watched.best(self.state.log_history, steps) or (None, 0.0)
         for step in sorted(steps)[:-limit]:
-            if step != self.state.best_global_step:
+            if step not in (best[0], self.state.best_global_step):
                 shutil.rmtree(steps[step])
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
@@ -221,5 +225,6 @@ class Checkpoints:
 
 @cache
 def checkpointed(trainer: type) -> type:
-    """Return a subclass of a trainer's class, with the mixin `Checkpoints` first."""
-    return type(trainer.__name__, (Checkpoints, trainer), {"__module__": trainer.__module__})
+    """Return a subclass of a trainer's class, with our mixins first."""
+    bases = (Checkpoints, Averages, trainer)
+    return type(trainer.__name__, bases, {"__module__": trainer.__module__})

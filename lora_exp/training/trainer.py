@@ -29,6 +29,7 @@ from lora_exp.model.precision import autocast_dtype
 from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
+from lora_exp.training.best import Watched
 from lora_exp.training.checkpoint import checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import spare
@@ -90,8 +91,16 @@ def trainer_of(
     except ValueError as error:
         raise ConfigError([("algorithm", str(error))]) from error
     trainer.owner = record.values["tracking_id"]
+    trainer.watched = Watched.of(cfg)
     _ready(trainer, adapted, trained)
     return trainer
+
+
+def tokens_trained(trainer: Any) -> int:
+    """Return a trainer's count of tokens: since its process began, or since the run began."""
+    if hasattr(trainer, "num_tokens"):  # ours
+        return int(trainer.num_tokens)
+    return int(getattr(trainer, "_total_train_tokens", 0) or trainer.state.num_input_tokens_seen)
 
 
 def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
@@ -153,6 +162,13 @@ def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Rec
     settings = plain(cfg.train)
     if settings["bf16"] is None:
         settings |= _precision(cfg, base)
+    if settings.get("load_best_model_at_end"):
+        if held_out is None:
+            text = "best needs held-out rows; give data.eval_path or data.eval_share"
+            raise ConfigError([("keep", text)])
+        watched = Watched.of(cfg)
+        settings["metric_for_best_model"] = f"eval_{watched.name}"
+        settings["greater_is_better"] = watched.maximize
     if held_out is None:
         settings["eval_strategy"] = "no"
     known = signature(cfg.algorithm.args._target_)

@@ -32,6 +32,7 @@ from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
 from lora_exp.model.loading import Base, sharing_copy
+from lora_exp.training.place import Alone
 from tests.conftest import QUICK, ROOT, tiny
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]
@@ -122,6 +123,51 @@ def test_jobs_equal_their_runs_alone_under_every_setting(
     for ours, theirs in zip(results, alone(jobs, tmp_path, *setting), strict=True):
         assert computed(ours) == computed(theirs)
     assert pack.passes.counts["most jobs"] == 2
+
+
+ARGUMENTS = [
+    ["+train.label_smoothing_factor=0.1", "+train.adam_beta1=0.8", "+train.data_seed=3"],
+    ["+algorithm.args.loss_type=dft", "+algorithm.args.pad_to_multiple_of=8",
+     "+train.train_sampling_strategy=group_by_length"],
+    ["train.optim=adafactor", "train.lr_scheduler_type=cosine_with_restarts",
+     "+train.lr_scheduler_kwargs={num_cycles: 2}", "+train.eval_on_start=true",
+     "+train.logging_first_step=true", "train.dataloader_num_workers=1"],
+    ["+train.dataloader_drop_last=true", "+algorithm.args.shuffle_dataset=true",
+     "+train.eval_accumulation_steps=1", "+train.include_num_input_tokens_seen=all"],
+    ["keep=best", "train.eval_strategy=steps", "train.eval_steps=2", "train.save_strategy=steps",
+     "train.save_steps=2", "train.learning_rate=5e-2"],
+    ["+algorithm.args.activation_offloading=true"],
+]  # fmt: skip
+
+
+def test_arguments_of_the_trainer_act_in_a_pack_as_they_do_alone(tmp_path: Path) -> None:
+    results, _ = packed(ARGUMENTS, tmp_path / "pack")
+    for ours, theirs in zip(results, alone(ARGUMENTS, tmp_path), strict=True):
+        assert computed(ours) == computed(theirs)
+
+
+def test_a_hook_on_a_jobs_own_module_acts_in_a_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hooking(join: Any) -> Any:
+        def joined(self: Any, *about: Any) -> None:
+            join(self, *about)
+            if about[-1].args.seed == 7:
+                layer = about[-1].model.get_base_model().model.layers[0].mlp
+                layer.register_forward_hook(lambda module, given, output: output * 1.5)
+
+        return joined
+
+    jobs = [["peft.r=4"], ["peft.r=8", "seed=7"]]
+    plain, _ = packed(jobs, tmp_path / "plain")
+    for kind in (Pack, Alone):
+        monkeypatch.setattr(kind, "join", hooking(kind.join))
+    results, _ = packed(jobs, tmp_path / "pack")
+    theirs = alone(jobs, tmp_path)
+    weights = [[computed(result)[-1] for result in of] for of in (results, theirs, plain)]
+    assert weights[0] == weights[1]
+    assert weights[0][0] == weights[2][0]
+    assert weights[0][1] != weights[2][1]
 
 
 def test_stacked_adapters_are_near_and_the_record_names_the_mode(tmp_path: Path) -> None:

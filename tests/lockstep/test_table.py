@@ -23,10 +23,11 @@ def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
     row = table.rows[0]
     row.begin(2, 10)
     row.move(5)
-    row.write("", {"loss": "1.2345", "rate": "2.00e-04", "speed": "-"})
+    row.write("", {"loss": "1.2345", "rate": "2.00e-04", "speed": "-", "eval": "eval loss 2.5  "})
     table.console.print(table._rendered())
     text = output.getvalue()
-    for part in ("peft.r=8", "5/10", "1.2345", "2.00e-04", "trains", "peft.r=16", "waits"):
+    parts = ("peft.r=8", "5/10", "1.2345", "2.00e-04", "loss 2.5", "trains", "peft.r=16", "waits")
+    for part in parts:
         assert part in text
     assert "0 of 2 jobs done, step 5 of 10" in text
     assert "tokens/s together" in text
