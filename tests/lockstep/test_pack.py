@@ -124,7 +124,7 @@ def test_they_do_so_under_every_setting(tmp_path: Path, setting: list[str]) -> N
 
 
 ARGUMENTS = [
-    ["+train.label_smoothing_factor=0.1", "+train.adam_beta1=0.8", "+train.data_seed=3"],
+    ["+train.adam_epsilon=1e-4", "+train.adam_beta1=0.8", "+train.data_seed=3"],
     ["+algorithm.args.loss_type=dft", "+algorithm.args.pad_to_multiple_of=8",
      "+train.train_sampling_strategy=group_by_length"],
     ["train.optim=adafactor", "train.lr_scheduler_type=cosine_with_restarts",
