@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lora_exp.adapter.untrusted import names_only, read_weights
 from lora_exp.errors import AdapterError, LoraExpError
+
+# peft saves both sides of a wholly trained embedding, where it saves embeddings too
+ORIGINAL, TRAINED = ".original_module", ".modules_to_save"
 
 
 def put(model: Any, config: Any, path: str, trainable: bool, apart: bool = False) -> Any:
@@ -80,12 +84,14 @@ def check_embeddings(model: Any, config: Any, weights: Mapping[str, Tensor], pat
     Raises:
         AdapterError: putting it on the base would change the base.
     """
-    found = dict(_embeddings(model, config, weights))
-    for key, own in found.items():
+    held = dict(_embeddings(model, config, weights))
+    for key, own in held.items():
+        if ORIGINAL in key and own.shape != weights[key].shape:
+            continue  # of more tokens than the base has: they get a module of their own
         if own.shape != weights[key].shape or not torch.equal(own, weights[key].to(own)):
             text = "changes the base itself: it holds embeddings that differ from the base's"
             raise AdapterError(f"{path} {text}; merge it alone first, then take the model")
-    return set(found)
+    return set(held)
 
 
 def _embeddings(
@@ -95,23 +101,25 @@ def _embeddings(
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     trained = tuple(f".{name}" for name in getattr(config, "modules_to_save", None) or ())
     for name, module in model.named_modules():
-        if f".{name}".endswith(trained) or not any(module is layer for layer in layers):
+        if not any(module is layer for layer in layers):
             continue
-        for end in ("weight", "bias"):
-            keys = (f"base_model.model.{name}{part}.{end}" for part in ("", ".base_layer"))
-            own = getattr(module, end, None)
-            yield from ((key, own) for key in keys if key in weights and own is not None)
+        plain = () if f".{name}".endswith(trained) else ("", ".base_layer")
+        for part, end in product((*plain, ORIGINAL), ("weight", "bias")):
+            key, own = f"base_model.model.{name}{part}.{end}", getattr(module, end, None)
+            if key in weights and own is not None:
+                yield key, own
 
 
 def _resize(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give a base as many embeddings as an adapter's file holds; all of them are in the file."""
-    first = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is first]
-    ends = ("weight", "base_layer.weight")
-    keys = [f"base_model.model.{name}.{end}" for name in names for end in ends]
-    rows = [len(weights[key]) for key in keys if key in weights]
-    if rows and rows[0] != len(first.weight):
-        model.resize_token_embeddings(rows[0], mean_resizing=False)
+    """Give a base as many embeddings as an adapter's file holds, if it holds all of them."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    held = {key: own for key, own in _embeddings(model, None, weights) if key.endswith("weight")}
+    needed = [layer.weight for layer in (first, last) if layer is not None]
+    sizes = {len(weights[key]) for key in held}
+    if all(any(own is weight for own in held.values()) for weight in needed) and len(sizes) == 1:
+        (rows,) = sizes
+        if rows != len(first.weight):
+            model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def read_config(path: str, model: Any) -> Any:
@@ -157,6 +165,7 @@ def check_fit(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     base = model.get_base_model()
     embeddings = {key for key, _ in _embeddings(base, None, saved)}
+    embeddings |= {key for key in saved if TRAINED in key and key.replace(TRAINED, "") in own}
     if lost := sorted((own - saved.keys()) | (saved.keys() - own - embeddings)):
         text = f"{path} does not fit this base: {len(lost)} of its weights have no match"
         raise AdapterError(f"{text}, the first is {lost[0]}")

@@ -136,9 +136,8 @@ def _settle_ends(model: Any, tokenizer: Any) -> None:
     transformers would score the token before an end token that pads, too; without a pad token it
     takes the last, and refuses a batch.
     """
-    if model.can_generate():
-        set_end_tokens(model, tokenizer)
-    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+    set_end_tokens(model, tokenizer)
+    if not model.can_generate() and tokenizer.pad_token_id == tokenizer.eos_token_id:
         model.config.pad_token_id = None
 
 

@@ -20,6 +20,7 @@ from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.saved import Saved
 from lora_exp.errors import AdapterError
 
+Parts = dict[str, dict[str, Tensor]]  # module -> A and B
 PART = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 
 
@@ -39,8 +40,9 @@ class WeightedSum:
                 does not have.
         """
         self._plain: dict[nn.Parameter, Tensor] = {}
-        for saved, weight in zip(several, weights, strict=True):
-            for module, update in _updates(model, saved):
+        adapters = [_read(model, saved) for saved in several]  # all of them fit the base as it is
+        for (config, parts), weight in zip(adapters, weights, strict=True):
+            for module, update in _updates(model, config, parts):
                 _untie(model, module)
                 parameter: Any = module.weight
                 self._plain.setdefault(parameter, parameter.data)
@@ -59,27 +61,32 @@ class WeightedSum:
                 parameter.data = data
 
 
-def _updates(model: Any, saved: Saved) -> Iterator[tuple[nn.Module, Tensor]]:
+def _read(model: Any, saved: Saved) -> tuple[Any, Parts]:
+    """Return an adapter's config, and the matrices A and B of each module."""
+    path = str(saved.folder)
+    config, modules = read_config(path, model), dict(model.named_modules())
+    weights = read_weights(path)
+    own = check_embeddings(model, config, weights, path)
+    parts: Parts = defaultdict(dict)
+    for key in weights.keys() - own:
+        match = PART.fullmatch(key)
+        if match is None or match[1] not in modules:
+            raise AdapterError(f"{path}: {key} is no LoRA weight of a module of this base")
+        parts[match[1]][match[2]] = weights[key].double()
+    for name, each in parts.items():
+        if each.keys() != {"A", "B"}:
+            raise AdapterError(f"{path}: {name} has only one of the matrices A and B")
+    return config, parts
+
+
+def _updates(model: Any, config: Any, parts: Parts) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield each module that an adapter changes, and the update of its weight: scaling · B A.
 
     The scaling is lora_alpha / r, with rsLoRA lora_alpha / √r (arXiv 2312.03732).
     """
-    path = str(saved.folder)
-    config, modules = read_config(path, model), dict(model.named_modules())
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    weights = read_weights(path)
-    own = check_embeddings(model, config, weights, path)
-    for key, tensor in weights.items():
-        if key in own:
-            continue
-        found = PART.fullmatch(key)
-        if found is None or found[1] not in modules:
-            raise AdapterError(f"{path}: {key} is no LoRA weight of a module of this base")
-        parts[found[1]][found[2]] = tensor.double()
     for name, each in parts.items():
-        if each.keys() != {"A", "B"}:
-            raise AdapterError(f"{path}: {name} has only one of the matrices A and B")
-        module, rank = modules[name], len(each["A"])
+        module: Any = model.get_submodule(name)
+        rank = len(each["A"])
         alpha = (config.alpha_pattern or {}).get(name, config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         update = scaling * each["B"].flatten(1) @ each["A"].flatten(1)

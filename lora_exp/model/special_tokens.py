@@ -22,6 +22,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def set_end_tokens(model: Any, tokenizer: Any) -> None:
     """Let a model stop at all of them, also in trainers and programs that ask the model alone."""
+    if not model.can_generate():
+        return
     stops = end_tokens(model, tokenizer)
     named = model.generation_config.eos_token_id
     if set(stops) - {*(named if isinstance(named, list) else [named])}:

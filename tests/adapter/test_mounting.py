@@ -79,7 +79,7 @@ def with_embeddings(folder: Path, rows: int | None = None, **options: Any) -> An
     own = {"target_modules": ["v_proj"], "init_lora_weights": False, "r": 4} | options
     made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **own))
     with torch.no_grad():
-        made.get_base_model().get_input_embeddings().weight += 0.1
+        made.get_base_model().get_input_embeddings().weight.add_(0.1)
     made.save_pretrained(folder, save_embedding_layers=True)
     return made.eval()
 
@@ -153,7 +153,7 @@ def test_a_start_that_does_not_fit_the_classifier_is_refused(
         run(compose(*reward), tmp_path / "lost")
     more = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(16, 192)}
     save_file(weights | more, file)
-    with pytest.raises(AdapterError, match=r"does not fit this base: 1 .* layers\.9\.mlp"):
+    with pytest.raises(AdapterError, match=r"does not fit this base: 1 .*layers\.9\.mlp"):
         run(compose(*reward), tmp_path / "more")
     save_file(weights | {lost: weights[lost][:, 1:].contiguous()}, file)
     with pytest.raises(AdapterError, match="does not fit this base: size mismatch"):

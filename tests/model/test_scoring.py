@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,9 +48,9 @@ def test_with_a_pad_token_of_its_own_it_is_transformers_to_the_bit() -> None:
 
 
 def test_a_reward_is_trained_measured_and_used_at_the_same_token(
-    quick_run: Callable[..., Any], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    from lora_exp import compose, load_adapter
+    from lora_exp import compose, load_adapter, run
     from lora_exp.adapter.attach import attach
     from lora_exp.model.loading import base_of
     from lora_exp.rewards import AdapterReward
@@ -62,8 +60,9 @@ def test_a_reward_is_trained_measured_and_used_at_the_same_token(
     base.tokenizer.pad_token = base.tokenizer.eos_token
     base.tokenizer.save_pretrained(tmp_path / "base")
     where = ["model=local", f"model.path={tmp_path / 'base'}"]
-    reward = ["algorithm=reward", "data=demo_pairs", "train.learning_rate=1e-2"]
-    saved = quick_run(*where, *reward, "samples.rows=0").saved
+    reward = ["algorithm=reward", "data=demo_pairs", "data.rows=64", "train.max_steps=4"]
+    cfg = compose("tracking=none", *where, *reward, "train.learning_rate=1e-2")
+    saved = run(cfg, tmp_path / "run").saved
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     model, tokenizer = load_adapter(saved)
     row = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
