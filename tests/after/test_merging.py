@@ -280,6 +280,7 @@ def test_a_merged_model_stops_where_its_training_ended_turns(
     assert GenerationConfig.from_pretrained(made).eos_token_id == [0, end]
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 def test_biases_that_lora_trained_are_merged_where_a_layer_has_one(tmp_path: Path) -> None:
     config = Qwen2Config(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

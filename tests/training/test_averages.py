@@ -50,6 +50,7 @@ def trainer(base: Any, folder: Path, rows: list[Any], *words: str) -> Any:
         str(path), eval_path=str(path), eval_share=0.0, format="auto", max_rows=None,
         max_eval_rows=None, chat_template=None, on_error="raise",
     ).shaped(cfg.algorithm.shape)  # fmt: skip
+    torch.manual_seed(0)  # an adapter's start is drawn
     adapted = attach(base, cfg, folder)
     data = prepared(read, base.tokenizer, adapted.model, cfg)
     made = trainer_of(cfg, base, adapted, read, data, Record(folder / "run", cfg), [])
