@@ -137,7 +137,6 @@ ARGUMENTS = [
      "+train.eval_accumulation_steps=1", "+train.include_num_input_tokens_seen=all"],
     ["keep=best", "train.eval_strategy=steps", "train.eval_steps=2", "train.save_strategy=steps",
      "train.save_steps=2", "train.learning_rate=5e-2"],
-    ["+algorithm.args.activation_offloading=true"],
 ]  # fmt: skip
 
 
