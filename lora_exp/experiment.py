@@ -21,6 +21,7 @@ from transformers import set_seed
 from lora_exp.adapter.attach import Adapted, attach, save
 from lora_exp.algorithm.critic import save_value
 from lora_exp.config.door import build, plain
+from lora_exp.config.learning import check_rows
 from lora_exp.config.settled import run_dir
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
@@ -38,7 +39,7 @@ from lora_exp.record.progress import Progression, quiet
 from lora_exp.record.run import Record, stands_on
 from lora_exp.record.summary import announce, conclude, counts
 from lora_exp.training.checkpoint import newest
-from lora_exp.training.guards import check_finite
+from lora_exp.training.guards import check_finite, check_stepped
 from lora_exp.training.interruption import stop
 from lora_exp.training.measure import after, before, objective
 from lora_exp.training.place import Alone, Place
@@ -92,6 +93,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     started = time.perf_counter()
     rows: Rows = build(cfg, "data")
     shaped = rows.shaped(cfg.algorithm.shape)
+    check_rows(cfg, len(shaped.train))
     set_seed(cfg.seed)
     base = place.base(cfg)
     known = stands_on(cfg, rows, base)
@@ -114,6 +116,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     try:
         callbacks = [Metrics(record, tracker), Progression(board)]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
+        check_rows(cfg, len(trainer.train_dataset), packed=True)
         train, held_out = recounted(*data, trainer, cfg)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         adapted = replace(adapted, trainable=trained)  # PPO adds a value
@@ -200,6 +203,7 @@ def _train(trainer: Any, resume: str | None, record: Record) -> None:
     with stop.until_a_step_ends():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
+    check_stepped(trainer.state)
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     check_finite(trainer.model.named_parameters(), trainer.state.global_step)

@@ -19,12 +19,12 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lora_exp.config.validation import settled
-from lora_exp.errors import Interrupted, LoraExpError
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
 from lora_exp.record.standing import doubt, doubted, mark, set_aside
-from lora_exp.record.sweep import SweepTable, write_command
+from lora_exp.record.sweep import SUMMARY, SweepTable, write_command
 from lora_exp.training.interruption import stop
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def launch(
         ]
         made = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
         if ours:
+            _check_place(made, len(jobs), Path(str(hydra.sweep.dir)))
             show(made)
             refused = any(job.error for job, _ in made.at_once)
             write_command(Path(str(hydra.sweep.dir)), hydra, keep=refused)
@@ -82,6 +83,20 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
     except LoraExpError as error:  # the job itself will say so too, in its own directory
         return Job(number, config, None, directory, tuple(overrides), error)
     return Job(number, config, found, directory, tuple(overrides))
+
+
+def _check_place(made: Plan, count: int, folder: Path) -> None:
+    """Refuse a launch into the directory of another sweep, before it writes anything there.
+
+    Raises:
+        ConfigError: a job's directory holds another run, or no job can run where a sweep lies.
+    """
+    refused = [(job, job.error) for job, _ in made.at_once if job.error is not None]
+    held = [(job, error) for job, error in refused if isinstance(error, OccupiedError)]
+    if held or (len(refused) == count and (folder / SUMMARY).is_file()):
+        if SweepTable.current is not None:
+            SweepTable.current.withdraw()
+        raise ConfigError((f"job {job.number}", str(error)) for job, error in held or refused)
 
 
 class _Launch:

@@ -22,6 +22,7 @@ from trl.trainer.utils import disable_dropout_in_model, selective_log_softmax
 from lora_exp.adapter.several import add_copy, changes_nothing, is_adapted, using
 from lora_exp.algorithm.ppo_losses import divergence
 from lora_exp.data.examples import prompt_ids
+from lora_exp.errors import RewardError
 from lora_exp.model.special_tokens import end_tokens
 
 Batch = dict[str, Tensor]
@@ -158,7 +159,11 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             model.generation_config = whole.generation_config = own
 
     def _scores(self, rows: list[dict[str, Any]], new: Tensor, mask: Tensor, mode: str) -> Tensor:
-        """Return the weighted sum of all rewards, [B]; one that has nothing to say adds nothing."""
+        """Return the weighted sum of all rewards, [B]; one that has nothing to say adds nothing.
+
+        Raises:
+            RewardError: no answer of a rollout to learn from has a reward.
+        """
         ids = [row[there.bool()].tolist() for row, there in zip(new, mask, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
@@ -168,7 +173,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         ]
         own = ("prompt", "completions", "completion_ids")
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in own}
-        total = torch.zeros(len(rows))
+        total, judged = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
         for function, weight in zip(self.reward_funcs, self.weights, strict=True):
             found = function(
                 prompts=prompts, completions=completions, completion_ids=ids,
@@ -178,8 +183,14 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             known = torch.tensor(
                 [float("nan") if r is None else r for r in found], dtype=torch.float32
             )
-            self._note(mode, {f"rewards/{function.__name__}/mean": known.nanmean()})
+            if not known.isnan().all():
+                self._note(mode, {f"rewards/{function.__name__}/mean": known.nanmean()})
             total += weight * known.nan_to_num(0.0)
+            judged |= ~known.isnan()
+        if mode == "train" and not judged.any():
+            names = ", ".join(function.__name__ for function in self.reward_funcs)
+            text = f"gave no reward (None) to any of {len(rows)} answers"
+            raise RewardError(f"{names} {text}; nothing can be learnt from that")
         self._note(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
         return total
 

@@ -8,6 +8,8 @@ start           the adapter a run starts from
 resume          what may change on resume
 settled         plain values, a name, a fingerprint
 ranges          numbers that train nothing
+learning        settings that learn nothing
+arguments       mistakes inside arguments, missing packages
 pairs           what does not work together
 mistakes        wrong overrides in our words
 validation      every fault of a config

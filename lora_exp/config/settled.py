@@ -36,7 +36,13 @@ UNNAMED = re.compile(
 
 
 def product(*factors: float) -> float:
-    """Multiply rates; rounded so that 2e-5 * 10 reads 0.0002 in every file."""
+    """Multiply numbers; rounded so that 2e-5 * 10 reads 0.0002 in every file.
+
+    Returns:
+        A whole number where all factors are: `${product:2,${peft.r}}` is an alpha.
+    """
+    if all(isinstance(factor, int) for factor in factors):
+        return math.prod(factors)
     return float(f"{math.prod(float(factor) for factor in factors):.12g}")
 
 
@@ -140,9 +146,35 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
 
 def fingerprint(cfg: DictConfig) -> str:
     """Return the SHA-256 of what a config computes: equal configs give equal adapters."""
+    return fingerprints(cfg)[0]
+
+
+def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """Return a config's fingerprint, and the one that earlier versions wrote for it.
+
+    Args:
+        cfg: the run's.
+        limits: other values of `train`, such as the limit of a run that was trained longer.
+
+    Returns:
+        The fingerprint, in which 0 and 0.0 are one; then the one in which they were two.
+    """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
+    values["train"] |= limits or {}
     if not values["train"].get("load_best_model_at_end"):
         told = re.compile(r"(logging|save|eval)_")  # reports shape nothing
         values["train"] = {k: v for k, v in values["train"].items() if not told.match(k)}
-    return hashlib.sha256(json.dumps(first_named(values), sort_keys=True).encode()).hexdigest()
+    values = first_named(values)
+    texts = (json.dumps(each, sort_keys=True) for each in (_whole(values), values))
+    now, before = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return now, before
+
+
+def _whole(values: Any) -> Any:
+    """Return nested dicts and lists with whole numbers as such, also where they end in .0."""
+    if isinstance(values, Mapping):
+        return {key: _whole(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_whole(value) for value in values]
+    return int(values) if isinstance(values, float) and values.is_integer() else values

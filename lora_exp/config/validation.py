@@ -14,7 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lora_exp.config.arguments import arguments
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
+from lora_exp.config.learning import learning
 from lora_exp.config.pairs import pairs
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
@@ -93,7 +95,8 @@ def validate(cfg: DictConfig) -> DictConfig:
     faults = list(_shape(cfg))
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*ranges(cfg), *_algorithm(cfg), *pairs(cfg), *_files(cfg)]
+        faults += [*ranges(cfg), *learning(cfg), *arguments(cfg), *_algorithm(cfg)]
+        faults += [*pairs(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)

@@ -7,18 +7,21 @@ import io
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.overrides import parted
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.whole import write_whole
 
-COMMAND = "sweep.json"
+COMMAND, SUMMARY, HYDRAS = "sweep.json", "summary.json", "multirun.yaml"
+HERE = "hydra_plugins.lockstep_launcher"  # a launcher whose callbacks live in this process
 
 
 class SweepTable(Callback):
@@ -32,11 +35,31 @@ class SweepTable(Callback):
     def __init__(self) -> None:
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
+        self.elsewhere, self.began, self.before = False, 0.0, b""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
         self.folder = Path(config.hydra.sweep.dir)
+        self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(HERE)
+        self.began = time.time()
+        kept = self.folder / HYDRAS
+        self.before = kept.read_bytes() if kept.is_file() else b""
+
+    def withdraw(self) -> None:
+        """Put back what Hydra has written over: the launch is refused before its first job."""
+        SweepTable.current = None
+        if self.before:
+            write_whole(self.folder / HYDRAS, self.before.decode())
+
+    def gather(self) -> None:
+        """Read the jobs that a launcher has run in other processes, where no callback hears us."""
+        folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
+        new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
+        if not self.elsewhere or self.rows or not any(new):
+            return
+        self.rows = sorted(map(read_row, folders), key=rank)
+        write_summary(self.folder, self.rows)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Read a job's result from its directory and rewrite the summary."""
@@ -147,6 +170,32 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     }
 
 
+def read_row(directory: Path) -> dict[str, Any]:
+    """Return the table row of a job from its directory alone."""
+    path = directory / "run.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    result = JobReturn()
+    result._return_value = LoraExpError(record.get("error") or f"see {directory}/run.log")
+    if record.get("status") == "finished":
+        result._return_value = record["metrics"][record["objective"]]
+    saved = directory / ".hydra" / "overrides.yaml"
+    overrides = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else []
+    return row(directory.absolute(), list(map(str, overrides)), result)
+
+
+def refresh(directory: Path) -> None:
+    """Renew the row of a sweep's job that went on alone, in the sweep's summary."""
+    path = directory.parent / SUMMARY
+    if not path.is_file():
+        return
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    there = [r for r in rows if r["job"] == directory.name]
+    if there and (directory / "run.json").is_file():
+        new = read_row(directory) | {"overrides": there[0]["overrides"]}
+        rows = [new if r in there else r for r in rows]
+        write_summary(directory.parent, sorted(rows, key=rank))
+
+
 def rank(row: dict[str, Any]) -> float:
     """Return a sort key: the best row first, rows without an objective last."""
     if row["objective"] is None:
@@ -162,7 +211,7 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    write_whole(folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+    write_whole(folder / SUMMARY, json.dumps(rows, indent=1) + "\n")
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
     keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
     names = sorted({name for r in rows for name in r["metrics"]})

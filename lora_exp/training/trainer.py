@@ -28,7 +28,7 @@ from lora_exp.model.loading import Base, device
 from lora_exp.model.precision import autocast_dtype
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
-from lora_exp.training.checkpoint import checkpointed
+from lora_exp.training.checkpoint import Intervals, checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import spare
 
@@ -66,7 +66,7 @@ def trainer_of(
         given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
-    guards = (FiniteLoss(), GradientCheck())
+    guards = (FiniteLoss(), GradientCheck(), Intervals())
     try:
         trainer = build(
             cfg,
