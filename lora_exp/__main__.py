@@ -45,7 +45,8 @@ def job(cfg: DictConfig) -> float:
     in_sweep = about.mode == RunMode.MULTIRUN
     sweep = "/".join(Path(about.sweep.dir).parts[-2:]) if in_sweep else None
     try:
-        ready = settled(cfg, about)  # type: ignore[arg-type]
+        master = SweepTable.current.master if in_sweep and SweepTable.current else None
+        ready = settled(cfg, about, master)  # type: ignore[arg-type]
         status = standing(directory, ready) if in_sweep else None
         if status == "finished":
             log.info("finished before, not run again")
@@ -112,6 +113,16 @@ def main() -> None:
             SweepTable.current.gather()
             if SweepTable.current.rows:
                 SweepTable.current.show()
+                _report_trial(SweepTable.current)
+
+
+def _report_trial(table: SweepTable) -> None:
+    """Give a W&B sweep whose trial is itself a sweep the mean of its runs."""
+    values = [row["objective"] for row in table.rows if row["objective"] is not None]
+    if "WANDB_SWEEP_ID" in table.trial and values:
+        from lora_exp.tracking.wandb import report_trial
+
+        report_trial(table.trial, table.rows[0]["judged_by"], values)
 
 
 def _check_alone() -> None:

@@ -185,10 +185,10 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
         "tracking",
         directory=record.directory,
         run_id=record.values["tracking_id"],
-        name=cfg.name,
+        run_name=cfg.name,
         sweep=sweep,
         job_type=cfg.choices.algorithm,
-        tags=[f"{group}={option}" for group, option in cfg.choices.items()],
+        choices=[f"{group}={option}" for group, option in cfg.choices.items()],
         config=redact(plain(cfg)),
     )
     return tracker or Nowhere()

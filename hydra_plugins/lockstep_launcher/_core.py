@@ -18,6 +18,7 @@ from hydra.core.utils import (
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from lora_exp.config.sweeping import too_long
 from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError
 from lora_exp.files.lock import Lock
@@ -76,10 +77,13 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+    if faults := list(too_long(directory)):
+        raise ConfigError(faults)
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(directory.absolute())
     try:
-        found = settled(without_hydra(config), config.hydra) if ours else None
+        master = launcher.config.hydra
+        found = settled(without_hydra(config), config.hydra, master) if ours else None
     except LoraExpError as error:  # the job itself will say so too, in its own directory
         return Job(number, config, None, directory, tuple(overrides), error)
     return Job(number, config, found, directory, tuple(overrides))

@@ -4,6 +4,8 @@ signature       what a target takes, from source
 door            the one door to `_target_`
 initialization  how LoRA's weights begin
 overrides       an override's key and value
+deletions       what `~key` leaves to defaults
+words           other tools' words, and ours
 start           the adapter a run starts from
 resume          what may change on resume
 settled         plain values, a name, a fingerprint
@@ -11,6 +13,7 @@ ranges          numbers that train nothing
 learning        settings that learn nothing
 arguments       mistakes inside arguments, missing packages
 pairs           what does not work together
+sweeping        Hydra's section of a sweep
 mistakes        wrong overrides in our words
 validation      every fault of a config
 composition     groups and overrides to a config

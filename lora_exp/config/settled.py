@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_exp.config.deletions import restored
 from lora_exp.config.door import first_named, plain, renamed
 from lora_exp.config.overrides import parted
 from lora_exp.config.resume import continued
@@ -53,6 +54,10 @@ def run_dir(resume: str | None) -> str:
         ConfigError: there is no run to continue.
     """
     if resume and not (Path(resume) / "config.yaml").is_file():
+        own = Path(resume).resolve().parent.parent
+        if Path(resume).is_dir() and (own / "config.yaml").is_file():
+            text = f"{resume} is a checkpoint; resume={own} goes on from the run's newest"
+            raise ConfigError([("resume", text)])
         near = near_names(Path(resume))
         raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
@@ -81,6 +86,8 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     if apart := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in apart)
+    _check_demo(choices, overrides)
+    cfg = restored(cfg, choices, overrides)
     try:
         missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -94,6 +101,14 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or _name(values, overrides)
     return _freeze(values)
+
+
+def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Refuse rows of one's own beside the demo's: its held-out rows would measure them."""
+    keys = {parted(override)[0] for override in overrides}
+    if "data.path" in keys and "data.eval_path" not in keys and choices["data"] == "demo":
+        text = "data=demo holds out its own rows; give data=jsonl data.path=..., or data.eval_path"
+        raise ConfigError([("data.path", f"{text}, too")])
 
 
 def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
@@ -137,6 +152,9 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
             continue
         if redact_text(override) != override:
+            continue
+        if override.startswith("~"):
+            parts.append(f"without_{key.rpartition('.')[2]}")
             continue
         value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
         parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")

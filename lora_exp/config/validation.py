@@ -22,6 +22,8 @@ from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import compared, fits, members, signature
 from lora_exp.config.start import adapter_config
+from lora_exp.config.sweeping import sweeping
+from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.files.paths import asset, is_path, near_names
@@ -47,6 +49,7 @@ KEYS = {
         "trainer", "args",
     ),
 }  # fmt: skip
+LISTS = ("trusted_targets", "algorithm.metrics", "tracking.tags")
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
 # arguments of trainers that a run sets itself, and what to say instead
 OWNED = {
@@ -60,8 +63,14 @@ OWNED = {
     "save_only_model": "nothing: a run goes on bit for bit, and needs all of a checkpoint for that",
     "ignore_data_skip": "nothing: a run that goes on sees the rows that it has not seen",
     "enable_jit_checkpoint": "nothing: SIGTERM saves at the end of a step",
+    "run_name": "name=<name>",
+    "logging_dir": "hydra.run.dir=<directory>",
+    "project": "tracking.project=<project>",
     "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
 }
+OWNED_IN_TRACKING = (
+    "directory", "run_id", "run_name", "sweep", "job_type", "choices", "config",
+)  # fmt: skip
 CHOICES = {
     "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
     "optim": "transformers.training_args.OptimizerNames",
@@ -71,18 +80,22 @@ CHOICES = {
 }
 
 
-def settled(cfg: DictConfig, about: DictConfig) -> DictConfig:
+def settled(cfg: DictConfig, about: DictConfig, master: DictConfig | None = None) -> DictConfig:
     """Return the settled config of a job that Hydra composed, or say all that is wrong with it.
 
     Args:
         cfg: the job's, without Hydra's own section.
         about: that section.
+        master: that section of the whole sweep, in a sweep.
 
     Raises:
         ConfigError: every fault of the config at once.
     """
     choices = OmegaConf.to_container(about.runtime.choices)
-    return validate(settle(cfg, choices, list(about.overrides.task)))  # type: ignore[arg-type]
+    ready = validate(settle(cfg, choices, list(about.overrides.task)))  # type: ignore[arg-type]
+    if faults := list(sweeping(about, master, ready.goal)):
+        raise ConfigError(faults)
+    return ready
 
 
 def validate(cfg: DictConfig) -> DictConfig:
@@ -105,6 +118,10 @@ def validate(cfg: DictConfig) -> DictConfig:
 
 def _shape(cfg: DictConfig) -> Iterator[Fault]:
     """Check that there is something to check."""
+    for key in LISTS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, ListConfig):
+            yield key, f"is a list; give {key}=[...]"
     for key in SECTIONS:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
             yield key, "is not a section; choose an option of its group, or leave it"
@@ -122,7 +139,9 @@ def _keys(cfg: DictConfig) -> Iterator[Fault]:
         for key in map(str, OmegaConf.select(cfg, section) if section else cfg):
             if key not in known:
                 full = f"{section}.{key}".lstrip(".")
-                yield full, f"nothing reads this key{did_you_mean(key, known)}"
+                hint = key_hint(full)
+                near = f"; give {hint}" if hint else did_you_mean(key, known)
+                yield full, f"nothing reads this key{near}"
 
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
@@ -133,6 +152,9 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             continue
         node = _select(values, key)
         given = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
+        if key == "tracking":
+            own = [name for name in given if name.rpartition(".")[2] in OWNED_IN_TRACKING]
+            yield from ((name, "belongs to the run; leave it out") for name in own)
         if key == "algorithm.args":
             twice = sorted(node.keys() & values["train"].keys())
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
@@ -164,7 +186,8 @@ def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
     for full, value in given.items():
         name = full.rpartition(".")[2]
         if name not in found.arguments:
-            near = did_you_mean(name, found.arguments)
+            hint = key_hint(full)
+            near = f"; give {hint}" if hint else did_you_mean(name, found.arguments)
             yield full, f"{target} has no such argument{near}"
         elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
             yield full, f"{value!r} {_not(value, found.arguments[name])}"

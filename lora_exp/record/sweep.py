@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.whole import write_whole
 
 COMMAND, SUMMARY, HYDRAS = "sweep.json", "summary.json", "multirun.yaml"
+TRIAL = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 HERE = "hydra_plugins.lockstep_launcher"  # a launcher whose callbacks live in this process
 
 
@@ -36,13 +38,17 @@ class SweepTable(Callback):
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
         self.elsewhere, self.began, self.before = False, 0.0, b""
+        self.trial: dict[str, str] = {}
+        self.master: DictConfig | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
-        self.folder = Path(config.hydra.sweep.dir)
+        self.folder, self.master = Path(config.hydra.sweep.dir), config.hydra
         self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(HERE)
         self.began = time.time()
+        # of an agent's trial: several runs would all have its id
+        self.trial = {name: os.environ.pop(name) for name in TRIAL if name in os.environ}
         kept = self.folder / HYDRAS
         self.before = kept.read_bytes() if kept.is_file() else b""
 
