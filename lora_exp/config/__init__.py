@@ -16,6 +16,7 @@ pairs           what does not work together
 sweeping        Hydra's section of a sweep
 mistakes        wrong overrides in our words
 validation      every fault of a config
+completion      what a shell completes
 composition     groups and overrides to a config
 """
 

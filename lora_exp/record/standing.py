@@ -6,6 +6,7 @@ Knows only run.json; what is in it is written by `run`.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.resume import LONGER
 from lora_exp.config.settled import fingerprints
 from lora_exp.errors import ConfigError, OccupiedError
+from lora_exp.files.lock import in_use
 from lora_exp.files.whole import write_whole
 
 FAILED = ("failed", "diverged")
@@ -61,6 +63,24 @@ def limits(directory: Path) -> dict[str, Any]:
 def farthest(directory: Path, cfg: DictConfig) -> dict[str, Any]:
     """Return the limits with which a job goes on: those asked for, or the run's own if longer."""
     return {name: max(value, cfg.train[name]) for name, value in limits(directory).items()}
+
+
+def described(directory: Path) -> str:
+    """Return a run's status for people: one that says `running` may have been killed."""
+    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    if values["status"] != "running" or in_use(directory):
+        return str(values["status"])
+    return f"killed at step {_last_step(directory)}; resume={directory}"
+
+
+def _last_step(directory: Path) -> int:
+    """Return the last step that was logged."""
+    path = directory / "metrics.jsonl"
+    step = 0
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        with suppress(ValueError):  # cut off while it was written
+            step = max(step, int(json.loads(line)["step"]))
+    return step
 
 
 def objective(directory: Path) -> float:

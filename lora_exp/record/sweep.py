@@ -10,7 +10,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -20,6 +20,10 @@ from lora_exp.config.overrides import parted
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.whole import write_whole
+from lora_exp.record.standing import described
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COMMAND, SUMMARY, HYDRAS = "sweep.json", "summary.json", "multirun.yaml"
 TRIAL = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -86,32 +90,51 @@ class SweepTable(Callback):
 
     def show(self) -> None:
         """Print the jobs, the best first, and the errors below them."""
-        from rich.table import Table
         from rich.text import Text
 
-        from lora_exp.record.console import console, short
+        from lora_exp.record.console import console
 
-        varying = varied(self.rows)
-        judged = {r["judged_by"] for r in self.rows if r["judged_by"]}
-        objective = judged.pop() if len(judged) == 1 else "objective"
-        shown = {"seconds": "seconds"}
-        if any("eval/exact_match" in r["metrics"] for r in self.rows):
-            shown = {"eval/exact_match": "exact match", **shown}
-        columns = ["job", *(varying or ["name"]), objective, *shown.values(), "status"]
-        table = Table(title=f"{self.folder}", title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for r in self.rows:
-            chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
-            numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
-            written = [short(n) if n is not None else "-" for n in numbers]
-            status = r["status"] + ("" if r["proven"] else ", not proven equal")
-            table.add_row(r["job"], *(Text(c) for c in chosen), *written, status)
-        console.print(table)
+        console.print(drawn(self.folder, self.rows))
         for r in self.rows:
             if r["error"]:
                 console.print(Text(f"job {r['job']}: {r['error']}"))
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
+
+
+def drawn(folder: Path, rows: list[dict[str, Any]]) -> Table:
+    """Return the table of a sweep's jobs, the best first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_exp.record.console import short
+
+    varying = varied(rows)
+    judged = {r["judged_by"] for r in rows if r["judged_by"]}
+    objective = judged.pop() if len(judged) == 1 else "objective"
+    shown = {"seconds": "seconds"}
+    if any("eval/exact_match" in r["metrics"] for r in rows):
+        shown = {"eval/exact_match": "exact match", **shown}
+    table = Table(title=f"{folder}", title_justify="left")
+    for column in ["job", *(varying or ["name"]), objective, *shown.values(), "status"]:
+        table.add_column(column, overflow="fold")
+    for r in rows:
+        chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
+        numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
+        written = [short(n) if n is not None else "-" for n in numbers]
+        status = r["status"] + ("" if r["proven"] else ", not proven equal")
+        table.add_row(r["job"], *(Text(c) for c in chosen), *written, Text(status))
+    return table
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a sweep's jobs from their directories, the best first."""
+    return sorted((read_row(path.parent) for path in folder.glob("*/run.json")), key=rank)
+
+
+def best(folder: Path) -> Path | None:
+    """Return the directory of a sweep's best job; None: no job has finished."""
+    rows = [r for r in read_rows(folder) if r["objective"] is not None]
+    return Path(rows[0]["directory"]) if rows else None
 
 
 def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
@@ -186,7 +209,8 @@ def read_row(directory: Path) -> dict[str, Any]:
         result._return_value = record["metrics"][record["objective"]]
     saved = directory / ".hydra" / "overrides.yaml"
     overrides = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else []
-    return row(directory.absolute(), list(map(str, overrides)), result)
+    values = row(directory.absolute(), list(map(str, overrides)), result)
+    return values | ({"status": described(directory)} if record else {})
 
 
 def refresh(directory: Path) -> None:
