@@ -12,6 +12,7 @@ settled         plain values, a name, a fingerprint
 ranges          numbers that train nothing
 learning        settings that learn nothing
 arguments       mistakes inside arguments, missing packages
+owned           arguments that a run sets itself
 pairs           what does not work together
 sweeping        Hydra's section of a sweep
 mistakes        wrong overrides in our words

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lora_exp.config.arguments import arguments
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
 from lora_exp.config.learning import learning
+from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned
 from lora_exp.config.pairs import pairs
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
-from lora_exp.config.signature import compared, fits, members, signature
+from lora_exp.config.signature import compared, fits, signature
 from lora_exp.config.start import adapter_config
 from lora_exp.config.sweeping import sweeping
 from lora_exp.config.words import key_hint
@@ -51,33 +52,6 @@ KEYS = {
 }  # fmt: skip
 LISTS = ("trusted_targets", "algorithm.metrics", "tracking.tags")
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
-# arguments of trainers that a run sets itself, and what to say instead
-OWNED = {
-    "output_dir": "hydra.run.dir=<directory>",
-    "seed": "seed=<number>",
-    "report_to": "tracking=wandb or tracking=none",
-    "disable_tqdm": "nothing: the run has its own progress bar",
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "dataloader_pin_memory": "nothing: it is on where there is a GPU",
-    "logging_nan_inf_filter": "nothing: a run stops at the first number that is not finite",
-    "save_only_model": "nothing: a run goes on bit for bit, and needs all of a checkpoint for that",
-    "ignore_data_skip": "nothing: a run that goes on sees the rows that it has not seen",
-    "enable_jit_checkpoint": "nothing: SIGTERM saves at the end of a step",
-    "run_name": "name=<name>",
-    "logging_dir": "hydra.run.dir=<directory>",
-    "project": "tracking.project=<project>",
-    "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
-}
-OWNED_IN_TRACKING = (
-    "directory", "run_id", "run_name", "sweep", "job_type", "choices", "config",
-)  # fmt: skip
-CHOICES = {
-    "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
-    "optim": "transformers.training_args.OptimizerNames",
-    "eval_strategy": "transformers.trainer_utils.IntervalStrategy",
-    "save_strategy": "transformers.trainer_utils.SaveStrategy",
-    "logging_strategy": "transformers.trainer_utils.IntervalStrategy",
-}
 
 
 def settled(cfg: DictConfig, about: DictConfig, master: DictConfig | None = None) -> DictConfig:
@@ -159,20 +133,9 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             twice = sorted(node.keys() & values["train"].keys())
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
             given |= {f"train.{k}": v for k, v in values["train"].items()}
-            yield from _trainer_arguments(given)
+            yield from owned(given)
             given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
         yield from _against(target, key, given)
-
-
-def _trainer_arguments(given: dict[str, Any]) -> Iterator[Fault]:
-    for full, value in given.items():
-        name = full.rpartition(".")[2]
-        if name in OWNED:
-            yield full, f"belongs to the run; say {OWNED[name]}"
-        known = members(CHOICES[name]) if name in CHOICES else frozenset()
-        if known and value not in known:
-            near = did_you_mean(str(value), known)
-            yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
 
 
 def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
