@@ -134,7 +134,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def best(folder: Path) -> Path | None:
     """Return the directory of a sweep's best job; None: no job has finished."""
     rows = [r for r in read_rows(folder) if r["objective"] is not None]
-    return Path(rows[0]["directory"]) if rows else None
+    return folder / rows[0]["job"] if rows else None
 
 
 def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:

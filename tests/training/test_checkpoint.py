@@ -319,7 +319,7 @@ def test_an_encoder_that_is_not_in_a_checkpoint_is_named(quick_run: Callable[...
     (folder / "trained.safetensors").unlink()
     seal(folder, owner(cut.directory), 2)
     killed(cut.directory)
-    with pytest.raises(CheckpointError, match="does not hold .*prompt_encoder.*; start a new run"):
+    with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
         run(compose(f"resume={cut.directory}"))
 
 
