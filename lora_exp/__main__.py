@@ -182,4 +182,6 @@ def _given(key: str, arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    from lora_exp.__main__ import main as importable  # other launchers' processes import the job
+
+    importable()

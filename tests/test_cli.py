@@ -110,12 +110,15 @@ def test_the_version_is_told() -> None:
     assert lora_exp("--version").stdout.strip() == version("lora-exp")
 
 
+COMPLETING = "import sys; sys.argv[0] = 'lora-exp'\nfrom lora_exp.cli import main; main()"
+
+
 def test_a_shell_completes_what_follows_run() -> None:
     environment = {"_LORA_EXP_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
     for typed, wanted in (("quant=n", "quant=nf4"), ("pef", "peft="), ("peft.lora_a", "alpha=")):
         words = {"COMP_WORDS": f"lora-exp run {typed}"}
         done = subprocess.run(
-            [sys.executable, "-c", "from lora_exp.cli import main; main()"],
+            [sys.executable, "-c", COMPLETING],
             env={**os.environ, **environment, **words}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert wanted in done.stdout, done.stderr

@@ -80,7 +80,7 @@ NOT_NEGATIVE = (
     "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "neftune_noise_alpha",
     "dataloader_num_workers",
 )  # fmt: skip
-ABOVE_ZERO = ("adam_epsilon", "eval_steps", "save_total_limit")
+ABOVE_ZERO = ("adam_epsilon", "eval_steps")
 LOW_RANK = ("galore", "apollo")  # they alone read `optim_target_modules`
 # how an optimizer's name begins -> the module that it needs, and the package that has it
 OPTIMIZER_PACKAGES = {
@@ -125,7 +125,8 @@ def _scheduler(named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
     if kind in JUDGING and named.get("eval_strategy", ("", "no"))[1] == "no":
         yield "train.lr_scheduler_type", f"{kind} follows evaluations; give train.eval_strategy"
     if given is not None and not isinstance(given, DictConfig):
-        yield key, f"is not a section; give {key}={{name: value}}"
+        if isinstance(given, str):
+            yield key, f"is not a section; give {key}={{name: value}}"
         return
     given = given or {}
     target = SCHEDULERS[kind]

@@ -11,6 +11,7 @@ from lora_exp.config.ranges import Fault, is_number, number
 from lora_exp.errors import ConfigError
 
 GROUPED = ("trl.GRPOTrainer", "trl.RLOOTrainer")  # they compare answers to one prompt
+ROLLING = "lora_exp.algorithm.ppo.PPOTrainer"  # it learns from whole rollouts
 REFERENCED = ("trl.DPOTrainer", "trl.KTOTrainer")  # beta scales all that their losses see
 
 
@@ -56,6 +57,9 @@ def check_rows(cfg: DictConfig, count: int, packed: bool = False) -> None:
         least = math.ceil(answers / number(args.get("num_generations"), 8))
         cause = f"{answers:g} answers, {args.get('num_generations', 8)} to a prompt,"
         fewer = "a smaller train.per_device_train_batch_size"
+    elif cfg.algorithm.trainer._target_ == ROLLING:
+        parts = number(args.get("num_minibatches"), 1) * cfg.train.gradient_accumulation_steps
+        least, cause, fewer = int(batch * parts), "rollouts", "smaller ones"
     elif cfg.train.get("dataloader_drop_last") and not (args.get("packing") and not packed):
         least, cause = int(batch), f"train.dataloader_drop_last and batches of {batch:g}"
         fewer = "train.dataloader_drop_last=false, or smaller batches"

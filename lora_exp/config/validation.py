@@ -149,8 +149,9 @@ def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
     for full, value in given.items():
         name = full.rpartition(".")[2]
         if name not in found.arguments:
-            hint = key_hint(full)
-            near = f"; give {hint}" if hint else did_you_mean(name, found.arguments)
+            hint = key_hint(full) or ""
+            other = hint.startswith("peft.") and hint[5:].rstrip("=.") not in found.arguments
+            near = f"; give {hint}" if hint and not other else did_you_mean(name, found.arguments)
             yield full, f"{target} has no such argument{near}"
         elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
             yield full, f"{value!r} {_not(value, found.arguments[name])}"

@@ -122,7 +122,8 @@ class Wandb:
         self.run.summary.update(summary)
         # artifacts are staged in the run's directory, so that it can be synced from elsewhere
         with _environment("WANDB_DATA_DIR", str(self.data_dir)):
-            if saved is not None and saved.name == "adapter" and self.log_adapter:
+            sends = self.log_adapter and self.mode != "disabled"
+            if saved is not None and saved.name == "adapter" and sends:
                 artifact = self.wandb.Artifact(f"{saved.name}-{self.run.id}", type="model")
                 for path in sorted(saved.iterdir()):  # add_dir would print
                     artifact.add_file(str(path))

@@ -37,7 +37,7 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
          f"{KWARGS}.factor", "above 0 and below 1"),
         (["train.lr_scheduler_type=greedy", "train.eval_strategy=no"], "train.lr_scheduler_type",
          "follows evaluations"),
-        ([f"+{KWARGS}=[1]"], KWARGS, "is not a section"),
+        ([f"+{KWARGS}=power"], KWARGS, "is not a section"),
         (["train.optim=sgd", f'+{ARGS}="momentun=0.9"'], ARGS, "did you mean momentum?"),
         (["train.optim=sgd", f'+{ARGS}="momentum"'], ARGS, "name=value"),
         (["train.optim=rmsprop", f'+{ARGS}="alpha=high"'], ARGS, "alpha is no number"),

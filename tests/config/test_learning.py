@@ -60,6 +60,7 @@ def test_what_still_learns_is_taken(overrides: list[str]) -> None:
           "algorithm.args.num_generations=4"], 16),
         (["algorithm=grpo", *REWARDED, "+algorithm.args.generation_batch_size=48"], 6),
         (["+train.dataloader_drop_last=true", "train.per_device_train_batch_size=5"], 5),
+        (["algorithm=ppo", *REWARDED, "algorithm.args.num_minibatches=3"], 48),
         (["train.per_device_train_batch_size=5"], 1),
     ],
 )  # fmt: skip

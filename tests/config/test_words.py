@@ -33,7 +33,7 @@ ELSEWHERE = {
         ("optimizer=sgd", "train.optim=..."),
         ("max_length=256", "algorithm.args.max_length=..."),
         ("algorithm.max_seq_length=256", "algorithm.args.max_length=..."),
-        ("+train.max_length=256", "algorithm.args.max_length=..."),
+        ("train.max_length=256", "algorithm.args.max_length=..."),
         ("peft.rank=8", "peft.r=..."),
         ("+peft.rank=8", "peft.r=..."),
         ("rank=8", "peft.r=..."),
