@@ -29,7 +29,7 @@ def restored(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[st
     keys = [k for k in deleted if not (k in choices or "/" in k or "@" in k)]
     if not keys:
         return cfg
-    made, faults = copy.deepcopy(cfg), []
+    made, faults = copy.deepcopy(cfg), list[tuple[str, str]]()
     OmegaConf.set_readonly(made, False)
     for key in keys:
         if _holds(made, key):

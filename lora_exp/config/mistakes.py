@@ -40,6 +40,8 @@ def mistake(error: Exception) -> LoraExpError | None:
         return ConfigError([(ours[1], ours[2])])
     if wrong := re.search(r"Could not override '([^']+)'", text):
         return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
+    if lost := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        return ConfigError([(lost[1], _nothing_to_delete(lost[1]))])
     if several := re.search(r"Ambiguous value for argument '([^=]+)=", text):
         key = several[1]
         listed = f", {key}=[A,B] is a list" if "." in key else ""
@@ -86,6 +88,15 @@ def _no_such_key(key: str) -> str:
             return f"no such key{did_you_mean(part, [*map(str, node), *arguments])}"
         node = OmegaConf.select(node, part)
     return f"exists with another option of {key.partition('.')[0]}"
+
+
+def _nothing_to_delete(key: str) -> str:
+    """Hydra says of a key that is null that it does not exist."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = OmegaConf.select(hydra.compose("config"), key.rpartition(".")[0] or "_")
+    if isinstance(node, DictConfig) and key.rpartition(".")[2] in node:
+        return "is null already, which leaves it to the run; leave the ~ out"
+    return "no such key, so there is nothing to take out"
 
 
 def _arguments(cfg: DictConfig, section: str) -> list[str]:

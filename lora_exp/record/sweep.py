@@ -208,7 +208,7 @@ def read_row(directory: Path) -> dict[str, Any]:
     if record.get("status") == "finished":
         result._return_value = record["metrics"][record["objective"]]
     saved = directory / ".hydra" / "overrides.yaml"
-    overrides = OmegaConf.to_container(OmegaConf.load(saved)) if saved.is_file() else []
+    overrides: Any = OmegaConf.load(saved) if saved.is_file() else []
     values = row(directory.absolute(), list(map(str, overrides)), result)
     return values | ({"status": described(directory)} if record else {})
 

@@ -14,7 +14,6 @@ from tests.config.test_validation import faults
         ("train.weight_decay", 0.0),
         ("train.logging_steps", 10),
         ("train.num_train_epochs", 3.0),
-        ("train.eval_steps", None),
         ("algorithm.args.completion_only_loss", None),
         ("peft.lora_alpha", 8),
         ("peft.bias", "none"),
@@ -38,3 +37,8 @@ def test_what_no_run_does_without_is_required(key: str) -> None:
 
 def test_a_run_without_a_key_has_another_name() -> None:
     assert "without_weight_decay" in compose("~train.weight_decay").name
+
+
+def test_a_null_is_not_said_to_be_missing() -> None:
+    assert "is null already" in faults("~train.eval_steps")["train.eval_steps"]
+    assert "no such key" in faults("~train.nonsense")["train.nonsense"]
