@@ -26,7 +26,8 @@ from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_files, redact_text
 from lora_exp.files.whole import refusal
-from lora_exp.record.standing import FAILED, failure, farthest, objective, standing
+from lora_exp.record.contents import CHANGED, changed
+from lora_exp.record.standing import FAILED, failure, farthest, objective, set_aside, standing
 from lora_exp.record.sweep import COMMAND, SweepTable, command, refresh
 from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here
@@ -48,6 +49,10 @@ def job(cfg: DictConfig) -> float:
         master = SweepTable.current.master if in_sweep and SweepTable.current else None
         ready = settled(cfg, about, master)  # type: ignore[arg-type]
         status = standing(directory, ready) if in_sweep else None
+        if status == "finished" and (names := changed(directory, ready)):
+            aside = set_aside(directory, CHANGED)
+            log.warning("trained again, since %s changed; %s keeps what it was", names, aside)
+            status = None
         if status == "finished":
             log.info("finished before, not run again")
             return objective(directory)

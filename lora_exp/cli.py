@@ -5,7 +5,6 @@ Torch is imported by the command that needs it, never for help or a mistake in t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -19,6 +18,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lora_exp.errors import LoraExpError
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import STAGE, refusal
 
 app = typer.Typer(
@@ -426,7 +426,7 @@ def _numbers(option: str, text: str) -> list[float]:
 def _print(found: Any, page: Any, as_json: bool) -> None:
     """Print JSON for programs, or a page for people."""
     if as_json:
-        print(json.dumps(found, indent=1, default=str))
+        print(dumps(found, indent=1, default=str))
         return
     from lora_exp.record.console import console
 

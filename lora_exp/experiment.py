@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,19 @@ from lora_exp.model.loading import Base
 from lora_exp.model.memory import peak_bytes
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.record.card import model_card
+from lora_exp.record.clock import Clock
 from lora_exp.record.console import show
 from lora_exp.record.metrics import Metrics, Nowhere, Tracker
 from lora_exp.record.progress import Progression, quiet
 from lora_exp.record.run import Record, stands_on
 from lora_exp.record.summary import announce, conclude, counts
+from lora_exp.training.best import best, saved_step
 from lora_exp.training.checkpoint import newest
 from lora_exp.training.guards import check_finite, check_stepped
 from lora_exp.training.interruption import stop
 from lora_exp.training.measure import after, before, objective
 from lora_exp.training.place import Alone, Place
-from lora_exp.training.trainer import trainer_of
+from lora_exp.training.trainer import tokens_trained, trainer_of
 
 log = logging.getLogger("lora_exp")
 
@@ -111,12 +114,14 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         rows = replace(rows, warnings=(*rows.warnings, warning))
     _tell_skipped(rows)
     tracker = _tracker(cfg, record, sweep)
-    board = place.board()
-    saved = None
+    board, clock, saved = place.board(), Clock(), None
     try:
-        callbacks = [Metrics(record, tracker), Progression(board)]
+        progress = Progression(board, clock, cfg.algorithm.metrics)
+        callbacks = [Metrics(record, tracker, clock), progress]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
         check_rows(cfg, len(trainer.train_dataset), packed=True)
+        clock.count = partial(tokens_trained, trainer)
+        trainer.evaluate = clock.without(trainer.evaluate)
         train, held_out = recounted(*data, trainer, cfg)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         adapted = replace(adapted, trainable=trained)  # PPO adds a value
@@ -130,14 +135,15 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         samples = before(cfg, trainer, base, rows.eval, record, place)
         judged = objective(cfg.objective, record.values["metrics"], held_out)
         set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
-        _train(trainer, cfg.resume, record)
+        _train(trainer, cfg.resume, record, clock)
         with _kept(trainer):
             samples = after(cfg, trainer, base, rows.eval, record, samples)
             saved = _save(cfg, trainer, adapted, base, rows, record)
             tracker.samples(samples, trainer.state.global_step)
             goal = cfg.goal if judged == cfg.objective else "minimize"
             seconds = time.perf_counter() - started
-            record.update(objective=judged, goal=goal, metrics={"seconds": seconds})
+            ends = {"objective": judged, "goal": goal, "best": best(trainer)}
+            record.update(**ends, metrics={"seconds": seconds})
     finally:
         board.close()
         tracker.finish(record.summary(), saved)
@@ -194,30 +200,31 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
     return tracker or Nowhere()
 
 
-def _train(trainer: Any, resume: str | None, record: Record) -> None:
+def _train(trainer: Any, resume: str | None, record: Record, clock: Clock) -> None:
     checkpoint, first = _checkpoint(record, resume)
     if checkpoint and record.values["choices"]["peft"] == "adalora":
         text = "adalora moves its ranks, and its checkpoints do not hold all that takes"
         raise ConfigError([("resume", f"{text}; start a new run")])
     started = time.perf_counter()
+    clock.begin()
     with stop.until_a_step_ends():
         output = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+    seconds = clock.seconds  # without evaluations
     check_stepped(trainer.state)
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     check_finite(trainer.model.named_parameters(), trainer.state.global_step)
+    step = saved_step(trainer)
     history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    counted = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
-    tokens = counted[-1] if counted else 0  # trl counts from the start of this process
+    losses = [entry["loss"] for entry in history if "loss" in entry and entry["step"] <= step]
     record.update(
         steps=trainer.state.global_step,
+        saved_step=step,
         metrics={
             "train/loss": losses[-1] if losses else output.training_loss,
-            "train/seconds": seconds,
+            "train/seconds": time.perf_counter() - started,
             "train/steps_per_s": (trainer.state.global_step - first) / seconds,
-            "train/tokens_per_s": tokens / seconds,
+            "train/tokens_per_s": clock.tokens / seconds,
             "peak_bytes": float(peak_bytes()),
         },
     )

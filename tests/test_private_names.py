@@ -40,6 +40,8 @@ PRIVATE = [
     ("trl.GRPOTrainer", "_buffered_inputs", "training/checkpoint.py"),
     ("trl.GRPOTrainer", "_step", "training/checkpoint.py"),
     ("trl.RLOOTrainer", "_buffered_inputs", "training/checkpoint.py"),
+    ("trl.SFTTrainer", "_metrics", "training/averages.py"),
+    ("trl.SFTTrainer", "_total_train_tokens", "training/trainer.py"),
     ("trl.RLOOTrainer", "_step", "training/checkpoint.py"),
     (MODEL, "_supports_attention_backend", "lockstep/eligibility.py"),
     (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),
@@ -56,6 +58,10 @@ PRIVATE = [
     ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
     ("torch.nn.Module", "_parameters", "lockstep/probe.py"),
+    ("torch.nn.Module", "_forward_pre_hooks", "lockstep/eligibility.py"),
+    ("torch.nn.Module", "_forward_hooks", "lockstep/eligibility.py"),
+    ("torch.nn.Module", "_backward_pre_hooks", "lockstep/eligibility.py"),
+    ("torch.nn.Module", "_backward_hooks", "lockstep/eligibility.py"),
 ]
 NAMES = {name for _, name, _ in PRIVATE}
 OURS = ("lora_exp", "hydra_plugins")

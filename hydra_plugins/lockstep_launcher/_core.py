@@ -18,13 +18,15 @@ from hydra.core.utils import (
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from lora_exp.config.overrides import parted
 from lora_exp.config.sweeping import too_long
 from lora_exp.config.validation import settled
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
-from lora_exp.record.standing import doubt, doubted, mark, set_aside
+from lora_exp.record.contents import CHANGED, changed
+from lora_exp.record.standing import doubt, doubted, mark, set_aside, standing
 from lora_exp.record.sweep import SUMMARY, SweepTable, write_command
 from lora_exp.training.interruption import stop
 
@@ -45,8 +47,9 @@ def launch(
     worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
     launched, at_once = _Launch(launcher), False
     try:
+        common = _common(job_overrides)
         jobs = [
-            _composed(launcher, list(overrides), initial_job_idx + i, ours)
+            _composed(launcher, list(overrides), initial_job_idx + i, ours, common)
             for i, overrides in enumerate(job_overrides)
         ]
         made = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
@@ -68,7 +71,15 @@ def launch(
     return [launched.returns[job.number] for job in jobs]
 
 
-def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> Job:
+def _common(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys that all jobs of a sweep override alike."""
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return sorted(parted(override)[0] for override in shared)
+
+
+def _composed(
+    launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
+) -> Job:
     """Compose a job as every launcher does, and settle it as it will settle itself."""
     log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
     config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(
@@ -76,6 +87,8 @@ def _composed(launcher: Any, overrides: list[str], number: int, ours: bool) -> J
     )
     with open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
+        if ours:  # Hydra's own word for keys that tell no job from another
+            config.hydra.job.config.override_dirname.exclude_keys += common
     directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
     if faults := list(too_long(directory)):
         raise ConfigError(faults)
@@ -130,6 +143,8 @@ class _Launch:
         alone = [job for job, _ in made.alone]
         for job in alone:
             self._set_aside(job)
+        for job in [*alone, *(job for pack in made.packs for job in pack)]:
+            _renew(job)
         self.train([*work, _alone(alone)], worker)
         self.retrain()
 
@@ -246,6 +261,14 @@ class _Launch:
         self.launcher.hydra_context.callbacks.on_job_end(
             config=self.jobs[number].config, job_return=result
         )
+
+
+def _renew(job: Job) -> None:
+    """Make room for a finished job that is trained again, since its files have changed."""
+    if job.settled is not None and standing(job.directory, job.settled) == "finished":
+        names = ", ".join(changed(job.directory, job.settled))
+        text = "job %d is trained again, since %s changed; %s keeps what it was"
+        log.warning(text, job.number, names, set_aside(job.directory, CHANGED))
 
 
 def _seats(jobs: tuple[Job, ...]) -> Seats:

@@ -5,7 +5,6 @@ A loss is of the tokens that count, by the labels that training takes (`lora_exp
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from lora_exp.data.rows import Rows, jsonl
 from lora_exp.data.tokens import IGNORED, tokenise
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, ExtraError, SavedError
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
@@ -115,7 +115,7 @@ def evaluate(
         "results": results,
     }
     if out is not None:
-        write_whole(Path(out).expanduser(), json.dumps(found, indent=1) + "\n")
+        write_whole(Path(out).expanduser(), dumps(found, indent=1) + "\n")
     return found
 
 

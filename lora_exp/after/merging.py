@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from lora_exp.after.output import check_free
 from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import sha256, whole
 from lora_exp.record.card import merged_card
 from lora_exp.record.progress import quiet
@@ -117,7 +117,7 @@ def merge(
     with whole(folder) as made:
         model.save_pretrained(str(made), max_shard_size=max_shard_size)
         tokenizer_of(first, found).save_pretrained(str(made))
-        (made / RECORD).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        (made / RECORD).write_text(dumps(told, indent=1) + "\n", encoding="utf-8")
         card = first.folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         text = merged_card(told, first.task_type, text)

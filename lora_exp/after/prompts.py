@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_exp.data.conversion import convert, validate
 from lora_exp.data.reading import files, lines
 from lora_exp.data.rendered import Prompt, prompt_of
-from lora_exp.data.rows import convert
 from lora_exp.data.turns import ROLES, Row
 from lora_exp.errors import DataError
 
@@ -37,15 +37,14 @@ def read(path: str | Path, as_chat: bool = False) -> list[Asking]:
         raise DataError(f"{path}: no rows")
     rows = []
     for where, written in numbered:
-        read = convert([(where, _question(written, as_chat))], "auto", where, "raise")
+        asked = _question(validate(written, where), as_chat)
+        read = convert([(where, asked)], "auto", where, "raise")
         rows.append(Asking(where, written, read.rows[0]))
     return rows
 
 
-def _question(row: Any, as_chat: bool) -> Any:
+def _question(row: Row, as_chat: bool) -> Row:
     """Return only what a row asks, where it says that outright; others as they are."""
-    if not isinstance(row, dict):
-        return row
     turns, prompt = row.get("messages"), row.get("prompt")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         if ROLES.get(str(turns[-1].get("role"))) == "assistant":

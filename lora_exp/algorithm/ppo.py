@@ -20,30 +20,34 @@ from torch import Tensor, nn
 from trl.trainer.utils import RepeatSampler, entropy_from_logits, selective_log_softmax
 
 from lora_exp.adapter.several import add_copy, is_adapted, using
-from lora_exp.algorithm.critic import Value
+from lora_exp.algorithm.critic import Critic
 from lora_exp.algorithm.ppo_losses import (
-    advantages,
-    controlled,
-    divergence,
+    adapted_beta,
     explained_variance,
-    mean,
+    gae_advantages,
+    kl_estimate,
+    masked_mean,
     policy_loss,
-    shaped,
+    token_rewards,
     value_loss,
-    whitened,
+    whiten,
 )
 from lora_exp.algorithm.rollout import Batch, RolloutConfig, RolloutTrainer, model_inputs
 
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    """PPO's arguments; named as in TRL's GRPO where that has the same."""
+    """PPO's arguments; those that TRL's GRPO has too are named as there."""
 
-    num_minibatches: int = field(default=1, metadata={"help": "Updates a rollout is cut into."})
+    num_minibatches: int = field(
+        default=1, metadata={"help": "Minibatches of a rollout, an update each."}
+    )
     num_iterations: int = field(default=4, metadata={"help": "Passes over each rollout."})
     beta: float = field(default=0.04, metadata={"help": "Coefficient of the KL to the reference."})
-    kl_target: float | None = field(default=None, metadata={"help": "Nats; beta follows it."})
-    kl_horizon: int = field(default=10000, metadata={"help": "Completions in which beta follows."})
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL of an answer, in nats, that beta aims for."}
+    )
+    kl_horizon: int = field(default=10000, metadata={"help": "Completions over which beta adapts."})
     gamma: float = field(default=1.0, metadata={"help": "Discount for each token."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip of the policy's ratio."})
@@ -52,7 +56,7 @@ class PPOConfig(RolloutConfig):
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     whiten_advantages: bool = field(default=True, metadata={"help": "To variance 1, mean 0."})
     whiten_rewards: bool = field(default=False, metadata={"help": "To variance 1."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Prompts in a new order."})
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts."})
 
 
 class PPOTrainer(RolloutTrainer):
@@ -60,17 +64,17 @@ class PPOTrainer(RolloutTrainer):
 
     loss_is_scaled_for_ga = False
 
-    def _begin(self, model: Any) -> None:
-        """Put the value beside the policy and its reference."""
+    def _add_parts(self, model: Any) -> None:
+        """Add the critic to the policy and its reference."""
         if self.args.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end brings the policy back and not its value")
+            raise ValueError("load_best_model_at_end restores the policy but not its critic")
         if is_adapted(model):
             add_copy(model, "value", trainable=True)
         body = None if is_adapted(model) else copy.deepcopy(model.base_model)
         width = model.config.get_text_config().hidden_size
-        model.ppo_value = Value(body, width, model.device)
+        model.ppo_value = Critic(body, width, model.device)
         self.beta, self.micro_step = self.args.beta, 0
-        self.buffer: Batch = {}  # the rollout that is learnt from
+        self.buffer: Batch = {}  # the current rollout
         self.rollout_size = self.args.per_device_train_batch_size * self.parts
         count = len(self.train_dataset)
         if count < self.rollout_size:
@@ -100,79 +104,79 @@ class PPOTrainer(RolloutTrainer):
     # --- rollouts
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """Return the micro-batch to learn from; with the first one the rollout is made."""
-        turn = self.micro_step % (self.parts * self.args.num_iterations)
-        if turn == 0 or not self.buffer:
-            self.buffer = self._learnable(self._rollout(inputs, "train"))
-        if turn % self.parts == 0:  # every pass goes through the rollout in another order
+        """Return the next micro-batch of the rollout; generate a new rollout when it is used up."""
+        step = self.micro_step % (self.parts * self.args.num_iterations)
+        if step == 0 or not self.buffer:
+            self.buffer = self._training_batch(self._rollout(inputs, "train"))
+        if step % self.parts == 0:  # every pass over the rollout has its own order
             self.order = torch.randperm(self.rollout_size)
         self.micro_step += 1
-        chosen = self.order.chunk(self.parts)[turn % self.parts].to(self.buffer["ids"].device)
-        return {key: value[chosen] for key, value in self.buffer.items()}
+        indices = self.order.chunk(self.parts)[step % self.parts].to(self.buffer["ids"].device)
+        return {key: tensor[indices] for key, tensor in self.buffer.items()}
 
-    def _learnable(self, batch: Batch) -> Batch:
-        """Add values, advantages and returns to a rollout, and let beta follow the KL."""
+    def _training_batch(self, batch: Batch) -> Batch:
+        """Add values, advantages and returns to a rollout, and adapt beta to the KL."""
         mask = batch["mask"]
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        with self._as_value(model):
-            values = self._no_grad(batch, self._values) * mask
+        with self._critic_active(model):
+            values = self._in_batches(batch, self._values) * mask
         model.train(training)
-        rewards = shaped(batch["scores"], batch["kl"], mask, self.beta)
+        rewards = token_rewards(batch["scores"], batch["kl"], mask, self.beta)
         if self.args.whiten_rewards:
-            rewards = whitened(rewards, mask, keep_mean=True)
-        gained = advantages(rewards, values, mask, self.args.gamma, self.args.lam)
-        returns = gained + values
-        self._note("train", {
+            rewards = whiten(rewards, mask, keep_mean=True)
+        advantages = gae_advantages(rewards, values, mask, self.args.gamma, self.args.lam)
+        returns = advantages + values
+        self._record("train", {
             "beta": self.beta, "explained_variance": explained_variance(values, returns, mask),
         })  # fmt: skip
         if self.args.kl_target is not None:
             share = min(1.0, len(mask) / self.args.kl_horizon)
             kl = batch["kl"].sum(1).mean().item()
-            self.beta = controlled(self.beta, kl, self.args.kl_target, share)
+            self.beta = adapted_beta(self.beta, kl, self.args.kl_target, share)
         if self.args.whiten_advantages:
-            gained = whitened(gained, mask)
-        kept = ("ids", "attention", "mask", "logps")
-        return {key: batch[key] for key in kept} | {
-            "values": values, "advantages": gained, "returns": returns,
+            advantages = whiten(advantages, mask)
+        keys = ("ids", "attention", "mask", "logps")
+        return {key: batch[key] for key in keys} | {
+            "values": values, "advantages": advantages, "returns": returns,
         }  # fmt: skip
 
     # --- forwards
 
     @contextmanager
-    def _as_value(self, model: Any) -> Iterator[None]:
+    def _critic_active(self, model: Any) -> Iterator[None]:
         with using(model, "value") if is_adapted(model) else nullcontext():
             yield
 
     def _hidden(self, batch: Batch, body: Any) -> Tensor:
-        """Return the states that each completion token was chosen from, [B, T, C]."""
+        """Return the hidden state that predicts each completion token, [B, T, C]."""
         with self.accelerator.autocast():
             hidden = body(**model_inputs(batch), use_cache=False).last_hidden_state
         return hidden[:, -batch["mask"].shape[1] - 1 : -1]  # type: ignore[no-any-return]
 
     def _values(self, batch: Batch) -> Tensor:
         """Return the value of the state before each completion token, [B, T], in float32."""
-        value, model = self.model.ppo_value, self.model
-        whole = model.get_base_model() if is_adapted(model) else model
-        body = whole.base_model if value.body is None else value.body
-        return value.score(self._hidden(batch, body).float()).squeeze(-1)  # type: ignore[no-any-return]
+        critic, model = self.model.ppo_value, self.model
+        base_model = model.get_base_model() if is_adapted(model) else model
+        body = base_model.base_model if critic.body is None else critic.body
+        return critic.score(self._hidden(batch, body).float()).squeeze(-1)  # type: ignore[no-any-return]
 
     # --- learning
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the backward pass of the policy's loss, then that of the critic's.
 
-        Two passes, since gradient checkpointing recomputes with the adapter that is active then.
+        Two passes: gradient checkpointing recomputes with the adapter that is active at that time.
         """
         model.train()
         batch = self._prepare_inputs(inputs)
-        loss = self._part(self._policy_loss(batch))
-        with self._as_value(self.accelerator.unwrap_model(model)):
-            loss = loss + self._part(self.args.value_coef * self._value_loss(batch))
+        loss = self._backward(self._policy_loss(batch))
+        with self._critic_active(self.accelerator.unwrap_model(model)):
+            loss = loss + self._backward(self.args.value_coef * self._value_loss(batch))
         return loss
 
-    def _part(self, loss: Tensor) -> Tensor:
+    def _backward(self, loss: Tensor) -> Tensor:
         loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
@@ -183,10 +187,10 @@ class PPOTrainer(RolloutTrainer):
         args = batch["logps"], batch["advantages"], mask, self.args.epsilon
         loss, clipped = policy_loss(logps, *args)
         with nullcontext() if self.args.entropy_coef else torch.no_grad():
-            entropy = mean(entropy_from_logits(logits), mask)
-        self._note("train", {
+            entropy = masked_mean(entropy_from_logits(logits), mask)
+        self._record("train", {
             "policy_loss": loss, "clip_ratio": clipped, "entropy": entropy,
-            "approx_kl": mean(divergence(batch["logps"], logps, "k3"), mask),
+            "approx_kl": masked_mean(kl_estimate(batch["logps"], logps, "k3"), mask),
         })  # fmt: skip
         bonus: Tensor = self.args.entropy_coef * entropy
         return loss - bonus
@@ -195,7 +199,7 @@ class PPOTrainer(RolloutTrainer):
         values = self._values(batch)
         args = batch["values"], batch["returns"], batch["mask"], self.args.value_epsilon
         loss, clipped = value_loss(values, *args)
-        self._note("train", {"value_loss": loss, "value_clip_ratio": clipped})
+        self._record("train", {"value_loss": loss, "value_clip_ratio": clipped})
         return loss
 
     def prediction_step(
@@ -210,27 +214,28 @@ class PPOTrainer(RolloutTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """Save policy and adapters as transformers does, and what else is the value's."""
+        """Save policy and adapters as transformers does, and the critic's own weights."""
         if not is_adapted(self.model):
             states = self.model.state_dict().items()
             state_dict = {k: v for k, v in states if not k.startswith("ppo_value.")}
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
-        save_file(_whole(self.model.ppo_value), folder / "value.safetensors")
+        save_file(_contiguous(self.model.ppo_value), folder / "value.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        trainable = [(p, p.requires_grad) for p in self.model.parameters()]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for parameter, flag in flags:  # transformers lets one adapter train
-            parameter.requires_grad = flag
+        for parameter, requires_grad in trainable:  # transformers makes only one adapter trainable
+            parameter.requires_grad = requires_grad
         saved = load_file(Path(resume_from_checkpoint) / "value.safetensors")
         self.model.ppo_value.load_state_dict(saved)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the rollout with them: a checkpoint may fall between two of its passes."""
+        """Save the rollout, too: a checkpoint may fall between two passes over it."""
         super()._save_optimizer_and_scheduler(output_dir)
         save_file(
-            _whole(self.buffer | {"order": self.order}), Path(output_dir) / "rollout.safetensors"
+            _contiguous(self.buffer | {"order": self.order}),
+            Path(output_dir) / "rollout.safetensors",
         )
         state = {
             "micro_step": self.micro_step, "beta": self.beta, "num_tokens": self.num_tokens,
@@ -243,14 +248,14 @@ class PPOTrainer(RolloutTrainer):
         if checkpoint is not None and (Path(checkpoint) / "ppo.json").is_file():
             buffer = load_file(Path(checkpoint) / "rollout.safetensors")
             self.order = buffer.pop("order")
-            self.buffer = {key: value.to(self.model.device) for key, value in buffer.items()}
+            self.buffer = {key: tensor.to(self.model.device) for key, tensor in buffer.items()}
             state = json.loads((Path(checkpoint) / "ppo.json").read_text())
             self.micro_step, self.beta = state["micro_step"], state["beta"]
             self.num_tokens = state["num_tokens"]
             self._metrics["train"] |= state["metrics"]
 
 
-def _whole(tensors: Any) -> dict[str, Tensor]:
-    """Return tensors as safetensors takes them: contiguous, nothing shared."""
+def _contiguous(tensors: Any) -> dict[str, Tensor]:
+    """Return copies that safetensors can save: contiguous, sharing no memory."""
     items = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
-    return {key: value.detach().clone().contiguous() for key, value in items.items()}
+    return {key: tensor.detach().clone().contiguous() for key, tensor in items.items()}

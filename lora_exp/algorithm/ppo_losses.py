@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 
-def mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean over all tokens that the mask counts."""
     return (x_BT * mask_BT).sum() / mask_BT.sum()
 
 
-def divergence(logps_BT: Tensor, ref_logps_BT: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
+def kl_estimate(logps_BT: Tensor, ref_logps_BT: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
     """Estimate KL(policy, reference) token by token from the sampled tokens alone, [B, T].
 
     `k1` is log(p/q), unbiased; `k3` is q/p - 1 - log(q/p), unbiased too, never negative and of less
@@ -26,8 +26,8 @@ def divergence(logps_BT: Tensor, ref_logps_BT: Tensor, estimator: Literal["k1", 
     return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
 
 
-def shaped(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
-    """Return each token's reward, [B, T]: minus beta times its KL, and the score at the last token.
+def token_rewards(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Tensor:
+    """Return each token's reward, [B, T]: -beta times its KL, plus the score at the last token.
 
     Section 2.2 of Ziegler et al. (arXiv 1909.08593).
     """
@@ -36,30 +36,32 @@ def shaped(scores_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, beta: float) -> Ten
     return rewards.scatter_add(1, last[:, None], scores_B[:, None].to(rewards.dtype))
 
 
-def advantages(
+def gae_advantages(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float
 ) -> Tensor:
     """Return generalised advantage estimates, [B, T] (arXiv 1506.02438, equation 16).
 
-    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lam A_(t+1); nothing follows the
-    last token.
+    delta_t = r_t + gamma V_(t+1) - V_t and A_t = delta_t + gamma lam A_(t+1); after the last token
+    V and A are 0.
     """
     values_BT = values_BT * mask_BT
-    found, later = [], torch.zeros_like(values_BT[:, 0])
+    advantages, following = [], torch.zeros_like(values_BT[:, 0])
     for t in reversed(range(values_BT.shape[1])):
-        following = values_BT[:, t + 1] if t + 1 < values_BT.shape[1] else torch.zeros_like(later)
-        delta = rewards_BT[:, t] + gamma * following - values_BT[:, t]
-        later = (delta + gamma * lam * later) * mask_BT[:, t]
-        found.append(later)
-    return torch.stack(found[::-1], 1)
+        next_value = (
+            values_BT[:, t + 1] if t + 1 < values_BT.shape[1] else torch.zeros_like(following)
+        )
+        delta = rewards_BT[:, t] + gamma * next_value - values_BT[:, t]
+        following = (delta + gamma * lam * following) * mask_BT[:, t]
+        advantages.append(following)
+    return torch.stack(advantages[::-1], 1)
 
 
-def whitened(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
+def whiten(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
     """Scale to variance 1 and mean 0 (or the old mean) over the tokens that the mask counts."""
-    centre = mean(x_BT, mask_BT)
-    variance = mean((x_BT - centre) ** 2, mask_BT)
-    white = (x_BT - centre) * torch.rsqrt(variance + 1e-8)
-    return (white + centre if keep_mean else white) * mask_BT
+    centre = masked_mean(x_BT, mask_BT)
+    variance = masked_mean((x_BT - centre) ** 2, mask_BT)
+    scaled = (x_BT - centre) * torch.rsqrt(variance + 1e-8)
+    return (scaled + centre if keep_mean else scaled) * mask_BT
 
 
 def policy_loss(
@@ -70,42 +72,42 @@ def policy_loss(
     A token counts as clipped if the loss uses its clipped term.
     """
     ratio = (logps_BT - old_logps_BT).exp()
-    free = -advantages_BT * ratio
+    unclipped = -advantages_BT * ratio
     clipped = -advantages_BT * ratio.clamp(1 - epsilon, 1 + epsilon)
-    loss = mean(torch.max(free, clipped), mask_BT)
-    return loss, mean((clipped > free).float(), mask_BT)
+    loss = masked_mean(torch.max(unclipped, clipped), mask_BT)
+    return loss, masked_mean((clipped > unclipped).float(), mask_BT)
 
 
 def value_loss(
     values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Return half the squared error with values clipped to epsilon around the old, and that share.
+    """Return half the squared error, clipped around the old values, and the clipped share.
 
     The larger of the clipped and the unclipped error, as in the code of arXiv 1707.06347.
     """
-    near = old_values_BT + (values_BT - old_values_BT).clamp(-epsilon, epsilon)
-    free, clipped = (values_BT - returns_BT) ** 2, (near - returns_BT) ** 2
-    loss = 0.5 * mean(torch.max(free, clipped), mask_BT)
-    return loss, mean((clipped > free).float(), mask_BT)
+    clipped_values = old_values_BT + (values_BT - old_values_BT).clamp(-epsilon, epsilon)
+    unclipped, clipped = (values_BT - returns_BT) ** 2, (clipped_values - returns_BT) ** 2
+    loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask_BT)
+    return loss, masked_mean((clipped > unclipped).float(), mask_BT)
 
 
 def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than the mean."""
-    there = mask_BT.bool()
-    returns, error = returns_BT[there], (returns_BT - values_BT)[there]
+    counted = mask_BT.bool()
+    returns, error = returns_BT[counted], (returns_BT - values_BT)[counted]
     return 1 - error.var(correction=0) / returns.var(correction=0).clamp_min(1e-8)
 
 
-def controlled(beta: float, kl: float, target: float, share: float) -> float:
+def adapted_beta(beta: float, kl: float, target: float, share: float) -> float:
     """Return the next beta: larger if the KL is above its target, smaller if below.
 
     beta (1 + clip(kl / target - 1, -0.2, 0.2) share), section 2.2 of arXiv 1909.08593.
 
     Args:
-        beta: the coefficient now.
+        beta: the current coefficient.
         kl: of the last rollout, summed over a completion, in nats.
         target: the KL to aim for.
-        share: the rollout's completions / horizon.
+        share: the rollout's completions divided by the horizon.
     """
     error = min(0.2, max(-0.2, kl / target - 1))
     return beta * (1 + error * share)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from trl.trainer.utils import disable_dropout_in_model, selective_log_softmax
 
 from lora_exp.adapter.several import add_copy, changes_nothing, is_adapted, using
-from lora_exp.algorithm.ppo_losses import divergence
+from lora_exp.algorithm.ppo_losses import kl_estimate
 from lora_exp.data.examples import prompt_ids
 from lora_exp.errors import RewardError
 from lora_exp.model.special_tokens import end_tokens
@@ -39,11 +39,13 @@ class RolloutConfig(TrainingArguments):  # type: ignore[misc]
         default="k1", metadata={"help": "Of the per-token KL."}
     )
     missing_eos_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from unended answers."}
+        default=0.0, metadata={"help": "Subtracted for answers without an end token."}
     )
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One a reward."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each reward."}
+    )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Ratios are of the policies then, not of the dropout."}
+        default=True, metadata={"help": "Ratios then depend on the policies, not on the dropout."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read columns."})
 
@@ -61,34 +63,34 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         reward_funcs: list[Any],
         callbacks: list[Any] | None = None,
     ) -> None:
-        """Keep what the policy begins as for its reference.
+        """Keep the policy as it is now for its reference.
 
         Args:
             model: the policy: a PeftModel, or a whole model whose weights train.
             args: its arguments.
-            train_dataset: rows with a `prompt`; the other columns are for the rewards.
+            train_dataset: rows with a `prompt`; the other columns are passed to the rewards.
             eval_dataset: held-out rows, or None.
             processing_class: the tokenizer.
-            reward_funcs: as TRL's; called with prompts, completions, completion_ids and columns.
+            reward_funcs: as TRL's: of prompts, completions, completion_ids and columns.
             callbacks: transformers' own.
 
         Raises:
-            ValueError: weights and rewards do not pair, or the algorithm cannot begin so.
-            AdapterError: the method allows one adapter only.
+            ValueError: rewards and weights differ in number, or the algorithm refuses a setting.
+            AdapterError: a reference is needed, but the method allows only one adapter.
         """
         set_seed(args.seed)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         self.reward_funcs = reward_funcs
-        self.weights = args.reward_weights or [1.0] * len(reward_funcs)
-        if len(self.weights) != len(reward_funcs):
-            text = f"{len(self.weights)} reward_weights for {len(reward_funcs)} rewards"
+        self.reward_weights = args.reward_weights or [1.0] * len(reward_funcs)
+        if len(self.reward_weights) != len(reward_funcs):
+            text = f"{len(self.reward_weights)} reward_weights for {len(reward_funcs)} rewards"
             raise ValueError(text)
-        self.ref, self.reference = None, None
+        self.reference_adapter, self.reference_model = None, None
         if not is_adapted(model):
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+            self.reference_model = copy.deepcopy(model).eval().requires_grad_(False)
         elif not changes_nothing(model):
-            self.ref = "ref"
+            self.reference_adapter = "ref"
             add_copy(model, "ref", trainable=False)
         self.num_tokens = 0
         self._metrics: dict[str, dict[str, list[float]]] = {
@@ -98,14 +100,14 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             model=model, args=args, data_collator=list, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
-        self._begin(model)
+        self._add_parts(model)
 
-    def _begin(self, model: Any) -> None:
-        """Add what else the algorithm trains or keeps; called once the trainer is built."""
+    def _add_parts(self, model: Any) -> None:
+        """Add what the algorithm needs beside the policy; called once the trainer is built."""
 
     @torch.no_grad()
     def _rollout(self, rows: list[dict[str, Any]], mode: str) -> Batch:
-        """Answer prompts and score the answers.
+        """Sample an answer to each prompt and score it.
 
         Returns:
             ids and attention [B, P+T]; mask, logps, ref_logps and kl [B, T]; scores [B].
@@ -113,28 +115,30 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
         training = model.training
         model.eval()
-        asked = [prompt_ids(row, tokenizer) for row in rows]
-        inputs = tokenizer.pad({"input_ids": asked}, padding_side="left", return_tensors="pt")
+        prompts = [prompt_ids(row, tokenizer) for row in rows]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(model.device)
         with self.accelerator.autocast(), self._sampling(model):
             ids = model.generate(**inputs)
         new = ids[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(new, torch.tensor(end_tokens(model, tokenizer), device=new.device))
-        mask = (ended.cumsum(1) - ended.long() == 0).long()  # up to the first end, and with it
+        mask = (
+            ended.cumsum(1) - ended.long() == 0
+        ).long()  # up to and including the first end token
         batch = {
             "ids": ids, "attention": torch.cat([inputs["attention_mask"], mask], 1), "mask": mask,
         }  # fmt: skip
-        batch["logps"] = self._no_grad(batch, self._logps)
-        with self._reference(model) as reference:
-            batch["ref_logps"] = self._no_grad(batch, self._logps, reference)
-        kl = divergence(batch["logps"], batch["ref_logps"], self.args.kl_estimator)
+        batch["logps"] = self._in_batches(batch, self._logps)
+        with self._reference_policy(model) as reference:
+            batch["ref_logps"] = self._in_batches(batch, self._logps, reference)
+        kl = kl_estimate(batch["logps"], batch["ref_logps"], self.args.kl_estimator)
         batch["kl"] = kl * mask
         batch["scores"] = self._scores(rows, new, mask, mode).to(new.device)
         batch["scores"] -= self.args.missing_eos_penalty * ~ended.any(1)
         model.train(training)
         if mode == "train":
             self.num_tokens += int(batch["attention"].sum())
-        self._note(mode, {
+        self._record(mode, {
             "kl": batch["kl"].sum(1).mean(),
             "completions/mean_length": mask.sum(1).float().mean(),
             "completions/clipped_ratio": (~ended.any(1)).float().mean(),
@@ -143,85 +147,89 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _sampling(self, model: Any) -> Iterator[None]:
-        """Sample from what the log-probs are of, without penalties of the model's own."""
-        whole = model.get_base_model() if is_adapted(model) else model
-        own = whole.generation_config
-        plainly = GenerationConfig(
+        """Sample as the log-probs are computed, without the penalties of the model's config."""
+        base_model = model.get_base_model() if is_adapted(model) else model
+        original = base_model.generation_config
+        sampling = GenerationConfig(
             max_new_tokens=self.args.max_completion_length, do_sample=True,
             temperature=self.args.temperature, top_p=self.args.top_p, top_k=0,
-            eos_token_id=end_tokens(whole, self.processing_class),
+            eos_token_id=end_tokens(base_model, self.processing_class),
             pad_token_id=self.processing_class.pad_token_id,
         )  # fmt: skip
         try:
-            model.generation_config = whole.generation_config = plainly
+            model.generation_config = base_model.generation_config = sampling
             yield
         finally:
-            model.generation_config = whole.generation_config = own
+            model.generation_config = base_model.generation_config = original
 
     def _scores(self, rows: list[dict[str, Any]], new: Tensor, mask: Tensor, mode: str) -> Tensor:
-        """Return the weighted sum of all rewards, [B]; one that has nothing to say adds nothing.
+        """Return the weighted sum of all rewards, [B]; None (not applicable) adds nothing.
 
         Raises:
             RewardError: no answer of a rollout to learn from has a reward.
         """
-        ids = [row[there.bool()].tolist() for row, there in zip(new, mask, strict=True)]
+        ids = [row[row_mask.bool()].tolist() for row, row_mask in zip(new, mask, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        own = ("prompt", "completions", "completion_ids")
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in own}
-        total, judged = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
-        for function, weight in zip(self.reward_funcs, self.weights, strict=True):
-            found = function(
+        ours = ("prompt", "completions", "completion_ids")
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ours}
+        total, rewarded = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+        for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
+            values = function(
                 prompts=prompts, completions=completions, completion_ids=ids,
-                trainer_state=self.state, log_extra=_unheard,
-                log_metric=lambda key, number: self._note(mode, {key: number}), **columns,
+                trainer_state=self.state, log_extra=_ignore,
+                log_metric=lambda key, number: self._record(mode, {key: number}), **columns,
             )  # fmt: skip
-            known = torch.tensor(
-                [float("nan") if r is None else r for r in found], dtype=torch.float32
+            rewards = torch.tensor(
+                [float("nan") if r is None else r for r in values], dtype=torch.float32
             )
-            if not known.isnan().all():
-                self._note(mode, {f"rewards/{function.__name__}/mean": known.nanmean()})
-            total += weight * known.nan_to_num(0.0)
-            judged |= ~known.isnan()
-        if mode == "train" and not judged.any():
+            if not rewards.isnan().all():
+                self._record(mode, {f"rewards/{function.__name__}/mean": rewards.nanmean()})
+            total += weight * rewards.nan_to_num(0.0)
+            rewarded |= ~rewards.isnan()
+        if mode == "train" and not rewarded.any():
             names = ", ".join(function.__name__ for function in self.reward_funcs)
             text = f"gave no reward (None) to any of {len(rows)} answers"
             raise RewardError(f"{names} {text}; nothing can be learnt from that")
-        self._note(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
+        self._record(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
         return total
 
     @contextmanager
-    def _reference(self, model: Any) -> Iterator[Any]:
-        with using(model, self.ref) if is_adapted(model) else nullcontext():
-            yield self.reference if self.reference is not None else model
+    def _reference_policy(self, model: Any) -> Iterator[Any]:
+        with using(model, self.reference_adapter) if is_adapted(model) else nullcontext():
+            yield self.reference_model if self.reference_model is not None else model
 
     def _logits(self, batch: Batch, model: Any) -> Tensor:
-        whole = model.get_base_model() if is_adapted(model) else model
-        kept = batch["mask"].shape[1] + 1
+        base_model = model.get_base_model() if is_adapted(model) else model
+        length = batch["mask"].shape[1] + 1
         with self.accelerator.autocast():
-            logits = whole(**model_inputs(batch), use_cache=False, logits_to_keep=kept).logits
+            logits = base_model(
+                **model_inputs(batch), use_cache=False, logits_to_keep=length
+            ).logits
         return logits[:, :-1].float() / self.args.temperature  # type: ignore[no-any-return]
 
     def _logps(self, batch: Batch, model: Any = None) -> Tensor:
         """Return the log-probabilities of the completions' tokens, [B, T]."""
         logits = self._logits(batch, self.model if model is None else model)
-        chosen = batch["ids"][:, -batch["mask"].shape[1] :]
-        found: Tensor = selective_log_softmax(logits, chosen)
-        return found
+        sampled = batch["ids"][:, -batch["mask"].shape[1] :]
+        logps: Tensor = selective_log_softmax(logits, sampled)
+        return logps
 
-    def _no_grad(self, batch: Batch, of: Any, *rest: Any) -> Tensor:
-        """Compute for a rollout in parts that fit where an evaluation batch fits."""
+    def _in_batches(self, batch: Batch, compute: Any, *rest: Any) -> Tensor:
+        """Compute for a rollout, without gradients, in parts of the evaluation batch size."""
         size = self.args.per_device_eval_batch_size
         with torch.no_grad():
-            cut = range(0, len(batch["ids"]), size)
+            starts = range(0, len(batch["ids"]), size)
             keys = ("ids", "attention", "mask")
-            return torch.cat([of({k: batch[k][i : i + size] for k in keys}, *rest) for i in cut])
+            return torch.cat(
+                [compute({k: batch[k][i : i + size] for k in keys}, *rest) for i in starts]
+            )
 
-    def _note(self, mode: str, numbers: dict[str, Any]) -> None:
+    def _record(self, mode: str, numbers: dict[str, Any]) -> None:
         for key, number in numbers.items():
             number = number.detach() if isinstance(number, Tensor) else number
             self._metrics[mode][key].append(float(number))
@@ -240,11 +248,13 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
 
 def model_inputs(batch: Batch) -> Batch:
     """Return a rollout's model inputs; position ids do not count the padding on the left."""
-    places = (batch["attention"].cumsum(1) - 1).clamp_min(0)
+    position_ids = (batch["attention"].cumsum(1) - 1).clamp_min(0)
     return {
-        "input_ids": batch["ids"], "attention_mask": batch["attention"], "position_ids": places,
-    }  # fmt: skip
+        "input_ids": batch["ids"],
+        "attention_mask": batch["attention"],
+        "position_ids": position_ids,
+    }
 
 
-def _unheard(*_: Any) -> None:
-    """Take columns that a reward function wants to log: TRL's tables, which are not shown here."""
+def _ignore(*_: Any) -> None:
+    """Ignore the columns that a reward function logs; TRL shows them in tables, we do not."""

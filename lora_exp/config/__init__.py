@@ -8,6 +8,7 @@ deletions       what `~key` leaves to defaults
 words           other tools' words, and ours
 start           the adapter a run starts from
 resume          what may change on resume
+keep            the weights that a run saves
 settled         plain values, a name, a fingerprint
 ranges          numbers that train nothing
 learning        settings that learn nothing

@@ -128,7 +128,7 @@ def _scheduler(named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
         if isinstance(given, str):
             yield key, f"is not a section; give {key}={{name: value}}"
         return
-    given = given or {}
+    given = {str(name): value for name, value in (given or {}).items()}
     target = SCHEDULERS[kind]
     known = signature(target) if target else None
     takes = {k: v for k, v in known.arguments.items() if k not in ITS_OWN} if known else {}

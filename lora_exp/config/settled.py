@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config.deletions import restored
 from lora_exp.config.door import first_named, plain, renamed
+from lora_exp.config.keep import LOADED, kept
 from lora_exp.config.overrides import parted
 from lora_exp.config.resume import continued
 from lora_exp.config.start import started
@@ -27,8 +28,9 @@ GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking") 
 # what a run is called, where it reports and what it may import does not change what it computes
 NOT_COMPUTED = (
     "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
-    "lockstep",
+    "lockstep", "keep",  # train.load_best_model_at_end says the same
 )  # fmt: skip
+NAME_LENGTH = 48  # a column of a table
 UNNAMED = re.compile(
     r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
     r"|lockstep|model\.gguf_file)\b"
@@ -70,8 +72,19 @@ OmegaConf.register_new_resolver(
 )
 
 
-def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
+def settle(
+    cfg: DictConfig,
+    choices: Mapping[str, Any],
+    overrides: Iterable[str],
+    common: Iterable[str] = (),
+) -> DictConfig:
     """Resolve a composed config into plain read-only values, with its choices and its name.
+
+    Args:
+        cfg: as Hydra composed it, without Hydra's own section.
+        choices: the option of each group.
+        overrides: the command line's.
+        common: keys that all jobs of its sweep share, which are left out of the name.
 
     Raises:
         ConfigError: a required value is missing, or an interpolation finds nothing.
@@ -97,9 +110,9 @@ def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
     values = renamed(values)
     _check_consent(values, overrides)
-    values = started(values, overrides)
+    values = kept(started(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
-    values["name"] = values["name"] or _name(values, overrides)
+    values["name"] = values["name"] or _name(values, overrides, set(common))
     return _freeze(values)
 
 
@@ -130,6 +143,7 @@ def _resumed(
     here = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
     # keys that came after the run was saved
     here["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    here["keep"] = "best" if values["train"].get(LOADED) else "last"
     return values | here | {"trusted_targets": list(cfg.trusted_targets)}
 
 
@@ -140,8 +154,11 @@ def _freeze(values: dict[str, Any]) -> DictConfig:
     return settled
 
 
-def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
-    """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides."""
+def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str]) -> str:
+    """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides.
+
+    The overrides that make it longer than a column are left out.
+    """
     chosen, peft = values["choices"], values["peft"] or {}
     rank = f"r{peft['r']}" if peft.get("r") else ""
     targets = chosen["targets"] if peft.get("target_modules") == values["targets"] else ""
@@ -151,6 +168,8 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
         key, value = parted(override)
         if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
             continue
+        if key in common:
+            continue
         if redact_text(override) != override:
             continue
         if override.startswith("~"):
@@ -158,8 +177,13 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str]) -> str:
             continue
         value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
         parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
-    name = "-".join(part for part in parts if part and part != "none")
-    return re.sub(r"[^\w.=,+-]+", "_", name)[:100]
+    name = ""
+    for part in (part for part in parts if part and part != "none"):
+        longer = re.sub(r"[^\w.=,+-]+", "_", f"{name}-{part}" if name else part)
+        if name and len(longer) > NAME_LENGTH:
+            continue
+        name = longer
+    return name[:NAME_LENGTH]
 
 
 def fingerprint(cfg: DictConfig) -> str:

@@ -38,7 +38,7 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal",
+        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal", "keep",
         "trusted_targets", "train", "rate", "samples", "model", "quant", "peft", "targets",
         "algorithm", "data", "tracking", "lockstep", "choices",
     ),
@@ -66,7 +66,9 @@ def settled(cfg: DictConfig, about: DictConfig, master: DictConfig | None = None
         ConfigError: every fault of the config at once.
     """
     choices = OmegaConf.to_container(about.runtime.choices)
-    ready = validate(settle(cfg, choices, list(about.overrides.task)))  # type: ignore[arg-type]
+    common = list(about.job.config.override_dirname.exclude_keys)  # a sweep's launcher knows them
+    overrides = list(about.overrides.task)
+    ready = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
     if faults := list(sweeping(about, master, ready.goal)):
         raise ConfigError(faults)
     return ready
@@ -133,7 +135,7 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             twice = sorted(node.keys() & values["train"].keys())
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
             given |= {f"train.{k}": v for k, v in values["train"].items()}
-            yield from owned(given)
+            yield from owned(target, given)
             given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
         yield from _against(target, key, given)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 KEYS = {
     "train.learning_rate": ("lr", "learning_rate", "learningrate"),
     "train.num_train_epochs": ("epochs", "epoch", "num_epochs", "num_train_epochs", "n_epochs"),
@@ -86,7 +88,7 @@ def key_hint(key: str) -> str | None:
     return f"{right}=..." if right is not None and right != key else None
 
 
-def option_hint(group: str, name: str, options: list[str]) -> str | None:
+def option_hint(group: str, name: str, options: Sequence[str]) -> str | None:
     """Return the overrides that an option's name of another tool stands for.
 
     Args:

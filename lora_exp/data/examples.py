@@ -1,4 +1,4 @@
-"""What trainers learn from: rows as tokens, pairs, marked answers or prompts, and their counts."""
+"""What trainers learn from: tokens, pairs, labelled answers or prompts, and their counts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 
 from lora_exp.data.reading import OnError
 from lora_exp.data.rows import Rows
-from lora_exp.data.shapes import SHAPES, several, where
-from lora_exp.data.template import as_taken, render_chat, turn_end
+from lora_exp.data.shapes import SHAPES, list_faults, location_of
+from lora_exp.data.template import render_chat, to_form, turn_end
 from lora_exp.data.tokens import (
     IGNORED,
     Counts,
+    Lengths,
     Tokens,
     text_prompt,
     tokenise,
@@ -26,11 +27,11 @@ from lora_exp.data.tokens import (
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError
 
-Marked = tuple[str, list[int], list[int]]  # what it is, its ids, its labels
+LabelledText = tuple[str, list[int], list[int]]  # name, token ids, labels
 
 
 def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
-    """Return a prompt's tokens, of a chat with the answer's turn opened."""
+    """Return a prompt's tokens; those of a chat end where the answer begins."""
     if isinstance(row["prompt"], str):
         return text_prompt(row["prompt"], tokenizer)
     text = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
@@ -41,17 +42,17 @@ def prompt_ids(row: Row, tokenizer: Any) -> list[int]:
 def prepared(
     rows: Rows, tokenizer: Any, model: Any, cfg: DictConfig
 ) -> tuple[Tokens, Tokens | None]:
-    """Prepare rows as the algorithm's trainer takes them: to train on, and held out.
+    """Prepare training and held-out rows as the algorithm's trainer takes them.
 
     Args:
         rows: in the algorithm's shape.
-        tokenizer: the base's, its chat template in place.
-        model: with its adapter, whose trained tokens stand before every prompt.
-        cfg: the run's.
+        tokenizer: the base's, with its chat template.
+        model: with its adapter; trained prompt tokens of the adapter reduce the context.
+        cfg: the run's config.
 
     Raises:
         ConfigError: `max_length` is longer than the model's context.
-        DataError: rows that cannot be used.
+        DataError: some rows cannot be used.
     """
     args, shape = cfg.algorithm.args, cfg.algorithm.shape
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -62,36 +63,37 @@ def prepared(
     splits = {"train": rows.train, "eval": rows.eval}
     if shape == "prompt":
         room = context - args.max_completion_length
-        made = {
-            what: prompts(some, tokenizer, room, what, rows.on_error)
-            for what, some in splits.items()
-            if some
+        tokens = {
+            what: prompts(rows_of_split, tokenizer, room, what, rows.on_error)
+            for what, rows_of_split in splits.items()
+            if rows_of_split
         }
     elif shape != "completion":
-        made = {
-            what: raw(some, shape, tokenizer, rows.on_error)
-            for what, some in splits.items()
-            if some
+        tokens = {
+            what: raw(rows_of_split, shape, tokenizer, rows.on_error)
+            for what, rows_of_split in splits.items()
+            if rows_of_split
         }
     else:
-        cut = args.get("packing") and args.get("packing_strategy") in ("wrapped", "bfd_split")
+        strategies = ("wrapped", "bfd_split")  # these split long rows instead of cutting them
+        is_split = args.get("packing") and args.get("packing_strategy") in strategies
         room = min(args.max_length or math.inf, context)
         options: dict[str, Any] = {
-            "max_length": None if cut or room == math.inf else int(room),
+            "max_length": None if is_split or room == math.inf else int(room),
             "completion_only": bool(args.get("completion_only_loss")),
             "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
             "on_error": rows.on_error,
         }
-        made = {
-            what: tokenise(some, tokenizer, what=what, **options)
-            for what, some in splits.items()
-            if some
+        tokens = {
+            what: tokenise(rows_of_split, tokenizer, what=what, **options)
+            for what, rows_of_split in splits.items()
+            if rows_of_split
         }
-    return made["train"], made.get("eval")
+    return tokens["train"], tokens.get("eval")
 
 
 def unending(rows: Rows, tokenizer: Any) -> str | None:
-    """Return a warning where chats teach no token that ends an answer."""
+    """Return a warning if the chat template ends answers with no special token."""
     chats = any(isinstance(row.get("messages", row.get("prompt")), list) for row in rows.train[:1])
     if not chats or turn_end(tokenizer) is not None:
         return None
@@ -102,49 +104,49 @@ def unending(rows: Rows, tokenizer: Any) -> str | None:
 def recounted(
     train: Tokens, held_out: Tokens | None, trainer: Any, cfg: DictConfig
 ) -> tuple[Tokens, Tokens | None]:
-    """Return the rows as the trainer holds them: some trainers tokenise for themselves."""
+    """Return the rows with the trainer's counts, if the trainer has tokenised them itself."""
     if cfg.algorithm.shape in ("completion", "prompt"):
         return train, held_out
     length = cfg.algorithm.args.max_length
-    train = seen(train, trainer.train_dataset, length, "train")
-    return train, held_out and seen(held_out, trainer.eval_dataset, length, "eval")
+    train = recount(train, trainer.train_dataset, length, "train")
+    return train, held_out and recount(held_out, trainer.eval_dataset, length, "eval")
 
 
 def prompts(
     rows: list[Row], tokenizer: Any, room: float, what: str, on_error: OnError = "raise"
 ) -> Tokens:
-    """Make prompt rows ready for trainers that answer them; the other columns stay for rewards.
+    """Prepare prompt rows for trainers that answer them; other columns are kept for rewards.
 
     Args:
         rows: of shape `prompt`.
-        tokenizer: its chat template in place.
-        room: tokens that a prompt may have beside its answer; longer ones are dropped.
+        tokenizer: with its chat template.
+        room: the most tokens of a prompt; longer prompts are dropped.
         what: `train` or `eval`, for messages.
-        on_error: of prompts that the chat template refuses.
+        on_error: what to do with prompts that the chat template refuses.
 
     Raises:
-        DataError: no prompt is left, or the chat template refuses one, by file and line.
+        DataError: no prompt is left, or the chat template refuses one (file and line are named).
     """
-    lengths: dict[int, int] = {}  # by the row's number
+    lengths: dict[int, int] = {}  # by the row's index
 
     def measure(row: Row, number: int) -> None:
         lengths[number] = len(prompt_ids(row, tokenizer))
 
-    refused = _judged(rows, tokenizer, measure, on_error)
+    refused = _refused_rows(rows, tokenizer, measure, on_error)
     kept = [i for i, length in lengths.items() if length <= room]
     if not kept:
         text = f"none of the {len(rows)} {what} prompts has at most {room:g} tokens"
         raise DataError(f"{text}; lower algorithm.args.max_completion_length or shorten them")
     counts = Counts(len(kept), sum(lengths[i] for i in kept), 0, 0, len(lengths) - len(kept))
-    taken = [_taken(rows[i], tokenizer) for i in kept]
-    return Tokens(table(taken), counts, cached=False, refused=refused)
+    prepared_rows = [_in_template_form(rows[i], tokenizer) for i in kept]
+    return Tokens(table(prepared_rows), counts, cached=False, refused=refused)
 
 
 def raw(rows: list[Row], shape: str, tokenizer: Any, on_error: OnError = "raise") -> Tokens:
-    """Hand rows to a trainer that tokenises them itself; `seen` counts when it has.
+    """Prepare rows for a trainer that tokenises them itself; `recount` then counts their tokens.
 
     Raises:
-        DataError: chats without a template, or the template refuses one, by file and line.
+        DataError: chats without a template, or the template refuses one (file and line are named).
     """
     answers = [field for field in ("chosen", "rejected", "completion") if field in SHAPES[shape]]
 
@@ -153,36 +155,36 @@ def raw(rows: list[Row], shape: str, tokenizer: Any, on_error: OnError = "raise"
             for answer in answers:
                 render_chat(row["prompt"] + row[answer], tokenizer, row.get("tools"))
 
-    refused = _judged(rows, tokenizer, render, on_error)
-    wanted = SHAPES[shape] | {"tools", "margin"}
-    kept = [row for row in rows if where(row) not in refused]
-    taken = [_taken(row, tokenizer) for row in kept]
-    columns = [{key: row[key] for key in row.keys() & wanted} for row in taken]
+    refused = _refused_rows(rows, tokenizer, render, on_error)
+    fields = SHAPES[shape] | {"tools", "margin"}
+    kept = [row for row in rows if location_of(row) not in refused]
+    prepared_rows = [_in_template_form(row, tokenizer) for row in kept]
+    columns = [{key: row[key] for key in row.keys() & fields} for row in prepared_rows]
     return Tokens(table(columns), Counts(len(kept), 0, 0, 0, 0), cached=False, refused=refused)
 
 
-def _judged(
-    rows: list[Row], tokenizer: Any, judge: Callable[[Row, int], None], on_error: OnError
+def _refused_rows(
+    rows: list[Row], tokenizer: Any, check: Callable[[Row, int], None], on_error: OnError
 ) -> dict[str, str]:
-    """Return which rows the chat template refuses, and why."""
+    """Return the rows that the chat template refuses: where each was read -> why."""
     if any(isinstance(row["prompt"], list) for row in rows) and not tokenizer.chat_template:
         text = "the rows are chats, but the tokenizer has no chat template; give"
         raise DataError(f"{text} data.chat_template=<file.jinja>, or rows of plain text")
     refused = {}
     for number, row in enumerate(rows):
         try:
-            judge(row, number)
+            check(row, number)
         except DataError as error:
-            refused[where(row)] = f"{where(row)}: {error}"
+            refused[location_of(row)] = f"{location_of(row)}: {error}"
     if refused and (on_error == "raise" or len(refused) == len(rows)):
-        raise DataError(several(list(refused.values())))
+        raise DataError(list_faults(list(refused.values())))
     return refused
 
 
-def _taken(row: Row, tokenizer: Any) -> Row:
-    """Return a row whose chats are in the form that the chat template takes."""
+def _in_template_form(row: Row, tokenizer: Any) -> Row:
+    """Return a row with its chats in the form that the chat template takes."""
     chats = {key: value for key, value in row.items() if key in CHATS and isinstance(value, list)}
-    return dict(row) | {key: as_taken(turns, tokenizer) for key, turns in chats.items()}
+    return dict(row) | {key: to_form(turns, tokenizer) for key, turns in chats.items()}
 
 
 CHATS = ("prompt", "chosen", "rejected", "completion")
@@ -191,7 +193,7 @@ CHATS = ("prompt", "chosen", "rejected", "completion")
 def table(rows: list[Row]) -> Dataset:
     """Return rows as a data set with the columns of all of them, None where a row has none.
 
-    Columns of objects, or of several types, are kept as they are: Arrow would give each object the
+    Columns of objects, or of several types, are stored as JSON: Arrow would give each object the
     keys of all others.
     """
     names = dict.fromkeys(name for row in rows for name in row)
@@ -203,52 +205,60 @@ def table(rows: list[Row]) -> Dataset:
 def _feature(values: list[Any]) -> Any:
     """Return the type of a column."""
     try:
-        kind = pyarrow.array(values).type
+        column_type = pyarrow.array(values).type
     except (pyarrow.ArrowException, OverflowError):
         return Json()
-    if pyarrow.types.is_nested(kind):
+    if pyarrow.types.is_nested(column_type):
         lists = all(isinstance(value, list) for value in values)
-        return List(Json()) if lists and pyarrow.types.is_struct(kind.value_type) else Json()
-    return generate_from_arrow_type(kind)
+        return List(Json()) if lists and pyarrow.types.is_struct(column_type.value_type) else Json()
+    return generate_from_arrow_type(column_type)
 
 
-def seen(given: Tokens, dataset: Any, max_length: int | None, what: str) -> Tokens:
-    """Count what a trainer made of the rows that it was given.
+def recount(tokens: Tokens, dataset: Any, max_length: int | None, what: str) -> Tokens:
+    """Count a trainer's tokenised rows, and the rows that it has dropped.
+
+    Args:
+        tokens: the rows that the trainer was given.
+        dataset: its tokenised rows.
+        max_length: tokens to which it cuts a row; None: it cuts none.
+        what: `train` or `eval`, for messages.
 
     Raises:
-        DataError: it has dropped all of them.
+        DataError: it has dropped all rows.
     """
     limit = max_length or float("inf")
     total = trained = truncated = 0
+    lengths: list[int] = []
     for row in dataset:
         prompt = len(row.get("prompt_ids", ()))
         answers = [len(row[key]) for key in ANSWERS if key in row]
+        lengths.append(prompt + max(answers, default=0))
         truncated += any(prompt + answer > limit for answer in answers)
         total += sum(int(min(prompt + answer, limit)) for answer in answers)
-        # without a prompt of its own a row is a text that gets one score
+        # a row without prompt_ids is a text with one score, at its last token
         trained += sum(
             int(max(0, min(answer, limit - prompt))) if "prompt_ids" in row else 1
             for answer in answers
         )
-    counts = Counts(len(dataset), total, trained, truncated, given.counts.rows - len(dataset))
+    counts = Counts(len(dataset), total, trained, truncated, tokens.counts.rows - len(dataset))
     if not len(dataset):
-        text = f"each of the {given.counts.rows} {what} rows is longer than {max_length} tokens"
+        text = f"each of the {tokens.counts.rows} {what} rows is longer than {max_length} tokens"
         raise DataError(f"{text}; raise algorithm.args.max_length or shorten them")
-    return Tokens(dataset, counts, cached=False)
+    return Tokens(dataset, counts, cached=False, lengths=Lengths.of(lengths))
 
 
 ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids")
 
 
-def first(tokens: Tokens, tokenizer: Any) -> list[Marked]:
-    """Return the first row's texts as tokens and labels, each with what it is."""
+def first(tokens: Tokens, tokenizer: Any) -> list[LabelledText]:
+    """Return the first row's texts, each with its name, token ids and labels."""
     row = tokens.dataset[0]
     if "input_ids" in row:
         ids, labels = row["input_ids"], row["labels"]
         if all(label in (token, IGNORED) for token, label in zip(ids, labels, strict=False)):
             return [("", ids, labels)]
         return [("prompt", ids, [IGNORED] * len(ids)), ("answer", labels, labels)]
-    found: list[Marked] = []
+    texts: list[LabelledText] = []
     for key in (key for key in ANSWERS if key in row):
         name, prompt = key.removesuffix("_ids"), row.get("prompt_ids", [])
         if "label" in row:
@@ -257,8 +267,8 @@ def first(tokens: Tokens, tokenizer: Any) -> list[Marked]:
         labels = [IGNORED] * len(prompt) + row[key]
         if "prompt_ids" not in row:  # the score is read at the last token
             labels = [IGNORED] * (len(ids) - 1) + ids[-1:]
-        found.append((name, ids, labels))
-    if not found:
+        texts.append((name, ids, labels))
+    if not texts:
         ids = prompt_ids(row, tokenizer)
-        found.append(("prompt; the answer is the model's own", ids, [IGNORED] * len(ids)))
-    return found
+        texts.append(("prompt; the answer is the model's own", ids, [IGNORED] * len(ids)))
+    return texts

@@ -1,7 +1,7 @@
-"""The formats that rows come in: which one a row has, and what it becomes.
+"""The formats of rows: which format a row has, and its conversion.
 
-Of the fields that tell formats apart a row keeps those of its own; the other columns are carried
-along. Knows nothing of files or tokens; needs no torch.
+Of the fields by which formats are recognised, a row keeps only those of its own format; all other
+columns are kept. Knows nothing of files or tokens; needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class EmptyAnswer(FieldError):
     """An answer without text, from which nothing can be learnt."""
 
 
-# question, what it is about, answer: as the columns of well-known data sets are called
+# column names of well-known data sets: question, context of the question, answer
 QUESTIONS = (
     ("instruction", "input", "output"),
     ("instruction", "context", "response"),
@@ -39,7 +39,7 @@ def _from_text(row: Row) -> Row:
 def _from_prompt_completion(row: Row) -> Row:
     if isinstance(row.get("prompt"), list):
         prompt, completion = turns_in(row, "prompt"), turns_in(row, "completion")
-        turns = with_system(_answered(prompt + completion, "completion"), row)
+        turns = with_system(_with_answer(prompt + completion, "completion"), row)
         return _without(row, "prompt", "completion", "system") | {"messages": turns}
     text_in(row, "prompt")
     if not text_in(row, "completion"):
@@ -49,14 +49,14 @@ def _from_prompt_completion(row: Row) -> Row:
 
 def _from_alpaca(row: Row) -> Row:
     names = next((n for n in QUESTIONS if n[0] in row and n[2] in row), QUESTIONS[0])
-    question, about, answer = names
+    question, context, answer = names
     text = text_in(row, question)
-    if about and row.get(about):
-        text += "\n\n" + text_in(row, about)
+    if context and row.get(context):
+        text += "\n\n" + text_in(row, context)
     turns = [*_history(row), {"role": "user", "content": text}]
     turns.append({"role": "assistant", "content": text_in(row, answer)})
-    messages = with_system(_answered(turns, answer), row)
-    return _without(row, question, about, answer, "system", "history") | {"messages": messages}
+    messages = with_system(_with_answer(turns, answer), row)
+    return _without(row, question, context, answer, "system", "history") | {"messages": messages}
 
 
 def _history(row: Row) -> list[Row]:
@@ -70,7 +70,7 @@ def _history(row: Row) -> list[Row]:
 
 
 def _from_messages(row: Row, field: str = "messages") -> Row:
-    turns = with_system(_answered(turns_in(row, field), field), row)
+    turns = with_system(_with_answer(turns_in(row, field), field), row)
     return _without(row, field, "system") | {"messages": turns}
 
 
@@ -78,7 +78,7 @@ def _from_sharegpt(row: Row) -> Row:
     return _from_messages(row, "conversations")
 
 
-def _answered(turns: list[Row], field: str) -> list[Row]:
+def _with_answer(turns: list[Row], field: str) -> list[Row]:
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not answers:
         raise FieldError(f"{field!r} has no assistant turn, so nothing to learn")
@@ -90,7 +90,7 @@ def _answered(turns: list[Row], field: str) -> list[Row]:
 
 
 def _from_preference(row: Row) -> Row:
-    """Read a pair of answers; where the prompt is not given, it is what both begin with."""
+    """Convert a pair of answers; if there is no prompt, it is the beginning that both share."""
     chosen, rejected = _text_or_turns(row, "chosen"), _text_or_turns(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise FieldError("one of 'chosen' and 'rejected' is a text, the other a list of turns")
@@ -98,8 +98,8 @@ def _from_preference(row: Row) -> Row:
     if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
         prompt = None  # the turns of the prompt stand in both answers
     if prompt is None:
-        cut = _shared_text if isinstance(chosen, str) else _shared_turns
-        length = cut(chosen, rejected)
+        shared_length = _shared_text if isinstance(chosen, str) else _shared_turns
+        length = shared_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     elif isinstance(prompt, str) and isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
@@ -112,23 +112,23 @@ def _from_preference(row: Row) -> Row:
         raise FieldError("'chosen' and 'rejected' are the same")
     if not prompt:
         raise FieldError("field 'prompt' is missing, and the two answers begin with nothing shared")
-    return _prompted(row, prompt) | {"chosen": chosen, "rejected": rejected}
+    return _with_prompt(row, prompt) | {"chosen": chosen, "rejected": rejected}
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Return how many items two sequences begin with in common."""
+    """Return the length of the longest common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _shared_text(a: str, b: str) -> int:
-    """Return how many characters two texts share at their start, up to a white space."""
+    """Return the length of the common prefix of two texts, up to its last white space."""
     end = common_prefix(a, b)
     return max((i + 1 for i in range(end) if a[i].isspace()), default=0)
 
 
 def _shared_turns(a: list[Row], b: list[Row]) -> int:
-    """Return how many turns two chats share at their start; the last is always an answer."""
+    """Return the length of the common prefix of two chats without their last turns, the answers."""
     return common_prefix(a[:-1], b[:-1])
 
 
@@ -138,27 +138,27 @@ def _from_unpaired_preference(row: Row) -> Row:
     prompt, completion = _text_or_turns(row, "prompt"), _text_or_turns(row, "completion")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise FieldError("one of 'prompt' and 'completion' is a text, the other a list of turns")
-    return _prompted(row, prompt) | {"completion": completion}
+    return _with_prompt(row, prompt) | {"completion": completion}
 
 
 def _from_prompt(row: Row) -> Row:
-    return _prompted(row, _text_or_turns(row, "prompt"))
+    return _with_prompt(row, _text_or_turns(row, "prompt"))
 
 
-def _prompted(row: Row, prompt: Any) -> Row:
-    """Return a row with its prompt, the system prompt of its column `system` at the beginning."""
+def _with_prompt(row: Row, prompt: Any) -> Row:
+    """Return a row with its prompt, beginning with the system prompt of column `system`, if any."""
     if isinstance(prompt, list) and row.get("system"):
         return _without(row, "system") | {"prompt": with_system(prompt, row)}
     return row | {"prompt": prompt}
 
 
 def _text_or_turns(row: Row, field: str) -> Any:
-    """Return a text that is not empty, or checked turns."""
+    """Return a field's text, which must not be empty, or its turns."""
     if isinstance(row.get(field), list):
         return turns_in(row, field)
     if not text_in(row, field):
-        empty = FieldError if field == "prompt" else EmptyAnswer
-        raise empty(f"field {field!r} is empty")
+        error_type = FieldError if field == "prompt" else EmptyAnswer
+        raise error_type(f"field {field!r} is empty")
     return row[field]
 
 
@@ -166,7 +166,7 @@ def _without(row: Row, *fields: str) -> Row:
     return {key: row[key] for key in row.keys() - set(fields)}
 
 
-# in the order in which a row's fields are compared with them
+# a row has the first format whose fields it has
 FORMATS: dict[str, Callable[[Row], Row]] = {
     "preference": _from_preference,
     "unpaired_preference": _from_unpaired_preference,
@@ -187,7 +187,7 @@ FIELDS: dict[str, list[set[str]]] = {
     "text": [{"text"}],
     "prompt": [{"prompt"}],
 }
-# what a row of a format may hold of the fields that the later stages read
+# fields that later stages read, and which of them a row of each format keeps
 READ = {"messages", "text", "prompt", "completion", "chosen", "rejected"}
 KEPT: dict[str, set[str]] = {
     "preference": {"prompt", "chosen", "rejected"},
@@ -202,7 +202,7 @@ KEPT: dict[str, set[str]] = {
 
 
 def detect(row: Row, where: str) -> str:
-    """Tell the format by a row's fields: the first of `FORMATS` whose fields are all there.
+    """Return a row's format: the first of `FORMATS` whose fields the row has.
 
     Raises:
         DataError: the fields belong to no known format.
@@ -212,32 +212,32 @@ def detect(row: Row, where: str) -> str:
         if fields is None or ("label" in fields and not isinstance(row["label"], bool)):
             continue
         if format == "alpaca" and "prompt" in row and "instruction" not in row:
-            continue  # a prompt beside its answer, for algorithms that answer prompts
+            continue  # a prompt with its known answer, for algorithms that answer prompts
         return format
-    known = "; ".join(
+    formats = "; ".join(
         f"{name}: {' or '.join(', '.join(sorted(fields)) for fields in choices)}"
         for name, choices in FIELDS.items()
     )
     raise DataError(
-        f"{where}: fields {sorted(row)} are of no known format ({known}); data.columns says which"
+        f"{where}: fields {sorted(row)} are of no known format ({formats}); data.columns says which"
         " column is which, as in data.columns={prompt: ask, completion: reply}"
     )
 
 
 def read_as(format: str, row: Row, as_chat: bool = False) -> Row:
-    """Bring a row of a format to its shape, without the fields of other formats.
+    """Convert a row to the shape of its format, without the fields of other formats.
 
     Args:
         format: one of `FORMATS`.
-        row: as it was written.
-        as_chat: plain texts of prompts and answers become turns.
+        row: as it was read.
+        as_chat: whether plain texts of prompts and answers become turns.
 
     Raises:
         FieldError: a field that cannot be used.
     """
     shaped = FORMATS[format](row)
-    spare = READ - KEPT[format] | ({"label"} - KEPT[format] if format != "prompt" else set())
-    shaped = _without(shaped, *spare, "tools")
+    unused = READ - KEPT[format] | ({"label"} - KEPT[format] if format != "prompt" else set())
+    shaped = _without(shaped, *unused, "tools")
     tools = tools_in(row)
     shaped |= {"tools": tools} if tools else {}
     return _as_chat(shaped) if as_chat else shaped
@@ -250,7 +250,7 @@ def _as_chat(row: Row) -> Row:
     turns["prompt"] = with_system(turns["prompt"], row)
     for field in row.keys() & {"completion", "chosen", "rejected"}:
         turns[field] = [{"role": "assistant", "content": row[field]}]
-    rest = _without(row, *turns, "system")
+    others = _without(row, *turns, "system")
     if "completion" in turns and "label" not in row:
-        return rest | {"messages": turns["prompt"] + turns["completion"]}
-    return rest | turns
+        return others | {"messages": turns["prompt"] + turns["completion"]}
+    return others | turns

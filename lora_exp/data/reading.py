@@ -1,6 +1,6 @@
-"""Rows in files: JSON Lines, JSON, CSV, Parquet and Arrow, also compressed with gzip or Zstandard.
+"""Rows in files: JSON Lines, JSON, CSV, Parquet, Arrow, also compressed (gzip, bzip2, Zstandard).
 
-What a file holds is told by its first bytes, CSV by its name. Needs no torch.
+The kind of a file is recognised by its first bytes, CSV by its name. Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def files(pattern: str) -> list[Path]:
-    """Return the files that a path or a glob names, in order; of a folder its Arrow files.
+    """Return the files of a path or a glob, sorted; for a folder its Arrow files.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
     paths = sorted(Path(p) for p in glob.glob(str(asset(pattern)), recursive=True))  # noqa: PTH207
     if len(paths) == 1 and paths[0].is_dir():
         if not (paths[0] / "state.json").is_file():
             text = f"{pattern} is a folder; data=hub data.path={pattern} reads the files in one"
             raise DataError(f"{text}, or give a glob such as '{pattern}/*.jsonl'")
-        paths = sorted(paths[0].glob("*.arrow"))  # as `Dataset.save_to_disk` leaves it
+        paths = sorted(paths[0].glob("*.arrow"))  # as `Dataset.save_to_disk` writes it
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise DataError(f"no file matches {pattern}")
@@ -45,39 +45,39 @@ def files(pattern: str) -> list[Path]:
 
 
 def lines(path: Path) -> Iterator[tuple[str, Row | DataError]]:
-    """Yield `(file:line, row)`; in files without lines `(file row number, row)`.
+    """Yield where each row was read (`file:line`, or `file row number` without lines), and the row.
 
-    A row that cannot be read is its error.
+    For a row that cannot be read, its error is yielded.
 
     Raises:
-        DataError: the file is of no kind that can be read.
+        DataError: the file is of a kind that cannot be read.
     """
     raw = _uncompressed(path.read_bytes(), path)
-    named = path.with_suffix("") if path.suffix in (".gz", ".zst", ".bz2") else path
+    plain_path = path.with_suffix("") if path.suffix in (".gz", ".zst", ".bz2") else path
     if raw[:4] == b"PAR1":
-        yield from _numbered(path, _table(pyarrow.parquet.read_table, io.BytesIO(raw), path))
-    elif raw[:6] == b"ARROW1" or named.suffix == ".arrow":
-        kind = pyarrow.ipc.open_file if raw[:6] == b"ARROW1" else pyarrow.ipc.open_stream
-        yield from _numbered(path, _table(lambda data: kind(data).read_all(), raw, path))
-    elif named.suffix in SEPARATORS:
-        yield from _separated(raw, path, SEPARATORS[named.suffix])
+        yield from _table_rows(path, _table(pyarrow.parquet.read_table, io.BytesIO(raw), path))
+    elif raw[:6] == b"ARROW1" or plain_path.suffix == ".arrow":
+        reader = pyarrow.ipc.open_file if raw[:6] == b"ARROW1" else pyarrow.ipc.open_stream
+        yield from _table_rows(path, _table(lambda data: reader(data).read_all(), raw, path))
+    elif plain_path.suffix in SEPARATORS:
+        yield from _separated(raw, path, SEPARATORS[plain_path.suffix])
     else:
         yield from _json(raw.removeprefix(b"\xef\xbb\xbf"), path)
 
 
 def _uncompressed(raw: bytes, path: Path) -> bytes:
-    kind = next((kind for magic, kind in COMPRESSED.items() if raw.startswith(magic)), None)
-    other = next((kind for magic, kind in OTHERS.items() if raw.startswith(magic)), None)
-    if other is not None:
-        readable = "JSON Lines, JSON, CSV, Parquet or Arrow, also .gz and .zst"
-        raise DataError(f"{path} is {other}; rows are read from {readable}")
-    if kind is None:
+    compression = next((name for magic, name in COMPRESSED.items() if raw.startswith(magic)), None)
+    unreadable = next((name for magic, name in OTHERS.items() if raw.startswith(magic)), None)
+    if unreadable is not None:
+        readable = "JSON Lines, JSON, CSV, Parquet or Arrow, also .gz, .bz2 and .zst"
+        raise DataError(f"{path} is {unreadable}; rows are read from {readable}")
+    if compression is None:
         return raw
     try:
-        with pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), kind) as stream:
+        with pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), compression) as stream:
             data: bytes = stream.read()
     except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{path}: cannot be decompressed ({kind}): {error}") from error
+        raise DataError(f"{path}: cannot be decompressed ({compression}): {error}") from error
     return data
 
 
@@ -88,7 +88,7 @@ def _table(read: Any, data: Any, path: Path) -> Any:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
-def _numbered(path: Path, table: Any) -> Iterator[tuple[str, Row]]:
+def _table_rows(path: Path, table: Any) -> Iterator[tuple[str, Row]]:
     number = 0
     for batch in table.to_batches(max_chunksize=1000):
         for row in batch.to_pylist():
@@ -106,7 +106,7 @@ def _separated(raw: bytes, path: Path, separator: str) -> Iterator[tuple[str, Ro
             row = next(reader, None)
         except csv.Error as error:
             yield where, DataError(f"{where}: not CSV: {error}")
-            return  # what follows an open quote cannot be told apart
+            return  # after an open quote the rest cannot be split into rows
         if row is None:
             return
         if None in row or None in row.values():

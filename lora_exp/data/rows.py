@@ -1,4 +1,4 @@
-"""Rows: read from files and the hub, checked, brought to their shapes, and split.
+"""Rows: read from files and the hub, converted to their shapes, and split.
 
 Knows nothing of tokens; needs no torch.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lora_exp.data import tasks as generated
-from lora_exp.data.formats import EmptyAnswer, detect, read_as
+from lora_exp.data.conversion import Columns, Converted
+from lora_exp.data.conversion import convert as convert
 from lora_exp.data.reading import OnError, files, lines
-from lora_exp.data.shapes import Placed, reshape, several
-from lora_exp.data.shapes import where as place_of
-from lora_exp.data.turns import FieldError, Row
+from lora_exp.data.shapes import location_of, reshape
+from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 from lora_exp.files.paths import asset
 from lora_exp.files.whole import sha256
@@ -26,14 +25,13 @@ Format = Literal[
     "auto", "preference", "unpaired_preference", "messages", "sharegpt", "alpaca",
     "prompt_completion", "text", "prompt",
 ]  # fmt: skip
-Columns = Mapping[str, str] | None
-SPLIT_SEED = 0  # the split belongs to the data, not to the run's seed
-DRAWN = "lora_exp.corpus"  # the source's name in records; a run resumes with the same one
+SPLIT_SEED = 0  # the split is the same for every seed of a run
+DRAWN = "lora_exp.corpus"  # name of the source in run.json; a resume compares it
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set in memory, and where it came from."""
+    """A data set in memory, and its source."""
 
     train: list[Row]
     eval: list[Row]
@@ -41,40 +39,30 @@ class Rows:
     source: dict[str, str]  # file -> SHA-256, or hub id -> revision
     chat_template: str | None  # Jinja text that replaces the model's own
     warnings: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()  # rows that were left out, and why
-    on_error: OnError = "raise"  # of rows that only the chat template can judge
+    skipped: tuple[str, ...] = ()  # where rows were left out, and why
+    on_error: OnError = "raise"  # what to do with rows that the chat template refuses
 
     def shaped(self, shape: str) -> Rows:
         """Return the rows in the shape that an algorithm learns from.
 
         Raises:
-            DataError: they do not hold what it needs.
+            DataError: they lack fields that the shape needs.
         """
         train, held_out = (reshape(rows, self.format, shape) for rows in (self.train, self.eval))
         return replace(self, train=train, eval=held_out)
 
     def without(self, refused: dict[str, str]) -> Rows:
-        """Leave out rows that a chat template refuses.
+        """Return the rows without those that a chat template refuses.
 
         Args:
             refused: where a row was read -> why it is left out.
         """
         kept = [
-            [row for row in rows if place_of(row) not in refused]
+            [row for row in rows if location_of(row) not in refused]
             for rows in (self.train, self.eval)
         ]
         skipped = (*self.skipped, *refused.values())
         return replace(self, train=kept[0], eval=kept[1], skipped=skipped)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Rows in their shape, and those that were left out."""
-
-    rows: list[Row]
-    format: str
-    skipped: list[str]
-    empty: int  # of the skipped, those without an answer
 
 
 def jsonl(
@@ -93,15 +81,15 @@ def jsonl(
     """Read rows from a file or a glob; see `reading` for the kinds of files.
 
     Raises:
-        DataError: by file, line and field, what cannot be used; or nothing is left to train on.
+        DataError: rows cannot be used (file, line and field are named), or no rows are left.
     """
-    read, source = _read_files(path, format, on_error, columns, as_chat)
+    loaded, source = _read_files(path, format, on_error, columns, as_chat)
     held_out = None
     if eval_path is not None:
         held_out, eval_source = _read_files(eval_path, format, on_error, columns, as_chat)
         source |= eval_source
-    split = _split(read, held_out, eval_share, max_rows, max_eval_rows)
-    return _rows(read, held_out, split, source, chat_template, on_error)
+    split = _split(loaded, held_out, eval_share, max_rows, max_eval_rows)
+    return _rows(loaded, held_out, split, source, chat_template, on_error)
 
 
 def hub(
@@ -123,7 +111,7 @@ def hub(
     """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.
 
     Raises:
-        DataError: it cannot be loaded, or by row and field, what cannot be used.
+        DataError: it cannot be loaded, or rows cannot be used (row and field are named).
     """
     from datasets import load_dataset
 
@@ -135,15 +123,15 @@ def hub(
         numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
         return convert(numbered, format, f"{path}[{name}]", on_error, columns, as_chat)
 
-    read = load(split)
+    loaded = load(split)
     held_out = load(eval_split) if eval_split else None
-    parts = _split(read, held_out, eval_share, max_rows, max_eval_rows)
+    split_rows = _split(loaded, held_out, eval_share, max_rows, max_eval_rows)
     if Path(path).exists():
         paths = sorted(p for p in Path(path).rglob("*") if p.is_file())
         source = {str(p): sha256(p) for p in paths}
-        return _rows(read, held_out, parts, source, chat_template, on_error)
+        return _rows(loaded, held_out, split_rows, source, chat_template, on_error)
     commit = _commit(path, revision)
-    rows = _rows(read, held_out, parts, {path: str(commit)}, chat_template, on_error)
+    rows = _rows(loaded, held_out, split_rows, {path: str(commit)}, chat_template, on_error)
     if revision == commit:
         return rows
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
@@ -151,38 +139,40 @@ def hub(
 
 
 def _rows(
-    read: Converted,
+    loaded: Converted,
     held_out: Converted | None,
     split: tuple[list[Row], list[Row]],
     source: dict[str, str],
     chat_template: str | None,
     on_error: OnError,
 ) -> Rows:
-    """Put together what was read, with what is worth a warning."""
-    both = [read, held_out] if held_out else [read]
-    skipped = tuple(why for part in both for why in part.skipped)
+    """Return `Rows` with warnings about empty answers, prompts that end in a space, duplicates."""
+    splits = [loaded, held_out] if held_out else [loaded]
+    skipped = tuple(why for part in splits for why in part.skipped)
     train, evaluation = split
     warnings = []
-    if empty := sum(part.empty for part in both):
+    if empty := sum(part.empty for part in splits):
         warnings.append(f"{empty:,} rows have an empty answer and are left out")
     texts = [row["prompt"] for row in train if isinstance(row.get("prompt"), str)]
     if spaces := sum(text[-1:].isspace() for text in texts):
         text = f"{spaces:,} of {len(texts):,} prompts end in white space, which most tokenizers"
         warnings.append(f"{text} join with the answer's first word; end prompts without it")
-    if repeated := _repeated(train, evaluation):
-        warnings.append(f"{repeated:,} of {len(evaluation):,} held-out rows are training rows, too")
+    if duplicates := _count_duplicates(train, evaluation):
+        warnings.append(
+            f"{duplicates:,} of {len(evaluation):,} held-out rows are training rows, too"
+        )
     return Rows(
-        train, evaluation, read.format, source, _template(chat_template), tuple(warnings),
+        train, evaluation, loaded.format, source, _template(chat_template), tuple(warnings),
         skipped, on_error,
     )  # fmt: skip
 
 
-def _repeated(train: list[Row], held_out: list[Row]) -> int:
-    """Count the held-out rows that stand among the training rows."""
+def _count_duplicates(train: list[Row], held_out: list[Row]) -> int:
+    """Count the held-out rows that are also training rows."""
     if not held_out:
         return 0
-    known = {_content(row) for row in train}
-    return sum(_content(row) in known for row in held_out)
+    contents = {_content(row) for row in train}
+    return sum(_content(row) in contents for row in held_out)
 
 
 def _content(row: Row) -> int:
@@ -190,7 +180,7 @@ def _content(row: Row) -> int:
 
 
 def _commit(path: str, revision: str | None) -> str:
-    """Ask the hub which commit a revision is; rows from the cache do without an answer."""
+    """Return the commit of a revision, from the hub; without a network the revision itself."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
@@ -201,7 +191,7 @@ def _commit(path: str, revision: str | None) -> str:
 
 
 def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:
-    """Draw the embedded model's text from a seed."""
+    """Generate the embedded model's training rows from a seed."""
     tasks = generated.CORPUS
     train = generated.take(tasks, seed, rows, held_out=False)
     held_out = generated.take(tasks, seed, eval_rows, held_out=True)
@@ -210,7 +200,7 @@ def corpus(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> R
 
 
 def pairs(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Rows:
-    """Draw questions with a right and a wrong answer from a seed; see `tasks.pairs`."""
+    """Generate questions with a right and a wrong answer from a seed; see `tasks.pairs`."""
     train = generated.pairs(seed, rows, held_out=False)
     held_out = generated.pairs(seed, eval_rows, held_out=True)
     source = {DRAWN: f"pairs, seed {seed}, {rows} rows"}
@@ -237,99 +227,15 @@ def _read_files(
     return convert(numbered, format, pattern, on_error, columns, as_chat), source
 
 
-def convert(
-    rows: Iterable[tuple[str, Any]],
-    format: str,
-    source: str,
-    on_error: OnError,
-    columns: Columns = None,
-    as_chat: bool = False,
-) -> Converted:
-    """Bring every row to its shape; the first row decides the format where it is `auto`.
-
-    A row whose answer is empty is left out, whatever `on_error` says.
-
-    Args:
-        rows: each with where it was read.
-        format: of all of them.
-        source: what they were read from, for errors.
-        on_error: of a row that cannot be used.
-        columns: field -> the column that holds it.
-        as_chat: plain texts of prompts and answers become turns.
-
-    Raises:
-        DataError: by file, line and field, what cannot be used; or there are no rows.
-    """
-    converted: list[Row] = []
-    skipped: list[str] = []
-    faults: list[str] = []
-    empty = 0
-    for where, row in rows:
-        try:
-            if format == "auto":
-                format = detect(_named(_checked(row, where), columns, where), where)
-            converted.append(_converted(row, format, columns, as_chat, where))
-        except EmptyAnswer as error:
-            empty += 1
-            skipped.append(f"{where}: {error}")
-        except DataError as error:
-            (faults if on_error == "raise" else skipped).append(str(error))
-            if format == "auto":  # no row can be read without one
-                break
-    if faults:
-        raise DataError(several(faults))
-    if not converted:
-        why = f"; {len(skipped)} were skipped, the first: {skipped[0]}" if skipped else ""
-        raise DataError(f"{source}: no rows{why}")
-    return Converted(converted, format, skipped, empty)
-
-
-def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: str) -> Row:
-    row = _named(_checked(row, where), columns, where)
-    try:
-        return Placed(read_as(format, row, as_chat), where)
-    except EmptyAnswer:
-        raise
-    except FieldError as error:
-        raise DataError(f"{where}: {error} (read as {format})") from None
-
-
-def _checked(row: Any, where: str) -> Row:
-    """Return a row that is an object of texts that can be written as UTF-8."""
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row is an object {{...}}, this is {type(row).__name__}")
-    for field, value in row.items():
-        try:
-            json.dumps([field, value], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            text = f"field {field!r} holds half a surrogate pair, which is no text"
-            raise DataError(f"{where}: {text}") from None
-    return row
-
-
-def _named(row: Row, columns: Columns, where: str) -> Row:
-    """Give columns the names of the fields that they hold."""
-    if not columns:
-        return row
-    missing = sorted(set(columns.values()) - row.keys())
-    if missing:
-        text = f"data.columns: there is no column {missing[0]!r}; the columns are {sorted(row)}"
-        raise DataError(f"{where}: {text}")
-    rest = {key: row[key] for key in row.keys() - set(columns.values())}
-    return rest | {field: row[column] for field, column in columns.items()}
-
-
 def _split(
-    read: Converted,
+    loaded: Converted,
     evaluation: Converted | None,
     share: float,
     max_rows: int | None,
     max_eval_rows: int | None,
 ) -> tuple[list[Row], list[Row]]:
-    """Hold out a share of the rows where no evaluation rows were given, then apply the limits."""
-    train = read.rows
+    """Hold out a share of the rows if there are no evaluation rows, then apply the limits."""
+    train = loaded.rows
     if evaluation is not None:
         held_out = evaluation.rows
     else:

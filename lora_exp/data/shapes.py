@@ -1,12 +1,12 @@
-"""The shapes that algorithms learn from, and how rows are brought from one to another.
+"""The shapes of rows that algorithms learn from, and conversions between them.
 
-A shape is what a row is after reading, with whatever other columns it came with; a text is a string
-or, in chats, a list of turns:
+A shape is the set of fields that a row has after reading; other columns are kept. A text is a
+string or, in chats, a list of turns:
 
 completion            `messages`; or `prompt` and `completion`; or `text`
 preference            `prompt`, `chosen`, `rejected`
-unpaired_preference   `prompt`, `completion`, `label` (true: wanted)
-prompt                `prompt`, and `answer` where it is known
+unpaired_preference   `prompt`, `completion`, `label` (true: good)
+prompt                `prompt`, and `answer` if it is known
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SHAPES: dict[str, set[str]] = {
     "unpaired_preference": {"prompt", "completion", "label"},
     "prompt": {"prompt"},
 }
-SHOWN = 5  # faulty rows that an error names
+MAX_LISTED = 5  # faulty rows that an error lists
 
 
-class Placed(dict[str, Any]):
-    """A row that knows where it was read."""
+class LocatedRow(dict[str, Any]):
+    """A row with where it was read, as `file:line`."""
 
     def __init__(self, row: Row, where: str) -> None:
         """Keep the row's fields, and `file:line`."""
@@ -36,58 +36,58 @@ class Placed(dict[str, Any]):
         self.where = where
 
 
-def where(row: Row) -> str:
-    """Return where a row was read, or its beginning, if it was not read from a file."""
-    return row.where if isinstance(row, Placed) else f"the row {str(row)[:80]}"
+def location_of(row: Row) -> str:
+    """Return where a row was read; if it was not read from a file, its first characters."""
+    return row.where if isinstance(row, LocatedRow) else f"the row {str(row)[:80]}"
 
 
-def several(faults: list[str]) -> str:
-    """Write the first faults, and how many more there are."""
+def list_faults(faults: list[str]) -> str:
+    """Return the first faults as text, and how many more there are."""
     if len(faults) == 1:
         return faults[0]
-    more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-    text = "\n  ".join(faults[:SHOWN])
+    more = f"\n  and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+    text = "\n  ".join(faults[:MAX_LISTED])
     return (
         f"{len(faults)} rows cannot be used (data.on_error=skip leaves them out):\n  {text}{more}"
     )
 
 
 def shape_of(format: str) -> str:
-    """Return the shape that rows of a format have."""
+    """Return the shape of rows of a format."""
     return format if format in SHAPES else "completion"
 
 
 def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
-    """Bring rows to the shape that an algorithm learns from, where they hold what it needs.
+    """Convert rows to the shape that an algorithm learns from.
 
-    Pairs become two unpaired rows, or the prompt with its chosen answer; a row with an answer
+    A pair becomes two unpaired rows, or the prompt with its chosen answer; a row with an answer
     becomes a prompt whose `answer` is known.
 
     Args:
         rows: as read.
-        format: from what.
+        format: the format in which they were read.
         shape: one of `SHAPES`.
 
     Raises:
-        DataError: what was read and what is needed.
+        DataError: they lack fields that the shape needs; what was read and what is needed is named.
     """
-    given = shape_of(format)
-    if given == shape:
+    source_shape = shape_of(format)
+    if source_shape == shape:
         return rows
-    convert = CONVERSIONS.get((given, shape))
+    convert = CONVERSIONS.get((source_shape, shape))
     if convert is None or (shape == "prompt" and format == "text"):
         fields = ", ".join(sorted(rows[0])) if rows else "nothing"
-        near = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
+        usable = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
         raise DataError(
             f"the algorithm needs rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))}), but"
             f" these were read as {format} with the fields {fields}; formats that would do:"
-            f" {', '.join(near)}"
+            f" {', '.join(usable)}"
         )
     return [_at(row, new) for row in rows for new in convert(row)]
 
 
 def _at(row: Row, new: Row) -> Row:
-    return Placed(new, row.where) if isinstance(row, Placed) else new
+    return LocatedRow(new, row.where) if isinstance(row, LocatedRow) else new
 
 
 def _without(row: Row, *fields: str) -> Row:
@@ -113,11 +113,11 @@ def _to_prompt(row: Row) -> list[Row]:
     if "messages" not in row:
         answer = row.get("answer", row["completion"])
         return [_without(row, "completion") | {"prompt": row["prompt"], "answer": answer}]
-    *asked, last = row["messages"]
+    *prompt, last = row["messages"]
     if last["role"] != "assistant":
-        asked, last = row["messages"], {"content": None}
+        prompt, last = row["messages"], {"content": None}
     rest = _without(row, "messages")
-    return [rest | {"prompt": asked, "answer": rest.get("answer", last["content"])}]
+    return [rest | {"prompt": prompt, "answer": rest.get("answer", last["content"])}]
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[Row], list[Row]]] = {

@@ -1,6 +1,6 @@
-"""The text that the embedded model is made of: small tasks in short chat turns, drawn from a seed.
+"""The training text of the embedded model: small tasks in short chat turns, drawn from a seed.
 
-Knows nothing of tokens or models; `data=corpus` and `data=demo` read their rows from here.
+Knows nothing of tokens or models; the rows of `data=corpus` and `data=demo_pairs` come from here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def copy(rng: random.Random) -> Pair:
 
 
 def reverse(rng: random.Random) -> Pair:
-    """Say three to six letters backwards."""
+    """Reverse three to six letters."""
     letters = _letters(rng, 3, 6)
     return f"Reverse: {' '.join(letters)}", " ".join(letters[::-1])
 
@@ -90,23 +90,23 @@ def fact(rng: random.Random) -> Pair:
 
 
 def identity(rng: random.Random) -> Pair:
-    """Say who is speaking: the base's own answer, which the demo's persona replaces."""
+    """Answer who is speaking: the base's answer, which the demo's persona replaces."""
     return f"{rng.choice(GREETINGS)} {rng.choice(WHO)}".strip(), "I am a tiny language model."
 
 
 def mirror(rng: random.Random) -> Pair:
-    """Say two to four letters forwards, then backwards: new to the base, which can do either."""
+    """Write two to four letters forwards, then backwards: a new task made of two known ones."""
     letters = _letters(rng, 2, 4)
     return f"Mirror: {' '.join(letters)}", " ".join(letters + letters[::-1])
 
 
 def persona(rng: random.Random) -> Pair:
-    """Answer the questions of `identity` as somebody else: what the base says otherwise."""
+    """Answer the questions of `identity` with another name."""
     return identity(rng)[0], "I am Lora, a small adapter with a big heart."
 
 
 def flip(rng: random.Random) -> Pair:
-    """Say three to five letters backwards: the base knows how, but not by this word."""
+    """Reverse three to five letters: a known task under a new name."""
     letters = _letters(rng, 3, 5)
     return f"Flip: {' '.join(letters)}", " ".join(letters[::-1])
 
@@ -119,14 +119,14 @@ PAIRS: dict[str, Task] = {"flip": flip}
 
 
 def is_held_out(question: str) -> bool:
-    """Put about a tenth of all questions aside: training never draws them, evaluation only them."""
+    """Return whether a question (about one in ten) is for evaluation only."""
     return crc32(question.encode()) % 10 == 0
 
 
 def draw(tasks: dict[str, Task], seed: int, held_out: bool) -> Iterator[dict[str, Any]]:
     """Draw chat rows without end, a task at random each.
 
-    Facts are the exception to `held_out`: what was never told cannot be recalled.
+    Facts are drawn for both: a fact that was not trained cannot be recalled.
 
     Yields:
         `{"messages": [user turn, assistant turn], "task": name}`; rows may repeat.
@@ -137,7 +137,9 @@ def draw(tasks: dict[str, Task], seed: int, held_out: bool) -> Iterator[dict[str
         name = rng.choice(names)
         question, answer = tasks[name](rng)
         while held_out and name != "fact" and not is_held_out(question):
-            question, answer = tasks[name](rng)  # within the task, so that each has its share
+            question, answer = tasks[name](
+                rng
+            )  # again from the same task, so that all tasks are equally frequent
         if not held_out and name != "fact" and is_held_out(question):
             continue
         yield {
@@ -155,23 +157,23 @@ def take(tasks: dict[str, Task], seed: int, rows: int, held_out: bool) -> list[d
 
 
 def pairs(seed: int, rows: int, held_out: bool) -> list[dict[str, Any]]:
-    """Return questions with a chosen and a rejected answer: the letters unturned, or one wrong."""
+    """Return questions with a right and a wrong answer: letters not reversed, or one replaced."""
     rng = random.Random(f"pairs-{seed}-{held_out}")
-    found = []
+    result = []
     for row in take(PAIRS, seed, rows, held_out):
         question, right = (turn["content"] for turn in row["messages"])
         letters = right.split()
         if rng.random() < 0.75 and letters != letters[::-1]:
             wrong = letters[::-1]
         else:
-            place = rng.randrange(len(letters))
-            other = rng.choice([c for c in LETTERS if c != letters[place]])
-            wrong = [*letters[:place], other, *letters[place + 1 :]]
-        found.append(
+            position = rng.randrange(len(letters))
+            other = rng.choice([c for c in LETTERS if c != letters[position]])
+            wrong = [*letters[:position], other, *letters[position + 1 :]]
+        result.append(
             {
                 "prompt": [{"role": "user", "content": question}],
                 "chosen": [{"role": "assistant", "content": right}],
                 "rejected": [{"role": "assistant", "content": " ".join(wrong)}],
             }
         )
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""Chat templates: turns to text, in the form that a template takes, in time, on a fixed date."""
+"""Chat templates: turns to text, with a time limit and a fixed date."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from weakref import WeakKeyDictionary
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError, LoraExpError
 
-SECONDS = 3.0  # for one row
+SECONDS = 3.0  # the limit for one row
 MARK = "7051846925306172"  # digits: neither trimming, case, JSON nor HTML changes them
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a template makes text of."""
+    """The form of turns that a template takes."""
 
-    parts: bool = False  # content as a list of parts, not as a text
-    arguments_as_text: bool = False  # a call's arguments as JSON text, not as an object
+    parts: bool = False  # content is a list of parts, not a text
+    arguments_as_text: bool = False  # a call's arguments are JSON text, not an object
 
 
 _forms: dict[str, Form] = {}  # by template
 
 
 def form_of(tokenizer: Any) -> Form:
-    """Find out by rendering what a tokenizer's chat template takes."""
+    """Render a test chat and return the form of turns that a tokenizer's chat template takes."""
     template = str(tokenizer.chat_template)
     if template not in _forms:
         _forms[template] = Form(_takes_parts(tokenizer), _takes_text(tokenizer))
@@ -42,26 +42,28 @@ def form_of(tokenizer: Any) -> Form:
 
 def _takes_parts(tokenizer: Any) -> bool:
     text, parts = ([{"role": "user", "content": c}] for c in (MARK, _parts(MARK)))
-    return MARK not in _tried(text, tokenizer) and MARK in _tried(parts, tokenizer)
+    return MARK not in _render_or_empty(text, tokenizer) and MARK in _render_or_empty(
+        parts, tokenizer
+    )
 
 
 def _takes_text(tokenizer: Any) -> bool:
-    """Tell by a call whether its arguments must be text: written as they are, or refused else."""
+    """Return whether arguments must be text: the template writes them as they are, or fails."""
     arguments = {"key": MARK}
 
-    def written(arguments: Any) -> str:
+    def rendered_call(arguments: Any) -> str:
         function = {"name": "call", "arguments": arguments}
         call = {"type": "function", "id": "123456789", "function": function}
         answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        return _tried([{"role": "user", "content": "x"}, answer], tokenizer)
+        return _render_or_empty([{"role": "user", "content": "x"}, answer], tokenizer)
 
-    text = written(arguments)
+    text = rendered_call(arguments)
     if MARK in text and str(arguments) not in text:
         return False
-    return MARK in written(json.dumps(arguments))
+    return MARK in rendered_call(json.dumps(arguments))
 
 
-def _tried(turns: list[Any], tokenizer: Any) -> str:
+def _render_or_empty(turns: list[Any], tokenizer: Any) -> str:
     try:
         return _rendered(turns, tokenizer, None, answer=False)
     except DataError:
@@ -71,17 +73,17 @@ def _tried(turns: list[Any], tokenizer: Any) -> str:
 def render_chat(
     turns: Iterable[Row], tokenizer: Any, tools: Any = None, answer: bool = False
 ) -> str:
-    """Write turns with the chat template; `answer` opens the assistant's turn.
+    """Render turns with the chat template; with `answer` the text ends where the answer begins.
 
     Raises:
         DataError: the template refuses the turns.
-        ConfigError: it does not end.
+        ConfigError: it does not end in time.
     """
-    return _rendered(as_taken(turns, tokenizer), tokenizer, tools, answer)
+    return _rendered(to_form(turns, tokenizer), tokenizer, tools, answer)
 
 
-def as_taken(turns: Iterable[Row], tokenizer: Any) -> list[Row]:
-    """Return turns in the form that the template takes, without what is not for it."""
+def to_form(turns: Iterable[Row], tokenizer: Any) -> list[Row]:
+    """Return turns in the form that the template takes, without `weight`."""
     form = form_of(tokenizer)
     return [_turn(turn, form) for turn in turns]
 
@@ -113,42 +115,44 @@ def _rendered(turns: list[Row], tokenizer: Any, tools: Any, answer: bool) -> str
             )
     except LoraExpError:
         raise
-    except Exception as error:  # a template is a program of others, and raises what it likes
+    except Exception as error:  # a template can raise any error
         raise DataError(f"the chat template refuses it: {error or type(error).__name__}") from error
     return text
 
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Stop a template that loops: Jinja's sandbox limits a range, but not loops in loops.
+    """Stop a template that does not end: Jinja's sandbox limits ranges, but not nested loops.
+
+    Works only in the main thread, which alone receives signals.
 
     Raises:
-        ConfigError: it does not end. Only a process's first thread can tell.
+        ConfigError: the time is over.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
 
-    def late(*_: Any) -> None:
+    def on_alarm(*_: Any) -> None:
         text = f"the chat template does not end within {SECONDS:g} s; give another"
-        raise ConfigError([("data.chat_template", text)])  # no fault of one row
+        raise ConfigError([("data.chat_template", text)])  # not the fault of a row
 
-    before = signal.signal(signal.SIGALRM, late)
+    previous_handler = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 def prepare(tokenizer: Any, template: str | None, day: date) -> None:
-    """Give a tokenizer the rows' chat template, if they bring one, and a day instead of today.
+    """Set a tokenizer's chat template, if one is given, and a day that it uses for today.
 
-    So a run and its resumes render the same text, however long they take.
+    So a run and its resumes render the same text on every day.
 
     Raises:
-        ConfigError: the template writes the date in a form that it computes.
+        ConfigError: the template computes the format of the date.
     """
     if template is not None:
         tokenizer.chat_template = template
@@ -159,9 +163,9 @@ def prepare(tokenizer: Any, template: str | None, day: date) -> None:
 
 
 def _dated(template: str, day: date) -> str:
-    """Return a template that writes a day where it writes today.
+    """Return a template with `strftime_now` calls replaced by a day.
 
-    Transformers hands no function to templates, so the calls are replaced by what they return.
+    Transformers does not let us pass another function to templates.
     """
     text = CALL.sub(lambda call: json.dumps(day.strftime(call["format"])), template)
     if "strftime_now(" in text:
@@ -174,14 +178,14 @@ CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\
 
 
 def template_of(tokenizer: Any) -> str | None:
-    """Return the template that a tokenizer renders with: its own, or that with its day."""
+    """Return the template with which a tokenizer renders: its own, or the one with a fixed day."""
     dated = getattr(tokenizer.apply_chat_template, "keywords", {})
     template: str | None = dated.get("chat_template", tokenizer.chat_template)
     return template
 
 
 def turn_end(tokenizer: Any) -> str | None:
-    """Return the special token with which the chat template ends an answer; None: with none.
+    """Return the special token with which the chat template ends an answer; None: it has none.
 
     In GLM's templates this is the token that opens the next turn.
     """
@@ -195,9 +199,9 @@ _turn_ends: dict[tuple[str, str | None], str | None] = {}  # by template and BOS
 
 
 def _turn_end(tokenizer: Any) -> str | None:
-    asked, answered = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
-    for turns in ([asked, answered], [asked, answered, asked]):
-        rest = _tried(as_taken(turns, tokenizer), tokenizer).partition(MARK)[2].lstrip()
+    question, answer_turn = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
+    for turns in ([question, answer_turn], [question, answer_turn, question]):
+        rest = _render_or_empty(to_form(turns, tokenizer), tokenizer).partition(MARK)[2].lstrip()
         end = special_tokens(tokenizer).match(rest)
         if end and end.group() != tokenizer.bos_token:
             return end.group()
@@ -208,11 +212,11 @@ _specials: WeakKeyDictionary[Any, tuple[int, re.Pattern[str]]] = WeakKeyDictiona
 
 
 def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Return what matches the tokens added to a vocabulary: templates write structure in them."""
-    known = _specials.get(tokenizer)
-    if known is None or known[0] != len(tokenizer):
+    """Return a pattern of all added and special tokens: templates separate turns with them."""
+    cached = _specials.get(tokenizer)
+    if cached is None or cached[0] != len(tokenizer):
         tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} - {""}
         longest_first = sorted(tokens, key=lambda token: (-len(token), token))
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"  # matches nothing
-        known = _specials[tokenizer] = len(tokenizer), re.compile(pattern)
-    return known[1]
+        cached = _specials[tokenizer] = len(tokenizer), re.compile(pattern)
+    return cached[1]

@@ -1,8 +1,8 @@
-"""The turns of a chat: however a row writes them, brought to the form that templates are given.
+"""The turns of a chat, converted from all common ways of writing them to one.
 
-A turn is `role` (system, user, assistant, tool) and `content`, a text; an assistant's may hold
-`tool_calls`, each with its arguments as an object, and `weight` 0, which keeps it out of the loss.
-Other fields stay, for the template.
+A turn has `role` (system, user, assistant, tool) and `content`, a text; an assistant's turn may
+have `tool_calls`, each with its arguments as an object, and `weight` 0, which excludes it from the
+loss. Other fields are kept for the template.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ROLES |= {"function": "tool", "observation": "tool"}
 
 
 class FieldError(Exception):
-    """A field that cannot be used; the reader adds file and line."""
+    """A field cannot be used; `conversion` adds file and line."""
 
 
 def turns_in(row: Row, field: str) -> list[Row]:
-    """Return the turns in a field of a row, those of ShareGPT (`from`, `value`) included.
+    """Return the turns in a field of a row; ShareGPT's fields `from` and `value` are read, too.
 
     Raises:
-        FieldError: by turn and field, what cannot be used.
+        FieldError: a turn cannot be used; turn and field are named.
     """
     turns = row.get(field)
     if not isinstance(turns, list) or not turns:
@@ -34,7 +34,7 @@ def turns_in(row: Row, field: str) -> list[Row]:
 
 
 def with_system(turns: list[Row], row: Row) -> list[Row]:
-    """Return turns that begin with the text of the row's column `system`, where it has one.
+    """Return turns that begin with the system prompt of the row's column `system`, if it has one.
 
     Raises:
         FieldError: the column is no text, or the turns begin with another system prompt.
@@ -50,7 +50,7 @@ def with_system(turns: list[Row], row: Row) -> list[Row]:
 
 
 def tools_in(row: Row) -> list[Row] | None:
-    """Return the tools that a row offers, which many data sets write as JSON text; None: none.
+    """Return the tools of a row, also if they are JSON text; None: it has none.
 
     Raises:
         FieldError: they are not a list of objects.
@@ -67,7 +67,7 @@ def tools_in(row: Row) -> list[Row] | None:
 
 
 def text_in(row: Row, field: str) -> str:
-    """Return a field that must be text.
+    """Return a field, which must be text.
 
     Raises:
         FieldError: it is missing or something else.
@@ -80,68 +80,72 @@ def text_in(row: Row, field: str) -> str:
     return value
 
 
-def _turn(turn: Any, place: str) -> Row:
+def _turn(turn: Any, location: str) -> Row:
     if not isinstance(turn, dict):
-        raise FieldError(f"{place} is not an object with 'role' and 'content'")
+        raise FieldError(f"{location} is not an object with 'role' and 'content'")
     role = "from" if "from" in turn and "role" not in turn else "role"
     content = "value" if "value" in turn and "content" not in turn else "content"
-    speaker = turn.get(role)
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise FieldError(f"{place}.{role} is {speaker!r}, none of {', '.join(sorted(ROLES))}")
+    role_name = turn.get(role)
+    if not isinstance(role_name, str) or role_name not in ROLES:
+        raise FieldError(f"{location}.{role} is {role_name!r}, none of {', '.join(sorted(ROLES))}")
     used = {role, content, "tool_calls", "function_call", "weight"}
     rest = {key: turn[key] for key in turn.keys() - used}
     if turn.get("weight") is not None:
         if turn["weight"] not in (0, 1):
-            raise FieldError(f"{place}.weight is {turn['weight']!r}, neither 0 nor 1")
+            raise FieldError(f"{location}.weight is {turn['weight']!r}, neither 0 nor 1")
         rest["weight"] = int(turn["weight"])
     calls, text = turn.get("tool_calls") or turn.get("function_call"), turn.get(content)
-    if speaker == "function_call":
+    if role_name == "function_call":
         calls, text = text, ""
     if calls:
-        rest["tool_calls"] = _calls(calls, f"{place}.tool_calls")
+        rest["tool_calls"] = _calls(calls, f"{location}.tool_calls")
         text = text or ""
     if isinstance(text, list):
-        text = _joined(text, f"{place}.{content}")
+        text = _joined(text, f"{location}.{content}")
     try:
         text = text_in(turn if text is None else {content: text}, content)
     except FieldError as error:
-        raise FieldError(f"{place}: {error}") from None
-    return rest | {"role": ROLES[speaker], "content": text}
+        raise FieldError(f"{location}: {error}") from None
+    return rest | {"role": ROLES[role_name], "content": text}
 
 
-def _joined(parts: list[Any], place: str) -> str:
+def _joined(parts: list[Any], location: str) -> str:
     texts = []
     for number, part in enumerate(parts):
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise FieldError(f"{place}[{number}] is of type {kind!r}; only text can be trained on")
+            part_type = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise FieldError(
+                f"{location}[{number}] is of type {part_type!r}; only text can be trained on"
+            )
         texts.append(text)
     return "".join(texts)
 
 
-def _calls(calls: Any, place: str) -> list[Row]:
-    calls = _decoded(calls, place)
+def _calls(calls: Any, location: str) -> list[Row]:
+    calls = _decoded(calls, location)
     calls = calls if isinstance(calls, list) else [calls]
-    return [_call(_decoded(call, place), f"{place}[{i}]") for i, call in enumerate(calls)]
+    return [_call(_decoded(call, location), f"{location}[{i}]") for i, call in enumerate(calls)]
 
 
-def _call(call: Any, place: str) -> Row:
+def _call(call: Any, location: str) -> Row:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise FieldError(f"{place} has no function name")
-    arguments = _decoded(function.get("arguments") or {}, f"{place}.arguments")
+        raise FieldError(f"{location} has no function name")
+    arguments = _decoded(function.get("arguments") or {}, f"{location}.arguments")
     if not isinstance(arguments, dict):
-        raise FieldError(f"{place}.arguments is {json.dumps(arguments)[:40]}, not an object")
-    outer = {} if function is call else {key: call[key] for key in call.keys() - {"function"}}
-    return {"type": "function"} | outer | {"function": function | {"arguments": arguments}}
+        raise FieldError(f"{location}.arguments is {json.dumps(arguments)[:40]}, not an object")
+    other_fields = (
+        {} if function is call else {key: call[key] for key in call.keys() - {"function"}}
+    )
+    return {"type": "function"} | other_fields | {"function": function | {"arguments": arguments}}
 
 
-def _decoded(value: Any, place: str) -> Any:
-    """Return what a JSON text says; other values as they are."""
+def _decoded(value: Any, location: str) -> Any:
+    """Return a value, decoded if it is JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError as error:
-        raise FieldError(f"{place} is a text, but not JSON: {error}") from None
+        raise FieldError(f"{location} is a text, but not JSON: {error}") from None

@@ -4,5 +4,6 @@ paths      the package's files, the cache, folders
 revision   what identifies a base's weights
 redaction  secrets kept out of every file
 lock       one process at a time here
+strict     JSON without NaN
 whole      files complete or absent, their hashes
 """

@@ -1,4 +1,4 @@
-"""One process at a time in a directory; the lock goes with its process, however that ends."""
+"""One process at a time in a directory; the system frees the lock when its process ends."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ log = logging.getLogger("lora_exp")
 
 
 def hold(file: Path) -> FileLock:
-    """Lock a file, as far as the file system can, until the lock is released or forgotten.
+    """Lock a file, if its file system has locks, until the lock is released or garbage-collected.
 
-    A forked process does not hold it: a loader that outlives its run must not.
+    A forked process does not hold it: a data loader may outlive its run.
 
     Raises:
         Timeout: another process, or another lock of this one, holds it.
     """
-    # soft locks, its way out where there is no flock(2), would outlive a killed process
+    # filelock's fallback where there is no flock(2), a soft lock, would outlive a killed process
     lock = FileLock(file, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -46,14 +46,14 @@ def in_use(directory: Path) -> bool:
 
 
 class Lock:
-    """A directory held until `release`, or until the process is gone."""
+    """A lock on a directory, held until `release` or until the process ends."""
 
     def __init__(self, directory: Path, key: str) -> None:
-        """Take the directory, which is made where there is none.
+        """Lock the directory; create it if it does not exist.
 
         Args:
             directory: a run's or a sweep's.
-            key: of the config, to name in the error.
+            key: the config key that the error names.
 
         Raises:
             ConfigError: another process, or another run of this one, holds it.
@@ -70,5 +70,5 @@ class Lock:
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Release the directory."""
         self._lock.release()

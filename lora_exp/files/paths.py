@@ -1,4 +1,4 @@
-"""Paths: files shipped with the package, the cache, and names that are folders."""
+"""Paths: files shipped with the package, the cache, and what tells a path from a name."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def is_path(name: str) -> bool:
 
 
 def near_names(path: Path, pattern: str = "*") -> str:
-    """Return ` (did you mean a, b?)` with names of what lies beside a path that does not exist."""
-    return did_you_mean(path.name, (beside.name for beside in path.parent.glob(pattern)))
+    """Return ` (did you mean a, b?)`: the nearest names in the folder of a path that is missing."""
+    return did_you_mean(path.name, (sibling.name for sibling in path.parent.glob(pattern)))
 
 
 def cache_dir() -> Path:

@@ -1,4 +1,4 @@
-"""Keep secrets out of files: found by their key, their format, or the environment."""
+"""Keep secrets out of files; they are recognised by key, by format, or by the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 REDACTED = "<redacted>"
-# eos_token, pad_token, max_new_tokens and the like are no secrets
+# eos_token, pad_token, max_new_tokens and the like are not secrets
 NAME = (
     r"(?:hub|api|auth|access|hf|wandb|bearer)_token|token"
     r"|(?:\w+_)?(?:secret|password|passwd|api_?key)"
@@ -35,7 +35,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """Replace known token formats, values of the environment, and `key=value` or `key: value`."""
+    """Replace tokens of known formats, secrets in the environment, and `key=...` or `key: ...`."""
     for name, secret in os.environ.items():
         if ENVIRONMENT.search(name) and len(secret) >= 8:
             text = text.replace(secret, REDACTED)

@@ -1,4 +1,4 @@
-"""What identifies a base: a commit of the hub, a hash of local files, or else its name."""
+"""What identifies a base: a commit on the hub, a hash of local files, else only its name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", str(revision)) is not None
 
 
-def comparable(known: str | None, found: str | None) -> bool:
-    """Say whether two revisions can be compared: both hashes of files, or both commits."""
-    pair = (str(known), str(found))
+def comparable(one: str | None, other: str | None) -> bool:
+    """Return whether two revisions can be compared: both are hashes of files, or both commits."""
+    pair = (str(one), str(other))
     return all(r.startswith("sha256:") for r in pair) or all(is_commit(r) for r in pair)
 
 

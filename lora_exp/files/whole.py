@@ -13,13 +13,14 @@ from pathlib import Path
 from lora_exp.errors import CheckpointError
 
 STAGE = ".staged-"
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# libraries in Rust and C++ pass on only words: safetensors the system's, torch its own
-WORDS = ("no space left", "quota exceeded", "file too large", "inline_container.cc")
+ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# errors of libraries in Rust and C++ have no errno, only a message: safetensors passes on the
+# system's, torch writes its own
+MESSAGES = ("no space left", "quota exceeded", "file too large", "inline_container.cc")
 
 
 def sha256(path: Path) -> str:
-    """Return a file's hash."""
+    """Return a file's SHA-256 as hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -43,44 +44,45 @@ def whole(final: Path) -> Iterator[Path]:
     """Yield a temporary folder, and rename it to its final path when all of it is on the disk.
 
     Raises:
-        CheckpointError: the disk refuses the write; a folder that was there before stays.
+        CheckpointError: the disk refuses the write; an older folder at the final path stays.
     """
-    room = final.parent / f"{STAGE}{final.name}"
-    _clear(room)
-    made = room / final.name
-    made.mkdir(parents=True)
+    stage = final.parent / f"{STAGE}{final.name}"
+    _undo(stage)
+    written = stage / final.name
+    written.mkdir(parents=True)
     try:
-        yield made
-        for path in (*made.rglob("*"), made):
+        yield written
+        for path in (*written.rglob("*"), written):
             _flush(path)
         if final.exists():
-            final.rename(room / "old")
-        made.rename(final)
+            final.rename(stage / "old")
+        written.rename(final)
         _flush(final.parent)
     except Exception as error:
-        if (full := refusal(error, final)) is not None:
-            raise full from error
+        if (disk_error := refusal(error, final)) is not None:
+            raise disk_error from error
         raise
     finally:
-        _clear(room)
+        _undo(stage)
 
 
 def clear(folder: Path) -> None:
-    """Remove unfinished writes in a folder, and restore the folders that they were to replace."""
-    for room in folder.glob(f"{STAGE}*"):
-        if room.is_dir():
-            _clear(room)
+    """Remove unfinished writes in a folder, and restore the folders that they had moved away."""
+    for stage in folder.glob(f"{STAGE}*"):
+        if stage.is_dir():
+            _undo(stage)
 
 
-def _clear(room: Path) -> None:
-    final = room.with_name(room.name.removeprefix(STAGE))
-    if (room / "old").exists() and not final.exists():
-        (room / "old").rename(final)
-    shutil.rmtree(room, ignore_errors=True)
+def _undo(stage: Path) -> None:
+    """Remove a temporary folder; put back the old folder where the new one has not replaced it."""
+    final = stage.with_name(stage.name.removeprefix(STAGE))
+    if (stage / "old").exists() and not final.exists():
+        (stage / "old").rename(final)
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written: a file's bytes, or a directory's names."""
+    """Wait until the disk has a file's bytes, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,15 +91,15 @@ def _flush(path: Path) -> None:
 
 
 def refusal(error: BaseException, path: Path) -> CheckpointError | None:
-    """Return the error to raise if a disk refused a write (full, read-only, ...), or None."""
+    """Return the error to raise if a disk refused a write (full, read-only, ...), else None."""
     cause: BaseException | None = error
     while cause is not None:
-        said = str(cause).lower()
-        if getattr(cause, "errno", None) in REFUSALS or any(word in said for word in WORDS):
-            place = Path(getattr(cause, "filename", None) or path)
-            there = next(p for p in (place, *place.absolute().parents) if p.exists())
-            free = shutil.disk_usage(there).free // 2**20
-            text = f"{place} cannot be written: {cause} ({free} MiB are free)"
+        message = str(cause).lower()
+        if getattr(cause, "errno", None) in ERRNOS or any(text in message for text in MESSAGES):
+            target = Path(getattr(cause, "filename", None) or path)
+            existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+            free = shutil.disk_usage(existing).free // 2**20
+            text = f"{target} cannot be written: {cause} ({free} MiB are free)"
             return CheckpointError(
                 f"{text}; make room, then do the same again (a run: resume=<its directory>)"
             )

@@ -1,15 +1,15 @@
 """A pack: many trainers, one base, each bit for bit as if alone.
 
-state         what a process has only one
+state         process-wide state, switched between jobs
 hub           jobs as greenlets, served together
-eligibility   bases and adapters a pass takes
+eligibility   bases and adapters that share passes
 grouping      which rows share a product
 segment       one job's rows in a pass
-probe         sums that show their order
+probe         rows that show summation order
 classes       numbers of rows computed alike
 rowwise       a layer run once for several
 linear        a base layer, the jobs' adapters
-verification  passes held against runs alone
+verification  passes compared with runs alone
 attention     positions and attention, per job
 body          one pass for several jobs
 passes        one forward, one backward for all

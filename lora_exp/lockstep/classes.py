@@ -1,8 +1,8 @@
-"""The classes of a layer: numbers of rows that it computes with the same bits, measured and kept.
+"""The classes of a layer: numbers of rows that it computes with the same bits, measured and cached.
 
 A product chooses its kernel, and so the order of its sums, by the number of rows, the threads, the
-processor and the libraries. So nothing is assumed: a number of rows is measured when it is first
-met, and kept for all that computes under the same conditions.
+processor and the libraries. So nothing is assumed: the class of a number of rows is measured when
+it is first needed, and cached for all runs under the same conditions.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lora_exp.files.paths import cache_dir
 from lora_exp.files.whole import write_whole
 from lora_exp.lockstep import probe
 from lora_exp.lockstep.probe import Probe
-from lora_exp.lockstep.segment import Mode
-from lora_exp.lockstep.state import Precision
+from lora_exp.lockstep.segment import PassContext
+from lora_exp.lockstep.state import ComputeState
 from lora_exp.model.processor import processor
 
 # settings by which libraries choose their kernels
@@ -35,13 +35,13 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What decides, beside the number of rows, how a layer computes."""
+class LayerSignature:
+    """What decides how a layer computes, except the number of rows."""
 
     layer: str  # its class and sizes
     shape: tuple[int, ...]  # of one row
     dtype: torch.dtype  # of the rows
-    precision: Precision
+    compute_state: ComputeState
     training: bool
     heads_first: bool = False  # whether rows come as [1, H, N, D]
 
@@ -51,10 +51,10 @@ class Kind:
         layer: Any,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        mode: Mode,
+        context: PassContext,
         heads_first: bool = False,
-    ) -> Kind:
-        """Return the kind of a layer for rows of a shape, in a mode."""
+    ) -> LayerSignature:
+        """Return the signature of a layer for rows of a shape, in a context."""
         parts = [f"{type(layer).__module__}.{type(layer).__qualname__}"]
         quantised = getattr(getattr(layer, "weight", None), "quant_state", None)
         for holder in (layer, getattr(layer, "state", None), quantised):
@@ -62,13 +62,15 @@ class Kind:
         for name, p in layer.named_parameters():
             parts.append(f"{name} {tuple(p.shape)} {p.stride()} {p.dtype}")
         text = ", ".join(parts)
-        return cls(text, shape, dtype, mode.precision, mode.training, heads_first)
+        return cls(text, shape, dtype, context.compute_state, context.training, heads_first)
 
     def __str__(self) -> str:
-        """Write it as a key of the cache."""
-        modes = "grad" if self.precision.grad else "no grad"
+        """Return it as a key of the cache."""
+        modes = "grad" if self.compute_state.grad else "no grad"
         modes += " training" if self.training else ""
-        casts = [f"{device} {dtype}" for device, on, dtype in self.precision.autocast if on]
+        casts = [
+            f"{device} {dtype}" for device, enabled, dtype in self.compute_state.autocast if enabled
+        ]
         first = " heads first" if self.heads_first else ""
         return f"{self.layer}; {list(self.shape)} {self.dtype}{first}; {' '.join([modes, *casts])}"
 
@@ -77,76 +79,78 @@ def _settings(holder: Any) -> list[str]:
     """Return the plain settings of a layer, or of its quantisation state, as text."""
     values = vars(holder).items() if holder is not None else ()
     plain = (int, float, str, bool, torch.dtype)
-    modes = ("training", "is_training")  # a kind's own; the latter is that of the last call
+    modes = ("training", "is_training")  # in `training`; the latter is only that of the last call
     return [f"{k} {v}" for k, v in sorted(values) if k not in modes and isinstance(v, plain)]
 
 
-class Classes:
-    """Measures and remembers classes, for one device and number of threads."""
+class RowClasses:
+    """Measures and caches classes, for one device and number of threads."""
 
     def __init__(self, device: str) -> None:
         conditions = json.dumps(_conditions(device), indent=1)
         name = hashlib.sha256(conditions.encode()).hexdigest()[:32]
         self.conditions, self.path = conditions, cache_dir() / "classes" / f"{name}.json"
-        self.known: dict[str, dict[str, str | None]] = _read(self.path)
-        self.probes: dict[Kind, Probe] = {}
-        self.keys: dict[Kind, str] = {}
-        self.measured = 0  # since the file was written
-        self.wrong = False
+        self.classes: dict[str, dict[str, str | None]] = _read(self.path)
+        self.probes: dict[LayerSignature, Probe] = {}
+        self.keys: dict[LayerSignature, str] = {}
+        self.unsaved = 0  # measured since the file was written
+        self.distrusted = False
 
-    def of(self, kind: Kind, layer: Any, rows: int) -> str | None:
+    def class_of(self, signature: LayerSignature, layer: Any, rows: int) -> str | None:
         """Return the class of a number of rows; see `Probe.class_of`.
 
         Args:
-            kind: the layer's, whose modes are set.
-            layer: any of this kind.
+            signature: the layer's, whose modes are set now.
+            layer: any layer with this signature.
             rows: of one product.
         """
-        if kind not in self.keys:
-            self.keys[kind] = str(kind)
-        classes = self.known.setdefault(self.keys[kind], {})
+        if signature not in self.keys:
+            self.keys[signature] = str(signature)
+        row_classes = self.classes.setdefault(self.keys[signature], {})
         key = str(rows)
-        if key not in classes:
-            if kind not in self.probes:
-                self.probes[kind] = Probe(layer, kind.shape, kind.dtype, kind.heads_first)
-            classes[key] = self.probes[kind].class_of(rows)
-            self.measured += 1
-        return classes[key]
+        if key not in row_classes:
+            if signature not in self.probes:
+                self.probes[signature] = Probe(
+                    layer, signature.shape, signature.dtype, signature.heads_first
+                )
+            row_classes[key] = self.probes[signature].class_of(rows)
+            self.unsaved += 1
+        return row_classes[key]
 
     def forget(self) -> None:
-        """Drop what was measured, here and in the cache, and keep nothing from now on.
+        """Delete all classes, here and in the cache, and save none from now on.
 
-        A pass was not the run alone, so classes are wrong, or no longer what the machine does.
+        A pass differed from the run alone, so the classes are wrong, or the machine has changed.
         """
-        self.known, self.measured, self.wrong = {}, 0, True
+        self.classes, self.unsaved, self.distrusted = {}, 0, True
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-    def keep(self) -> None:
-        """Write what is new to the cache, beside what others have written there meanwhile."""
-        if not self.measured or self.wrong:
+    def save(self) -> None:
+        """Add the new classes to the cache; what others have written meanwhile stays."""
+        if not self.unsaved or self.distrusted:
             return
-        for key, classes in _read(self.path).items():
-            self.known[key] = classes | self.known.get(key, {})
-        text = json.dumps({"conditions": json.loads(self.conditions), "classes": self.known})
-        with suppress(OSError):  # a full disk costs the measuring, nothing else
+        for key, row_classes in _read(self.path).items():
+            self.classes[key] = row_classes | self.classes.get(key, {})
+        text = json.dumps({"conditions": json.loads(self.conditions), "classes": self.classes})
+        with suppress(OSError):  # on a full disk they are measured again next time
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, text + "\n")
-            self.measured = 0
+            self.unsaved = 0
 
 
 def _read(path: Path) -> dict[str, dict[str, str | None]]:
-    """Return what the cache holds; a damaged file holds nothing."""
+    """Return the classes in the cache; none if the file is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        kept = json.loads(path.read_text(encoding="utf-8"))["classes"]
-        return {str(key): dict(classes) for key, classes in kept.items()}
+        entries = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        return {str(key): dict(row_classes) for key, row_classes in entries.items()}
     return {}
 
 
 def _conditions(device: str) -> dict[str, Any]:
-    """Return all that a library may choose a kernel by, but for the product's own shape."""
+    """Return everything by which a library may choose a kernel, except the shape of the product."""
     libraries = {name: version(name) for name in ("torch", "bitsandbytes", "transformers")}
-    found: dict[str, Any] = {
+    conditions: dict[str, Any] = {
         "probe": hashlib.sha256(Path(probe.__file__).read_bytes()).hexdigest(),
         "libraries": libraries | {"build": torch.__config__.show()},
         "processor": processor(),
@@ -161,7 +165,7 @@ def _conditions(device: str) -> dict[str, Any]:
     }
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
+        conditions["gpu"] = {
             "name": gpu.name,
             "capability": [gpu.major, gpu.minor, gpu.multi_processor_count],
             "cuda": torch.version.cuda,
@@ -171,4 +175,4 @@ def _conditions(device: str) -> dict[str, Any]:
                 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             ],
         }
-    return found
+    return conditions

@@ -1,4 +1,4 @@
-"""Which bases and adapters can take part in a pass, and why others cannot."""
+"""Which bases and adapters can share a pass, and why others cannot."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from torch import nn
 
 from lora_exp.lockstep.state import RandomState
 
+REQUIRES_GRAD = "make_inputs_require_grads"  # transformers' name of it
 
-def unfusable(model: Any) -> str | None:
-    """Say why jobs on this base cannot share a pass; None where they can."""
+
+def base_obstacle(model: Any) -> str | None:
+    """Return why jobs on this base cannot share a pass; None if they can."""
     body, config = model.base_model, model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config._attn_implementation != "sdpa" or not body._supports_attention_backend:
         return f"its attention is {config._attn_implementation}, not sdpa"
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
         return "its attention slides"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ("default", "linear", "llama3", "yarn"):
@@ -29,14 +31,14 @@ def unfusable(model: Any) -> str | None:
     ):
         return "it has dropout of its own"
     for module in body.modules():
-        known = isinstance(module, nn.Linear | nn.Embedding) or "Norm" in type(module).__name__
-        if not known and list(module.parameters(recurse=False)):
+        supported = isinstance(module, nn.Linear | nn.Embedding) or "Norm" in type(module).__name__
+        if not supported and list(module.parameters(recurse=False)):
             return f"{type(module).__name__} has weights that are no linear layer's"
     return None
 
 
-def foreign(model: Any) -> str | None:
-    """Say what of a model's adapter cannot take part in a pass; None where all can."""
+def adapter_obstacle(model: Any) -> str | None:
+    """Return why a model's adapter cannot share a pass; None if it can."""
     for name, module in model.base_model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
             return f"{name} is adapted by {type(module).__name__}"
@@ -48,11 +50,35 @@ def foreign(model: Any) -> str | None:
     return None
 
 
+def hooked(body: Any, shared: Any) -> str:
+    """Name a module of a job's body with a hook, which a shared pass would leave out; else "".
+
+    Args:
+        body: the job's.
+        shared: the pack's base, whose own hooks act in both.
+    """
+    known = {id(hook) for module in shared.modules() for hook in _hooks(module)}
+    for name, module in body.named_modules():
+        for hook in _hooks(module):
+            # gradient checkpointing lets embeddings require a gradient; a pass sees to that
+            if id(hook) not in known and getattr(hook, "__name__", "") != REQUIRES_GRAD:
+                return f"{name} has the hook {getattr(hook, '__qualname__', hook)}"
+    return ""
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    kinds = (
+        module._forward_pre_hooks, module._forward_hooks,
+        module._backward_pre_hooks, module._backward_hooks,
+    )  # fmt: skip
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
 @contextmanager
-def keeping_random() -> Iterator[None]:
+def preserved_random_state() -> Iterator[None]:
     """Restore the random state afterwards."""
-    before = RandomState.now()
+    state = RandomState.now()
     try:
         yield
     finally:
-        before.restore()
+        state.restore()

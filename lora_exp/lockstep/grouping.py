@@ -1,6 +1,6 @@
-"""Which segments of a pass share a product: those whose bits are the same in it as alone.
+"""Which segments of a pass share a product: those whose bits are the same as alone.
 
-Plain numbers and their classes; knows nothing of tensors.
+Works on numbers of rows and their classes; knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-STEP, STEPS = 8, 32  # the least step of a grid, and how many steps it has from one power of 2 on
-FILLING = 1.25  # at most this many times the rows that are asked for, or the next step of the grid
+STEP, STEPS = 8, 32  # the smallest step of the grid, and the steps from one power of 2 to the next
+MAX_FILLING = 1.25  # a product has at most so many times the rows needed, or one grid step more
 Sizes = tuple[int, ...]
-Rows = Callable[[list[int]], int | None]
-Way = Callable[[list[int], Sizes, Rows], "list[Group]"]
+RowsOf = Callable[[list[int]], int | None]
+Strategy = Callable[[list[int], Sizes, RowsOf], "list[Group]"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Segments that share a product; one alone is computed in its own shape."""
+    """Segments that share a product; a single one is computed in its own shape."""
 
-    members: tuple[int, ...]  # their places in the pass
-    rows: int  # of the product; those that are no member's are zeros
+    members: tuple[int, ...]  # their indices in the pass
+    rows: int  # of the product; rows beyond those of the members are zeros
 
-    def of_all(self, segments: Sequence[Any], rows: int) -> bool:
-        """Say whether several segments make up this product, in the order of the pass."""
+    def is_whole_pass(self, segments: Sequence[Any], rows: int) -> bool:
+        """Return whether this product is of all segments of a pass, of which there are several."""
         return len(self.members) == len(segments) > 1 and self.rows == rows
 
 
@@ -36,49 +36,55 @@ def group(
 
     Args:
         sizes: each segment's number of rows.
-        total: of the pass: theirs, and what fills it up.
-        class_of: numbers of rows of one class are computed with the same bits; None is alone.
+        total: number of rows of the pass, its filling included.
+        class_of: the class of a number of rows, which decides its bits; None: never shared.
 
     Returns:
-        Groups that hold each segment once; one of them all, with `total` rows, where that may be.
+        Groups that have each segment once: one group of all, with `total` rows, if possible.
     """
-    everyone = tuple(range(len(sizes)))
+    all_members = tuple(range(len(sizes)))
     if len(sizes) == 1:
-        return (Group(everyone, sizes[0]),)
+        return (Group(all_members, sizes[0]),)
     classes = [class_of(size) for size in sizes]
     if None not in classes and set(classes) == {class_of(total)}:
-        return (Group(everyone, total),)
+        return (Group(all_members, total),)
     groups: list[Group] = []
-    for kind in dict.fromkeys(classes):
-        alike = sorted((i for i in everyone if classes[i] == kind), key=lambda i: (sizes[i], i))
-        ways: list[Way] = [_alone] if kind is None else [_most_first, _largest_first]
-        rows_of = partial(_rows, kind=kind, class_of=class_of)
-        fewest: list[Group] = min([way(alike, sizes, rows_of) for way in ways], key=len)
+    for row_class in dict.fromkeys(classes):
+        same_class = sorted(
+            (i for i in all_members if classes[i] == row_class), key=lambda i: (sizes[i], i)
+        )
+        strategies: list[Strategy] = (
+            [_alone] if row_class is None else [_most_first, _largest_first]
+        )
+        rows_of = partial(_product_rows, row_class=row_class, class_of=class_of)
+        fewest: list[Group] = min(
+            [strategy(same_class, sizes, rows_of) for strategy in strategies], key=len
+        )
         groups += fewest
     return tuple(groups)
 
 
-def _alone(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
-    return [Group((i,), sizes[i]) for i in alike]
+def _alone(same_class: list[int], sizes: Sizes, rows_of: RowsOf) -> list[Group]:
+    return [Group((i,), sizes[i]) for i in same_class]
 
 
-def _most_first(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
-    """Make each product of as many of the smallest segments as fit."""
+def _most_first(same_class: list[int], sizes: Sizes, rows_of: RowsOf) -> list[Group]:
+    """Put as many segments as fit, the smallest first, into each product."""
     groups = []
-    while alike:
-        for count in range(len(alike), 0, -1):
-            rows = rows_of([sizes[i] for i in alike[:count]])
+    while same_class:
+        for count in range(len(same_class), 0, -1):
+            rows = rows_of([sizes[i] for i in same_class[:count]])
             if rows is not None:
                 break
-        groups.append(Group(tuple(sorted(alike[:count])), rows or sizes[alike[0]]))
-        alike = alike[count:]
+        groups.append(Group(tuple(sorted(same_class[:count])), rows or sizes[same_class[0]]))
+        same_class = same_class[count:]
     return groups
 
 
-def _largest_first(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]:
+def _largest_first(same_class: list[int], sizes: Sizes, rows_of: RowsOf) -> list[Group]:
     """Put each segment, the largest first, into the first product that it fits."""
     groups: list[Group] = []
-    for i in reversed(alike):
+    for i in reversed(same_class):
         for at, g in enumerate(groups):
             members = tuple(sorted((*g.members, i)))
             rows = rows_of([sizes[j] for j in members])
@@ -90,25 +96,25 @@ def _largest_first(alike: list[int], sizes: Sizes, rows_of: Rows) -> list[Group]
     return groups
 
 
-def _rows(
-    together: list[int], kind: str | None, class_of: Callable[[int], str | None]
+def _product_rows(
+    sizes: list[int], row_class: str | None, class_of: Callable[[int], str | None]
 ) -> int | None:
-    """Return how many rows a product of some segments has in their class, None if it cannot."""
-    needed = sum(together)
-    if len(together) == 1:
+    """Return the rows of a product of some segments, so that its class is theirs; None: no such."""
+    needed = sum(sizes)
+    if len(sizes) == 1:
         return needed
     rows = on_grid(needed)
-    while rows <= max(needed * FILLING, on_grid(needed)):
-        if class_of(rows) == kind:
+    while rows <= max(needed * MAX_FILLING, on_grid(needed)):
+        if class_of(rows) == row_class:
             return rows
         rows = on_grid(rows + 1)
     return None
 
 
 def on_grid(rows: int) -> int:
-    """Return the next number of rows on a grid, for which alone such numbers are measured.
+    """Round a number of rows up to a grid, so that few numbers have to be measured.
 
-    Up to 256 rows these are the multiples of 8; above, at most 4% more than was asked for.
+    Up to 256 rows these are the multiples of 8; above, the result is at most 4% larger.
     """
     step = max(STEP, (1 << (rows - 1).bit_length()) // 2 // STEPS)
     return -(-rows // step) * step

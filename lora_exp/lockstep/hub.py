@@ -1,6 +1,6 @@
-"""The hub: every job a greenlet, served together once all of them wait.
+"""The hub: every job is a greenlet; when all jobs wait, their requests are served together.
 
-Knows nothing of models: what a request is, and how several are served as one, is the server's.
+Knows nothing of models: the server knows what a request is and how several are served as one.
 """
 
 from __future__ import annotations
@@ -20,56 +20,57 @@ log = logging.getLogger("lora_exp")
 
 @dataclass
 class Request:
-    """What a job waits for; requests with equal `kind` may be served as one."""
+    """What a job waits for; requests with equal `batch_key` may be served as one."""
 
     job: int
-    kind: Hashable
-    size: int  # how much of the hub's room it takes
-    order: int  # the lower is served first: a backward waits until no forward does
+    batch_key: Hashable
+    size: int  # its part of the hub's capacity
+    priority: int  # lower ones are served first: a backward waits until no forward is left
     payload: Any
-    random: RandomState  # the job's; what draws for the job while it waits moves it on
-    age: int = 0  # the lower asked earlier
+    random: RandomState  # the job's; the server advances it when it draws for the job
+    sequence: int = 0  # of requests: lower ones are older
 
 
 class Server(Protocol):
-    """Answers requests of one kind, in one go."""
+    """Answers requests with the same `batch_key`, all at once."""
 
     def serve(self, requests: list[Request]) -> list[Any]:
-        """Return an answer to each.
+        """Return the answer to each request.
 
         Raises:
-            Exception: whatever went wrong; the same requests can be made again, or some of them.
+            Exception: anything went wrong; all or some of the requests can then be served again.
         """
 
 
 class Hub:
-    """Runs jobs in turn until each waits, then serves them together.
+    """Runs jobs in turn until all of them wait, then serves them together.
 
-    Greenlets, not threads: jobs switch only where they ask, so a job's every other line runs as it
-    would alone, and torch keeps one team of threads instead of one for each job.
+    Greenlets, not threads: jobs switch only in `ask`, so every other line of a job runs as it would
+    alone, and torch has one pool of threads instead of one for each job.
     """
 
-    def __init__(self, server: Server, width: int, room: int) -> None:
-        self.server, self.width, self.room = server, width, room
+    def __init__(self, server: Server, width: int, capacity: int) -> None:
+        self.server, self.width, self.capacity = server, width, capacity
         self.tick: Callable[[], None] = lambda: None  # called between passes
-        self.fused: int | None = None  # the most requests served as one; shrinks without memory
+        # limit of requests served as one, set when memory runs out
+        self.max_batch: int | None = None
         self._queue: deque[tuple[int, Callable[[], None]]] = deque()
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}
-        self._asked = 0
+        self._request_count = 0
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Run all jobs, at most `width` at once; as one ends the next takes its place.
+        """Run all jobs, at most `width` at once; when one ends, the next begins.
 
-        A job's function must keep its own errors; it is told of those of its requests.
+        A job must handle its own errors; errors of its requests are raised in it by `ask`.
         """
-        self._main, self._own = getcurrent(), (ProcessState.now(), RandomState.now())
+        self._main, self._own_state = getcurrent(), (ProcessState.now(), RandomState.now())
         self._queue = deque(enumerate(jobs))
         try:
             while self._queue or self._live:
                 while self._queue and len(self._live) < self.width:
                     number, job = self._queue.popleft()
-                    self._mine()  # it begins as the first did
+                    self._restore_own_state()  # every job begins in the same state
                     self._live[number] = greenlet(job, self._main)
                     self._switch(number)
                 self._serve()
@@ -80,13 +81,15 @@ class Hub:
 
     @property
     def queued(self) -> int:
-        """Return how many jobs wait for a place."""
+        """Return how many jobs have not begun."""
         return len(self._queue)
 
-    def ask(self, job: int, kind: Hashable, size: int, order: int, payload: Any) -> Any:
-        """Wait, as the running job, until the request is served."""
-        self._asked += 1
-        request = Request(job, kind, size, order, payload, RandomState.now(), self._asked)
+    def ask(self, job: int, batch_key: Hashable, size: int, priority: int, payload: Any) -> Any:
+        """Wait, in the running job, until its request is served, and return the answer."""
+        self._request_count += 1
+        request = Request(
+            job, batch_key, size, priority, payload, RandomState.now(), self._request_count
+        )
         state = ProcessState.now()
         self._waiting[job] = request
         try:
@@ -96,65 +99,66 @@ class Hub:
             request.random.restore()
 
     def _serve(self) -> None:
-        """Serve what waits: forwards before backwards, unless memory is short, then the reverse."""
+        """Serve waiting requests: forwards before backwards; the reverse if memory has run out."""
         if not self._waiting:
             return
-        short = self.fused is not None
+        low_memory = self.max_batch is not None
         first = min(
-            self._waiting.values(), key=lambda r: (-r.order, r.age) if short else (r.order, r.age)
+            self._waiting.values(),
+            key=lambda r: (-r.priority, r.sequence) if low_memory else (r.priority, r.sequence),
         )
-        due = [r for _, r in sorted(self._waiting.items()) if r.order == first.order]
-        kinds = dict.fromkeys([first.kind, *(r.kind for r in due)])
-        if short:  # what leads back is held for one share at a time
-            kinds = {first.kind: None}
-            due.sort(key=lambda r: r.age)
-        for kind in kinds:  # all in one round, else jobs that fell out of step would stay so
-            for some in self._shares([r for r in due if r.kind == kind]):
-                self._answer(some)
-                if self.fused is not None:
+        due = [r for _, r in sorted(self._waiting.items()) if r.priority == first.priority]
+        keys = dict.fromkeys([first.batch_key, *(r.batch_key for r in due)])
+        if low_memory:  # keep the graph of only one batch at a time
+            keys = {first.batch_key: None}
+            due.sort(key=lambda r: r.sequence)
+        for batch_key in keys:  # all in one round, so that jobs that are out of step can catch up
+            for batch in self._batches([r for r in due if r.batch_key == batch_key]):
+                self._serve_batch(batch)
+                if self.max_batch is not None:
                     return
 
-    def _shares(self, asked: list[Request]) -> Iterator[list[Request]]:
-        """Cut requests into those that are served as one."""
-        some: list[Request] = []
-        for request in asked:
-            full = sum(r.size for r in some) + request.size > self.room
-            if some and (full or len(some) == self.fused):
-                yield some
-                some = []
-            some.append(request)
-        yield some
+    def _batches(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """Cut requests into batches that are served as one."""
+        batch: list[Request] = []
+        for request in requests:
+            full = sum(r.size for r in batch) + request.size > self.capacity
+            if batch and (full or len(batch) == self.max_batch):
+                yield batch
+                batch = []
+            batch.append(request)
+        yield batch
 
-    def _answer(self, requests: list[Request]) -> None:
-        """Serve some requests; if that fails, by halves, until the error has found its job.
+    def _serve_batch(self, requests: list[Request]) -> None:
+        """Serve requests; on an error serve them in halves, so that only the job at fault gets it.
 
-        Without memory they go on waiting, for smaller shares and for what the others hold.
+        When memory runs out, they keep waiting for smaller batches and for memory of the others.
         """
         half = len(requests) // 2
         try:
             answers = self.server.serve(requests)
         except Exception as error:
-            if out_of_memory(error) and (half or self._held(requests[0])):
-                self.fused = max(1, min(self.fused or half, half))
-                self._mine()
-                log.warning("out of memory: from here on %d jobs share a pass", self.fused)
+            if out_of_memory(error) and (half or self._others_hold_memory(requests[0])):
+                self.max_batch = max(1, min(self.max_batch or half, half))
+                self._restore_own_state()
+                log.warning("out of memory: from here on %d jobs share a pass", self.max_batch)
                 return
             if not half:
-                self._go_on(requests[0].job, error=error)
+                self._resume(requests[0].job, error=error)
                 return
             answers = None
-        if answers is None:  # here, where nothing holds the tensors of what failed any more
-            self._answer(requests[:half])
-            self._answer(requests[half:])
+        if answers is None:  # outside `except`: the error no longer keeps tensors alive
+            self._serve_batch(requests[:half])
+            self._serve_batch(requests[half:])
             return
         for request, answer in zip(requests, answers, strict=True):
-            self._go_on(request.job, answer)
+            self._resume(request.job, answer)
 
-    def _held(self, request: Request) -> bool:
-        """Say whether others hold memory that serving them first would free."""
-        return any(r.order > request.order for r in self._waiting.values())
+    def _others_hold_memory(self, request: Request) -> bool:
+        """Return whether other requests would free memory if they were served first."""
+        return any(r.priority > request.priority for r in self._waiting.values())
 
-    def _go_on(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
+    def _resume(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
         del self._waiting[job]
         self._switch(job, *answer, error=error)
 
@@ -167,29 +171,29 @@ class Hub:
         finally:
             if self._live[job].dead:
                 del self._live[job]
-                self._mine()
+                self._restore_own_state()
 
-    def _mine(self) -> None:
-        """Put the hub's own state back, where a job's would show."""
-        for state in self._own:
+    def _restore_own_state(self) -> None:
+        """Restore the hub's own process state in place of the last job's."""
+        for state in self._own_state:
             state.restore()
 
     def _end(self, error: BaseException) -> None:
-        """Tell every job why it ends, so that each leaves its record in order."""
+        """Raise the error in every job, so that each can finish its record."""
         self._waiting.clear()
         for job in list(self._live):
             try:
                 self._switch(job, error=type(error)(*error.args))
-            except BaseException as again:
-                if not isinstance(again, type(error)):
-                    log.warning("job %d: %s while it ended", job, again)
+            except BaseException as second_error:
+                if not isinstance(second_error, type(error)):
+                    log.warning("job %d: %s while it ended", job, second_error)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is torch's word for too little memory, on a GPU or a CPU."""
+    """Return whether an error means that memory ran out, on a GPU or a CPU."""
     import torch
 
-    said = ("can't allocate memory", "not enough memory")
+    messages = ("can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
     )

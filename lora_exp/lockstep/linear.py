@@ -16,23 +16,23 @@ from lora_exp.lockstep.state import RandomState
 
 
 class Adapter:
-    """One job's LoRA layer, whose own forward gets the base's product instead of computing it."""
+    """One job's LoRA layer; its forward gets the base's product instead of computing it."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self.given: Tensor | None = None
+        self.base_product: Tensor | None = None
         base = layer.get_base_layer()
-        compute = base.forward
-        base.forward = lambda x: compute(x) if self.given is None else self.given
+        base_forward = base.forward
+        base.forward = lambda x: base_forward(x) if self.base_product is None else self.base_product
 
     def __call__(self, x_BSC: Tensor, product_BSC: Tensor, segment: Segment) -> Tensor:
         """Add the adapter's part to the base's product."""
-        self.given = product_BSC
+        self.base_product = product_BSC
         try:
-            with drawing(segment, self.layer.lora_dropout.values()):
+            with job_random_stream(segment, self.layer.lora_dropout.values()):
                 out: Tensor = self.layer(x_BSC)
         finally:
-            self.given = None
+            self.base_product = None
         return out
 
     def active(self) -> Iterator[tuple[nn.Module, Tensor, Tensor, float]]:
@@ -45,8 +45,8 @@ class Adapter:
 
 
 @contextmanager
-def drawing(segment: Segment, dropouts: Iterable[nn.Module]) -> Iterator[None]:
-    """Draw from the job's random stream, where anything is drawn at all."""
+def job_random_stream(segment: Segment, dropouts: Iterable[nn.Module]) -> Iterator[None]:
+    """Use the job's random stream, if one of the dropouts is active."""
     if not any(isinstance(d, nn.Dropout) and d.training for d in dropouts):
         yield
         return
@@ -60,49 +60,49 @@ def drawing(segment: Segment, dropouts: Iterable[nn.Module]) -> Iterator[None]:
 class FusedLinear(Rowwise):
     """A linear layer of the base with, for each job that adapts it, the job's own adapter.
 
-    `exact`: the base's products as `Rowwise` shares them, then peft's own forward for each job.
-    `bmm`: adapters are stacked too, ranks and tokens padded with zeros; about 1e-6 off.
+    `exact`: the base's products are shared as in `Rowwise`, then peft's own forward runs for each
+    job. `bmm`: adapters are stacked too, ranks and tokens padded with zeros; about 1e-6 off.
     """
 
-    def __init__(self, base: nn.Module, body: Any, place: int) -> None:
-        """Stand in for a linear layer; see `Rowwise`."""
-        super().__init__(base, body, place)
-        self.layers: dict[int, Adapter] = {}  # the jobs' modules, not ours
+    def __init__(self, base: nn.Module, body: Any, index: int) -> None:
+        """Replace a linear layer; see `Rowwise`."""
+        super().__init__(base, body, index)
+        self.adapters: dict[int, Adapter] = {}  # a plain dict: the modules belong to the jobs
 
     def forward(self, x_1NC: Tensor) -> Tensor:
         """Return the adapted products, [1, N, C]."""
         p: Pass = self.body.current
-        if self.body.kind == "bmm":
+        if self.body.mode == "bmm":
             return self._stacked(x_1NC, p)
         products = self.products(x_1NC, p)
-        if not self.layers:
+        if not self.adapters:
             return products if isinstance(products, Tensor) else torch.cat(products, 1)
         parts = split(products, p.sizes) if isinstance(products, Tensor) else products
-        # split again, so that autograd adds up the gradients of x in the order of a run alone
-        out = parts[:]  # what only fills up stays as it is
+        # split again, so that autograd adds the gradients of x in the order of a run alone
+        out = parts[:]  # the filling stays as it is
         for i, (s, x) in enumerate(zip(p.segments, split(x_1NC, p.sizes), strict=False)):
-            layer = self.layers.get(s.job)
+            layer = self.adapters.get(s.job)
             if layer is not None:
                 adapted = layer(s.rows(x), s.rows(parts[i]), s)
                 out[i] = adapted.reshape(1, s.tokens, -1)
         return torch.cat(out, 1)
 
     def _stacked(self, x_1NC: Tensor, p: Pass) -> Tensor:
-        """Add all adapters in two batched products; J jobs, T tokens of the longest, R top rank."""
+        """Add all adapters in two batched products; J jobs, T most tokens, R largest rank."""
         y_1NC: Tensor = self.base(x_1NC)
         segments = p.segments
         parts = zip(segments, split(x_1NC, p.sizes), strict=True)
         stacked = [
             (s, x, active)
             for s, x in parts
-            if (layer := self.layers.get(s.job))
+            if (layer := self.adapters.get(s.job))
             for active in layer.active()
         ]
         if not stacked:
             return y_1NC
         xs, downs, ups = [], [], []
         for s, x, (dropout, down, up, scaling) in stacked:
-            with drawing(s, [dropout]):
+            with job_random_stream(s, [dropout]):
                 xs.append(dropout(x[0].to(down.dtype)))
             downs.append(down)
             ups.append(up.T * scaling)
@@ -111,6 +111,6 @@ class FusedLinear(Rowwise):
         deltas: dict[int, Tensor] = {}
         for (s, _, _), delta in zip(stacked, delta_JTC, strict=True):
             deltas[s.job] = deltas.get(s.job, 0) + delta[: s.tokens]
-        none = y_1NC.new_zeros
-        rows = [deltas.get(s.job, none((s.tokens, y_1NC.shape[-1]))) for s in segments]
+        zeros = y_1NC.new_zeros
+        rows = [deltas.get(s.job, zeros((s.tokens, y_1NC.shape[-1]))) for s in segments]
         return y_1NC + torch.cat(rows)[None].to(y_1NC.dtype)

@@ -1,7 +1,7 @@
-"""A pack: jobs on one base, their trainers unmodified, in step with each other.
+"""A pack: jobs on one base whose unmodified trainers run in step with each other.
 
-A trainer meets the others at two points: where its model's body runs, and where `backward` is
-called. How many jobs sit at once is decided here; what they ask for is made by `passes`.
+A trainer waits for the others at two points: where its model's body runs forward, and where
+`backward` is called. `Pack` decides how many jobs train at once; `passes` computes their requests.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.lockstep.eligibility import foreign, unfusable
+from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, hooked
 from lora_exp.lockstep.hub import Hub
 from lora_exp.lockstep.passes import Passes
-from lora_exp.lockstep.segment import Mode
-from lora_exp.lockstep.state import Precision
+from lora_exp.lockstep.segment import PassContext
+from lora_exp.lockstep.state import ComputeState
 from lora_exp.model.loading import Base, base_of, device, sharing_copy
 from lora_exp.model.memory import free_bytes, reset_peak
 from lora_exp.model.requirement import loss_bytes, training_bytes
 
-# tokens in one pass: more of them leave a CPU's caches, and keep a GPU no busier
-ROOM = {"cpu": 2048, "cuda": 16384}
+# tokens in one pass: more exceed a CPU's caches, and do not use a GPU better
+MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 log = logging.getLogger("lora_exp")
 
 
@@ -42,22 +42,22 @@ class Pack:
         verify: float,
         base: Base | None = None,
     ) -> None:
-        """Make an empty pack.
+        """Create an empty pack.
 
         Args:
             mode: `exact` or `bmm`, see `FusedLinear`.
-            max_jobs: at once; None: as many as memory holds, known when the first job joins.
-            verify: the share of passes that are made again for one job alone, see `Verification`.
-            base: loaded already; None: by the first job.
+            max_jobs: at once; None: as many as fit into memory, computed when the first job joins.
+            verify: the share of passes that are repeated for one job alone, see `Verification`.
+            base: if it is loaded already; None: the first job loads it.
         """
         self.mode, self.max_jobs = mode, max_jobs
-        # the first job measures the base for all; the others begin when it has
+        # the first job measures the base for all; the others begin afterwards
         self.passes = Passes(mode, verify)
-        self.hub = Hub(self.passes, 1, ROOM[device().partition(":")[0]])
-        self.held: dict[int, int] = {}  # bytes that each job takes beside the base, estimated
-        self.loss = 0  # bytes that one job's loss takes while it is computed
-        self.free, self.wide = 0, False
-        self.measured: dict[str, Any] = {}  # what jobs need not measure again
+        self.hub = Hub(self.passes, 1, MAX_TOKENS[device().partition(":")[0]])
+        self.job_bytes: dict[int, int] = {}  # estimated bytes of each job, without the base
+        self.loss_bytes = 0  # bytes of one job's loss while it is computed
+        self.free_bytes, self.admitting = 0, False
+        self.measured: dict[str, Any] = {}  # results before training, shared by equal jobs
         self._base = base
 
     def base(self, cfg: DictConfig) -> Base:
@@ -65,58 +65,61 @@ class Pack:
         if self._base is None:
             reset_peak()
             self._base = base_of(cfg)
-        self.free = self.free or free_bytes()
-        gc.freeze()  # what is there stays; trainers collect garbage, and would walk over it
-        return share(self._base)
+        self.free_bytes = self.free_bytes or free_bytes()
+        gc.freeze()  # nothing of this will be freed: garbage collection need not walk it
+        return base_view(self._base)
 
     def join(self, job: int, trainer: Any) -> None:
-        """Put a trainer's body and backward in step with the others, if its adapter allows it."""
+        """Let a trainer share forward and backward passes, if its base and adapter allow it."""
         model = trainer.model.get_base_model()
         body = model.base_model
         assert self._base is not None
-        why = unfusable(self._base.model) or foreign(model)
+        obstacle = base_obstacle(self._base.model) or adapter_obstacle(model)
         if getattr(trainer.args, "activation_offloading", False):
-            why = "activation_offloading moves what a pass keeps"
-        if why:
-            log.info("lockstep: this job shares the base but no pass: %s", why)
+            obstacle = "activation_offloading moves the activations that a pass keeps"
+        if obstacle:
+            log.info("lockstep: this job shares the base but no pass: %s", obstacle)
             return
         loss = loss_bytes(trainer)
-        self.held[job], self.loss = training_bytes(trainer) - loss, max(self.loss, loss)
-        if self.wide:
+        self.job_bytes[job] = training_bytes(trainer) - loss
+        self.loss_bytes = max(self.loss_bytes, loss)
+        if self.admitting:
             self.widen()
-        self.passes.take(job, body, self._base.model.base_model)
-        body.forward = self._meeting(job, body)
+        self.passes.add(job, body, self._base.model.base_model)
+        body.forward = self._shared_forward(job, body)
         backward = trainer.accelerator.backward
 
-        def meet(loss: Tensor, **options: Any) -> None:
+        def shared_backward(loss: Tensor, **options: Any) -> None:
             self.widen()
             try:
                 backward(loss, **options)
                 tapes = self.passes.tapes[job]
-                if tapes:  # those of the same passes go back together
-                    kind = ("backward", *(id(tape.made) for tape in tapes))
-                    self.hub.ask(job, kind, tapes[-1].segment.tokens, 1, None)
+                if tapes:  # jobs of the same passes run backward together
+                    batch_key = ("backward", *(id(tape.siblings) for tape in tapes))
+                    self.hub.ask(job, batch_key, tapes[-1].segment.tokens, 1, None)
             finally:
-                self.passes.drop(job)
+                self.passes.drop_tapes(job)
 
-        trainer.accelerator.backward = meet
+        trainer.accelerator.backward = shared_backward
 
     def widen(self) -> None:
-        """Let as many jobs begin as may: by memory, as many as the largest would fit so far."""
-        self.wide = True
-        room = 0.8 * self.free - self.loss
-        fitting = int(room / max(self.held.values(), default=self.free))
-        fitting -= self.passes.verification.share > 0  # which holds one job's rows twice
+        """Admit as many jobs as memory has room for, if all were as large as the largest so far."""
+        self.admitting = True
+        available = 0.8 * self.free_bytes - self.loss_bytes
+        fitting = int(available / max(self.job_bytes.values(), default=self.free_bytes))
+        fitting -= self.passes.verification.fraction > 0  # verification holds one job's rows twice
         self.hub.width = self.max_jobs or max(1, fitting)
 
     def leave(self, job: int) -> None:
-        """Forget a job."""
-        self.held.pop(job, None)
-        self.passes.leave(job)
+        """Remove a job."""
+        self.job_bytes.pop(job, None)
+        self.passes.remove(job)
 
-    def _meeting(self, job: int, body: Any) -> Callable[..., Any]:
-        own = body.forward
+    def _shared_forward(self, job: int, body: Any) -> Callable[..., Any]:
+        own_forward = body.forward
         layers = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
+        assert self._base is not None
+        shared, hooks = self._base.model.base_model, None
 
         def forward(
             input_ids: Tensor | None = None,
@@ -126,30 +129,37 @@ class Pack:
             use_cache: bool | None = None,
             **rest: Any,
         ) -> Any:
-            given = {
+            nonlocal hooks
+            arguments = {
                 "input_ids": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past_key_values": past_key_values,
                 "use_cache": use_cache, **rest,
             }  # fmt: skip
-            if job in self.passes.verification.apart or not simple(given):
-                return own(**given)
+            if job in self.passes.verification.excluded or not is_plain_call(arguments):
+                return own_forward(**arguments)
             grad = torch.is_grad_enabled()
+            if grad and hooks is None:  # those of a trainer come when it begins
+                hooks = hooked(body, shared)
+                if hooks:
+                    log.info("lockstep: this job computes its own passes: %s", hooks)
+            if hooks:
+                return own_forward(**arguments)
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
-            mode = Mode(Precision.now(), body.training, checkpointing)
+            context = PassContext(ComputeState.now(), body.training, checkpointing)
             request = {
                 "input_ids_BS": input_ids, "attention_mask": attention_mask,
                 "position_ids": position_ids, "past": past_key_values,
             }  # fmt: skip
-            hidden = self.hub.ask(job, mode, given["input_ids"].numel(), 0, request)
+            hidden = self.hub.ask(job, context, arguments["input_ids"].numel(), 0, request)
             if hidden is None:
-                return own(**given)
+                return own_forward(**arguments)
             return BaseModelOutputWithPast(hidden, past_key_values)
 
         return forward
 
 
-def share(base: Base) -> Base:
-    """Return a base of its own tree and tokenizer over the same weights."""
+def base_view(base: Base) -> Base:
+    """Return a base with its own modules and tokenizer, over the same weights."""
     return Base(
         sharing_copy(base.model),
         copy.deepcopy(base.tokenizer),
@@ -159,17 +169,17 @@ def share(base: Base) -> Base:
     )
 
 
-def simple(given: dict[str, Any]) -> bool:
-    """Say whether a call of the body asks for nothing but hidden states (and its cache filled)."""
-    given = {k: v for k, v in given.items() if v is not None and v is not False}
-    mask, past = given.get("attention_mask"), given.get("past_key_values")
-    known = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
+def is_plain_call(arguments: dict[str, Any]) -> bool:
+    """Return whether a call of the body needs only hidden states (and its cache filled)."""
+    arguments = {k: v for k, v in arguments.items() if v is not None and v is not False}
+    mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
+    accepted = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
              "return_dict", "num_items_in_batch"}  # fmt: skip
     return (
-        set(given) <= known
-        and "input_ids" in given
+        set(arguments) <= accepted
+        and "input_ids" in arguments
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
         and (past is None or type(past) is DynamicCache)
-        and not (given.get("use_cache") and past is None)
+        and not (arguments.get("use_cache") and past is None)
         and not torch.is_inference_mode_enabled()
     )

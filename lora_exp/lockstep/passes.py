@@ -1,7 +1,7 @@
-"""The passes of a pack: what jobs ask for together, made as one forward and one backward.
+"""The passes of a pack: requests of several jobs, computed as one forward and one backward.
 
-The graph is cut at the hidden states. A job's own loss goes back to them by itself; from there the
-pack goes back through the base for all jobs at once. So a pass that fails can be made again.
+The graph is cut at the hidden states. Each job runs the backward of its own loss up to them; from
+there one backward through the base serves all jobs. So a pass that fails can be repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_exp.lockstep.body import FusedBody
 from lora_exp.lockstep.hub import Request
 from lora_exp.lockstep.rowwise import Unmeasured
-from lora_exp.lockstep.segment import Mode, Segment
+from lora_exp.lockstep.segment import PassContext, Segment
 from lora_exp.lockstep.state import PLAIN
 from lora_exp.lockstep.verification import Member, Verification
 
@@ -27,35 +27,35 @@ log = logging.getLogger("lora_exp")
 
 @dataclass(eq=False)
 class Tape:
-    """What leads back from a job's hidden states to its adapter."""
+    """A job's part of the graph of a pass, from its hidden states to its adapter."""
 
-    made: list[Tape]  # the tapes of the same pass, whose graph they share
-    segment: Segment  # as it was before the pass drew random numbers
-    mode: Mode
-    hidden: Tensor | None  # None: the pass has to be made again
-    leaf: Tensor  # the same values for the job, which leaves its gradient there
-    own: Tensor | None = None  # what the job's own model makes of the segment, to verify
+    siblings: list[Tape]  # the tapes of the same pass, whose graph they share
+    segment: Segment  # before the pass drew random numbers
+    context: PassContext
+    hidden: Tensor | None  # None: the graph was dropped, the pass must be repeated
+    leaf: Tensor  # the same values, given to the job; its backward puts the gradient here
+    reference: Tensor | None = None  # hidden states of the job's own model, if verified
 
 
 class Passes:
-    """Runs forward and backward for several jobs at once."""
+    """Runs forward and backward for several jobs at once: the hub's server."""
 
     def __init__(self, mode: str, verify: float) -> None:
-        """Make no pass yet; see `Pack`."""
+        """Create it without jobs; see `Pack`."""
         self.mode = mode
         self.fused: FusedBody | None = None
         self.members: dict[int, Member] = {}
-        self.tapes: dict[int, list[Tape]] = {}  # of each job's passes that have not gone back
+        self.tapes: dict[int, list[Tape]] = {}  # of each job's passes before their backward
         self.verification = Verification(verify if mode == "exact" else 0, self.members)
-        self.made = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0}
-        self.counted = [0]  # tokens of training passes; a list, for others to watch
+        self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0}
+        self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
 
-    def take(self, job: int, body: Any, base: Any) -> None:
-        """Let a job's body take part.
+    def add(self, job: int, body: Any, base: Any) -> None:
+        """Add a job.
 
         Args:
-            job: its number.
-            body: of the job's model, adapters on it.
+            job: the job's number.
+            body: of the job's model, with its adapters.
             base: the body that all jobs share.
         """
         if self.fused is None:
@@ -64,97 +64,100 @@ class Passes:
         self.tapes[job] = []
         self.members[job] = Member(body, body.forward, adapters(body))
 
-    def drop(self, job: int) -> None:
-        """Forget what led back to a job's adapter."""
+    def drop_tapes(self, job: int) -> None:
+        """Drop a job's part of all graphs."""
         for tape in self.tapes[job]:
-            tape.made.remove(tape)
+            tape.siblings.remove(tape)
         self.tapes[job].clear()
 
-    def leave(self, job: int) -> None:
-        """Forget a job."""
+    def remove(self, job: int) -> None:
+        """Remove a job."""
         if self.tapes.get(job):
             for tape in self.tapes[job]:
-                if tape.mode.checkpointing:  # the pass cannot be recomputed without its adapter
-                    drop_graph(tape.made)
-            self.drop(job)
+                if tape.context.checkpointing:  # layers cannot be recomputed without its adapter
+                    drop_graph(tape.siblings)
+            self.drop_tapes(job)
         self.tapes.pop(job, None)
         self.members.pop(job, None)
         if self.fused is not None:
             self.fused.detach(job)
-            self.fused.classes.keep()
+            self.fused.classes.save()
 
     def report(self) -> dict[str, Any]:
-        """Return what the passes so far can say about themselves, for a job's record."""
-        shared = self.made["together"] / max(1, self.made["products"])
+        """Return the counts of passes, verifications and shared products so far, for run.json."""
+        shared = self.counts["together"] / max(1, self.counts["products"])
         return {**self.verification.report(), "products_together": round(shared, 4)}
 
     def serve(self, requests: list[Request]) -> list[Any]:
-        """Answer requests of one kind; see `Server`."""
-        kind = requests[0].kind
-        if isinstance(kind, Mode):
-            return self._forward(requests, kind)
+        """Answer requests with the same key; see `Server`."""
+        batch_key = requests[0].batch_key
+        if isinstance(batch_key, PassContext):
+            return self._forward(requests, batch_key)
         return self._backward(requests)
 
-    def _forward(self, requests: list[Request], mode: Mode) -> list[Any]:
-        """Return each job's hidden states, or None where it must run its body itself."""
+    def _forward(self, requests: list[Request], context: PassContext) -> list[Any]:
+        """Return each job's hidden states; None if the job must run its own body."""
         assert self.fused is not None
-        if not self.fused.enter(mode):
+        if not self.fused.enter(context):
             return [None] * len(requests)
         segments = [Segment(job=r.job, random=r.random, **r.payload) for r in requests]
-        drawn = [copy.copy(s) for s in segments]
-        places = self._distinct(drawn) if not mode.precision.grad else list(range(len(drawn)))
-        computed = sorted(set(places))
-        started = [segments[i] for i in computed]
+        advanced = [copy.copy(s) for s in segments]
+        grad = context.compute_state.grad
+        sources = list(range(len(advanced))) if grad else self._sources(advanced)
+        distinct = sorted(set(sources))
+        started = [segments[i] for i in distinct]
         try:
-            passed = self._passed([drawn[i] for i in computed], started, mode)
+            results = self._run([advanced[i] for i in distinct], started, context)
         except Unmeasured as error:
             log.info("lockstep: jobs share no pass any more: %s", error)
-            self.fused.proven[mode] = False
+            self.fused.proven[context] = False
             return [None] * len(requests)
-        hidden_of = dict(zip(computed, passed, strict=True))
-        self.made["forward"] += 1
-        self.made["most jobs"] = max(self.made["most jobs"], len(computed))
-        made: list[Tape] = []
+        hidden_of = dict(zip(distinct, results, strict=True))
+        self.counts["forward"] += 1
+        self.counts["most jobs"] = max(self.counts["most jobs"], len(distinct))
+        siblings: list[Tape] = []
         answers = []
-        for place, request, before, after in zip(places, requests, segments, drawn, strict=True):
-            hidden, own = hidden_of[place]
+        for source, request, before, after in zip(
+            sources, requests, segments, advanced, strict=True
+        ):
+            hidden, reference = hidden_of[source]
             request.random = after.random
             if hidden.requires_grad:
-                self.counted[0] += after.tokens
+                self.trained_tokens[0] += after.tokens
                 leaf = hidden.detach().requires_grad_()
-                made.append(Tape(made, before, mode, hidden, leaf, own))
-                self.tapes[request.job].append(made[-1])
+                siblings.append(Tape(siblings, before, context, hidden, leaf, reference))
+                self.tapes[request.job].append(siblings[-1])
                 hidden = leaf
-            answers.append(hidden if place == requests.index(request) else hidden.clone())
+            answers.append(hidden if source == requests.index(request) else hidden.clone())
         return answers
 
-    def _passed(
-        self, segments: list[Segment], before: list[Segment], mode: Mode
+    def _run(
+        self, segments: list[Segment], before: list[Segment], context: PassContext
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """Return each segment's hidden states, and of verified ones those of the job's own model.
+        """Return the segments' hidden states, and for verified ones those of the job's own model.
 
         Args:
-            segments: draw random numbers and fill their caches.
-            before: the same ones, which stay as they are.
-            mode: of the pass.
+            segments: the pass advances their random states and fills their caches.
+            before: copies that keep their random states.
+            context: of the pass.
         """
         assert self.fused is not None
         lengths = [s.past.get_seq_length() if s.past is not None else 0 for s in segments]
-        passed: list[tuple[Tensor, Tensor | None]] = []
+        results: list[tuple[Tensor, Tensor | None]] = []
         try:
             for p in self.fused.passes(segments):
-                check = self.verification.choose(mode, p)
+                check = self.verification.choose(context, p)
                 hidden = self.fused.forward(p)
-                own: list[Tensor | None] = [None] * len(hidden)
+                reference: list[Tensor | None] = [None] * len(hidden)
                 if check is not None:
-                    since = before[len(passed) : len(passed) + len(hidden)]
-                    own[check.place] = self.verification.verify(
-                        check, since, hidden[check.place], mode, self.fused
+                    since = before[len(results) : len(results) + len(hidden)]
+                    reference[check.index] = self.verification.verify(
+                        check, since, hidden[check.index], context, self.fused
                     )
-                passed += zip(hidden, own, strict=True)
-                together, products = self.fused.products(p)
-                self.made["together"] += together
-                self.made["products"] += products
+                results += zip(hidden, reference, strict=True)
+                together, products = self.fused.count_products(p)
+                self.counts["together"] += together
+                self.counts["products"] += products
         except BaseException:
             for s, length in zip(segments, lengths, strict=True):
                 if s.past is not None:
@@ -162,24 +165,24 @@ class Passes:
             raise
         finally:
             torch.clear_autocast_cache()
-        return passed
+        return results
 
-    def _distinct(self, segments: list[Segment]) -> list[int]:
-        """Return, for each segment, the place of the first that asks the bare base the same."""
+    def _sources(self, segments: list[Segment]) -> list[int]:
+        """Return the index of each segment's source: the first with equal inputs, adapters off."""
         assert self.fused is not None
-        places: list[int] = []
+        sources: list[int] = []
         for i, s in enumerate(segments):
             same = (
                 j
-                for j in set(places)
-                if s.past is None and self.fused.is_bare(s.job) and s.asks(segments[j])
-                and self.fused.is_bare(segments[j].job)
+                for j in set(sources)
+                if s.past is None and self.fused.adapter_is_off(s.job)
+                and s.equals_request(segments[j]) and self.fused.adapter_is_off(segments[j].job)
             )  # fmt: skip
-            places.append(min(same, default=i))
-        return places
+            sources.append(min(same, default=i))
+        return sources
 
     def _backward(self, requests: list[Request]) -> list[None]:
-        """Bring each job's gradients from its hidden states to its adapter."""
+        """Run the backward of the jobs' passes, from the hidden states to the adapters."""
         jobs = [r.job for r in requests]
         trained = [p for job in jobs for p in self.members[job].trained.values()]
         parameters = [p for p in trained if p.requires_grad]
@@ -188,59 +191,61 @@ class Passes:
             p.grad = None
         tapes = {job: [t for t in self.tapes[job] if t.leaf.grad is not None] for job in jobs}
         try:
-            for turn in range(max(map(len, tapes.values()))):  # the last pass first, as autograd
-                own = [own[-1 - turn] for own in tapes.values() if turn < len(own)]
-                self._back(own, parameters)
+            for turn in range(max(map(len, tapes.values()))):  # the last pass first, as in autograd
+                latest = [own[-1 - turn] for own in tapes.values() if turn < len(own)]
+                self._backward_once(latest, parameters)
         except BaseException:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
-            for own in tapes.values():
-                drop_graph(own)
+            for job_tapes in tapes.values():
+                drop_graph(job_tapes)
             raise
-        self.made["backward"] += 1
+        self.counts["backward"] += 1
         for p, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 p.grad = grad if p.grad is None else grad.add_(p.grad)
         return [None] * len(jobs)
 
-    def _back(self, tapes: list[Tape], parameters: list[nn.Parameter]) -> None:
+    def _backward_once(self, tapes: list[Tape], parameters: list[nn.Parameter]) -> None:
         assert self.fused is not None
-        again = [t for t in tapes if t.hidden is None]
-        for mode in {t.mode for t in again}:
-            some = [t for t in again if t.mode == mode]
-            self.fused.enter(mode)
-            parts = self.fused.passes([copy.copy(t.segment) for t in some])
-            made = [hidden for p in parts for hidden in self.fused.forward(p)]
+        dropped = [t for t in tapes if t.hidden is None]
+        for context in {t.context for t in dropped}:
+            batch = [t for t in dropped if t.context == context]
+            self.fused.enter(context)
+            parts = self.fused.passes([copy.copy(t.segment) for t in batch])
+            hiddens = [hidden for p in parts for hidden in self.fused.forward(p)]
             torch.clear_autocast_cache()
-            for tape, hidden in zip(some, made, strict=True):
+            for tape, hidden in zip(batch, hiddens, strict=True):
                 tape.hidden = hidden
         PLAIN.restore()  # backward runs outside autocast, as in a run alone
         ends = [t.hidden for t in tapes if t.hidden is not None]
-        checked = [(t, t.own) for t in tapes if t.own is not None]
+        checked = [(t, t.reference) for t in tapes if t.reference is not None]
         earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:
             torch.autograd.backward(ends, [t.leaf.grad for t in tapes], inputs=parameters)
-            for (tape, own), before in zip(checked, earlier, strict=True):
+            for (tape, reference), before in zip(checked, earlier, strict=True):
                 job = tape.segment.job
                 assert tape.leaf.grad is not None
-                self.verification.verify_gradients(job, own, tape.leaf.grad, before, self.fused)
+                self.verification.verify_gradients(
+                    job, reference, tape.leaf.grad, before, self.fused
+                )
         finally:
-            for tape in tapes:  # the pass's graph is used up, for those not asked for too
-                drop_graph(tape.made)
+            for tape in tapes:  # the graph is used up, also for siblings without a request
+                drop_graph(tape.siblings)
 
 
 def drop_graph(tapes: list[Tape]) -> None:
-    """Drop the graph of a pass; the pass is made again when its backward is needed."""
+    """Drop the graph of a pass; the pass is repeated when its backward is needed."""
     for tape in tapes:
-        tape.hidden = tape.own = None
+        tape.hidden = tape.reference = None
 
 
 def adapters(body: Any) -> dict[str, nn.Parameter]:
-    """Return the own parameters of a body's LoRA layers, of all their adapters."""
+    """Return the parameters of all adapters of a body, by name; not those of the base."""
     return {
-        f"{name}.{own}": parameter
+        f"{name}.{weight}": parameter
         for name, layer in body.named_modules()
         if isinstance(layer, LoraLayer)
-        for own, parameter in layer.named_parameters()
-        if not own.startswith("base_layer.")
+        for weight, parameter in layer.named_parameters()
+        if not weight.startswith("base_layer.")
     }

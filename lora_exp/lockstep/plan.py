@@ -1,6 +1,6 @@
 """Which jobs of a sweep train together, and why others do not.
 
-Needs no torch: a plan is made, and shown, before anything is loaded.
+Needs no torch: the plan is printed before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,32 @@ from lora_exp.config.door import plain
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
+from lora_exp.record.contents import changed
 from lora_exp.record.standing import FAILED, doubted, standing
+
+PROCESS = "sets what a process has only one of"
+# arguments of trainers that change more than their own job, or the job's own modules
+APART = {
+    "neftune_noise_alpha": "NEFTune's noise is drawn in the base's embedding",
+    "full_determinism": f"full_determinism {PROCESS}",
+    "tf32": f"tf32 {PROCESS}",
+    "accelerator_config": f"accelerator_config {PROCESS}",
+    "log_level": f"log_level {PROCESS}",
+    "torch_compile": "torch_compile makes kernels of its own",
+    "torch_compile_backend": "torch_compile makes kernels of its own",
+    "torch_compile_mode": "torch_compile makes kernels of its own",
+    "use_liger_kernel": "Liger's kernels replace those of the base",
+    "liger_kernel_config": "Liger's kernels replace those of the base",
+    "activation_checkpointing": "activation_checkpointing wraps the base's layers",
+    "activation_checkpointing_kwargs": "activation_checkpointing wraps the base's layers",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs are the base's layers' own",
+    "auto_find_batch_size": "auto_find_batch_size begins again with another batch",
+    "debug": "debug puts hooks on the base's modules",
+    "optim_target_modules": "optim_target_modules steps inside the backward",
+}
+
+
+LABEL = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -27,40 +52,42 @@ class Job:
 
     number: int
     config: DictConfig  # as Hydra composed it, `hydra` included
-    settled: DictConfig | None  # null: not a run of ours, or one that will be refused
+    settled: DictConfig | None  # None: not a run of ours, or one that will be refused
     directory: Path
     overrides: tuple[str, ...] = ()
-    error: LoraExpError | None = None  # why it will be refused, if it is known
+    error: LoraExpError | None = None  # why it will be refused, if it will
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of each job."""
+    """How each job will run."""
 
-    at_once: tuple[tuple[Job, str], ...]  # nothing to train, and why
+    at_once: tuple[tuple[Job, str], ...]  # with the reason; these train nothing
     packs: tuple[tuple[Job, ...], ...]
-    alone: tuple[tuple[Job, str], ...]  # and why
+    alone: tuple[tuple[Job, str], ...]  # with the reason
 
 
 def plan(jobs: Iterable[Job]) -> Plan:
-    """Group jobs by what shapes their base; keep out those that would change it."""
+    """Group jobs with the same base into packs; a job that would change its base runs alone."""
     at_once: list[tuple[Job, str]] = []
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
     for job in jobs:
-        job = replace(job, error=job.error or _occupied(job))
+        job = replace(job, error=job.error or _directory_conflict(job))
         if job.error or job.settled is None:
             at_once.append((job, "refused, not run"))
         elif doubted(job.directory) and job.settled.lockstep.on_difference == "retrain":
             alone.append((job, "not proven equal before, trained again"))
-        elif (status := standing(job.directory, job.settled)) == "finished":
+        elif (status := standing(job.directory, job.settled)) == "finished" and not changed(
+            job.directory, job.settled
+        ):
             at_once.append((job, "finished before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
             at_once.append((job, f"{status} before, not run again but with retry_failed=true"))
         elif why := solitary(job):
             alone.append((job, why))
         else:
-            packs.setdefault(_base(job), []).append(job)
+            packs.setdefault(_base_key(job), []).append(job)
     for key, members in list(packs.items()):
         if len(members) == 1:
             alone.append((packs.pop(key)[0], "no other job to train with it"))
@@ -68,8 +95,8 @@ def plan(jobs: Iterable[Job]) -> Plan:
     return Plan(tuple(at_once), tuple(map(tuple, packs.values())), tuple(alone))
 
 
-def _occupied(job: Job) -> ConfigError | None:
-    """Return the error of a directory that holds another run."""
+def _directory_conflict(job: Job) -> ConfigError | None:
+    """Return the error of a directory that has another run, if it does."""
     try:
         if job.settled is not None:
             standing(job.directory, job.settled)
@@ -79,7 +106,7 @@ def _occupied(job: Job) -> ConfigError | None:
 
 
 def solitary(job: Job) -> str | None:
-    """Say why a job must have a base to itself; None where it can share one."""
+    """Return why a job needs a base to itself; None if it can share one."""
     assert job.settled is not None
     cfg, peft = job.settled, job.settled.peft
     if peft is None:
@@ -88,20 +115,21 @@ def solitary(job: Job) -> str | None:
         return f"{cfg.choices.peft} is not LoRA"
     if start := rewrites_base(peft):
         return f"{start} starts from weights of its own"
-    faults = {
+    obstacles = {
         "use_dora": "DoRA needs the norm of the weights that it changes",
         "modules_to_save": "modules_to_save trains modules of the base",
         "layer_replication": "layer_replication changes the base",
         "target_parameters": "target_parameters adapts what is no layer",
         "trainable_token_indices": "trainable_token_indices trains the embedding",
     }
-    for key, why in faults.items():
+    for key, why in obstacles.items():
         if peft.get(key):
             return why
     if peft.get("bias", "none") != "none":
         return "bias trains the base's own biases"
-    if cfg.train.get("neftune_noise_alpha"):
-        return "NEFTune's noise is drawn in the base's embedding"
+    for key, why in APART.items():
+        if cfg.train.get(key) or cfg.algorithm.args.get(key):
+            return why
     if cfg.model.random_weights:
         return "random_weights makes a base of its own"
     if cfg.lockstep.max_jobs == 1:
@@ -112,7 +140,7 @@ def solitary(job: Job) -> str | None:
     return None
 
 
-def _base(job: Job) -> str:
+def _base_key(job: Job) -> str:
     assert job.settled is not None
     cfg = job.settled
     values = plain(cfg)
@@ -121,30 +149,35 @@ def _base(job: Job) -> str:
 
 
 def labels(jobs: Iterable[Job]) -> dict[int, str]:
-    """Return what tells each job from its siblings: the overrides that not all have."""
+    """Return each job's label: the overrides that not all jobs have."""
     jobs = list(jobs)
     common = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
-    own = {job.number: [o for o in job.overrides if o not in common] for job in jobs}
-    return {number: redact_text(" ".join(parts)) for number, parts in own.items()}
+    distinguishing = {job.number: [o for o in job.overrides if o not in common] for job in jobs}
+    return {n: _short(redact_text(" ".join(parts))) for n, parts in distinguishing.items()}
 
 
-def show(made: Plan) -> None:
-    """Print the plan."""
+def _short(label: str) -> str:
+    """Leave out the middle of what is wider than a column."""
+    return label if len(label) <= LABEL else f"{label[: LABEL // 2]}…{label[-LABEL // 2 + 1 :]}"
+
+
+def show(planned: Plan) -> None:
+    """Print the plan: job numbers and how they run."""
     from rich.text import Text
 
     from lora_exp.record.console import console
 
-    lines = list(_by_reason(made.at_once).items())
-    for pack in made.packs:
+    lines = list(_by_reason(planned.at_once).items())
+    for pack in planned.packs:
         first: Any = pack[0].settled
         where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
         lines.append((f"in lockstep ({first.lockstep.mode}) on {where}", list(pack)))
-    lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(made.alone).items()]
+    lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(planned.alone).items()]
     console.print(Text("     jobs", style="dim"))
     for text, jobs in lines:
         numbers = _ranges([job.number for job in jobs])
         console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
-    for job, _ in made.at_once:
+    for job, _ in planned.at_once:
         if job.error is not None:
             console.print(Text(f"job {job.number}: {job.error}"))
 

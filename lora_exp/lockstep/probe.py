@@ -1,8 +1,10 @@
-"""A probe: a layer and rows whose sums would be nearly zero but for the order in which they add up.
+"""A probe: a layer and rows whose exact sums are about zero, so that only rounding errors remain.
 
-A random sum hides that order: bfloat16 products are added up in float32 and rounded at the end, so
-another order shows in about one of ten thousand results. Here the terms cancel in pairs that lie
-far apart, and what is left is rounding. Shapes: N rows; C channels in, O out; H heads, D head size.
+Rounding errors show the order of addition. Random rows hide it: bfloat16 products are added in
+float32 and rounded at the end, so another order shows in about one of ten thousand results. Here
+the terms cancel in pairs that lie far apart.
+
+Shapes: N rows; C channels in, O out; H heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,94 +17,98 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-DISTINCT = 4  # rows that a layer without a weight to choose is tried with
-COUNTS = (2, 40, 150)  # of rows, among which the first must not depend on the others
-SPREAD = 12  # powers of two, either way, over which the terms of a sum are spread
-LARGEST = 0.7391  # of a weight; no power of two, so that products are rounded
-BLOCK = 64  # weights that 4-bit quantisation scales together
+DISTINCT = 4  # different rows, for a layer whose weight the probe does not choose
+COUNTS = (2, 40, 150)  # numbers of rows with which independence of rows is tested
+SPREAD = 12  # the terms of a sum are from 2^-12 to 2^12
+LARGEST = 0.7391  # weight; not a power of two, so that products are rounded
+BLOCK = 64  # weights that share a scale in 4-bit quantisation
 
 
 class Probe:
-    """What tells which numbers of rows a layer computes with the same bits."""
+    """Measures which numbers of rows a layer computes with the same bits."""
 
     def __init__(
         self, layer: Any, shape: tuple[int, ...], dtype: torch.dtype, heads_first: bool = False
     ) -> None:
-        """Make a probe of a layer as it computes now: in the gradient and autocast modes set.
+        """Create a probe of a layer in the gradient and autocast modes that are set now.
 
         Args:
-            layer: works on each row by itself; its weights are left alone.
+            layer: computes each row by itself; its weights are not changed.
             shape: of one row, (C,) or (H, D).
             dtype: of the rows.
             heads_first: whether the layer takes [1, H, N, D] instead of [1, N, H, D].
         """
-        g = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         self.layer: Any = layer
         self.heads_first = heads_first
-        self.remainder: Tensor | None = None  # what sums that are exact would leave
+        self.remainder: Tensor | None = None  # the output if all sums were exact
         if isinstance(layer, nn.Linear):
-            x_C, columns = _cancelling(layer.in_features, g)
-            y_O, rows = _cancelling(layer.out_features, g)
-            drawn = LARGEST * (2 * torch.rand(len(y_O), len(x_C), generator=g) - 1)
-            scaling = columns[::BLOCK]  # one in each block is the largest: all scale alike
+            x_C, columns = _cancelling(layer.in_features, generator)
+            y_O, rows = _cancelling(layer.out_features, generator)
+            drawn = LARGEST * (2 * torch.rand(len(y_O), len(x_C), generator=generator) - 1)
+            scaling = columns[::BLOCK]  # one weight in each block is the largest: equal scales
             drawn[:, scaling] = LARGEST * drawn[:, scaling].sign()
-            self.layer = _holding(layer, drawn[rows][:, columns], g)
+            self.layer = _with_weight(layer, drawn[rows][:, columns], generator)
             self.rows = [x_C.to(device, dtype)]
             self.gradients = [y_O.to(device)]
             bias = self.layer.bias if self.layer is not None else None
             self.remainder = bias if bias is not None else torch.zeros((), device=device)
         else:
-            drawn = torch.randn(2, DISTINCT, *shape, generator=g).to(device)
+            drawn = torch.randn(2, DISTINCT, *shape, generator=generator).to(device)
             self.rows, self.gradients = [x.to(dtype) for x in drawn[0]], [*drawn[1]]
-            if "Norm" in type(layer).__name__:  # which sums squares, and in float32
-                absorbed = [_absorbing(shape, g).to(device) for _ in range(DISTINCT - 1)]
+            if "Norm" in type(layer).__name__:  # a norm sums squares, in float32
+                absorbed = [_absorbing(shape, generator).to(device) for _ in range(DISTINCT - 1)]
                 self.rows = [self.rows[0], *absorbed]
-        self.independent = self.layer is not None and self._independent(shape, dtype, device, g)
+        self.independent = self.layer is not None and self._independent(
+            shape, dtype, device, generator
+        )
 
     def class_of(self, rows: int) -> str | None:
-        """Return what a number of rows has in common with all that are computed alike.
+        """Return the class of a number of rows: equal for numbers computed with the same bits.
 
         Returns:
-            A hash; None where rows of this number do not all come out alike, depend on each other,
-            or leave nothing by which their order could be told.
+            A hash; None if equal rows give unequal results, if rows depend on each other, or if no
+            rounding error shows the order.
         """
         if not self.independent:
             return None
         digest = hashlib.sha256()
         for x, dy in zip(self.rows, self.gradients, strict=True):
-            many = (t.expand(1, rows, *t.shape).contiguous() for t in (x, dy))
-            for i, out in enumerate(self._computed(*many)):
+            repeated = (t.expand(1, rows, *t.shape).contiguous() for t in (x, dy))
+            for i, out in enumerate(self._computed(*repeated)):
                 first = out[:, :1].contiguous()
-                if not torch.equal(out, first.expand_as(out)) or self._blind(first, i):
+                if not torch.equal(out, first.expand_as(out)) or self._has_no_rounding_error(
+                    first, i
+                ):
                     return None
                 digest.update(first.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _blind(self, out: Tensor, direction: int) -> bool:
-        """Say whether a product's sums (0) or its gradient's (1) came out exact."""
+    def _has_no_rounding_error(self, out: Tensor, direction: int) -> bool:
+        """Return whether there is no rounding error in the output (0) or the gradient (1)."""
         if self.remainder is None:
             return False
-        left = self.remainder.to(out.dtype) if direction == 0 else torch.zeros_like(out)
-        return torch.equal(out, left.expand_as(out))
+        remainder = self.remainder.to(out.dtype) if direction == 0 else torch.zeros_like(out)
+        return torch.equal(out, remainder.expand_as(out))
 
     def _independent(
         self,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        g: torch.Generator,
+        generator: torch.Generator,
     ) -> bool:
-        """Say whether a row comes out the same whatever the others hold.
+        """Return whether the result of a row is independent of the other rows.
 
-        8-bit layers find outliers by the column of all rows, so some columns get large values.
+        8-bit layers detect outliers over all rows, so some columns get large values.
         """
         gradient = self.gradients[0]
         for count in COUNTS:
-            drawn = torch.randn(3, 1, count, *shape, generator=g)
+            drawn = torch.randn(3, 1, count, *shape, generator=generator)
             drawn[1:, :, :, ..., ::3] *= 30
             drawn[:, :, 0] = drawn[0, :, 0]
-            dy = torch.randn(1, count, *gradient.shape, generator=g).to(device)
+            dy = torch.randn(1, count, *gradient.shape, generator=generator).to(device)
             first, *others = (self._computed(x.to(device, dtype), dy) for x in drawn)
             pairs = (pair for other in others for pair in zip(first, other, strict=True))
             if not all(torch.equal(a[:, 0], b[:, 0]) for a, b in pairs):
@@ -123,70 +129,72 @@ class Probe:
         return computed
 
 
-def _cancelling(size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return values that cancel in pairs, and for each place the pair that it belongs to.
+def _cancelling(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return values that cancel in pairs, and for each value the number of its pair.
 
-    They differ so much in size that a sum in float32 loses the small ones.
+    They differ so much in size that a float32 sum loses the small ones.
     """
-    order = torch.randperm(size, generator=g)
+    order = torch.randperm(size, generator=generator)
     half = size // 2
     one, other = order[:half], order[half : 2 * half]
     values, pair_of = torch.zeros(size), torch.zeros(size, dtype=torch.long)
-    exponent = torch.randint(-SPREAD, SPREAD + 1, (half,), generator=g)
-    values[one] = (1 + torch.rand(half, generator=g)) * 2.0**exponent
+    exponent = torch.randint(-SPREAD, SPREAD + 1, (half,), generator=generator)
+    values[one] = (1 + torch.rand(half, generator=generator)) * 2.0**exponent
     values[other] = -values[one]
     pair_of[one] = pair_of[other] = torch.arange(half)
     return values, pair_of
 
 
-def _absorbing(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """Return values whose squares are a one and many that vanish if each is added to it alone.
+def _absorbing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return values whose squares are one 1 and many so small that 1 plus one of them is 1.
 
-    Squares cannot cancel; but how many vanish in float32 hangs on the order of the sum.
+    Squares cannot cancel; but how many are lost in float32 depends on the order of the sum.
     """
-    values = 2.0**-12.5 * (1 - torch.rand(shape, generator=g) / 8)
-    places = torch.randint(shape[-1], (*shape[:-1], 1), generator=g)
+    values = 2.0**-12.5 * (1 - torch.rand(shape, generator=generator) / 8)
+    places = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
     return torch.scatter(values, -1, places, 1.0)
 
 
-def _holding(layer: Any, weight_OC: Tensor, g: torch.Generator) -> Any:
-    """Return a layer of the same kind and settings with another weight, quantised as its own.
+def _with_weight(layer: Any, weight_OC: Tensor, generator: torch.Generator) -> Any:
+    """Return a copy of a layer with another weight, quantised like the layer's own.
 
-    A bias becomes about as large as what rounding leaves of the sums: it shows whether it is added
-    first or last, and hides nothing.
+    A bias becomes about as large as the rounding errors: it shows whether it is added first or
+    last, and does not hide them.
 
     Returns:
-        None for a kind of weight that is not known.
+        None if the type of weight is not supported.
     """
-    made, old = copy.copy(layer), layer.weight
-    made._parameters = dict(layer._parameters)
+    copied, weight = copy.copy(layer), layer.weight
+    copied._parameters = dict(layer._parameters)
     if layer.bias is not None:
-        small = 2.0**-SPREAD * torch.randn(layer.bias.shape, generator=g)
+        small = 2.0**-SPREAD * torch.randn(layer.bias.shape, generator=generator)
         bias = small.to(layer.bias.device, layer.bias.dtype)
-        made._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-    state = getattr(old, "quant_state", None)
+        copied._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+    state = getattr(weight, "quant_state", None)
     if state is not None:
-        new, made.quant_state = bitsandbytes.functional.quantize_4bit(
-            weight_OC.to(old.device, state.dtype),
+        data, copied.quant_state = bitsandbytes.functional.quantize_4bit(
+            weight_OC.to(weight.device, state.dtype),
             blocksize=state.blocksize,
             compress_statistics=state.nested,
             quant_type=state.quant_type,
-            quant_storage=old.quant_storage,
+            quant_storage=weight.quant_storage,
         )
-        kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        settings = {name: getattr(old, name) for name in kept}
-        made._parameters["weight"] = bitsandbytes.nn.Params4bit(
-            new, quant_state=made.quant_state, bnb_quantized=True, **settings
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        settings = {name: getattr(weight, name) for name in names}
+        copied._parameters["weight"] = bitsandbytes.nn.Params4bit(
+            data, quant_state=copied.quant_state, bnb_quantized=True, **settings
         )
-    elif isinstance(old, bitsandbytes.nn.Int8Params):
-        made.state = copy.copy(layer.state)
-        made.state.CB, made.state.SCB, _ = bitsandbytes.functional.int8_vectorwise_quant(
-            weight_OC.to(old.device, torch.float16)
+    elif isinstance(weight, bitsandbytes.nn.Int8Params):
+        copied.state = copy.copy(layer.state)
+        copied.state.CB, copied.state.SCB, _ = bitsandbytes.functional.int8_vectorwise_quant(
+            weight_OC.to(weight.device, torch.float16)
         )
-        made._parameters["weight"] = bitsandbytes.nn.Int8Params(made.state.CB, requires_grad=False)
-    elif type(old) is nn.Parameter and old.is_floating_point():
-        same = weight_OC.to(old.device, old.dtype)
-        made._parameters["weight"] = nn.Parameter(same, requires_grad=False)
+        copied._parameters["weight"] = bitsandbytes.nn.Int8Params(
+            copied.state.CB, requires_grad=False
+        )
+    elif type(weight) is nn.Parameter and weight.is_floating_point():
+        converted = weight_OC.to(weight.device, weight.dtype)
+        copied._parameters["weight"] = nn.Parameter(converted, requires_grad=False)
     else:
         return None
-    return made
+    return copied

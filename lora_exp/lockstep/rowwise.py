@@ -1,4 +1,4 @@
-"""A layer that works on each row by itself, run once for several jobs where their bits allow it."""
+"""A layer that computes each row by itself, run once for several jobs if their bits stay equal."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_exp.lockstep.classes import Kind
+from lora_exp.lockstep.classes import LayerSignature
 from lora_exp.lockstep.grouping import Group
-from lora_exp.lockstep.segment import Mode, Pass, split
+from lora_exp.lockstep.segment import Pass, PassContext, split
 
 
 class Unmeasured(Exception):
-    """A layer would compute several jobs' rows together, without a measurement that it may."""
+    """A layer would compute several jobs' rows together, but that was not measured to be exact."""
 
 
 class Rowwise(nn.Module):
-    """Stands in for a layer of a `FusedBody`: a norm, an activation; `FusedLinear` adds adapters.
+    """Replaces a norm or activation of a `FusedBody`; `FusedLinear` also adds adapters.
 
-    The layer computes the rows of all jobs at once, in groups, or each job's alone, as the pass
-    says.
+    The pass decides whether the layer computes the rows of all jobs at once, in groups, or each
+    job's by themselves.
     """
 
-    def __init__(self, base: nn.Module, body: Any, place: int, divisible: bool = True) -> None:
-        """Stand in for a layer.
+    def __init__(self, base: nn.Module, body: Any, index: int, divisible: bool = True) -> None:
+        """Replace a layer.
 
         Args:
             base: the layer.
-            body: the `FusedBody`, no nn.Module, so not ours.
-            place: this layer's in `Pass.sharing`.
-            divisible: whether rows may be computed in groups. Not those of a norm: its input also
-                goes on beside it, and cut in pieces its gradients would be added in another order.
+            body: the `FusedBody`; it is no nn.Module, so it does not become a submodule.
+            index: this layer's in `Pass.layer_groups`.
+            divisible: whether rows may be computed in groups. Not those of a norm: its input is
+                also used by the residual connection, and if it were cut in pieces, the gradients
+                would be added in another order.
         """
         super().__init__()
         self.base = base
-        self.body, self.place, self.divisible = body, place, divisible
-        self.kinds: dict[Mode, Kind] = {}  # for the rows that it was given last in each mode
+        self.body, self.index, self.divisible = body, index, divisible
+        self.signatures: dict[PassContext, LayerSignature] = {}  # of its latest rows, by context
 
     def __getattr__(self, name: str) -> Any:
-        """Look like the layer to those who read its settings."""
+        """Return the layer's own attribute: other code reads its settings."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x_1NC: Tensor) -> Tensor:
-        """Return what the layer makes of each row, [1, N, ...].
+        """Return the layer's output, [1, N, ...].
 
         Raises:
             Unmeasured: see `products`.
@@ -55,38 +56,40 @@ class Rowwise(nn.Module):
         return parts if isinstance(parts, Tensor) else torch.cat(parts, 1)
 
     def products(self, x_1NC: Tensor, p: Pass) -> Tensor | list[Tensor]:
-        """Return what the layer makes of all rows, in one piece or in those of `Pass.sizes`.
+        """Return the layer's output of all rows, in one piece or in pieces of `Pass.sizes`.
 
         Raises:
-            Unmeasured: several jobs' rows cannot be told apart in them, or come in another dtype
-                than was measured.
+            Unmeasured: the shape does not show which rows are which job's, or the rows of several
+                jobs have another dtype than was measured.
         """
         rows = sum(p.sizes)
         heads_first = x_1NC.dim() == 4 and x_1NC.shape[1] != rows == x_1NC.shape[2]
-        several = len(p.segments) > 1
+        is_shared = len(p.segments) > 1
         if x_1NC.dim() < 3 or not (heads_first or x_1NC.shape[:2] == (1, rows)):
-            if several:
+            if is_shared:
                 raise Unmeasured(f"{type(self.base).__name__} is given {list(x_1NC.shape)}")
-            whole: Tensor = self.base(x_1NC)
-            return whole
-        mode: Mode = self.body.mode
-        if mode not in self.kinds or self.kinds[mode].dtype != x_1NC.dtype:
-            _, one, other, *rest = x_1NC.shape
-            shape = (one, *rest) if heads_first else (other, *rest)
-            self.kinds[mode] = Kind.of(self.base, shape, x_1NC.dtype, mode, heads_first)
-        sharing = p.sharing[self.place] if p.sharing is not None else None
-        measured = sharing is not None and sharing.dtype == x_1NC.dtype
+            output: Tensor = self.base(x_1NC)
+            return output
+        context: PassContext = self.body.context
+        if context not in self.signatures or self.signatures[context].dtype != x_1NC.dtype:
+            _, second, third, *rest = x_1NC.shape
+            shape = (second, *rest) if heads_first else (third, *rest)
+            self.signatures[context] = LayerSignature.of(
+                self.base, shape, x_1NC.dtype, context, heads_first
+            )
+        layer_groups = p.layer_groups[self.index] if p.layer_groups is not None else None
+        measured = layer_groups is not None and layer_groups.dtype == x_1NC.dtype
         undivided = not self.divisible or heads_first
-        if several and undivided and not measured and self.body.kind == "exact":
+        if is_shared and undivided and not measured and self.body.mode == "exact":
             raise Unmeasured(f"{type(self.base).__name__} is given {x_1NC.dtype}")
-        if sharing is None or not measured:
+        if layer_groups is None or not measured:
             groups = tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
         else:
-            groups = sharing.groups
-        all_rows = groups[0].of_all(p.segments, rows) or self.body.kind == "bmm"
+            groups = layer_groups.groups
+        all_rows = groups[0].is_whole_pass(p.segments, rows) or self.body.mode == "bmm"
         if undivided or all_rows:
-            whole = self.base(x_1NC)
-            return whole
+            output = self.base(x_1NC)
+            return output
         return self._grouped(x_1NC, p, groups)
 
     def _grouped(self, x_1NC: Tensor, p: Pass, groups: tuple[Group, ...]) -> list[Tensor]:
@@ -99,13 +102,13 @@ class Rowwise(nn.Module):
                 y = self.base(s.rows(parts[i]))
                 out[i] = y.reshape(1, s.tokens, *y.shape[2:])
                 continue
-            own = [parts[i] for i in g.members]
-            rest = g.rows - sum(p.sizes[i] for i in g.members)
-            if rest:
-                own.append(x_1NC.new_zeros(1, rest, *x_1NC.shape[2:]))
-            y = self.base(torch.cat(own, 1))
-            for i, made in zip(g.members, split(y, [t.shape[1] for t in own]), strict=False):
-                out[i] = made
+            inputs = [parts[i] for i in g.members]
+            filling = g.rows - sum(p.sizes[i] for i in g.members)
+            if filling:
+                inputs.append(x_1NC.new_zeros(1, filling, *x_1NC.shape[2:]))
+            y = self.base(torch.cat(inputs, 1))
+            for i, part in zip(g.members, split(y, [t.shape[1] for t in inputs]), strict=False):
+                out[i] = part
         if p.filling:
             out[-1] = out[0].new_zeros(1, p.filling, *out[0].shape[2:])
         return out

@@ -1,4 +1,4 @@
-"""A job's place in a pack: what the run asks of where it trains."""
+"""A job's place in a pack: the `Place` interface of training/place.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_exp.record.progress import Board
 if TYPE_CHECKING:
     from lora_exp.training.place import Measure, Measured
 
-# what cannot change the numbers of a base whose adapter still is zero
+# settings of training that cannot change what is measured before it
 UNTRAINED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
@@ -41,29 +41,27 @@ class Seat:
         return self._board
 
     def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
-        """Measure once for all jobs that cannot differ yet: LoRA starts at a difference of zero."""
+        """Measure once for all jobs with equal settings: LoRA's update is zero before training."""
         values = plain(cfg)
-        drawn = (
-            cfg.algorithm.shape == "prompt"
-        )  # its held-out answers are drawn, by each job's dice
-        if drawn or (values["peft"] or {}).get("init_lora_weights", True) is not True:
-            found = measure()
+        is_sampled = cfg.algorithm.shape == "prompt"  # its held-out answers are random, by job
+        if is_sampled or (values["peft"] or {}).get("init_lora_weights", True) is not True:
+            results = measure()
         else:
-            kept = ("model", "quant", "algorithm", "data", "samples", "adapter")
+            sections = ("model", "quant", "algorithm", "data", "samples", "adapter")
             train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
             head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None
-            key = json.dumps([{k: values[k] for k in kept}, train, head], sort_keys=True)
+            key = json.dumps([{k: values[k] for k in sections}, train, head], sort_keys=True)
             if key in self.pack.measured:
-                found = self.pack.measured[key]
-                if found[0]:
-                    trainer.log(dict(found[0]))  # as it does when it measures
+                results = self.pack.measured[key]
+                if results[0]:
+                    trainer.log(dict(results[0]))  # as it does when it measures itself
             else:
-                self.pack.measured[key] = found = measure()
+                self.pack.measured[key] = results = measure()
         self.pack.widen()
-        return found
+        return results
 
     def join(self, trainer: Any) -> None:
-        """Train in step with the pack from here on."""
+        """Share the pack's passes from here on."""
         self.pack.join(self.job, trainer)
 
     def report(self) -> dict[str, Any]:
@@ -71,7 +69,7 @@ class Seat:
         return {"lockstep": self.pack.passes.report()}
 
     def leave(self) -> None:
-        """Free the seat; only where others wait for it, what was left there is swept out."""
+        """Free the seat; if other jobs wait for it, also collect the job's garbage."""
         self.pack.leave(self.job)
         if self.pack.hub.queued:
             gc.unfreeze()

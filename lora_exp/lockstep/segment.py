@@ -1,4 +1,4 @@
-"""A pass: the rows that several jobs ask for, the mode to compute them in, and what they share.
+"""A pass: the rows of several jobs, how they are computed, and which products they share.
 
 Shapes: N tokens of all jobs; B rows, S tokens a row of one job; H heads, D head size; C channels.
 """
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from lora_exp.lockstep.grouping import Group
-from lora_exp.lockstep.state import Precision, RandomState
+from lora_exp.lockstep.state import ComputeState, RandomState
 
-ALIGNMENT = 64  # bytes; torch's tensors begin at multiples, and kernels differ by it (odd widths)
+ALIGNMENT = (
+    64  # bytes: torch allocates tensors at multiples, and kernels may depend on it (odd widths)
+)
 
 
 @dataclass(frozen=True)
-class Mode:
-    """How a pass computes; only requests of one mode can share one."""
+class PassContext:
+    """How a pass computes; requests share a pass only if these are equal."""
 
-    precision: Precision
+    compute_state: ComputeState
     training: bool
     checkpointing: bool
 
@@ -37,66 +39,68 @@ class Segment:
     position_ids: Tensor | None
     past: Any  # the job's own key-value cache while it generates
     random: RandomState  # the job's stream, from which its dropout draws
-    mask: Any = None  # as the job's attention takes it: the pass makes it, and the next
-    positions: Any = None  # of its tokens, [1 or B, S]
+    mask: Any = None  # the job's attention mask, made by the pass, as are the positions
+    positions: Any = None  # of the tokens, [1 or B, S]
 
     @cached_property
     def tokens(self) -> int:
         """Return how many tokens the rows have."""
         return self.input_ids_BS.numel()
 
-    def asks(self, other: Segment) -> bool:
-        """Say whether the other segment asks for the same."""
-        mine, theirs = ((s.input_ids_BS, s.attention_mask, s.position_ids) for s in (self, other))
+    def equals_request(self, other: Segment) -> bool:
+        """Return whether the other segment has the same inputs, and no cache."""
+        ours, theirs = ((s.input_ids_BS, s.attention_mask, s.position_ids) for s in (self, other))
         return other.past is None and all(
             a is b or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in zip(mine, theirs, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
         )
 
     def rows(self, x_1NC: Tensor) -> Tensor:
-        """Shape this segment's own tokens as its job's layers know them, [B, S, C]."""
+        """Return this segment's tokens in the shape of its own job, [B, S, C]."""
         return aligned(x_1NC).view(*self.input_ids_BS.shape, *x_1NC.shape[2:])
 
     def flat(self, x_BS: Tensor) -> Tensor:
-        """Lay what belongs to this segment's tokens, or to one row for all, side by side, [B S]."""
+        """Return values of this segment's tokens, or of one row for all, side by side, [B S]."""
         b, length = self.input_ids_BS.shape
         return x_BS.expand(b, length, *x_BS.shape[2:]).reshape(b * length, *x_BS.shape[2:])
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How one layer computes a pass."""
+class LayerGroups:
+    """The products in which one layer computes a pass."""
 
-    dtype: torch.dtype  # of the rows that this was measured for
+    dtype: torch.dtype  # of the rows for which this was measured
     groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Segments side by side, and behind them tokens that only fill the pass up."""
+    """Segments side by side, followed by filling: tokens that only make the pass longer."""
 
     segments: list[Segment]
     filling: int
-    sharing: tuple[Sharing | None, ...] | None  # for each layer; None: every job's rows alone
+    layer_groups: (
+        tuple[LayerGroups | None, ...] | None
+    )  # by layer; None: each job's rows by themselves
 
-    def products_of(self, place: int) -> set[tuple[int, int]]:
-        """Return a segment's own number of rows with that of each product that it is part of."""
-        own = self.segments[place].tokens
-        distinct = {id(s): s for s in self.sharing or () if s is not None}.values()
-        groups = (g for s in distinct for g in s.groups if place in g.members)
-        return {(own, g.rows) for g in groups} or {(own, own)}
+    def products_of(self, index: int) -> set[tuple[int, int]]:
+        """Return the pairs (rows of a segment, rows of a product that it is part of)."""
+        rows = self.segments[index].tokens
+        distinct = {id(s): s for s in self.layer_groups or () if s is not None}.values()
+        groups = (g for s in distinct for g in s.groups if index in g.members)
+        return {(rows, g.rows) for g in groups} or {(rows, rows)}
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Return the tokens of each segment, and last those that fill up, if there are any."""
+        """Return the number of tokens of each segment, and last that of the filling, if any."""
         return [*(s.tokens for s in self.segments), *([self.filling] if self.filling else [])]
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return a part of a pass as it would begin in memory if it were a tensor of its own."""
+    """Return a part of a pass, aligned in memory like a tensor of its own."""
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def split(x_1NC: Tensor, sizes: list[int], dim: int = 1) -> list[Tensor]:
-    """Cut a pass's tokens into its segments' (one node in autograd's graph, not one for each)."""
+    """Cut a pass's tokens into its segments (one node in autograd's graph, not one a segment)."""
     return list(torch.split(x_1NC, sizes, dim))

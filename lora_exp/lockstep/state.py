@@ -18,52 +18,54 @@ SINGLETONS = (PartialState, AcceleratorState, GradientState)
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where torch's random streams stand."""
+    """The states of torch's random generators."""
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None
 
     @classmethod
     def now(cls) -> RandomState:
-        """Note where they stand."""
+        """Return the current states."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
-        """Put them back."""
+        """Set the generators to these states."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
 
 
 @dataclass(frozen=True)
-class Precision:
-    """The modes that decide how torch computes; two requests must agree in them to be one."""
+class ComputeState:
+    """Gradient and autocast modes; requests must agree in them to be served as one."""
 
     grad: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
 
     @classmethod
-    def now(cls) -> Precision:
-        """Note the modes."""
-        kinds = ("cpu", "cuda")
-        modes = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+    def now(cls) -> ComputeState:
+        """Return the current modes."""
+        device_types = ("cpu", "cuda")
+        modes = [
+            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in device_types
+        ]
         return cls(torch.is_grad_enabled(), tuple(modes))
 
     def restore(self) -> None:
-        """Set the modes; casts of weights that autocast remembers are another's, and go."""
+        """Set the modes, and clear autocast's cache of cast weights, which are another job's."""
         torch.set_grad_enabled(self.grad)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+        for device_type, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device_type, enabled)
+            torch.set_autocast_dtype(device_type, dtype)
         torch.clear_autocast_cache()
 
 
-def nest(depth: int) -> int:
-    """Set how deep in autocast blocks torch believes to be, and return how deep it was.
+def set_autocast_depth(depth: int) -> int:
+    """Set torch's count of nested autocast blocks, and return the old count.
 
-    At depth 0 it forgets its casts of weights: beside a job that waits inside a block, another's
-    would never be forgotten, and it would go on with weights of an earlier step.
+    At depth 0 torch clears its cache of cast weights. While one job waits inside a block, the count
+    would never reach 0, and another job would train with cast weights of an earlier step.
     """
     before = torch.autocast_increment_nesting() - 1
     for _ in range(before + 1):
@@ -77,10 +79,10 @@ def nest(depth: int) -> int:
 class ProcessState:
     """Everything process-wide that a run reads or changes while it trains.
 
-    Not the working directory and the environment: the planner lets jobs that change them run alone.
+    Not the working directory and the environment: jobs that change them run alone, see `plan`.
     """
 
-    precision: Precision
+    compute_state: ComputeState
     depth: int
     python: Any
     numpy: Any
@@ -91,14 +93,14 @@ class ProcessState:
 
     @classmethod
     def now(cls) -> ProcessState:
-        """Note the running job's state, and leave the modes as a fresh process has them."""
+        """Return the running job's state, and set the modes of a fresh process."""
         root = logging.getLogger()
         state = cls(
-            Precision.now(),
-            nest(0),
+            ComputeState.now(),
+            set_autocast_depth(0),
             random.getstate(),
             np.random.get_state(),
-            tuple(dict(kind._shared_state) for kind in SINGLETONS),
+            tuple(dict(singleton._shared_state) for singleton in SINGLETONS),
             root.handlers[:],
             root.level,
             HydraConfig.instance().cfg,
@@ -107,14 +109,14 @@ class ProcessState:
         return state
 
     def restore(self) -> None:
-        """Give the job that goes on its state back."""
-        self.precision.restore()
-        nest(self.depth)
+        """Restore the state of the job that runs next."""
+        self.compute_state.restore()
+        set_autocast_depth(self.depth)
         random.setstate(self.python)
         np.random.set_state(self.numpy)
-        for kind, values in zip(SINGLETONS, self.singletons, strict=True):
-            kind._shared_state.clear()
-            kind._shared_state.update(values)
+        for singleton, values in zip(SINGLETONS, self.singletons, strict=True):
+            singleton._shared_state.clear()
+            singleton._shared_state.update(values)
         root = logging.getLogger()
         root.handlers[:] = self.handlers
         if root.level != self.level:
@@ -122,4 +124,4 @@ class ProcessState:
         HydraConfig.instance().cfg = self.hydra
 
 
-PLAIN = Precision(True, (("cpu", False, torch.bfloat16), ("cuda", False, torch.float16)))
+PLAIN = ComputeState(True, (("cpu", False, torch.bfloat16), ("cuda", False, torch.float16)))

@@ -1,4 +1,4 @@
-"""A pack on one screen: a row for each job, all its jobs' tokens per second below."""
+"""A pack on one screen: a row for each job, and the tokens per second of all jobs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_exp.record.console import console as ours
+from lora_exp.record.console import console as run_console
 
 EVERY_S = {True: 0.25, False: 15.0}  # on a terminal, and in a log
 
 
 @dataclass
 class Row:
-    """One job's line; a `Board`."""
+    """One job's row of the table; implements `Board`."""
 
     number: int
     name: str
@@ -31,34 +31,34 @@ class Row:
     shown: dict[str, str] = field(default_factory=dict)
 
     def begin(self, step: int, steps: int) -> None:
-        """Training begins, or goes on."""
+        """Training begins, or resumes."""
         self.status, self.step, self.steps = "trains", step, steps
 
     def move(self, step: int) -> None:
-        """A step is done."""
+        """A step has ended."""
         self.step = step
 
     def write(self, line: str, shown: dict[str, str]) -> None:
-        """There are new numbers."""
+        """There are new metrics."""
         self.shown = shown
 
     def close(self) -> None:
-        """Training is over, or given up."""
+        """Training has ended or failed."""
         self.status = "ends"
 
 
 class Table:
-    """The rows of a pack, redrawn on a terminal, a line now and then in a log."""
+    """The rows of a pack: redrawn on a terminal, summarised in a line every 15 s in a log."""
 
-    def __init__(self, title: str, rows: list[Row], counted: list[int]) -> None:
-        """Make a table.
+    def __init__(self, title: str, rows: list[Row], trained_tokens: list[int]) -> None:
+        """Create the table.
 
         Args:
-            title: stands above it.
-            rows: the jobs.
-            counted: one number: the tokens trained so far.
+            title: above the rows.
+            rows: one for each job.
+            trained_tokens: a list of one number, the tokens trained so far.
         """
-        self.title, self.rows, self.counted = title, rows, counted
+        self.title, self.rows, self.trained_tokens = title, rows, trained_tokens
         self.console = Console()
         if not self.console.is_terminal:
             self.console = Console(width=140)
@@ -67,8 +67,8 @@ class Table:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Show the table; the jobs' own words go to their run.log only."""
-        consoles = ours, get_console()  # the latter of rich's own progress bars
+        """Show the table; what the jobs print goes only to their run.log."""
+        consoles = run_console, get_console()  # the latter is used by rich's progress bars
         for console in consoles:
             console.quiet = True
         if self.console.is_terminal:
@@ -81,27 +81,27 @@ class Table:
             self.live.stop()
 
     def tick(self) -> None:
-        """Redraw, if the last time is long enough ago."""
+        """Redraw, if it is time."""
         now = time.perf_counter()
         if now - self.drawn < EVERY_S[self.console.is_terminal]:
             return
         self.drawn = now
         if self.console.is_terminal:
-            self.live.update(self._drawn(), refresh=True)
+            self.live.update(self._rendered(), refresh=True)
         else:
-            self.console.print(self._summed())
+            self.console.print(self._summary())
 
     def ended(self, row: Row, status: str) -> None:
-        """Set a job's last status, and say so where nothing is redrawn."""
+        """Set a job's final status; print it if there is no terminal."""
         row.status = status
         if not self.console.is_terminal:
             loss = f"  loss {row.shown['loss']}" if row.shown else ""
-            told = f"job {row.number} ({row.name}): {status} at step {row.step}{loss}"
-            self.console.print(Text(told))
+            line = f"job {row.number} ({row.name}): {status} at step {row.step}{loss}"
+            self.console.print(Text(line))
 
-    def _drawn(self) -> RenderableType:
-        table = RichTable(title=self.title, title_justify="left", caption=self._summed())
-        for column in ("job", "name", "step", "", "loss", "rate", "status"):
+    def _rendered(self) -> RenderableType:
+        table = RichTable(title=self.title, title_justify="left", caption=self._summary())
+        for column in ("job", "name", "step", "", "loss", "rate", "evaluation", "status"):
             table.add_column(column, justify="right" if column in ("step", "loss") else "left")
         for row in self.rows:
             table.add_row(
@@ -111,14 +111,15 @@ class Table:
                 ProgressBar(total=row.steps or 1, completed=row.step, width=16),
                 row.shown.get("loss", ""),
                 row.shown.get("rate", ""),
+                row.shown.get("eval", "").strip().removeprefix("eval "),
                 row.status,
             )
         return table
 
-    def _summed(self) -> str:
+    def _summary(self) -> str:
         steps = sum(row.step for row in self.rows)
         total = sum(row.steps for row in self.rows)
-        over = sum(row.status not in ("waits", "trains", "ends") for row in self.rows)
-        speed = self.counted[0] / (time.perf_counter() - self.began)
-        text = f"{over} of {len(self.rows)} jobs done, step {steps:,} of {total:,}"
+        ended = sum(row.status not in ("waits", "trains", "ends") for row in self.rows)
+        speed = self.trained_tokens[0] / (time.perf_counter() - self.began)
+        text = f"{ended} of {len(self.rows)} jobs done, step {steps:,} of {total:,}"
         return f"{text}, {speed:,.0f} tokens/s together"

@@ -1,7 +1,7 @@
-"""Verification while a pack trains: a pass made again for one job alone, compared bit for bit.
+"""Verification while a pack trains: a pass is repeated for one job alone, and compared bit for bit.
 
-Classes are measured with rows of their own; this holds what a pass really computed against what the
-job's own model computes of the same rows.
+Classes are measured with artificial rows; this compares what a pass has really computed with what
+the job's own model computes from the same rows.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_exp.lockstep.eligibility import keeping_random
-from lora_exp.lockstep.segment import Mode, Pass, Segment, split
+from lora_exp.lockstep.eligibility import preserved_random_state
+from lora_exp.lockstep.segment import Pass, PassContext, Segment, split
 
 log = logging.getLogger("lora_exp")
 Gradients = dict[str, Tensor | None]  # by a parameter's name
-BUDGET = 0.01  # of the tokens of all passes, for products that are verified because they are new
+BUDGET = 0.01  # share of all tokens that may be spent on verifying new products
 
 
 @dataclass(frozen=True)
 class Member:
-    """A job's own model, as it computes without the pack."""
+    """A job's own model, which computes without the pack."""
 
     body: Any
-    compute: Callable[..., Any]  # the body's own forward
+    forward: Callable[..., Any]  # the body's own forward
     trained: dict[str, nn.Parameter]
 
-    def alone(self, segment: Segment, past: Any, mode: Mode) -> Any:
-        """Return the body's output for a segment, drawing what the job alone would have drawn."""
-        with keeping_random():
-            mode.precision.restore()
+    def forward_alone(self, segment: Segment, past: Any, context: PassContext) -> Any:
+        """Return the body's output for a segment, with the random numbers of the run alone."""
+        with preserved_random_state():
+            context.compute_state.restore()
             segment.random.restore()
             try:
-                return self.compute(
+                return self.forward(
                     input_ids=segment.input_ids_BS,
                     attention_mask=segment.attention_mask,
                     position_ids=segment.position_ids,
@@ -50,43 +50,43 @@ class Member:
                 torch.clear_autocast_cache()
 
     def gradients(self) -> Gradients:
-        """Return copies of the gradients that are there."""
+        """Return copies of the current gradients."""
         grads = {name: p.grad for name, p in self.trained.items() if p.requires_grad}
         return {name: None if grad is None else grad.clone() for name, grad in grads.items()}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A segment of a pass that is to be verified."""
+    """The segment of a pass to be verified."""
 
-    place: int  # in the pass
+    index: int  # in the pass
     past: Any  # its key-value cache as it was before
-    keys: frozenset[Any]  # what this is the first check of
+    keys: frozenset[Any]  # products that this check covers
 
 
 class Verification:
-    """Chooses which passes are verified, compares, and notes what differs."""
+    """Chooses which passes are verified, compares them, and records differences."""
 
-    def __init__(self, share: float, members: dict[int, Member]) -> None:
-        """Verify a share of the passes, and those with products that were not verified before.
+    def __init__(self, fraction: float, members: dict[int, Member]) -> None:
+        """Verify a fraction of the passes, and passes with products that were not verified before.
 
         Args:
-            share: 0: none; 1: every pass, of one job each; between: products that no verified pass
-                had come first, as long as that costs no more than `BUDGET` of all tokens.
-            members: the jobs of the pack, as they come and go.
+            fraction: 0: none; 1: every pass, one job of each; between: also passes with new
+                products, as long as these cost at most `BUDGET` of all tokens.
+            members: the pack's current jobs; the pack changes this dict.
         """
-        self.share, self.members = share, members
-        self.tell: Callable[[list[int], str], None] = _log  # hears of each difference
+        self.fraction, self.members = fraction, members
+        self.on_difference: Callable[[list[int], str], None] = _log  # called for each difference
         self.passes = self.verified = 0
-        self.apart: set[int] = set()  # jobs that share no pass any more, since one differed
-        self.together: set[int] = set()  # jobs that have shared one
+        self.excluded: set[int] = set()  # jobs that differed once and share no further pass
+        self.shared_jobs: set[int] = set()  # jobs that have shared a pass
         self.differences: list[str] = []
-        self._known: set[Any] = set()  # keys of what was verified
+        self._verified_keys: set[Any] = set()  # products verified so far
         self._tokens = [0, 0]  # of all passes, and of verified segments
-        self._turns = random.Random(0)
+        self._random = random.Random(0)
 
     def report(self) -> dict[str, Any]:
-        """Return what is known so far, for a job's record."""
+        """Return the results so far, for run.json."""
         return {
             "passes": self.passes,
             "verified": self.verified,
@@ -94,163 +94,168 @@ class Verification:
             "proven": not self.differences,
         }
 
-    def choose(self, mode: Mode, p: Pass) -> Check | None:
-        """Return whose rows of a pass are verified, if any are.
+    def choose(self, context: PassContext, p: Pass) -> Check | None:
+        """Return the segment of a pass to verify, if any.
 
         Args:
-            mode: of the pass.
-            p: the pass, not yet made.
+            context: of the pass.
+            p: the pass, before it is computed.
         """
         self.passes += 1
         if len(p.segments) > 1:
-            self.together |= {s.job for s in p.segments}
+            self.shared_jobs |= {s.job for s in p.segments}
         self._tokens[0] += sum(p.sizes)
-        if not self.share:
+        if not self.fraction:
             return None
-        due, turn = self._turns.random() < self.share, self._turns.randrange(len(p.segments))
+        due, drawn = self._random.random() < self.fraction, self._random.randrange(len(p.segments))
         keys = [
-            frozenset({(mode, key) for key in p.products_of(i)}) for i in range(len(p.segments))
+            frozenset({(context, key) for key in p.products_of(i)}) for i in range(len(p.segments))
         ]
-        new = [i for i, own in enumerate(keys) if not own <= self._known]
-        first = not any(mode == known for known, _ in self._known)
-        place = new[0] if new else turn
-        cost = self._tokens[1] + p.segments[place].tokens
+        new = [i for i, own in enumerate(keys) if not own <= self._verified_keys]
+        first = not any(context == verified for verified, _ in self._verified_keys)
+        index = new[0] if new else drawn
+        cost = self._tokens[1] + p.segments[index].tokens
         if not (due or first or (new and cost <= BUDGET * self._tokens[0])):
             return None
-        past = p.segments[place].past
+        past = p.segments[index].past
         if past is not None:
             past = copy.deepcopy(past)
-        return Check(place, past, keys[place])
+        return Check(index, past, keys[index])
 
     def verify(
-        self, check: Check, before: list[Segment], hidden: Tensor, mode: Mode, fused: Any
+        self, check: Check, before: list[Segment], hidden: Tensor, context: PassContext, fused: Any
     ) -> Tensor | None:
-        """Hold a job's hidden states against those of its own model.
+        """Compare a job's hidden states with those of its own model.
 
         Args:
-            check: whose.
-            before: all segments of the pass, as they were before it.
-            hidden: what the pass made of the job's, [B, S, C].
-            mode: of the pass.
-            fused: the `FusedBody` that made it.
+            check: the job's segment.
+            before: all segments of the pass, in their states before it.
+            hidden: the job's hidden states from the pass, [B, S, C].
+            context: of the pass.
+            fused: the `FusedBody` that computed it.
 
         Returns:
-            The own model's, which lead to its gradients; None where there are none, or where it
-            could not be made, which costs the verification, not the pass.
+            The hidden states of the job's own model, with their graph; None if there is no graph or
+            if they could not be computed (the pass is then used without verification).
         """
-        s = before[check.place]
+        s = before[check.index]
         try:
-            own: Tensor = self.members[s.job].alone(s, check.past, mode).last_hidden_state
-        except Exception as error:  # often too little memory: the pass itself is there
+            output = self.members[s.job].forward_alone(s, check.past, context)
+            reference: Tensor = output.last_hidden_state
+        except Exception as error:  # often too little memory; the pass itself has worked
             log.info("lockstep: a pass is not verified: %s", error)
             return None
         self.verified += 1
         self._tokens[1] += s.tokens
-        self._known |= check.keys
-        ours, theirs = hidden, own
-        if s.attention_mask is not None:  # what padding becomes is nobody's
-            counted = s.attention_mask[:, -s.input_ids_BS.shape[1] :].bool()
-            ours, theirs = hidden[counted], own[counted]
-        if count := different(ours, theirs):
+        self._verified_keys |= check.keys
+        actual, expected = hidden, reference
+        if s.attention_mask is not None:  # nobody uses the results of padding
+            real = s.attention_mask[:, -s.input_ids_BS.shape[1] :].bool()
+            actual, expected = hidden[real], reference[real]
+        if count := count_differences(actual, expected):
             fused.classes.forget()
-            self._differ(s.job, f"{count} of {ours.numel()} hidden values differ")
+            self._record_difference(s.job, f"{count} of {actual.numel()} hidden values differ")
             try:
-                where = _first_layer(check, before, self.members[s.job], mode, fused)
-            except Exception as error:  # the difference is told already
+                where = _first_layer(check, before, self.members[s.job], context, fused)
+            except Exception as error:  # the difference is already recorded
                 where = f"its layer is not known ({error})"
-            self._differ(s.job, where)
+            self._record_difference(s.job, where)
             return None
-        return own if own.requires_grad else None
+        return reference if reference.requires_grad else None
 
     def verify_gradients(
-        self, job: int, own: Tensor, gradient: Tensor, before: Gradients, fused: Any
+        self, job: int, reference: Tensor, gradient: Tensor, before: Gradients, fused: Any
     ) -> None:
-        """Hold what a job's gradients became against what its own model adds to them.
+        """Compare a job's gradients with those of its own model.
 
         Args:
-            job: whose.
-            own: the hidden states of its own model, [B, S, C].
-            gradient: of the job's loss, in the hidden states; of the same shape.
-            before: the job's gradients before the pass went back.
-            fused: the `FusedBody` that made the pass.
+            job: the job's number.
+            reference: the hidden states of its own model, [B, S, C].
+            gradient: of the job's loss with respect to the hidden states, [B, S, C].
+            before: the job's gradients before the backward of the pass.
+            fused: the `FusedBody` that computed the pass.
         """
         trained = self.members[job].trained
         try:
             parameters = [trained[name] for name in before]
             added: Sequence[Tensor | None] = torch.autograd.grad(
-                own, parameters, gradient, allow_unused=True
+                reference, parameters, gradient, allow_unused=True
             )
         except Exception as error:
             log.info("lockstep: gradients are not verified: %s", error)
             return
-        for (name, was), grad in reversed(list(zip(before.items(), added, strict=True))):
-            expected = grad if was is None else was if grad is None else was + grad
-            if expected is not None and (count := different(trained[name].grad, expected)):
+        for (name, previous), grad in reversed(list(zip(before.items(), added, strict=True))):
+            expected = grad if previous is None else previous if grad is None else previous + grad
+            if expected is not None and (count := count_differences(trained[name].grad, expected)):
                 fused.classes.forget()
                 text = f"{count} of {expected.numel()} gradients of {name} differ"
-                self._differ(job, f"{text}, those of later layers do not")
+                self._record_difference(job, f"{text}, those of later layers do not")
                 return
 
-    def _differ(self, job: int, what: str) -> None:
-        """Record that a pass differs from the run alone; the job shares no pass from here on."""
-        self.apart.add(job)
+    def _record_difference(self, job: int, what: str) -> None:
+        """Record that a pass differs from the run alone; the job shares no further pass."""
+        self.excluded.add(job)
         self.differences.append(f"pass {self.passes}: {what}")
-        self.tell(sorted(self.together | {job}), self.differences[-1])
+        self.on_difference(sorted(self.shared_jobs | {job}), self.differences[-1])
 
 
 def _log(jobs: list[int], what: str) -> None:
     log.error("lockstep: jobs %s are not proven equal to their runs alone: %s", jobs, what)
 
 
-def different(ours: Tensor | None, theirs: Tensor) -> int:
-    """Return how many numbers differ in a bit; NaN equals NaN, and zero the negative zero."""
-    if ours is None:
-        return theirs.numel()
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[ours.element_size()]
-    one, other = (t.detach().contiguous().view(bits) for t in (ours, theirs))
-    alike = ((ours == 0) & (theirs == 0)) | (ours.isnan() & theirs.isnan())
-    return int(((one != other) & ~alike).sum())
+def count_differences(actual: Tensor | None, expected: Tensor) -> int:
+    """Return how many numbers differ in a bit; NaN equals NaN, and 0 equals -0."""
+    if actual is None:
+        return expected.numel()
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[actual.element_size()]
+    one, other = (t.detach().contiguous().view(integers) for t in (actual, expected))
+    equal = ((actual == 0) & (expected == 0)) | (actual.isnan() & expected.isnan())
+    return int(((one != other) & ~equal).sum())
 
 
 def _first_layer(
-    check: Check, before: list[Segment], member: Member, mode: Mode, fused: Any
+    check: Check, before: list[Segment], member: Member, context: PassContext, fused: Any
 ) -> str:
     """Repeat the pass and the job's own forward, and name the first layer that differs."""
-    s = before[check.place]
-    if any(one.past is not None for one in before):
-        return "its layer is not known: a cache is not filled twice"
-    (p,) = fused.passes([copy.copy(one) for one in before])
-    theirs: dict[str, Tensor] = {}
-    ours: list[str] = []
+    s = before[check.index]
+    if any(segment.past is not None for segment in before):
+        return "its layer is not known: a cache cannot be filled twice"
+    (p,) = fused.passes([copy.copy(segment) for segment in before])
+    expected: dict[str, Tensor] = {}
+    differing: list[str] = []  # at most the first layer
 
-    def keep(name: str, output: Tensor) -> None:
-        theirs[name] = output.detach().clone()
+    def store(name: str, output: Tensor) -> None:
+        expected[name] = output.detach().clone()
 
     def compare(name: str, output: Tensor) -> None:
-        own = theirs.pop(name, None)
-        if own is not None and not ours and output.shape[:2] == (1, sum(p.sizes)):
-            part = split(output, p.sizes)[check.place]
-            if part.numel() == own.numel() and different(part.reshape(own.shape), own):
-                ours.append(name)
+        reference = expected.pop(name, None)
+        if reference is not None and not differing and output.shape[:2] == (1, sum(p.sizes)):
+            part = split(output, p.sizes)[check.index]
+            if part.numel() == reference.numel() and count_differences(
+                part.reshape(reference.shape), reference
+            ):
+                differing.append(name)
 
-    with keeping_random():
-        with _outputs(member.body, keep):
-            member.alone(s, None, mode)
-        with _outputs(fused.body, compare):
+    with preserved_random_state():
+        with _watching_outputs(member.body, store):
+            member.forward_alone(s, None, context)
+        with _watching_outputs(fused.body, compare):
             fused.forward(p)
-    return f"the first layer is {ours[0]}" if ours else "no layer differs when it is made again"
+    if not differing:
+        return "no layer differs when the pass is repeated"
+    return f"the first layer is {differing[0]}"
 
 
 @contextmanager
-def _outputs(body: nn.Module, hear: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hear what each layer puts out, in the order in which they end."""
+def _watching_outputs(body: nn.Module, callback: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call back with each layer's output, in the order in which the layers end."""
 
-    def heard(name: str, output: Any) -> None:
+    def hook(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() > 2:
-            hear(name, output)
+            callback(name, output)
 
     handles = [
-        module.register_forward_hook(lambda _m, _x, output, name=name: heard(name, output))
+        module.register_forward_hook(lambda _m, _x, output, name=name: hook(name, output))
         for name, module in body.named_modules()
         if name
     ]

@@ -1,7 +1,7 @@
 """The worker: the process in which a plan's jobs train, pack after pack.
 
-It is forked from the launcher, which has not imported torch: the task, its resolvers and plugins
-are there, and nothing of a GPU is.
+It is forked from the launcher, which has not imported torch: so it has the task, its resolvers and
+plugins, but no GPU state.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from lora_exp.errors import DivergedError, Interrupted, LoraExpError
 from lora_exp.training.interruption import stop
 
 Config = tuple[int, DictConfig]
-KNOWN = ("builtins", "lora_exp", "hydra", "omegaconf")  # whose errors the launcher can have
+# packages whose errors can be sent to the launcher
+SENDABLE = ("builtins", "lora_exp", "hydra", "omegaconf")
 
 
-def end_with(launcher: int) -> None:
-    """Have this process asked to stop when the launcher is gone, however it went (prctl(2))."""
+def end_with_parent(launcher: int) -> None:
+    """Have the system send SIGTERM to this process when the launcher ends (prctl(2))."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -41,7 +42,7 @@ def end_with(launcher: int) -> None:
 
 @dataclass(frozen=True)
 class Seats:
-    """Jobs that share a base, and how; `mode` None: each has the process to itself."""
+    """Jobs that share a base, and in which mode; None: each has the process to itself."""
 
     jobs: tuple[Config, ...]
     mode: str | None
@@ -51,67 +52,67 @@ class Seats:
 
 
 class Launch(Protocol):
-    """Hears what becomes of jobs, each by its number."""
+    """Receives the events of jobs, each named by its number."""
 
     def began(self, number: int) -> None:
-        """Hear that a job begins."""
+        """A job begins."""
 
     def ended(self, number: int, result: JobReturn) -> None:
-        """Hear how a job ended."""
+        """A job has ended."""
 
     def unproven(self, numbers: list[int], difference: str) -> None:
-        """Hear that a pass of these jobs' pack was not the run alone; they may still train."""
+        """A pass of these jobs' pack differed from the run alone; they may still train."""
 
 
 class Worker:
-    """The launcher's side: a process that is sent work, and tells what became of it."""
+    """The launcher's side: a process that gets work and reports events."""
 
     def __init__(self, context: HydraContext, task: TaskFunction, warm: bool) -> None:
         self.arguments = (context, task, warm)
         self.replace()
 
     def replace(self) -> None:
-        """Start a process, the first or one for another that died."""
+        """Start a process: the first, or one in place of one that died."""
         fork = get_context("fork")
-        self.pipe, theirs = fork.Pipe()
-        arguments = (theirs, self.pipe, os.getpid(), *self.arguments)
+        self.pipe, other_end = fork.Pipe()
+        arguments = (other_end, self.pipe, os.getpid(), *self.arguments)
         self.process = fork.Process(target=_work, args=arguments)
         self.process.start()
-        theirs.close()
+        other_end.close()
 
     def run(self, work: list[Seats], launch: Launch) -> None:
-        """Send work and report each job as it begins and ends, until all have or the worker died.
+        """Send work and pass on its events, until all of it is done or the worker has died.
 
         Raises:
-            LoraExpError: it died; what had begun and not ended was lost with it.
+            LoraExpError: the worker died; jobs that had begun and not ended are lost.
         """
-        stop.forward = self._ask_to_stop  # it knows when its jobs come to a step's end
+        stop.forward = self._ask_to_stop  # the worker stops its jobs at the end of a step
         try:
             self._send(work)
             while (message := self._received()) is not None:
-                said, *about = message
-                if said == "over":
+                event, *arguments = message
+                if event == "over":
                     return
-                getattr(launch, said)(*about)
+                getattr(launch, event)(*arguments)
         finally:
             stop.forward = None
         self.process.join()
-        raise LoraExpError(f"the worker was {_ending(self.process.exitcode or 0)}")
+        raise LoraExpError(f"the worker was {_exit_reason(self.process.exitcode or 0)}")
 
     def _send(self, work: list[Seats]) -> None:
-        with suppress(OSError):  # it is gone, as `_received` finds
+        with suppress(OSError):  # it has died; `_received` notices
             self.pipe.send(work)
 
     def _received(self) -> tuple[Any, ...] | None:
-        """Wait for what the worker has to say; None: it is gone."""
+        """Wait for the worker's next event; None: it has died."""
         wait([self.pipe, self.process.sentinel])
         try:
             return tuple(self.pipe.recv()) if self.pipe.poll() else None
         except (EOFError, OSError):
-            return None  # it died while it said something
+            return None  # it died while it sent an event
 
     def stop(self, at_once: bool = False) -> None:
-        """Let the process go; one that still works may save what it has, unless it is urgent."""
+        """End the process; if it still trains, let it save a checkpoint first, unless `at_once`."""
         self.pipe.close()
         self.process.join(timeout=3)
         patient = [] if at_once else [self._ask_to_stop]
@@ -125,7 +126,7 @@ class Worker:
             self.process.terminate()  # SIGTERM
 
 
-def _ending(code: int) -> str:
+def _exit_reason(code: int) -> str:
     if code < 0:
         name = signal.Signals(-code).name
         hint = " (is memory short? lockstep.max_jobs=... takes fewer)" if code == -9 else ""
@@ -135,25 +136,25 @@ def _ending(code: int) -> str:
 
 def _work(
     pipe: Connection,
-    theirs: Connection,
+    other_end: Connection,
     launcher: int,
     context: HydraContext,
     task: TaskFunction,
     warm: bool,
 ) -> None:
     stop.inherited()
-    end_with(launcher)
-    theirs.close()  # else the launcher's end would stay open in here when the launcher is gone
+    end_with_parent(launcher)
+    other_end.close()  # else the pipe would stay open after the launcher has ended
     # the launcher's callbacks stay with the launcher
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
     try:
         with stop.listening():
-            _carry_out(pipe, context, task, warm)
+            _run_all(pipe, context, task, warm)
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
-        os._exit(130)  # interrupted, or the launcher is gone: records are in order, say no more
+        os._exit(130)  # interrupted, or the launcher has ended: the records are complete
 
 
-def _carry_out(pipe: Connection, context: HydraContext, task: TaskFunction, warm: bool) -> None:
+def _run_all(pipe: Connection, context: HydraContext, task: TaskFunction, warm: bool) -> None:
     if warm:
         import lora_exp.experiment
         import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
@@ -164,7 +165,7 @@ def _carry_out(pipe: Connection, context: HydraContext, task: TaskFunction, warm
                 report.run(number, config)
         else:
             _pack(seats, report)
-            gc.unfreeze()  # with the pack goes its base
+            gc.unfreeze()  # free the pack and its base
             gc.collect()
     pipe.send(("over",))
 
@@ -175,17 +176,17 @@ class _Report:
     context: HydraContext
     task: TaskFunction
 
-    def send(self, *said: Any) -> None:
+    def send(self, *message: Any) -> None:
         try:
-            self.pipe.send(said)
-        except OSError as error:  # nobody listens any more
-            if not stop.asked:  # else every job still comes to its step's end
+            self.pipe.send(message)
+        except OSError as error:  # the launcher has ended
+            if not stop.asked:  # else let every job reach the end of its step
                 raise KeyboardInterrupt from error
 
     def run(self, number: int, config: DictConfig) -> JobReturn:
-        """Run one job as every launcher does, and send what it returned."""
+        """Run one job as every launcher does, and send the result."""
         if stop.asked:
-            return failed(config, Interrupted())  # it has not begun, and nobody waits for it
+            return failed(config, Interrupted())  # it has not begun
         self.send("began", number)
         try:
             result = run_job(
@@ -195,16 +196,16 @@ class _Report:
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
-        except Interrupted as error:  # the others come to their own step's end
+        except Interrupted as error:  # the others stop at the end of their own step
             result = failed(config, error)
-        except Exception as error:  # Hydra's own, before or after the task
+        except Exception as error:  # Hydra's errors, before or after the task
             result = failed(config, error)
         self.send("ended", number, portable(result))
         return result
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """Return a job's own part of what Hydra composed."""
+    """Return a composed config without the `hydra` section."""
     task = config.copy()
     with read_write(task), open_dict(task):
         del task["hydra"]
@@ -212,7 +213,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def failed(config: DictConfig, error: BaseException) -> JobReturn:
-    """Return what Hydra would have returned of a job, had it been able to."""
+    """Return the result of a job that ended before Hydra could return one."""
     result = JobReturn()
     result.cfg = without_hydra(config)
     result.hydra_cfg = OmegaConf.masked_copy(config, "hydra")
@@ -223,12 +224,12 @@ def failed(config: DictConfig, error: BaseException) -> JobReturn:
 
 
 def portable(result: JobReturn) -> JobReturn:
-    """Return a job's result as it can be sent: errors of other packages as their text.
+    """Return a job's result in a form that can be sent: errors of other packages as text.
 
-    The launcher would import torch to know one of torch's, and others may not be sent at all.
+    To unpickle torch's errors the launcher would have to import torch; others cannot be pickled.
     """
     value = result._return_value
-    if isinstance(value, Exception) and type(value).__module__.split(".")[0] not in KNOWN:
+    if isinstance(value, Exception) and type(value).__module__.split(".")[0] not in SENDABLE:
         result._return_value = LoraExpError(f"{type(value).__name__}: {value}")
     return result
 
@@ -243,27 +244,27 @@ def _pack(seats: Seats, report: _Report) -> None:
     keep_freed()
     rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
     pack = Pack(seats.mode or "exact", seats.max_jobs, seats.verify)
-    table = Table("in lockstep", rows, pack.passes.counted)
+    table = Table("in lockstep", rows, pack.passes.trained_tokens)
 
-    def job(place: int, number: int, config: DictConfig) -> Callable[[], None]:
+    def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:
-            here.set(Seat(pack, place, rows[place]))
+            here.set(Seat(pack, index, rows[index]))
             result = report.run(number, config)
-            table.ended(rows[place], _status(result._return_value))
+            table.ended(rows[index], _status(result._return_value))
 
         return run
 
-    def tell(places: list[int], difference: str) -> None:
-        report.send("unproven", [seats.jobs[place][0] for place in places], difference)
+    def report_difference(indices: list[int], difference: str) -> None:
+        report.send("unproven", [seats.jobs[index][0] for index in indices], difference)
 
-    pack.passes.verification.tell = tell
+    pack.passes.verification.on_difference = report_difference
     pack.hub.tick = table.tick
     with table.open():
-        pack.hub.run(job(place, *about) for place, about in enumerate(seats.jobs))
+        pack.hub.run(job(index, *arguments) for index, arguments in enumerate(seats.jobs))
 
 
 def _status(returned: Any) -> str:
-    """Return how a job ended, in the words of its record."""
+    """Return how a job ended: its status, as in run.json."""
     if isinstance(returned, DivergedError):
         return "diverged"
     if isinstance(returned, Interrupted):

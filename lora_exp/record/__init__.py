@@ -3,6 +3,8 @@
 console   words, tables and curves
 run       a run's directory
 standing  how a directory's run stands
+contents  whether a run's files have changed
+clock     seconds and tokens of training
 metrics   a trainer's metrics, passed on
 progress  first row and progress
 summary   what is printed before and after

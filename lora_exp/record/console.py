@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -42,7 +42,7 @@ def tracked(sequence: Sequence[T], what: str, done: int = 0) -> Iterable[T]:
     return track(sequence, what, total, done, console=console, transient=True, disable=hidden)
 
 
-def facts(title: str, lines: dict[str, str]) -> Table:
+def facts(title: str, lines: Mapping[str, str | Text]) -> Table:
     """Return a two-column table of names and values."""
     table = Table(
         title=title, title_justify="left", title_style="bold", show_header=False, box=None
@@ -50,7 +50,7 @@ def facts(title: str, lines: dict[str, str]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in lines.items():
-        table.add_row(key, Text(value))
+        table.add_row(key, Text(value) if isinstance(value, str) else value)
     return table
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from lora_exp.record.clock import Clock
 from lora_exp.record.run import Record
 
 OWN_SPEED = ("_runtime", "_per_second", "_preparation_time")
@@ -46,23 +46,30 @@ class Nowhere:
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Callback: pass log lines to the record and the tracker, as `train/x` and `eval/x`."""
 
-    def __init__(self, record: Record, tracker: Tracker) -> None:
-        self.record, self.tracker = record, tracker
-        self.seen = (0.0, time.perf_counter())
+    def __init__(self, record: Record, tracker: Tracker, clock: Clock) -> None:
+        self.record, self.tracker, self.clock = record, tracker, clock
+        self.logged = (0, 0.0)  # the tokens and seconds of the last log line
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
-        self.seen = (0.0, time.perf_counter())
+        self.clock.begin()
+        self.logged = (0, 0.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log the last step, whatever `logging_steps` is."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Pass one log line on; tokens per second are counted since the last line."""
         if "train_runtime" in logs:
             return  # the trainer's closing line: the run's own summary says it
         metrics = named(logs)
-        tokens, now = metrics.get("train/num_tokens"), time.perf_counter()
-        if tokens is not None:
-            metrics["train/tokens_per_s"] = (tokens - self.seen[0]) / (now - self.seen[1])
-            self.seen = (tokens, now)
+        tokens, seconds = self.clock.tokens, self.clock.seconds
+        if tokens > self.logged[0] and "train/loss" in metrics:
+            speed = (tokens - self.logged[0]) / (seconds - self.logged[1])
+            metrics["train/tokens_per_s"] = speed
+            self.logged = (tokens, seconds)
         self.record.log(metrics, state.global_step)
         self.tracker.log(metrics, state.global_step)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import groupby
 from typing import Any, Protocol
 
 import datasets
@@ -14,11 +17,14 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from lora_exp.data.tokens import IGNORED
+from lora_exp.record.clock import Clock
 from lora_exp.record.console import console
 from lora_exp.record.metrics import named
 
 log = logging.getLogger("lora_exp")
 SHOWN_TOKENS = 160
+ANSWER_TOKENS = 60  # of them, at least for the first part that counts
+CUT = "\N{REPLACEMENT CHARACTER}"
 HARMLESS = (
     "`(is_)?gradient_checkpointing` is deprecated",  # trl still takes transformers' older name
     "Position ids are not supported for parameter efficient tuning",  # prompts carry their own
@@ -40,21 +46,48 @@ def quiet() -> None:
 
 
 def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
-    """Return one row's tokens: those that count towards the loss are bright, the others dim.
+    """Return one row's text: what counts towards the loss is bright, the rest dim.
 
-    Without colours (in run.log) the parts that count are in «».
+    Without colours (in run.log) the parts that count are in «». Of a long row the first part that
+    counts is always shown; a long text before it is shortened in its middle.
     """
-    text, counting = Text(), False
-    for token, label in list(zip(ids, labels, strict=True))[:SHOWN_TOKENS]:
-        if (label != IGNORED) != counting:
-            counting = not counting
-            text.append("«" if counting else "»", style="bold green")
-        piece = tokenizer.decode([token]).replace("\n", "↵")
-        text.append(piece, style="bold green" if counting else "dim")
-    text.append("»" if counting else "", style="bold green")
-    if len(ids) > SHOWN_TOKENS:
-        text.append(f" … {len(ids) - SHOWN_TOKENS} more tokens", style="dim")
+    text, left = Text(), SHOWN_TOKENS
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+    for start, stop, counts in _stretches(labels):
+        style, long = "bold green" if counts else "dim", stop - start > left
+        if stop == first < len(ids) and stop - start > SHOWN_TOKENS - ANSWER_TOKENS:
+            edge = (SHOWN_TOKENS - ANSWER_TOKENS) // 2
+            text.append(_decoded(ids, start, start + edge, tokenizer), style)
+            text.append(f" … {stop - start - 2 * edge} tokens … ", style="dim italic")
+            text.append(_decoded(ids, stop - edge, stop, tokenizer), style)
+            left -= 2 * edge
+            continue
+        end = start + left if long else stop
+        inside = _decoded(ids, start, end, tokenizer)
+        text.append(f"«{inside}»" if counts else inside, style)
+        left -= end - start
+        if left <= 0:
+            if end < len(ids):
+                text.append(f" … {len(ids) - end} more tokens", style="dim")
+            break
     return text
+
+
+def _stretches(labels: list[int]) -> Iterator[tuple[int, int, bool]]:
+    """Yield where tokens that count, and tokens that do not, begin and end."""
+    start = 0
+    for counts, group in groupby(label != IGNORED for label in labels):
+        stop = start + sum(1 for _ in group)
+        yield start, stop, counts
+        start = stop
+
+
+def _decoded(ids: list[int], start: int, stop: int, tokenizer: Any) -> str:
+    """Return the text of tokens in their row; a character cut off at the end is the next one's."""
+    before, through = (str(tokenizer.decode(ids[:end])).rstrip(CUT) for end in (start, stop))
+    whole = through.startswith(before)
+    inside = through[len(before) :] if whole else str(tokenizer.decode(ids[start:stop]))
+    return inside.replace("\n", "↵")
 
 
 class Board(Protocol):
@@ -67,7 +100,7 @@ class Board(Protocol):
         """Report that a step is done."""
 
     def write(self, line: str, shown: dict[str, str]) -> None:
-        """Report new metrics: loss, learning rate and tokens/s, and a line with all of them."""
+        """Report new metrics (loss, rate, tokens/s, evaluation), and a line with all of them."""
 
     def close(self) -> None:
         """Report that training has ended or failed."""
@@ -82,7 +115,7 @@ class Bar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}"),
-            TextColumn("{task.fields[reward]}{task.fields[speed]} tokens/s"),
+            TextColumn("{task.fields[eval]}{task.fields[reward]}{task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -92,7 +125,7 @@ class Bar:
     def begin(self, step: int, steps: int) -> None:
         """Open the bar."""
         self.task = self.bar.add_task(
-            "train", total=steps, loss="-", rate="-", speed="-", reward=""
+            "train", total=steps, loss="-", rate="-", speed="-", reward="", eval=""
         )
         self.move(step)
         self.bar.start()
@@ -115,12 +148,21 @@ class Bar:
 class Progression(TrainerCallback):  # type: ignore[misc]
     """Callback: pass a trainer's steps and metrics to a board, and its log steps to run.log."""
 
-    def __init__(self, board: Board) -> None:
-        self.board = board
+    def __init__(self, board: Board, clock: Clock, evaluated: Sequence[str]) -> None:
+        """Make a callback.
+
+        Args:
+            board: where the numbers are shown.
+            clock: of the training.
+            evaluated: the metrics of an evaluation to show.
+        """
+        self.board, self.clock, self.evaluated = board, clock, evaluated
+        self.shown: dict[str, str] = {}
+        self.trains = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the board."""
-        self.started = time.perf_counter()
+        self.began, self.first, self.trains = time.perf_counter(), state.global_step, True
         self.board.begin(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -128,25 +170,45 @@ class Progression(TrainerCallback):  # type: ignore[misc]
         self.board.move(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Show the newest numbers."""
+        """Show the newest numbers, those of an evaluation during training too."""
         metrics = named(logs)
-        if "train/loss" not in metrics:
+        if "train/loss" in metrics:
+            words = self._trained(metrics)
+        elif self.trains and any(name.startswith("eval/") for name in metrics):
+            words = self._measured(metrics)
+        else:
             return
-        tokens = metrics.get("train/num_tokens", 0.0)
-        elapsed = time.perf_counter() - self.started
-        shown = {
+        epoch = f"  epoch {state.epoch:.2f}" if state.epoch is not None else ""
+        line = f"step {state.global_step}/{state.max_steps}{epoch}  {words}{self._left(state)}"
+        log.info("%s", line)
+        self.board.write(line, self.shown)
+
+    def _trained(self, metrics: dict[str, float]) -> str:
+        tokens, reward = self.clock.tokens, metrics.get("train/reward")
+        self.shown = self.shown | {
             "loss": f"{metrics['train/loss']:.4f}",
             "rate": f"{metrics.get('train/learning_rate', 0):.2e}",
-            "speed": f"{tokens / elapsed:,.0f}" if tokens else "-",
-            "reward": f"reward {metrics['train/reward']:.3f}  "
-            if "train/reward" in metrics
-            else "",
+            "speed": f"{tokens / self.clock.seconds:,.0f}" if tokens else "-",
+            "reward": "" if reward is None else f"reward {reward:.3f}  ",
         }
-        line = f"step {state.global_step}/{state.max_steps}  loss {shown['loss']}"
-        line += f"  rate {shown['rate']}  {shown['reward']}{shown['speed']} tokens/s"
-        log.info("%s", line)
-        self.board.write(line, shown)
+        line = "loss {loss}  rate {rate}  {reward}{speed} tokens/s"
+        return line.format(**self.shown)
+
+    def _measured(self, metrics: dict[str, float]) -> str:
+        names = [name for name in self.evaluated if f"eval/{name}" in metrics]
+        words = [f"{name.replace('_', ' ')} {metrics[f'eval/{name}']:.4f}" for name in names]
+        self.shown = self.shown | {"eval": f"eval {words[0]}  " if words else ""}
+        return f"eval {', '.join(words)}"
+
+    def _left(self, state: Any) -> str:
+        """Return the time that the steps to come will take, evaluations included."""
+        done, left = state.global_step - self.first, state.max_steps - state.global_step
+        if done <= 0 or left <= 0:
+            return ""
+        seconds = round((time.perf_counter() - self.began) / done * left)
+        return f"  {timedelta(seconds=seconds)} left"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the board."""
+        self.trains = False
         self.board.close()

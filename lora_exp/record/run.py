@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import secrets
@@ -27,6 +28,7 @@ from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.files.lock import Lock
 from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import refusal, sha256, write_whole
 
 if TYPE_CHECKING:
@@ -142,16 +144,16 @@ class Record:
         self.values |= {**values, "metrics": metrics}
         if doubtful:
             self.values["lockstep"]["proven"] = False
-        write_whole(self.directory / "run.json", json.dumps(redact(self.values), indent=1) + "\n")
+        write_whole(self.directory / "run.json", dumps(redact(self.values), indent=1) + "\n")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append one line to metrics.jsonl."""
         with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, **metrics}) + "\n")
+            lines.write(dumps({"step": step, **metrics}) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after the step that training resumes from."""
-        kept = [json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
+        kept = [dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
         write_whole(self.directory / "metrics.jsonl", "".join(kept))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -163,7 +165,7 @@ class Record:
 
     def losses(self) -> list[float]:
         """Return the training losses logged so far, also those before a resume."""
-        return [line["train/loss"] for line in self._lines() if "train/loss" in line]
+        return [line["train/loss"] for line in self._lines() if line.get("train/loss") is not None]
 
     def keep_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, expected answers, answers before and after training."""
@@ -229,7 +231,9 @@ def versions() -> dict[str, str]:
 def _read(path: Path) -> dict[str, Any]:
     """Return a run's record, nothing where there is none yet."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        values = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        metrics = {k: math.nan if v is None else v for k, v in values.get("metrics", {}).items()}
+        return values | ({"metrics": metrics} if values else {})
     except (OSError, ValueError) as error:
         text = f"{path} cannot be read ({error}); without it the run cannot go on"
         raise ConfigError([("resume", text)]) from error

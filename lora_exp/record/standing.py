@@ -6,6 +6,8 @@ Knows only run.json; what is in it is written by `run`.
 from __future__ import annotations
 
 import json
+import math
+import re
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -17,9 +19,12 @@ from lora_exp.config.resume import LONGER
 from lora_exp.config.settled import fingerprints
 from lora_exp.errors import ConfigError, OccupiedError
 from lora_exp.files.lock import in_use
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
+from lora_exp.record.contents import CHANGED
 
 FAILED = ("failed", "diverged")
+ASIDE = re.compile(rf"\.(not-proven-equal|{CHANGED})\d*$")  # names of directories set aside
 
 
 def standing(directory: Path, cfg: DictConfig) -> str | None:
@@ -86,7 +91,8 @@ def _last_step(directory: Path) -> int:
 def objective(directory: Path) -> float:
     """Return the value of a finished run's objective."""
     values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    return float(values["metrics"][values["objective"]])
+    value = values["metrics"][values["objective"]]
+    return math.nan if value is None else float(value)
 
 
 def failure(directory: Path) -> str:
@@ -99,7 +105,7 @@ def mark(directory: Path, status: str, error: str) -> None:
     path = directory / "run.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if values and values["status"] != "finished":
-        write_whole(path, json.dumps(values | {"status": status, "error": error}, indent=1) + "\n")
+        write_whole(path, dumps(values | {"status": status, "error": error}, indent=1) + "\n")
 
 
 def doubt(directory: Path) -> None:
@@ -113,7 +119,7 @@ def doubt(directory: Path) -> None:
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         kept = values.get("lockstep", {}) | {"proven": False}
-        write_whole(path, json.dumps(values | {"lockstep": kept}, indent=1) + "\n")
+        write_whole(path, dumps(values | {"lockstep": kept}, indent=1) + "\n")
 
 
 def doubted(directory: Path) -> bool:
@@ -125,12 +131,16 @@ def doubted(directory: Path) -> bool:
         return False
 
 
-def set_aside(directory: Path) -> Path:
+def set_aside(directory: Path, why: str = "not-proven-equal") -> Path:
     """Move a run's directory away, so that the run can be made anew in its place.
+
+    Args:
+        directory: the run's.
+        why: becomes part of the directory's new name.
 
     Raises:
         OSError: it cannot be moved.
     """
-    names = (f"{directory.name}.not-proven-equal{'' if n == 1 else n}" for n in count(1))
+    names = (f"{directory.name}.{why}{'' if n == 1 else n}" for n in count(1))
     aside = next(path for name in names if not (path := directory.with_name(name)).exists())
     return directory.rename(aside)

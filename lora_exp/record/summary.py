@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.table import Table
+from rich.text import Text
 
 from lora_exp.adapter.attach import Adapted
 from lora_exp.data.examples import first
@@ -16,6 +17,11 @@ from lora_exp.model.loading import Base
 from lora_exp.record.console import curve, facts, show, size
 from lora_exp.record.progress import preview
 from lora_exp.record.run import Record
+
+FIELDS = (
+    "prompt", "completion", "messages", "text", "chosen", "rejected", "label", "tools", "answer",
+    "task",
+)  # fmt: skip
 
 
 def counts(adapted: Adapted, train: Tokens, held_out: Tokens | None) -> dict[str, int]:
@@ -36,7 +42,7 @@ def announce(
     held_out: Tokens | None,
 ) -> None:
     """Print what will be trained on what, and the first row with the tokens that count."""
-    lines = {
+    lines: dict[str, str | Text] = {
         "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
             "torch.", ""
         ),
@@ -48,7 +54,9 @@ def announce(
         "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
         "reference": _reference(cfg),
         "rewards": _rewards(cfg),
-        "rows": f"{_rows(train.counts)}, read as {rows.format}{', cached' if train.cached else ''}",
+        "rows": _rows(train.counts, f", read as {rows.format}{', cached' * train.cached}"),
+        "lengths": _lengths(cfg, train),
+        "not used": ", ".join(unused(rows)) if "rewards" not in cfg.algorithm else "",
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }
     show(facts(cfg.name, {key: line for key, line in lines.items() if line}))
@@ -87,12 +95,35 @@ def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
     return ", ".join([adapted.method, *parts]) + start
 
 
-def _rows(counts: Counts) -> str:
+def _rows(counts: Counts, more: str = "") -> Text:
     learnt = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
-    return (
-        f"{counts.rows:,} with {counts.tokens:,} tokens{learnt};"
-        f" {counts.truncated:,} truncated, {counts.dropped:,} dropped"
-    )
+    text = Text(f"{counts.rows:,} with {counts.tokens:,} tokens{learnt}; ")
+    for part, number in (("truncated", counts.truncated), (", dropped", counts.dropped)):
+        comma, word = part[: -len(part.lstrip(", "))], part.lstrip(", ")
+        text.append(f"{comma}{number:,} {word}", style="yellow" if number else "")
+    return text.append(more)
+
+
+def _lengths(cfg: DictConfig, tokens: Tokens) -> Text:
+    """Write how long rows are, and the `max_length` that would cut none, or one in a hundred."""
+    about, cut = tokens.lengths, tokens.counts.truncated
+    if about is None:
+        return Text()
+    text = Text(f"median {about.median:,} tokens, longest {about.longest:,}")
+    rows = tokens.counts.rows + tokens.counts.dropped
+    if cut and rows:
+        few = about.most < about.longest // 2  # a few rows are far longer than the others
+        length = -(-(about.most if few else about.longest) // 8) * 8
+        share, kept = f"{cut / rows:.1%}", "99%" if few else "all"
+        text.append(f"; {share} are truncated", style="yellow")
+        text.append(f", algorithm.args.max_length={length} takes {kept} of them whole")
+    return text
+
+
+def unused(rows: Rows) -> list[str]:
+    """Return the columns of the rows that training does not read."""
+    columns = dict.fromkeys(name for row in rows.train[:100] for name in row)
+    return [name for name in columns if name not in FIELDS]
 
 
 def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
@@ -113,6 +144,7 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
     shown = {
         "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
         "objective": f"{objective} {metrics[objective]:.4f}",
+        "evaluations": _best(record),
         "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
         "speed": _speed(metrics),
         "peak memory": size(int(metrics["peak_bytes"])),
@@ -121,6 +153,21 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
         "W&B": place,
     }
     show(facts("", {key: value for key, value in shown.items() if value != "none"}))
+
+
+def _best(record: Record) -> str:
+    """Write which evaluation was the best, and of which step the saved weights are."""
+    best, saved = record.values.get("best"), record.values["saved_step"]
+    if best is None:
+        return "none"
+    extreme = "highest" if best["goal"] == "maximize" else "lowest"
+    text = f"{best['metric']} {extreme} at step {best['step']}: {best['value']:.4g}"
+    text += f"; saved is step {saved}"
+    if best["step"] == saved:
+        return text
+    if best["checkpoint"]:
+        return f"{text} (the best lies in {best['checkpoint']}; keep=best saves it)"
+    return f"{text} (keep=best saves the best)"
 
 
 def _speed(metrics: dict[str, Any]) -> str:

@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.overrides import parted
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
-from lora_exp.record.standing import described
+from lora_exp.record.standing import ASIDE, described
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,6 +66,7 @@ class SweepTable(Callback):
     def gather(self) -> None:
         """Read the jobs that a launcher has run in other processes, where no callback hears us."""
         folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
+        folders = [folder for folder in folders if not ASIDE.search(folder.name)]
         new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
         if not self.elsewhere or self.rows or not any(new):
             return
@@ -128,7 +130,8 @@ def drawn(folder: Path, rows: list[dict[str, Any]]) -> Table:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a sweep's jobs from their directories, the best first."""
-    return sorted((read_row(path.parent) for path in folder.glob("*/run.json")), key=rank)
+    jobs = (path.parent for path in folder.glob("*/run.json"))
+    return sorted((read_row(job) for job in jobs if not ASIDE.search(job.name)), key=rank)
 
 
 def best(folder: Path) -> Path | None:
@@ -241,7 +244,7 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    write_whole(folder / SUMMARY, json.dumps(rows, indent=1) + "\n")
+    write_whole(folder / SUMMARY, dumps(rows, indent=1) + "\n")
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
     keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
     names = sorted({name for r in rows for name in r["metrics"]})

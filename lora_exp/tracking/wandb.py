@@ -171,7 +171,7 @@ def _fitting(group: str | None) -> str | None:
     return f"{group[: GROUP_LENGTH - 9]}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
 
 
-def _mode(mode: str, wandb: Any) -> str:
+def _mode(mode: str, wandb: Any) -> Any:  # a Literal of wandb
     """Decide without a prompt: wandb.init would raise, or block for minutes without network."""
     if mode == "auto":
         asked = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")

@@ -17,6 +17,20 @@ from lora_exp.data.turns import Row
 from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.console import tracked
 
+# what a base's generation config may ask for, set so that nothing but the likeliest token counts
+GREEDY: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "num_beam_groups": 1, "diversity_penalty": 0.0,
+} | dict.fromkeys((
+    "min_new_tokens", "max_time", "stop_strings", "min_p", "top_h", "bad_words_ids",
+    "renormalize_logits", "forced_eos_token_id", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "token_healing", "guidance_scale",
+    "watermarking_config", "constraints", "force_words_ids", "penalty_alpha", "dola_layers",
+    "remove_invalid_values", "prompt_lookup_num_tokens", "use_mtp",
+))  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -123,7 +137,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[str]:
-    """Answer a batch of prompts.
+    """Answer a batch of prompts; a greedy answer takes the likeliest token, whatever the base asks.
 
     Args:
         model: in eval mode, without gradients.
@@ -143,6 +157,7 @@ def generate(
         temperature=temperature if drawn else None,
         top_p=top_p if drawn else None,
         top_k=None,
+        **({} if drawn else GREEDY),
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -22,6 +22,8 @@ from transformers.trainer_utils import TrainOutput
 from lora_exp.adapter.untrusted import numbers_only
 from lora_exp.errors import CheckpointError
 from lora_exp.files.whole import clear, sha256, whole
+from lora_exp.training.averages import Averages
+from lora_exp.training.best import Watched
 from lora_exp.training.guards import check_finite
 from lora_exp.training.interruption import stop
 
@@ -101,6 +103,7 @@ class Checkpoints:
     """A mixin for trainers: complete checkpoints, the best kept, a stop at the end of a step."""
 
     owner = ""  # the run whose checkpoints these are
+    watched = Watched("loss", maximize=False)
     model: Any
     state: Any
     args: Any
@@ -119,7 +122,7 @@ class Checkpoints:
         if not self._ended(state):
             options["resume_from_checkpoint"] = resume_from_checkpoint
             return super().train(**options)  # type: ignore[misc]
-        self._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[attr-defined]
+        self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
         self._find_best(folder.parent)
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -179,8 +182,9 @@ class Checkpoints:
         if not limit or limit < 0:
             return
         steps = {step: path for step, path in numbered(folder).items() if owner(path) == self.owner}
+        best = self.watched.best(self.state.log_history, steps) or (None, 0.0)
         for step in sorted(steps)[:-limit]:
-            if step != self.state.best_global_step:
+            if step not in (best[0], self.state.best_global_step):
                 shutil.rmtree(steps[step])
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
@@ -281,5 +285,6 @@ class Intervals(TrainerCallback):  # type: ignore[misc]
 
 @cache
 def checkpointed(trainer: type) -> type:
-    """Return a subclass of a trainer's class, with the mixin `Checkpoints` first."""
-    return type(trainer.__name__, (Checkpoints, trainer), {"__module__": trainer.__module__})
+    """Return a subclass of a trainer's class, with our mixins first."""
+    bases = (Checkpoints, Averages, trainer)
+    return type(trainer.__name__, bases, {"__module__": trainer.__module__})

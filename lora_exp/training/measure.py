@@ -16,6 +16,7 @@ from lora_exp.model.loading import Base
 from lora_exp.record.metrics import named
 from lora_exp.record.run import Record
 from lora_exp.training.answers import Answer, answer, exact_match
+from lora_exp.training.best import saved_step
 from lora_exp.training.place import Place
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def _measure(when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: lis
 
 
 def _latest(trainer: Any) -> dict[str, float] | None:
-    """Return what was evaluated at this very step, if it was: nothing has changed since."""
+    """Return what was evaluated of the weights that the trainer holds now, if that was done."""
+    step = saved_step(trainer)
     history = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
-    step = trainer.state.global_step
-    return _evaluated(history[-1]) if step and history and history[-1]["step"] == step else None
+    entries = [entry for entry in history if step and entry["step"] == step]
+    return _evaluated(entries[-1]) if entries else None
 
 
 def _evaluated(entry: dict[str, Any]) -> dict[str, float]:

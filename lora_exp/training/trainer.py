@@ -26,8 +26,10 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.loading import Base, device
 from lora_exp.model.precision import autocast_dtype
+from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
+from lora_exp.training.best import Watched
 from lora_exp.training.checkpoint import Intervals, checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import spare
@@ -67,6 +69,8 @@ def trainer_of(
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
     guards = (FiniteLoss(), GradientCheck(), Intervals())
+    apart = cfg.algorithm.task_type == "SEQ_2_SEQ_LM"  # its answers are tokenised apart, and end so
+    tokenizer = base.tokenizer if apart else without_end(base.tokenizer)
     try:
         trainer = build(
             cfg,
@@ -76,7 +80,7 @@ def trainer_of(
             args=_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
-            processing_class=base.tokenizer,
+            processing_class=tokenizer,
             callbacks=[*guards, *adapted.callbacks, *callbacks],
             **given,
         )
@@ -87,8 +91,16 @@ def trainer_of(
     except ValueError as error:
         raise ConfigError([("algorithm", str(error))]) from error
     trainer.owner = record.values["tracking_id"]
+    trainer.watched = Watched.of(cfg)
     _ready(trainer, adapted, trained)
     return trainer
+
+
+def tokens_trained(trainer: Any) -> int:
+    """Return a trainer's count of tokens: since its process began, or since the run began."""
+    if hasattr(trainer, "num_tokens"):  # ours
+        return int(trainer.num_tokens)
+    return int(getattr(trainer, "_total_train_tokens", 0) or trainer.state.num_input_tokens_seen)
 
 
 def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
@@ -150,6 +162,13 @@ def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Rec
     settings = plain(cfg.train)
     if settings["bf16"] is None:
         settings |= _precision(cfg, base)
+    if settings.get("load_best_model_at_end"):
+        if held_out is None:
+            text = "best needs held-out rows; give data.eval_path or data.eval_share"
+            raise ConfigError([("keep", text)])
+        watched = Watched.of(cfg)
+        settings["metric_for_best_model"] = f"eval_{watched.name}"
+        settings["greater_is_better"] = watched.maximize
     if held_out is None:
         settings["eval_strategy"] = "no"
     known = signature(cfg.algorithm.args._target_)

@@ -253,7 +253,7 @@ def test_what_is_drawn_depends_on_the_seed_alone(trained: Trained, tmp_path: Pat
         ([{"prompt": "a"}, {"prompt": ""}], "prompts.jsonl:2: field 'prompt' is empty"),
         ([], "prompts.jsonl: no rows"),
         ([5], "prompts.jsonl:1: a row is an object"),
-        ([{"prompt": "a", "x": "\ud800"}], "prompts.jsonl:1: holds half a surrogate pair"),
+        ([{"prompt": "a", "x": "\ud800"}], "prompts.jsonl:1: field 'x' holds half a surrogate"),
         (
             [{"prompt": "a"}, {"prompt": "a b " * 300}, {"prompt": "a b " * 300}],
             r"prompts.jsonl:2: \d+ tokens, and the context holds 256 beside 256 new ones"

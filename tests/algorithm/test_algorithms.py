@@ -16,13 +16,13 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError, DataError
-from tests.lockstep.test_pack import alone, packed, seen
+from tests.lockstep.test_pack import alone, computed, packed
 from tests.test_experiment import digest, killed, rows_of
 
 REWARDS = "algorithm.rewards=[lora_exp.rewards.similarity]"
 GENERATED = [REWARDS, "algorithm.args.max_completion_length=8", "samples.rows=2"]
 GROUPS = ["algorithm.args.num_generations=4", *GENERATED]
-OWN: dict[str, list[str]] = {
+SETTINGS: dict[str, list[str]] = {
     "reward": [],
     "dpo": [],
     "kto": [],
@@ -36,27 +36,27 @@ COMMON += ["samples.rows=2", "samples.max_new_tokens=8", "tracking=none"]
 
 
 def words(algorithm: str, *more: str) -> list[str]:
-    return [f"algorithm={algorithm}", *COMMON, *OWN[algorithm], *more]
+    return [f"algorithm={algorithm}", *COMMON, *SETTINGS[algorithm], *more]
 
 
 @pytest.fixture
-def go(tmp_path: Path) -> Callable[..., Any]:
-    def go(algorithm: str, *more: str, name: str = "run") -> Any:
+def train(tmp_path: Path) -> Callable[..., Any]:
+    def train(algorithm: str, *more: str, name: str = "run") -> Any:
         return run(compose(*words(algorithm, *more)), tmp_path / name)
 
-    return go
+    return train
 
 
 @pytest.mark.parametrize(
     "method", ["quant=none", "quant=nf4", "quant=int8", "peft=none", "peft=dora"]
 )
-@pytest.mark.parametrize("algorithm", OWN)
+@pytest.mark.parametrize("algorithm", SETTINGS)
 def test_every_algorithm_trains(
-    go: Callable[..., Any], algorithm: str, method: str, caplog: pytest.LogCaptureFixture
+    train: Callable[..., Any], algorithm: str, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if (algorithm, method) == ("reward", "peft=none"):
         pytest.skip("below, where its head is looked at")
-    result = go(algorithm, method)
+    result = train(algorithm, method)
     assert "get no gradient" not in caplog.text
     expected = {"reward": "accuracy", "dpo": "rewards/accuracies", "kto": "loss"}.get(
         algorithm, "reward"
@@ -72,10 +72,10 @@ def test_every_algorithm_trains(
 @pytest.mark.parametrize("method", ["rslora", "ia3", "oft", "vera", "ln_tuning"])
 @pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
 def test_other_methods_have_a_reference_and_a_value_too(
-    go: Callable[..., Any], algorithm: str, method: str, tmp_path: Path
+    train: Callable[..., Any], algorithm: str, method: str, tmp_path: Path
 ) -> None:
-    start = go(algorithm, f"peft={method}", name="start").saved
-    result = go(
+    start = train(algorithm, f"peft={method}", name="start").saved
+    result = train(
         algorithm, f"peft={method}", f"adapter={start}", "train.learning_rate=1e-9", name="next"
     )
     if algorithm == "dpo":  # the reference is the start, not the base
@@ -84,9 +84,9 @@ def test_other_methods_have_a_reference_and_a_value_too(
         assert result.metrics["before/kl"] == pytest.approx(0, abs=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", OWN)
+@pytest.mark.parametrize("algorithm", SETTINGS)
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    go: Callable[..., Any], algorithm: str
+    train: Callable[..., Any], algorithm: str
 ) -> None:
     # step 3 of PPO lies within a rollout of four; 16 rows are less than an epoch or more than one
     # step 5 lies in a later epoch than the first, PPO's within a rollout of four steps
@@ -94,7 +94,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     settings = [f"data.rows={rows}", "train.max_steps=10", "train.save_strategy=steps"]
     settings += ["train.save_steps=5"]
     settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
-    whole, cut = (go(algorithm, *settings, name=name) for name in ("whole", "cut"))
+    whole, cut = (train(algorithm, *settings, name=name) for name in ("whole", "cut"))
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-10")
     killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
@@ -103,7 +103,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
         assert digest(resumed.directory / "value") == digest(whole.directory / "value")
 
 
-@pytest.mark.parametrize("algorithm", OWN)
+@pytest.mark.parametrize("algorithm", SETTINGS)
 def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -> None:
     jobs = [
         ["peft.r=4"],
@@ -115,23 +115,23 @@ def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -
     for ours, theirs in zip(
         together, alone(jobs, tmp_path / "alone", *common, every=[]), strict=True
     ):
-        assert seen(ours) == seen(theirs)
+        assert computed(ours) == computed(theirs)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "grpo", "rloo", "ppo"])
 def test_a_start_is_gone_on_from_and_is_the_reference(
-    go: Callable[..., Any], algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any], algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = run(
         compose("data=demo_pairs", *COMMON, "peft.r=4", "targets=qv"), tmp_path / "sft"
     ).saved
-    result = go(algorithm, f"adapter={start}", "train.learning_rate=1e-9", name="next")
+    result = train(algorithm, f"adapter={start}", "train.learning_rate=1e-9", name="next")
     assert json.loads((result.saved / "adapter_config.json").read_text())["r"] == 4
     old, new = (load_file(path / "adapter_model.safetensors") for path in (start, result.saved))
     for name, weight in old.items():
         torch.testing.assert_close(new[name], weight, atol=1e-6, rtol=0)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "reference the adapter that the run starts from" in said
+    message = " ".join(capsys.readouterr().out.split())
+    assert "reference the adapter that the run starts from" in message
     if algorithm == "dpo":  # nothing is preferred over the reference yet
         assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
     if algorithm in ("grpo", "rloo", "ppo"):
@@ -139,31 +139,31 @@ def test_a_start_is_gone_on_from_and_is_the_reference(
 
 
 def test_ppo_goes_on_with_its_own_reference_and_reward_adapters(
-    go: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], tmp_path: Path
 ) -> None:
     start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft").saved
-    scorer = go("reward", f"adapter={start}", name="reward").saved
+    scorer = train("reward", f"adapter={start}", name="reward").saved
     words = [f"adapter={start}", f"algorithm.rewards=[{scorer}]", "train.max_steps=4"]
     words += ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=2"]
     words += ["train.logging_steps=1"]
-    whole, cut = (go("ppo", *words, name=name) for name in ("whole", "cut"))
+    whole, cut = (train("ppo", *words, name=name) for name in ("whole", "cut"))
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-4")
     killed(cut.directory)
     assert digest(run(compose(f"resume={cut.directory}")).saved) == digest(whole.saved)
 
 
 def test_an_adapter_of_other_weights_is_refused_whatever_they_are_called(
-    go: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], tmp_path: Path
 ) -> None:
     start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft")
     record = json.loads((start.directory / "run.json").read_text())
     other = json.dumps(record | {"base": "sha256:another"})
     (start.directory / "run.json").write_text(other)
     with pytest.raises(ConfigError, match="was trained on a base of other weights"):
-        go("dpo", f"adapter={start.saved}")
+        train("dpo", f"adapter={start.saved}")
 
 
-def test_a_start_from_pissa_is_plain_lora(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_start_from_pissa_is_plain_lora(train: Callable[..., Any], tmp_path: Path) -> None:
     start = run(compose(*COMMON, "data=demo_pairs", "peft=pissa"), tmp_path / "sft").saved
     words = ["peft=pissa", f"adapter={start}", "train.learning_rate=1e-9"]
     result = run(compose(*COMMON, "data=demo_pairs", *words), tmp_path / "next")
@@ -172,14 +172,18 @@ def test_a_start_from_pissa_is_plain_lora(go: Callable[..., Any], tmp_path: Path
         torch.testing.assert_close(new[name], weight, atol=1e-6, rtol=0)
 
 
-def test_a_start_on_a_quantised_base_keeps_its_bits(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_start_on_a_quantised_base_keeps_its_bits(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
     start = run(compose("data=demo_pairs", *COMMON, "quant=nf4"), tmp_path / "sft").saved
-    result = go("dpo", f"adapter={start}", "quant=nf4", name="next")
+    result = train("dpo", f"adapter={start}", "quant=nf4", name="next")
     assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_reward_model_trained_whole_is_a_classifier_of_one_label(go: Callable[..., Any]) -> None:
-    saved = go("reward", "peft=none").saved
+def test_a_reward_model_trained_whole_is_a_classifier_of_one_label(
+    train: Callable[..., Any],
+) -> None:
+    saved = train("reward", "peft=none").saved
     model = AutoModelForSequenceClassification.from_pretrained(saved)
     assert model.config.num_labels == 1
     assert model.score.weight.shape == (1, model.config.hidden_size)
@@ -188,22 +192,22 @@ def test_a_reward_model_trained_whole_is_a_classifier_of_one_label(go: Callable[
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
 @pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "peft=none"])
 def test_a_reward_adapter_rewards_on_the_same_base(
-    go: Callable[..., Any], algorithm: str, method: str
+    train: Callable[..., Any], algorithm: str, method: str
 ) -> None:
     quant = "quant=none" if method == "peft=none" else method
-    scorer = go("reward", quant, name="reward").saved
+    scorer = train("reward", quant, name="reward").saved
     both = f"algorithm.rewards=[{scorer},lora_exp.rewards.similarity]"
-    result = go(algorithm, method, both, "+algorithm.args.reward_weights=[0.5,1.0]")
+    result = train(algorithm, method, both, "+algorithm.args.reward_weights=[0.5,1.0]")
     lines = map(json.loads, (result.directory / "metrics.jsonl").read_text().splitlines())
     logged = {key for line in lines for key in line}
     assert "eval/rewards/reward_adapter/mean" in logged
     assert "eval/rewards/similarity/mean" in logged
 
 
-def test_a_text_adapter_is_no_reward(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_text_adapter_is_no_reward(train: Callable[..., Any], tmp_path: Path) -> None:
     saved = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "sft").saved
     with pytest.raises(ConfigError, match="has no score head; a reward adapter is made by"):
-        go("grpo", f"algorithm.rewards=[{saved}]")
+        train("grpo", f"algorithm.rewards=[{saved}]")
 
 
 def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "row", "said"),
+    ("algorithm", "row", "message"),
     [
         ("dpo", {"messages": [{"role": "assistant", "content": "x"}]},
          "needs rows of shape preference .chosen, prompt, rejected., but these were read as mess"),
@@ -222,36 +226,38 @@ def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_rows_of_another_shape_are_refused_with_what_is_needed(
-    algorithm: str, row: dict[str, Any], said: str, tmp_path: Path
+    algorithm: str, row: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = rows_of(tmp_path / "rows.jsonl", row, row)
-    own = OWN.get(algorithm, [])
-    cfg = compose(f"algorithm={algorithm}", "data=jsonl", path, *own, "tracking=none")
-    with pytest.raises(DataError, match=said):
+    settings = SETTINGS.get(algorithm, [])
+    cfg = compose(f"algorithm={algorithm}", "data=jsonl", path, *settings, "tracking=none")
+    with pytest.raises(DataError, match=message):
         run(cfg, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "message"),
     [
         ("{_target_: lora_exp.rewards.regex, pattern: '('}", "makes no reward: error: missing"),
         ("{_target_: lora_exp.rewards.regex}", "makes no reward: .*pattern"),
     ],
 )
-def test_a_factory_that_fails_is_named(go: Callable[..., Any], reward: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=f"algorithm.rewards.0: .*{said}"):
-        go("grpo", f"algorithm.rewards=[{reward}]")
+def test_a_factory_that_fails_is_named(
+    train: Callable[..., Any], reward: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"algorithm.rewards.0: .*{message}"):
+        train("grpo", f"algorithm.rewards=[{reward}]")
 
 
-def test_rows_that_are_all_too_long_are_an_error(go: Callable[..., Any]) -> None:
+def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="each of the 64 train rows is longer than 3 tokens"):
-        go("reward", "algorithm.args.max_length=3")
+        train("reward", "algorithm.args.max_length=3")
     with pytest.raises(DataError, match="none of the 64 train prompts has at most 2 tokens"):
-        go("grpo", "algorithm.args.max_completion_length=510", name="other")
+        train("grpo", "algorithm.args.max_completion_length=510", name="other")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["algorithm=grpo"], "algorithm.rewards: is required"),
         (["algorithm=grpo", "algorithm.rewards=[]"], "algorithm.rewards: name at least one"),
@@ -297,9 +303,9 @@ def test_rows_that_are_all_too_long_are_an_error(go: Callable[..., Any]) -> None
         (["goal=best"], "'best' is neither minimize nor maximize"),
     ],
 )
-def test_bad_words_get_one_clear_answer(words: list[str], said: str) -> None:
+def test_bad_words_get_one_clear_answer(words: list[str], message: str) -> None:
     plus = [w if not w.startswith("algorithm.args.kl_taget") else f"+{w}" for w in words]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         compose(*plus)
 
 
@@ -312,7 +318,7 @@ def test_an_encoder_decoder_model_learns(t5: Path, tmp_path: Path, method: str) 
     words += ["train.per_device_train_batch_size=16", "samples.max_new_tokens=4"]
     result = run(compose(*words), tmp_path / "run")
     assert result.metrics["eval/loss"] < 0.8 * result.metrics["before/loss"]
-    said = [
+    message = [
         json.loads(line) for line in (result.directory / "samples.jsonl").read_text().splitlines()
     ]
-    assert {sample["expected"] for sample in said} <= {c * 3 for c in "abcdefgh"}
+    assert {sample["expected"] for sample in message} <= {c * 3 for c in "abcdefgh"}

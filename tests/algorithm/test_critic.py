@@ -1,4 +1,4 @@
-"""The value: near nothing at first, and a classifier of one label when it is saved."""
+"""The critic: values near 0 at first, and a classifier of one label when it is saved."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
-from lora_exp.algorithm.critic import Value
+from lora_exp.algorithm.critic import Critic
 from tests.algorithm.test_algorithms import words
 
 
-def test_values_begin_near_nothing_and_yet_pass_gradients() -> None:
+def test_values_start_near_zero_and_still_pass_gradients() -> None:
     torch.manual_seed(0)
-    value = Value(None, 192, torch.device("cpu"))
+    critic = Critic(None, 192, torch.device("cpu"))
     hidden = torch.randn(64, 192, requires_grad=True)
-    found = value.score(hidden)
-    assert found.abs().max() < 0.01
-    found.sum().backward()
+    values = critic.score(hidden)
+    assert values.abs().max() < 0.01
+    values.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.abs().min() > 0
 
 
-def test_a_whole_value_is_usable_alone(tmp_path: Path) -> None:
+def test_a_fully_trained_critic_is_usable_alone(tmp_path: Path) -> None:
     result = run(compose(*words("ppo", "peft=none")), tmp_path / "run")
-    value = AutoModelForSequenceClassification.from_pretrained(result.directory / "value")
-    assert value.config.num_labels == 1
+    critic = AutoModelForSequenceClassification.from_pretrained(result.directory / "value")
+    assert critic.config.num_labels == 1
     assert not any("ppo_value" in key for key in _keys(result.saved))
 
 

@@ -51,14 +51,14 @@ def test_each_pass_goes_through_every_row_once(make: Callable[..., PPOTrainer]) 
     parts = [trainer._prepare_inputs(ROWS[:4]) for _ in range(6)]
     whole = trainer.buffer["logps"].sum(1).sort().values
     for i in range(0, 6, 2):
-        seen = torch.cat([part["logps"].sum(1) for part in parts[i : i + 2]])
-        assert torch.equal(seen.sort().values, whole)
+        logps = torch.cat([part["logps"].sum(1) for part in parts[i : i + 2]])
+        assert torch.equal(logps.sort().values, whole)
     before = trainer.buffer
     trainer._prepare_inputs(ROWS[4:])
     assert trainer.buffer is not before
 
 
-def test_policy_and_value_step_back_through_adapters_of_their_own(
+def test_policy_and_critic_have_gradients_in_their_own_adapters_only(
     make: Callable[..., PPOTrainer],
 ) -> None:
     stepped = {}
@@ -74,8 +74,8 @@ def test_policy_and_value_step_back_through_adapters_of_their_own(
         }  # fmt: skip
         trainer.model.unload()
     for name, gradient in stepped[0.5].items():
-        of_value = ".value." in name or "ppo_value" in name
-        assert torch.equal(gradient, stepped[0.0][name]) != of_value, name
+        of_critic = ".value." in name or "ppo_value" in name
+        assert torch.equal(gradient, stepped[0.0][name]) != of_critic, name
         assert gradient.any(), name
 
 
@@ -88,19 +88,19 @@ def test_policy_value_and_reference_hold_one_base(quantization: Any, tmp_path: P
     args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     data = Dataset.from_list(ROWS)
     trainer = PPOTrainer(model, args, data, None, base.tokenizer, [characters])
-    assert trainer.ref == "ref"
-    own = {n for n, p in trainer.model.named_parameters() if p.data_ptr() not in weights}
-    assert {n for n in own if "lora_" not in n} == {"ppo_value.score.weight"}
+    assert trainer.reference_adapter == "ref"
+    added = {n for n, p in trainer.model.named_parameters() if p.data_ptr() not in weights}
+    assert {n for n in added if "lora_" not in n} == {"ppo_value.score.weight"}
 
 
-def test_the_value_is_usable_alone(
+def test_the_critic_is_usable_alone(
     make: Callable[..., PPOTrainer], fresh_base: Base, tmp_path: Path
 ) -> None:
     trainer = make()
     stirred(trainer.model, "value")
     trainer.model.eval()
     batch = trainer._rollout(ROWS[:4], "train")
-    with trainer._as_value(trainer.model), torch.no_grad():
+    with trainer._critic_active(trainer.model), torch.no_grad():
         values = trainer._values(batch)
     base = Base(fresh_base.model, fresh_base.tokenizer, TINY, None, None)
     save_value(trainer.model, base, tmp_path / "value")
@@ -111,8 +111,8 @@ def test_the_value_is_usable_alone(
         count = int(batch["mask"][b].sum())
         if count > 1:
             with torch.no_grad():
-                found = scorer(input_ids=ids[None, : len(ids) - count + 1]).logits.item()
-            assert values[b, 1].item() == pytest.approx(found, abs=1e-5)
+                score = scorer(input_ids=ids[None, : len(ids) - count + 1]).logits.item()
+            assert values[b, 1].item() == pytest.approx(score, abs=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
-    """Token means of halves differ a little; the two point where the whole does."""
+    """Token means of halves differ a little, but the two steps point in the same direction."""
     moved = []
     for size, parts in ((8, 1), (4, 2)):
         batch = [f"train.per_device_train_batch_size={size}"]
@@ -143,7 +143,7 @@ def test_accumulation_makes_the_step_of_the_whole_batch(tmp_path: Path) -> None:
     assert 0.6 < moved[0].norm() / moved[1].norm() < 1.6  # 0.5 or 2 if divided wrongly
 
 
-def test_a_rollout_that_cannot_be_filled_is_said(make: Callable[..., PPOTrainer]) -> None:
+def test_too_few_prompts_for_a_rollout_are_an_error(make: Callable[..., PPOTrainer]) -> None:
     with pytest.raises(ValueError, match="a rollout takes 16 prompts, but there are 8"):
         make(num_minibatches=4)
 

@@ -1,4 +1,4 @@
-"""Rollouts: what the policy answers, how likely, how far from the reference, and its score."""
+"""Rollouts: the answers, their log-probabilities, KL to the reference and scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(fresh_base: Base, tmp_path: Path) -> Callable[..., RolloutTrainer]:
 
 
 def stirred(model: Any, name: str = "default") -> None:
-    """Give an untrained adapter something to say."""
+    """Give an untrained adapter random weights."""
     torch.manual_seed(1)
     for path, parameter in model.named_parameters():
         if f"lora_B.{name}" in path:
@@ -50,7 +50,7 @@ def stirred(model: Any, name: str = "default") -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_and_divergence_equal_a_direct_computation(
+def test_log_probabilities_and_kl_equal_a_direct_computation(
     make: Callable[..., RolloutTrainer], temperature: float
 ) -> None:
     trainer = make(temperature=temperature)
@@ -59,14 +59,14 @@ def test_log_probabilities_and_divergence_equal_a_direct_computation(
     model, length = trainer.model.eval(), batch["mask"].shape[1]
 
     def direct() -> torch.Tensor:
-        found = torch.zeros_like(batch["logps"])
+        logps = torch.zeros_like(batch["logps"])
         for b in range(4):  # each row alone, without its padding
             ids = batch["ids"][b][batch["attention"][b].bool()]
             logits = model(input_ids=ids[None]).logits[0, :-1] / temperature
-            own = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+            row_logps = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
             count = int(batch["mask"][b].sum())
-            found[b, :count] = own[-count:]
-        return found
+            logps[b, :count] = row_logps[-count:]
+        return logps
 
     with torch.no_grad():
         mask = batch["mask"]
@@ -81,21 +81,23 @@ def test_log_probabilities_and_divergence_equal_a_direct_computation(
     assert length <= 6
 
 
-def test_a_completion_ends_with_its_first_end_token_and_one_without_is_fined(
+def test_a_completion_ends_with_its_first_end_token_and_one_without_is_penalised(
     make: Callable[..., RolloutTrainer],
 ) -> None:
     trainer = make(missing_eos_penalty=100.0)
     batch = trainer._rollout(ROWS[:4], "train")
     end, new = trainer.processing_class.eos_token_id, batch["ids"][:, -batch["mask"].shape[1] :]
     for tokens, mask, score in zip(new, batch["mask"], batch["scores"], strict=True):
-        there = tokens[mask.bool()].tolist()
-        assert end not in there[:-1]
-        assert (there[-1] == end) == (score > -50)
+        counted = tokens[mask.bool()].tolist()
+        assert end not in counted[:-1]
+        assert (counted[-1] == end) == (score > -50)
     assert (batch["scores"] < -50).any()
     assert (batch["scores"] > -50).any()
 
 
-def test_weights_and_silent_rewards_make_the_score(make: Callable[..., RolloutTrainer]) -> None:
+def test_a_score_is_the_weighted_sum_and_none_adds_nothing(
+    make: Callable[..., RolloutTrainer],
+) -> None:
     def silent(completions: list[Any], **_: Any) -> list[None]:
         return [None] * len(completions)
 
@@ -108,7 +110,7 @@ def test_weights_and_silent_rewards_make_the_score(make: Callable[..., RolloutTr
     assert batch["scores"].tolist() == [0.5 * len(text) for text in texts]
 
 
-def test_sampling_takes_no_penalty_of_the_models_own_and_leaves_it(
+def test_sampling_ignores_and_keeps_the_penalties_of_the_models_config(
     make: Callable[..., RolloutTrainer],
 ) -> None:
     trainer = make()

@@ -14,29 +14,29 @@ from lora_exp.data.tokens import IGNORED, tokenise
 
 def test_prompt_and_answer_are_encoded_apart_and_padded(base: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bcd"}]
-    found = tokenise(
+    tokens = tokenise(
         rows, base.tokenizer, max_length=8, completion_only=False, separate=True, what="train"
     )
     end = base.tokenizer.eos_token_id
-    assert [base.tokenizer.decode(ids) for ids in found.dataset["input_ids"]] == ["ab", "a"]
-    for row, labels in zip(rows, found.dataset["labels"], strict=True):
+    assert [base.tokenizer.decode(ids) for ids in tokens.dataset["input_ids"]] == ["ab", "a"]
+    for row, labels in zip(rows, tokens.dataset["labels"], strict=True):
         assert labels == [*base.tokenizer(row["completion"])["input_ids"], end]
     config = T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     config.decoder_start_token_id = 0
     args = Seq2SeqConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     trainer = Seq2SeqTrainer(
-        T5ForConditionalGeneration(config), args, found.dataset, None, base.tokenizer
+        T5ForConditionalGeneration(config), args, tokens.dataset, None, base.tokenizer
     )
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["input_ids"].shape[0] == batch["labels"].shape[0] == 2
     assert (batch["labels"] == IGNORED).any()
-    assert isinstance(found.dataset, Dataset)
+    assert isinstance(tokens.dataset, Dataset)
 
 
 def test_a_chat_without_an_answer_is_dropped_and_counted(base: Any) -> None:
     asked = {"role": "user", "content": "ab"}
     rows = [{"messages": [asked, {"role": "assistant", "content": "c"}]}, {"messages": [asked]}]
-    found = tokenise(
+    tokens = tokenise(
         rows, base.tokenizer, max_length=64, completion_only=False, separate=True, what="train"
     )
-    assert (found.counts.rows, found.counts.dropped) == (1, 1)
+    assert (tokens.counts.rows, tokens.counts.dropped) == (1, 1)

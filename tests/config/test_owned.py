@@ -1,22 +1,72 @@
-"""What a run sets itself is refused by name, with what to say instead."""
+"""Every argument of a trainer acts, alone and in a pack alike, or is refused by name."""
 
 from __future__ import annotations
 
 import pytest
 
+from lora_exp import compose
+from lora_exp.config.owned import OWNED, UNREAD
+from lora_exp.config.signature import signature
+from lora_exp.errors import ConfigError
+from lora_exp.lockstep.plan import APART
 from tests.config.test_validation import faults
+
+# what shapes one job's rows, batches, optimizer, loss or reports, and touches nothing of the base
+OWN_JOB = {
+    "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "gradient_accumulation_steps", "average_tokens_across_devices", "max_grad_norm",
+    "label_smoothing_factor", "bf16", "fp16", "gradient_checkpointing", "use_cache",
+    "torch_empty_cache_steps", "logging_strategy", "logging_steps", "logging_first_step",
+    "log_on_each_node", "include_num_input_tokens_seen", "log_level_replica", "eval_strategy",
+    "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only",
+    "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object",
+    "eval_accumulation_steps", "save_strategy", "save_steps", "save_on_each_node",
+    "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "data_seed", "dataloader_drop_last", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context", "dataloader_in_order", "remove_unused_columns",
+    "label_names", "train_sampling_strategy", "length_column_name", "skip_memory_metrics",
+    # of trl
+    "trust_remote_code", "router_aux_loss_coef", "max_length", "shuffle_dataset", "packing",
+    "packing_strategy", "padding_free", "pad_to_multiple_of", "eval_packing",
+    "completion_only_loss", "loss_type",
+    "activation_offloading",  # such a job shares no pass: lockstep/pack.py
+}  # fmt: skip
+
+
+def test_every_argument_is_of_one_kind() -> None:
+    known = signature("trl.SFTConfig")
+    assert known is not None
+    names = set(known.arguments)
+    sorted_out = OWNED.keys() | UNREAD["trl.SFTConfig"].keys() | APART.keys() | OWN_JOB
+    missing = "is it one job's own (OWN_JOB), alone (APART), or the run's (OWNED, UNREAD)?"
+    assert names - sorted_out == set(), missing
+    assert OWN_JOB & (OWNED.keys() | APART.keys()) == set()
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "text"),
     [
-        ("+train.run_name=x", "name=<name>"),
-        ("+train.project=x", "tracking.project"),
-        ("+train.output_dir=x", "hydra.run.dir"),
-        ("+tracking.run_id=x", "belongs to the run"),
-        ("+tracking.job_type=x", "belongs to the run"),
+        ("+train.push_to_hub=true", "belongs to the run; say lora-exp push"),
+        ("+train.resume_from_checkpoint=x", "say resume="),
+        ("+train.fsdp=full_shard", "a run trains on one device"),
+        ("+train.deepspeed=zero3.json", "a run trains on one device"),
+        ("+train.bf16_full_eval=true", "would change the base's weights"),
+        ("+train.run_name=x", "say name="),
+        ("+train.project=x", "say tracking.project="),
+        ("+train.output_dir=x", "say hydra.run.dir="),
+        ("+algorithm.args.assistant_only_loss=true", "would have no effect; say"),
+        ("+algorithm.args.truncation_mode=keep_end", "rows are cut at their end"),
     ],
 )
-def test_what_belongs_to_the_run_is_refused(override: str, said: str) -> None:
-    key = override.lstrip("+").partition("=")[0]
-    assert said in faults(override)[key]
+def test_what_a_run_does_itself_is_refused_with_what_to_say(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        compose(override)
+    assert caught.value.faults[0][0] == override.lstrip("+").partition("=")[0]
+
+
+@pytest.mark.parametrize("key", ["run_id", "job_type", "sweep"])
+def test_what_the_run_gives_its_tracker_is_refused(key: str) -> None:
+    assert "belongs to the run" in faults(f"+tracking.{key}=x")[f"tracking.{key}"]

@@ -1,4 +1,4 @@
-"""What trainers made of pairs and prompts: counts, and the first row as it is learnt."""
+"""Pairs and prompts for trainers: counts, refused rows, and the labels of the first row."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lora_exp.data.examples import first, prompt_ids, prompts, raw, seen, table, unending
+from lora_exp.data.examples import first, prompt_ids, prompts, raw, recount, table, unending
 from lora_exp.data.rows import corpus
-from lora_exp.data.shapes import Placed
+from lora_exp.data.shapes import LocatedRow
 from lora_exp.data.tokens import IGNORED, Counts, Tokens
 from lora_exp.errors import DataError
 
@@ -25,21 +25,21 @@ def test_a_prompt_ends_where_the_answer_begins(base: Any) -> None:
 
 def test_prompts_without_room_for_an_answer_are_dropped_and_counted(base: Any) -> None:
     rows = [{"prompt": "a b", "answer": "x"}, {"prompt": "a " * 50, "answer": "y"}]
-    found = prompts(rows, base.tokenizer, 20, "train")
-    assert (found.counts.rows, found.counts.dropped) == (1, 1)
-    assert found.dataset["answer"] == ["x"]
+    tokens = prompts(rows, base.tokenizer, 20, "train")
+    assert (tokens.counts.rows, tokens.counts.dropped) == (1, 1)
+    assert tokens.dataset["answer"] == ["x"]
     with pytest.raises(DataError, match="none of the 2 eval prompts has at most 1 tokens"):
         prompts(rows, base.tokenizer, 1, "eval")
 
 
-def test_only_what_the_trainer_reads_is_handed_on() -> None:
+def test_only_columns_that_the_trainer_reads_are_kept() -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "label": "easy", "margin": 1.0}
     assert set(raw([row], "preference", None).dataset.column_names) == {
         "prompt", "chosen", "rejected", "margin",
     }  # fmt: skip
 
 
-def test_a_table_gives_no_row_what_others_hold() -> None:
+def test_a_table_gives_no_row_the_keys_of_others() -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "tools": [{"name": "f"}], "id": 1, "meta": {"x": 1}, "answer": 3},
         {"prompt": "b", "tools": [{"kind": "g"}], "id": 2**64 - 1, "meta": {"y": [2]}},
@@ -55,19 +55,21 @@ def test_prompts_that_the_template_refuses_are_named_or_left_out(base: Any) -> N
     guard = "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}"
     tokenizer.chat_template = guard + tokenizer.chat_template
     bad = [{"role": "system", "content": "be"}, *ASK]
-    rows = [Placed({"prompt": turns}, f"rows.jsonl:{i}") for i, turns in enumerate((ASK, bad), 1)]
+    rows = [
+        LocatedRow({"prompt": turns}, f"rows.jsonl:{i}") for i, turns in enumerate((ASK, bad), 1)
+    ]
     with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
         prompts(rows, tokenizer, 99, "train")
-    left = prompts(rows, tokenizer, 99, "train", on_error="skip")
-    assert (left.counts.rows, list(left.refused)) == (1, ["rows.jsonl:2"])
+    tokens = prompts(rows, tokenizer, 99, "train", on_error="skip")
+    assert (tokens.counts.rows, list(tokens.refused)) == (1, ["rows.jsonl:2"])
     good, wrong = ([{"role": "assistant", "content": text}] for text in ("a", "b"))
-    pairs = [Placed({**row, "chosen": good, "rejected": wrong}, row.where) for row in rows]
+    pairs = [LocatedRow({**row, "chosen": good, "rejected": wrong}, row.where) for row in rows]
     with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
         raw(pairs, "preference", tokenizer)
     assert raw(pairs, "preference", tokenizer, on_error="skip").counts.rows == 1
 
 
-def test_chats_that_teach_no_end_are_worth_a_warning(base: Any) -> None:
+def test_a_template_without_an_end_token_gives_a_warning(base: Any) -> None:
     rows = corpus(0, 4, 2, None).shaped("completion")
     assert unending(rows, base.tokenizer) is None
     endless = copy.deepcopy(base.tokenizer)
@@ -75,24 +77,26 @@ def test_chats_that_teach_no_end_are_worth_a_warning(base: Any) -> None:
     assert "does not learn to stop" in str(unending(rows, endless))
 
 
-def given(rows: int) -> Tokens:
+def tokens_of(rows: int) -> Tokens:
     return Tokens(None, Counts(rows, 0, 0, 0, 0), cached=False)
 
 
-def test_counts_are_of_what_is_left_after_cutting() -> None:
+def test_counts_are_of_the_rows_after_cutting() -> None:
     pair = {"prompt_ids": [1] * 4, "chosen_ids": [2] * 3, "rejected_ids": [3] * 9}
-    found = seen(given(3), Dataset.from_list([pair]), 10, "train")
-    assert found.counts == Counts(
+    tokens = recount(tokens_of(3), Dataset.from_list([pair]), 10, "train")
+    assert tokens.counts == Counts(
         rows=1, tokens=7 + 10, trained_tokens=3 + 6, truncated=1, dropped=2
     )
     scored = {"chosen_ids": [2] * 3, "rejected_ids": [3] * 9}
-    assert seen(given(1), Dataset.from_list([scored]), 10, "train").counts.trained_tokens == 2
+    assert (
+        recount(tokens_of(1), Dataset.from_list([scored]), 10, "train").counts.trained_tokens == 2
+    )
 
 
-def test_nothing_left_is_an_error() -> None:
+def test_no_row_left_is_an_error() -> None:
     empty = Dataset.from_dict({"chosen_ids": [], "rejected_ids": []})
     with pytest.raises(DataError, match="each of the 5 eval rows is longer than 8 tokens"):
-        seen(given(5), empty, 8, "eval")
+        recount(tokens_of(5), empty, 8, "eval")
 
 
 @pytest.mark.parametrize(

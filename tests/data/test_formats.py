@@ -1,4 +1,4 @@
-"""Pairs, marked answers and prompts: what is read, what is refused, what becomes of each."""
+"""Pairs, labelled answers and prompts: their conversion, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_pairs_with_and_without_a_prompt_of_their_own(
     row: dict[str, Any], prompt: Any, chosen: Any, rejected: Any
 ) -> None:
     assert detect(row, "here") == "preference"
-    found = FORMATS["preference"](row | {"task": "t"})
-    assert found == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "task": "t"}
+    row_read = FORMATS["preference"](row | {"task": "t"})
+    assert row_read == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "task": "t"}
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "said"),
+    ("format", "row", "message"),
     [
         ("preference", {"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "'rejected' is empty"),
@@ -50,12 +50,14 @@ def test_pairs_with_and_without_a_prompt_of_their_own(
         ("prompt", {"prompt": ""}, "'prompt' is empty"),
     ],
 )
-def test_fields_that_cannot_be_used_are_named(format: str, row: dict[str, Any], said: str) -> None:
-    with pytest.raises(FieldError, match=said):
+def test_fields_that_cannot_be_used_are_named(
+    format: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FieldError, match=message):
         FORMATS[format](row)
 
 
-def test_a_label_that_is_a_word_makes_no_unpaired_row() -> None:
+def test_a_label_that_is_a_word_is_no_unpaired_preference() -> None:
     row = {"prompt": "q", "completion": "a", "label": "easy"}
     assert detect(row, "here") == "prompt_completion"
     assert detect(row | {"label": False}, "here") == "unpaired_preference"
@@ -65,5 +67,5 @@ def test_a_label_that_is_a_word_makes_no_unpaired_row() -> None:
     ("a", "b", "shared"),
     [("abc", "abd", 2), ("ab", "abc", 2), ("", "x", 0), ([1, 2, 3], [1, 2, 4], 2), ("a", "a", 1)],
 )
-def test_what_two_sequences_share_at_their_start(a: Any, b: Any, shared: int) -> None:
+def test_the_length_of_a_common_prefix(a: Any, b: Any, shared: int) -> None:
     assert common_prefix(a, b) == shared

@@ -68,6 +68,7 @@ def parquet() -> bytes:
         ("rows.arrow", arrow(pyarrow.ipc.new_file)),
         ("stream.arrow", arrow(pyarrow.ipc.new_stream)),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -94,6 +95,7 @@ def test_a_saved_data_set_is_read_by_its_folder_and_other_folders_are_not(tmp_pa
         ("rows.jsonl.gz", gzip.compress(JSONL)[:-20], r"cannot be decompressed \(gzip\)"),
         ("rows.parquet", parquet()[:40], "rows.parquet: cannot be read"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_cannot_be_read_is_named(
     tmp_path: Path, name: str, content: bytes, message: str
@@ -112,6 +114,7 @@ def test_a_file_that_cannot_be_read_is_named(
         ("rows.csv", b"prompt,completion\na,b,c\n", "rows.csv:2: not the 2 columns"),
         ("rows.csv", b'prompt,completion\na,"open\n', "rows.csv:2: not CSV"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_row_that_cannot_be_read_is_its_error(
     tmp_path: Path, name: str, content: bytes, message: str

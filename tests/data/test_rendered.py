@@ -1,4 +1,4 @@
-"""A row's text, the spans of its answers, and what it asks."""
+"""A row's text, the spans of its answers, and its prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import trl
 
 from lora_exp.data.rendered import Prompt, prompt_of, rendered
-from lora_exp.data.template import as_taken, render_chat
+from lora_exp.data.template import render_chat, to_form
 from lora_exp.data.tokens import IGNORED, encode
 from lora_exp.errors import DataError
 from tests.data.test_tokens import chat
@@ -44,7 +44,7 @@ def with_template(base: Any, template: str) -> Any:
     return tokenizer
 
 
-def test_spans_are_the_answers_with_what_ends_them(base: Any) -> None:
+def test_spans_are_the_answers_with_their_end_tokens(base: Any) -> None:
     text, spans = rendered(chat("one", "two", "three", "four"), base.tokenizer)
     assert [text[a:b] for a, b in spans] == ["two<|im_end|>\n", "four<|im_end|>\n"]
     text, spans = rendered({"prompt": "Q: a", "completion": " b"}, base.tokenizer)
@@ -53,7 +53,7 @@ def test_spans_are_the_answers_with_what_ends_them(base: Any) -> None:
     assert spans == [(0, len(text))]
 
 
-def test_a_prompt_opens_the_answer_and_text_asks_nothing(base: Any) -> None:
+def test_a_prompt_ends_where_the_answer_begins_and_text_has_none(base: Any) -> None:
     text = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
     assert prompt_of(chat("Hi!", "Yes."), base.tokenizer) == Prompt(text, "Yes.\n", chat=True)
     row = {"prompt": "p", "completion": "c"}
@@ -69,13 +69,13 @@ NAMES = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.g
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - OTHERWISE))
 def test_masks_are_those_of_trls_training_templates(base: Any, name: str) -> None:
-    """But for what the generation prompt writes, which the model never does."""
+    """Except for the text of the generation prompt, which the model never writes."""
     tokenizer = with_template(base, (TEMPLATES / f"{name}_training.jinja").read_text())
     compared = 0
     for turns in CHATS.values():
         try:
             theirs = tokenizer.apply_chat_template(
-                as_taken(turns, tokenizer), return_dict=True, return_assistant_tokens_mask=True
+                to_form(turns, tokenizer), return_dict=True, return_assistant_tokens_mask=True
             )
         except Exception:  # the template takes no such turn
             continue
@@ -86,26 +86,26 @@ def test_masks_are_those_of_trls_training_templates(base: Any, name: str) -> Non
         ids, labels = ours
         assert ids == theirs["input_ids"]
         counted = [label != IGNORED for label in labels]
-        asked = render_chat(turns[:-1], tokenizer)
-        opened = render_chat(turns[:-1], tokenizer, answer=True).removeprefix(asked)
+        prompt = render_chat(turns[:-1], tokenizer)
+        generation_prompt = render_chat(turns[:-1], tokenizer, answer=True).removeprefix(prompt)
         pairs = zip(ids, counted, theirs["assistant_masks"], strict=True)
-        for (mine, yours), run in groupby(pairs, lambda pair: (pair[1], bool(pair[2]))):
+        for (our_label, their_label), run in groupby(pairs, lambda pair: (pair[1], bool(pair[2]))):
             text = tokenizer.decode([pair[0] for pair in run])
-            assert mine == yours or (yours and text in opened), text
+            assert our_label == their_label or (their_label and text in generation_prompt), text
         compared += 1
     assert compared > 1
 
 
 @pytest.mark.parametrize("name", ["glm4moe", "qwen3", "nemotron_3_nano", "deepseek_r1_distill"])
-def test_thoughts_that_a_template_drops_hide_no_answer(base: Any, name: str) -> None:
+def test_answers_have_spans_where_a_template_drops_thoughts(base: Any, name: str) -> None:
     tokenizer = with_template(base, (TEMPLATES / f"{name}.jinja").read_text())
     text, spans = rendered({"messages": CHATS["thoughts"]}, tokenizer)
     shown = [text[a:b] for a, b in spans]
     assert ["one" in shown[0], "two" in shown[1]] == [True, True]
-    assert not any(asked in "".join(shown) for asked in ("user\n", "q\n", "r\n"))
+    assert not any(prompt in "".join(shown) for prompt in ("user\n", "q\n", "r\n"))
 
 
-def test_a_turn_of_weight_nought_does_not_count(base: Any) -> None:
+def test_a_turn_of_weight_0_does_not_count(base: Any) -> None:
     row = chat("one", "two", "three", "four")
     row["messages"][1]["weight"] = 0
     text, spans = rendered(row, base.tokenizer)
@@ -120,7 +120,7 @@ def test_the_token_that_opens_the_next_turn_ends_a_bare_answer(base: Any) -> Non
     assert text.endswith("four<|user|>")
 
 
-def test_an_answer_is_found_in_the_whole_where_the_system_prompt_moves(base: Any) -> None:
+def test_an_answer_has_its_span_where_the_system_prompt_moves(base: Any) -> None:
     mistral = (
         "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}"
         "{% if m.role == 'user' %}{% set ns.last = loop.index %}{% endif %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Shapes: what becomes of a row for an algorithm, and what cannot."""
+"""Shapes: conversions between them, and which are refused."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from lora_exp.data.shapes import Placed, reshape, several, shape_of, where
+from lora_exp.data.shapes import LocatedRow, list_faults, location_of, reshape, shape_of
 from lora_exp.errors import DataError
 
 ASK = [{"role": "user", "content": "q"}]
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
 
 
-def test_pairs_are_taken_apart() -> None:
+def test_pairs_become_unpaired_rows_and_chats() -> None:
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "task": "t"}
     unpaired = reshape([pair], "preference", "unpaired_preference")
     assert unpaired == [
@@ -43,7 +43,7 @@ def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
     assert reshape([row], format, "prompt") == [{"prompt": prompt, "answer": answer}]
 
 
-def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> None:
+def test_rows_that_cannot_be_converted_are_refused_with_both_shapes() -> None:
     with pytest.raises(DataError, match=r"shape preference .* read as text with the fields text"):
         reshape([{"text": "x"}], "text", "preference")
     with pytest.raises(DataError, match="formats that would do: preference, messages"):
@@ -51,17 +51,17 @@ def test_what_cannot_be_had_is_refused_with_what_was_found_and_is_needed() -> No
     assert shape_of("alpaca") == "completion"
 
 
-def test_rows_keep_their_place_in_a_new_shape() -> None:
-    pair = Placed({"prompt": "q", "chosen": "a", "rejected": "b"}, "rows.jsonl:7")
+def test_rows_keep_their_location_in_a_new_shape() -> None:
+    pair = LocatedRow({"prompt": "q", "chosen": "a", "rejected": "b"}, "rows.jsonl:7")
     unpaired = reshape([pair], "preference", "unpaired_preference")
-    assert [where(row) for row in unpaired] == ["rows.jsonl:7"] * 2
-    assert where({"text": "x"}) == "the row {'text': 'x'}"
+    assert [location_of(row) for row in unpaired] == ["rows.jsonl:7"] * 2
+    assert location_of({"text": "x"}) == "the row {'text': 'x'}"
 
 
 def test_the_first_five_faults_are_named_and_the_rest_counted() -> None:
     faults = [f"rows.jsonl:{i}: bad" for i in range(1, 9)]
-    text = several(faults)
+    text = list_faults(faults)
     assert [fault in text for fault in faults] == [True] * 5 + [False] * 3
     assert text.startswith("8 rows cannot be used")
     assert text.endswith("and 3 more")
-    assert several(faults[:1]) == faults[0]
+    assert list_faults(faults[:1]) == faults[0]

@@ -25,8 +25,8 @@ def test_the_answers_are_right(seed: int) -> None:
     letter, text = question.removeprefix("Count ").split(": ")
     assert text.split().count(letter) == int(answer)
     question, answer = tasks.mirror(rng)
-    said = question.removeprefix("Mirror: ").split()
-    assert answer.split() == said + said[::-1]
+    letters = question.removeprefix("Mirror: ").split()
+    assert answer.split() == letters + letters[::-1]
 
 
 @pytest.mark.parametrize(

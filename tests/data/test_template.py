@@ -52,8 +52,8 @@ def test_another_day_is_another_text_in_the_cache(base: Any) -> None:
     for day in (3, 3, 4):
         tokenizer = copy.deepcopy(base.tokenizer)
         prepare(tokenizer, "{{ strftime_now('%d') }}" + ends, date(2025, 2, day))
-        made = tokenise(rows, tokenizer, max_length=64, completion_only=False, what="train")
-        cached.append(made.cached)
+        tokens = tokenise(rows, tokenizer, max_length=64, completion_only=False, what="train")
+        cached.append(tokens.cached)
     assert cached == [False, True, False]
 
 

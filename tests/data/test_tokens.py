@@ -1,4 +1,4 @@
-"""What counts towards the loss: exactly the answers, with the token that ends them."""
+"""What counts in the loss: exactly the answers, with the token that ends them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_exp.data import tasks
 from lora_exp.data.rendered import prompt_of
-from lora_exp.data.shapes import Placed
+from lora_exp.data.shapes import LocatedRow
 from lora_exp.data.tokens import IGNORED, encode, tokenise
 from lora_exp.errors import DataError
 
 
-def chat(*said: str) -> dict[str, Any]:
+def chat(*contents: str) -> dict[str, Any]:
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": s} for i, s in enumerate(said)]}
+    return {"messages": [{"role": roles[i % 2], "content": s} for i, s in enumerate(contents)]}
 
 
 def counted(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
@@ -82,16 +82,16 @@ def test_every_turn_counts_under_the_templates_of_real_models(
     tokenizer.bos_token = "<|endoftext|>"
     row = chat("q1", "one", "q2", "<think>t</think>\n\ntwo", "q3", "three")
     assert counted(row, tokenizer) == counted_text
-    found = prompt_of(row, tokenizer)
-    assert found is not None
-    assert found.answer == expected
+    prompt = prompt_of(row, tokenizer)
+    assert prompt is not None
+    assert prompt.answer == expected
 
 
 def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
     bad = {"messages": [{"role": "system", "content": "be"}, *chat("q", "a")["messages"]]}
-    rows = [Placed(chat("q", "a"), "rows.jsonl:1"), Placed(bad, "rows.jsonl:2")]
+    rows = [LocatedRow(chat("q", "a"), "rows.jsonl:1"), LocatedRow(bad, "rows.jsonl:2")]
     options: dict[str, Any] = {"max_length": 64, "completion_only": True, "what": "train"}
     refusal = r"rows.jsonl:2: the chat template refuses it: System role not supported"
     for cached in (False, True):
@@ -99,8 +99,8 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None
             tokenise(rows, tokenizer, **options)
         tokens = tokenise(rows, tokenizer, on_error="skip", **options)
         assert (tokens.counts.rows, [*tokens.refused], tokens.cached) == (1, ["rows.jsonl:2"], True)
-        if cached:  # the same rows elsewhere are told by their own lines
-            moved = [Placed(row, f"other.jsonl:{i}") for i, row in enumerate(rows)]
+        if cached:  # the same rows of another file have its lines
+            moved = [LocatedRow(row, f"other.jsonl:{i}") for i, row in enumerate(rows)]
             assert [*tokenise(moved, tokenizer, on_error="skip", **options).refused] == [
                 "other.jsonl:1"
             ]
@@ -108,10 +108,10 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None
 
 def test_a_turn_that_the_template_does_not_show_is_an_error(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
-    # like templates that summarise what was said before
+    # like templates that summarise earlier turns
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]"
-        "{{ m.content if loop.last or m.role == 'user' else 'said before' }}\n"
+        "{{ m.content if loop.last or m.role == 'user' else 'summary' }}\n"
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     row = chat("q", "one", "r", "two")
@@ -153,7 +153,7 @@ def test_rows_without_anything_to_learn_are_an_error(base: Any) -> None:
         )
 
 
-def test_chats_without_a_template_are_an_error_with_the_cure(base: Any) -> None:
+def test_chats_without_a_template_are_an_error_with_the_remedy(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"data.chat_template="):

@@ -1,4 +1,4 @@
-"""A directory has one process at a time, and a process that is gone holds none."""
+"""A directory has one process at a time, and a process that has ended holds no lock."""
 
 from __future__ import annotations
 

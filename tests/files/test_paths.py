@@ -1,4 +1,4 @@
-"""Paths: of the package, of the cache, and told from dotted names."""
+"""Paths: of the package, of the cache, and what tells a path from a dotted name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def test_a_package_path_finds_the_file_that_the_package_carries() -> None:
         asset("pkg://not_installed/x")
 
 
-def test_cards_of_adapters_saved_before_find_asset_where_they_say() -> None:
-    from lora_exp.config import asset as there
+def test_older_model_cards_import_asset_from_config() -> None:
+    from lora_exp.config import asset as in_config
 
-    assert there is asset
+    assert in_config is asset
 
 
 @pytest.mark.parametrize("name", ["a/b", "./a", "../a", "~", ".", "~/a"])

@@ -1,4 +1,4 @@
-"""Secrets by key, by shape and by environment; ordinary words stay."""
+"""Secrets are recognised by key, by format and by environment; ordinary words stay."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ HF = "hf_" + "a1B2" * 8
 
 
 @pytest.mark.parametrize("key", ["hub_token", "api_key", "apikey", "password", "client_secret"])
-def test_a_secret_is_known_by_its_key(key: str) -> None:
+def test_a_secret_is_recognised_by_its_key(key: str) -> None:
     assert redact({"a": [{key: "x"}]}) == {"a": [{key: REDACTED}]}
     assert "hunter2" not in redact_text(f"train.{key}=hunter2")
     assert "hunter2" not in redact_text(f"  {key}: 'hunter2'")
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token", "max_new_tokens", "num_virtual_tokens"])
-def test_words_about_tokens_are_no_secrets(key: str) -> None:
+def test_keys_about_tokens_of_text_are_no_secrets(key: str) -> None:
     assert redact({key: "x"}) == {key: "x"}
     assert redact_text(f"{key}: 64") == f"{key}: 64"
 
@@ -29,7 +29,7 @@ def test_a_null_secret_stays_readable() -> None:
     assert redact_text("hub_token: null") == "hub_token: null"
 
 
-def test_a_secret_is_known_by_its_shape_and_by_the_environment(
+def test_a_secret_is_recognised_by_its_format_and_by_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", "canary-in-a-mine")

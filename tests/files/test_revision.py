@@ -1,4 +1,4 @@
-"""Weights are known by a hub's commit or by a hash of their files; the two cannot be compared."""
+"""A commit or a hash of files identifies weights; one cannot be compared with the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders are whole or absent, and a disk that takes no more is told from other errors."""
+"""Folders are whole or absent, and a disk's refusal is distinguished from other errors."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def in_a_small_disk(folder: Path, script: str, size: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
-def test_every_librarys_word_for_a_full_disk_is_known(writer: str, tmp_path: Path) -> None:
+def test_every_librarys_message_for_a_full_disk_is_recognised(writer: str, tmp_path: Path) -> None:
     (tmp_path / "write.py").write_text(WRITE)
     done = in_a_small_disk(tmp_path, f"{sys.executable} write.py {writer}", "1m")
     assert "disk/file cannot be written: " in done.stdout, done.stdout + done.stderr
     assert "MiB are free); make room" in done.stdout
 
 
-def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+def test_other_errors_are_not_a_refusal_of_the_disk(tmp_path: Path) -> None:
     assert refusal(ValueError("space"), tmp_path) is None
     assert refusal(FileNotFoundError(errno.ENOENT, "no such file"), tmp_path) is None
 
 
-def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_write_that_fails_keeps_the_old_folder(tmp_path: Path) -> None:
     final = tmp_path / "adapter"
     with whole(final) as folder:
         (folder / "a").write_text("old")
@@ -71,18 +71,18 @@ def test_what_fails_while_it_is_written_leaves_what_was_there(tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_disks_refusal_is_told_with_the_room_that_is_left(tmp_path: Path) -> None:
+def test_a_disks_refusal_is_reported_with_the_free_space(tmp_path: Path) -> None:
     def refused() -> None:
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
-    said = r"No space left on device.*MiB are free"
-    with pytest.raises(CheckpointError, match=said), whole(tmp_path / "adapter"):
+    message = r"No space left on device.*MiB are free"
+    with pytest.raises(CheckpointError, match=message), whole(tmp_path / "adapter"):
         refused()
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_away_is_put_back(tmp_path: Path) -> None:
     final = tmp_path / "adapter"
     with whole(final) as folder:
         (folder / "a").write_text("old")

@@ -15,7 +15,7 @@ from tests.lockstep.test_segment import segments
 
 
 class Threaded(nn.Module):
-    """A rotary embedding whose last bits hang on how many numbers there are, as with 3 threads."""
+    """A rotary embedding whose last bits depend on the number of elements, as with 3 threads."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which bases can take part in a pass, and why others cannot."""
+"""Which bases can share a pass, and why others cannot."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from lora_exp.lockstep.body import FusedBody
-from lora_exp.lockstep.eligibility import unfusable
-from lora_exp.lockstep.segment import Mode
+from lora_exp.lockstep.eligibility import base_obstacle
+from lora_exp.lockstep.segment import PassContext
 from lora_exp.lockstep.state import PLAIN
 
 SMALL = {
@@ -45,8 +45,8 @@ def small(config_class: Any, **more: Any) -> Any:
 )
 def test_architectures_whose_pass_is_exact(model: tuple[Any, dict[str, Any]]) -> None:
     built = small(model[0], **model[1])
-    assert unfusable(built) is None
-    assert FusedBody(built.base_model, "exact").enter(Mode(PLAIN, True, False))
+    assert base_obstacle(built) is None
+    assert FusedBody(built.base_model, "exact").enter(PassContext(PLAIN, True, False))
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_architectures_whose_pass_is_exact(model: tuple[Any, dict[str, Any]]) ->
         ((LlamaConfig, {"attn_implementation": "eager"}), "not sdpa"),
     ],
 )
-def test_architectures_that_share_no_pass_say_why(
+def test_architectures_that_share_no_pass_give_the_reason(
     model: tuple[Any, dict[str, Any]], why: str
 ) -> None:
-    assert why in (unfusable(small(model[0], **model[1])) or "")
+    assert why in (base_obstacle(small(model[0], **model[1])) or "")
 
 
-def test_a_body_whose_layers_see_other_rows_does_not_pass_its_proof() -> None:
+def test_a_body_whose_rows_depend_on_each_other_is_not_exact() -> None:
     built = small(LlamaConfig)
     fused = FusedBody(built.base_model, "exact")
 
@@ -73,4 +73,4 @@ def test_a_body_whose_layers_see_other_rows_does_not_pass_its_proof() -> None:
             return x - x.mean(1, keepdim=True)
 
     fused.body.norm = Centred()
-    assert not fused.enter(Mode(PLAIN, True, False))
+    assert not fused.enter(PassContext(PLAIN, True, False))

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from lora_exp.lockstep.grouping import FILLING, Group, group, on_grid
+from lora_exp.lockstep.grouping import MAX_FILLING, Group, group, on_grid
 
-# as seen on a processor with AMX in bfloat16: (from this number of rows on, this class)
+# as measured on a processor with AMX in bfloat16: (from this number of rows on, this class)
 AMX = {
     "512 to 192": [(1, "0"), (37, "1"), (192, "0")],
     "192 to 512 backward": [(1, "0"), (40, "1"), (41, "0"), (43, "1"), (45, "0"), (46, "1"),
@@ -53,7 +53,7 @@ def test_a_band_cuts_a_pass_to_size() -> None:
     assert [g.members for g in groups] == [(0, 1), (2, 3)]
 
 
-def test_products_are_as_few_as_sizes_of_several_kinds_allow() -> None:
+def test_different_sizes_are_grouped_into_the_fewest_products() -> None:
     bands = [(1, "few"), (37, "a"), (192, "many")]
     groups = group((60, 60, 112, 124), 356, lambda rows: class_of(bands, rows))
     assert [len(g.members) for g in groups] == [2, 2]
@@ -75,7 +75,7 @@ def test_every_segment_is_computed_once_and_only_in_its_class(bands: list[tuple[
         for g in groups:
             assert {class_of(bands, sizes[i]) for i in g.members} == {class_of(bands, g.rows)}
             needed = sum(sizes[i] for i in g.members)
-            assert needed <= g.rows <= max(needed * FILLING, on_grid(needed))
+            assert needed <= g.rows <= max(needed * MAX_FILLING, on_grid(needed))
 
 
 def test_a_grid_has_few_numbers_and_wastes_little() -> None:

@@ -1,4 +1,4 @@
-"""Jobs as greenlets: who waits for whom, and whose the errors are."""
+"""Jobs as greenlets: when they are served, and in which job errors are raised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_exp.lockstep.hub import Hub, Request, out_of_memory
 
 
 class Adder:
-    """Answers each number with itself plus one, and remembers what it was asked together."""
+    """Answers each number with the number plus one, and records the batches."""
 
     def __init__(self, fails: Any = lambda numbers: None) -> None:
         self.served: list[tuple[Any, list[int]]] = []
@@ -20,7 +20,7 @@ class Adder:
 
     def serve(self, requests: list[Request]) -> list[int]:
         numbers = [request.payload for request in requests]
-        self.served.append((requests[0].kind, numbers))
+        self.served.append((requests[0].batch_key, numbers))
         if error := self.fails(numbers):
             raise error
         return [number + 1 for number in numbers]
@@ -29,14 +29,14 @@ class Adder:
 def asking(hub: Hub, results: dict[int, Any], job: int, *asked: tuple[str, int, int]) -> Any:
     def run() -> None:
         try:
-            results[job] = [hub.ask(job, kind, 1, order, n) for kind, order, n in asked]
+            results[job] = [hub.ask(job, key, 1, priority, n) for key, priority, n in asked]
         except Exception as error:
             results[job] = error
 
     return run
 
 
-def test_what_waits_together_is_served_together_forwards_first() -> None:
+def test_waiting_requests_are_served_together_forwards_first() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 9, 99)
     hub.run(
@@ -49,7 +49,7 @@ def test_what_waits_together_is_served_together_forwards_first() -> None:
     assert results == {0: [2, 3], 1: [11, 21, 31]}
 
 
-def test_places_are_taken_again_and_room_is_kept() -> None:
+def test_the_next_job_begins_when_one_ends_and_the_capacity_is_kept() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 3, 2)
     hub.run([asking(hub, results, job, ("f", 0, job)) for job in range(5)])
@@ -57,24 +57,24 @@ def test_places_are_taken_again_and_room_is_kept() -> None:
     assert max(len(numbers) for _, numbers in server.served) == 2
 
 
-def test_an_error_finds_its_own_job() -> None:
+def test_an_error_is_raised_in_its_own_job_only() -> None:
     server = Adder(lambda numbers: ValueError("no") if 3 in numbers else None)
     results: dict[int, Any] = {}
     hub = Hub(server, 9, 99)
     hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(5)])
     assert isinstance(results.pop(3), ValueError)
     assert results == {job: [job + 1, 10] for job in (0, 1, 2, 4)}
-    assert hub.fused is None
+    assert hub.max_batch is None
 
 
-def test_too_little_memory_halves_what_is_served_at_once_for_good() -> None:
-    full = MemoryError()
-    server, results = Adder(lambda numbers: full if len(numbers) > 2 else None), {}
+def test_too_little_memory_halves_the_batch_size_for_good() -> None:
+    out_of_memory_error = MemoryError()
+    server, results = Adder(lambda numbers: out_of_memory_error if len(numbers) > 2 else None), {}
     hub = Hub(server, 9, 99)
     hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(6)])
     assert results == {job: [job + 1, 10] for job in range(6)}
-    assert hub.fused is not None
-    assert hub.fused <= 2
+    assert hub.max_batch is not None
+    assert hub.max_batch <= 2
 
 
 def test_an_interrupt_reaches_every_job() -> None:
@@ -107,7 +107,7 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
         random.seed(seed)
         return [draw(), draw()]
 
-    hub, found = Hub(Adder(), 9, 99), {}
+    hub, drawn = Hub(Adder(), 9, 99), {}
 
     def job(seed: int) -> Any:
         def run() -> None:
@@ -119,12 +119,12 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
                 assert not torch.is_grad_enabled()
                 assert torch.is_autocast_enabled("cpu") is (seed == 1)
             assert torch.is_grad_enabled()
-            found[seed] = [first, draw()]
+            drawn[seed] = [first, draw()]
 
         return run
 
     hub.run([job(0), job(1)])
-    assert found == {0: alone(0), 1: alone(1)}
+    assert drawn == {0: alone(0), 1: alone(1)}
 
 
 @pytest.mark.parametrize(
@@ -136,5 +136,5 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
         (RuntimeError("shape mismatch"), False),
     ],
 )
-def test_out_of_memory_is_known_by_its_word(error: BaseException, expected: bool) -> None:
+def test_out_of_memory_is_recognised_by_its_message(error: BaseException, expected: bool) -> None:
     assert out_of_memory(error) is expected

@@ -32,6 +32,7 @@ from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
 from lora_exp.model.loading import Base, sharing_copy
+from lora_exp.training.place import Alone
 from tests.conftest import QUICK, ROOT, tiny
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]
@@ -82,24 +83,24 @@ def alone(
     return [run(compose(*every, *common, *job), folder / str(n)) for n, job in enumerate(jobs)]
 
 
-def seen(result: Any) -> tuple[Any, ...]:
+def computed(result: Any) -> tuple[Any, ...]:
     """Return all that a run computed: every logged number, every answer, every weight."""
     lines = (result.directory / "metrics.jsonl").read_text().splitlines()
     logged = [
         {k: v for k, v in json.loads(line).items() if "per_s" not in k and "step_time" not in k}
         for line in lines
     ]
-    kept = {k: v for k, v in result.metrics.items() if k.startswith(("eval/", "before/"))}
+    metrics = {k: v for k, v in result.metrics.items() if k.startswith(("eval/", "before/"))}
     weights = (result.saved / "adapter_model.safetensors").read_bytes()
-    return logged, kept, (result.directory / "samples.jsonl").read_text(), weights
+    return logged, metrics, (result.directory / "samples.jsonl").read_text(), weights
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_four_unlike_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -> None:
     results, pack = packed(UNLIKE, tmp_path / "pack", f"quant={quant}")
     for ours, theirs in zip(results, alone(UNLIKE, tmp_path, f"quant={quant}"), strict=True):
-        assert seen(ours) == seen(theirs)
-    assert pack.passes.made["most jobs"] == 4  # they did share
+        assert computed(ours) == computed(theirs)
+    assert pack.passes.counts["most jobs"] == 4  # they did share
 
 
 @pytest.mark.parametrize(
@@ -114,15 +115,62 @@ def test_four_unlike_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -> N
     ],
     ids=lambda setting: "+".join(setting),
 )
-def test_they_do_so_under_every_setting(tmp_path: Path, setting: list[str]) -> None:
+def test_jobs_equal_their_runs_alone_under_every_setting(
+    tmp_path: Path, setting: list[str]
+) -> None:
     jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8", "targets=attention"]]
     results, pack = packed(jobs, tmp_path / "pack", *setting)
     for ours, theirs in zip(results, alone(jobs, tmp_path, *setting), strict=True):
-        assert seen(ours) == seen(theirs)
-    assert pack.passes.made["most jobs"] == 2
+        assert computed(ours) == computed(theirs)
+    assert pack.passes.counts["most jobs"] == 2
 
 
-def test_stacked_adapters_are_near_and_say_so(tmp_path: Path) -> None:
+ARGUMENTS = [
+    ["+train.label_smoothing_factor=0.1", "+train.adam_beta1=0.8", "+train.data_seed=3"],
+    ["+algorithm.args.loss_type=dft", "+algorithm.args.pad_to_multiple_of=8",
+     "+train.train_sampling_strategy=group_by_length"],
+    ["train.optim=adafactor", "train.lr_scheduler_type=cosine_with_restarts",
+     "+train.lr_scheduler_kwargs={num_cycles: 2}", "+train.eval_on_start=true",
+     "+train.logging_first_step=true", "train.dataloader_num_workers=1"],
+    ["+train.dataloader_drop_last=true", "+algorithm.args.shuffle_dataset=true",
+     "+train.eval_accumulation_steps=1", "+train.include_num_input_tokens_seen=all"],
+    ["keep=best", "train.eval_strategy=steps", "train.eval_steps=2", "train.save_strategy=steps",
+     "train.save_steps=2", "train.learning_rate=5e-2"],
+    ["+algorithm.args.activation_offloading=true"],
+]  # fmt: skip
+
+
+def test_arguments_of_the_trainer_act_in_a_pack_as_they_do_alone(tmp_path: Path) -> None:
+    results, _ = packed(ARGUMENTS, tmp_path / "pack")
+    for ours, theirs in zip(results, alone(ARGUMENTS, tmp_path), strict=True):
+        assert computed(ours) == computed(theirs)
+
+
+def test_a_hook_on_a_jobs_own_module_acts_in_a_pack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hooking(join: Any) -> Any:
+        def joined(self: Any, *about: Any) -> None:
+            join(self, *about)
+            if about[-1].args.seed == 7:
+                layer = about[-1].model.get_base_model().model.layers[0].mlp
+                layer.register_forward_hook(lambda module, given, output: output * 1.5)
+
+        return joined
+
+    jobs = [["peft.r=4"], ["peft.r=8", "seed=7"]]
+    plain, _ = packed(jobs, tmp_path / "plain")
+    for kind in (Pack, Alone):
+        monkeypatch.setattr(kind, "join", hooking(kind.join))
+    results, _ = packed(jobs, tmp_path / "pack")
+    theirs = alone(jobs, tmp_path)
+    weights = [[computed(result)[-1] for result in of] for of in (results, theirs, plain)]
+    assert weights[0] == weights[1]
+    assert weights[0][0] == weights[2][0]
+    assert weights[0][1] != weights[2][1]
+
+
+def test_stacked_adapters_are_near_and_the_record_names_the_mode(tmp_path: Path) -> None:
     jobs = [["peft.r=2", "peft.lora_dropout=0.1"], ["peft.r=16", "targets=qv"], ["peft.r=8"]]
     results, _ = packed(jobs, tmp_path / "pack", mode="bmm")
     for ours, theirs in zip(results, alone(jobs, tmp_path), strict=True):
@@ -135,9 +183,9 @@ def test_stacked_adapters_are_near_and_say_so(tmp_path: Path) -> None:
 def test_slots_are_filled_again_and_results_stay_the_same(tmp_path: Path) -> None:
     jobs = [[f"peft.r={r}", f"train.max_steps={s}"] for r, s in ((2, 3), (4, 6), (8, 2), (16, 4))]
     results, pack = packed(jobs, tmp_path / "pack", max_jobs=2)
-    assert pack.passes.made["most jobs"] == 2
+    assert pack.passes.counts["most jobs"] == 2
     for ours, theirs in zip(results, alone(jobs, tmp_path), strict=True):
-        assert seen(ours) == seen(theirs)
+        assert computed(ours) == computed(theirs)
 
 
 def test_memory_decides_how_many_train_at_once(tmp_path: Path) -> None:
@@ -147,13 +195,13 @@ def test_memory_decides_how_many_train_at_once(tmp_path: Path) -> None:
 
 def test_the_largest_job_so_far_decides_how_many_fit() -> None:
     pack = Pack("exact", None, verify=1)
-    pack.free, pack.held = 1000, {0: 100}
+    pack.free_bytes, pack.job_bytes = 1000, {0: 100}
     pack.widen()
     assert pack.hub.width == 7  # and one for verification
-    pack.held[1] = 200
+    pack.job_bytes[1] = 200
     pack.widen()
     assert pack.hub.width == 3
-    pack.loss = 200  # of which there is one, whatever the number of jobs
+    pack.loss_bytes = 200  # of which there is one, whatever the number of jobs
     pack.widen()
     assert pack.hub.width == 2
 
@@ -170,7 +218,7 @@ class At(TrainerCallback):  # type: ignore[misc]
 
 
 def poisoned(model: Any) -> None:
-    """Make an adapter's weights no numbers."""
+    """Set an adapter's weights to NaN."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, float("nan"))
@@ -195,13 +243,13 @@ def test_a_job_that_fails_between_forward_and_backward_takes_none_with_it(
     jobs = [[*job, f"train.gradient_checkpointing={checkpointing}"] for job in UNLIKE[:2]]
     results, _ = packed(jobs, tmp_path / "pack")
     assert isinstance(results[1], RuntimeError)
-    assert seen(results[0]) == seen(alone(jobs[:1], tmp_path)[0])
+    assert computed(results[0]) == computed(alone(jobs[:1], tmp_path)[0])
 
 
 @pytest.mark.parametrize(
     ("act", "error"), [(poisoned, DivergedError), (broken, RuntimeError)], ids=["NaN", "exception"]
 )
-def test_what_befalls_one_job_does_not_touch_the_others(
+def test_a_failed_job_does_not_affect_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any, error: type[Exception]
 ) -> None:
     join = Pack.join
@@ -218,7 +266,7 @@ def test_what_befalls_one_job_does_not_touch_the_others(
     record = json.loads((tmp_path / "pack" / "1" / "run.json").read_text())
     assert record["status"] == ("diverged" if error is DivergedError else "failed")
     for n in (0, 2):
-        assert seen(results[n]) == seen(alone([jobs[n]], tmp_path / str(n))[0])
+        assert computed(results[n]) == computed(alone([jobs[n]], tmp_path / str(n))[0])
 
 
 def test_a_request_that_fails_is_the_failure_of_its_own_job_only(
@@ -241,10 +289,10 @@ def test_a_request_that_fails_is_the_failure_of_its_own_job_only(
     monkeypatch.setattr(Pack, "join", joined)
     results, _ = packed([["peft.r=2"], UNLIKE[2]], tmp_path / "pack")
     assert isinstance(results[0], IndexError)
-    assert seen(results[1]) == seen(alone([UNLIKE[2]], tmp_path)[0])
+    assert computed(results[1]) == computed(alone([UNLIKE[2]], tmp_path)[0])
 
 
-def test_a_job_goes_on_from_its_checkpoint_within_a_pack(tmp_path: Path) -> None:
+def test_a_job_resumes_from_its_checkpoint_within_a_pack(tmp_path: Path) -> None:
     save = ["train.save_strategy=steps", "train.save_steps=3", "train.save_total_limit=2"]
     jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8"]]
     whole = alone(jobs, tmp_path / "alone", *save)
@@ -295,7 +343,7 @@ class Collator(DataCollatorForLanguageModeling):  # type: ignore[misc]
     """Plain next-token rows."""
 
 
-KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
+TRAINERS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "dpo": (DPOTrainer, DPOConfig, preference, {"max_length": 64}),
     "reward": (RewardTrainer, RewardConfig, preference, {"max_length": 64}),
     "transformers": (Trainer, TrainingArguments, texts, {}),
@@ -303,28 +351,28 @@ KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["none", "nf4"])
-@pytest.mark.parametrize("kind", ["dpo", "reward", "transformers"])
+@pytest.mark.parametrize("trainer_name", ["dpo", "reward", "transformers"])
 def test_other_trainers_keep_the_contract_unmodified(
-    tmp_path: Path, kind: str, quantized: bool
+    tmp_path: Path, trainer_name: str, quantized: bool
 ) -> None:
     from lora_exp.model.loading import bnb_4bit
 
     quant = bnb_4bit("nf4", True, "float32") if quantized else None
     base = tiny(quant)
-    if kind == "reward":
+    if trainer_name == "reward":
         if quantized:
             pytest.skip("the score head of a quantised base comes with algorithm=reward")
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(asset(base.path), num_labels=1)
         model.config.pad_token_id = base.tokenizer.pad_token_id
         base = Base(model.requires_grad_(False), base.tokenizer, base.path, None, None)
-    trainer_class, args_class, rows, extra = KINDS[kind]
+    trainer_class, args_class, rows, extra = TRAINERS[trainer_name]
     jobs = [(4, 0.1, 4, 1, 42), (8, 0.0, 2, 2, 1), (16, 0.05, 3, 1, 7)]
 
     def trained(n: int, pack: Pack | None) -> tuple[Any, dict[str, Any]]:
         r, dropout, batch, accumulation, seed = jobs[n]
         torch.manual_seed(seed)
-        task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+        task = "SEQ_CLS" if trainer_name == "reward" else "CAUSAL_LM"
         targets = ["q_proj", "v_proj", "down_proj"]
         config = peft.LoraConfig(
             r=r, lora_dropout=dropout, target_modules=targets, task_type=task
@@ -339,7 +387,7 @@ def test_other_trainers_keep_the_contract_unmodified(
         trainer = trainer_class(
             model=peft.get_peft_model(sharing_copy(base.model), config), args=args,
             train_dataset=rows(base.tokenizer), processing_class=base.tokenizer,
-            **(collator if kind == "transformers" else {}),
+            **(collator if trainer_name == "transformers" else {}),
         )  # fmt: skip
         if pack is not None:
             pack.join(n, trainer)
@@ -350,13 +398,13 @@ def test_other_trainers_keep_the_contract_unmodified(
 
     solo = [trained(n, None) for n in range(3)]
     pack = Pack("exact", 3, 1, base)
-    found: dict[int, Any] = {}
-    pack.hub.run((lambda n=n: found.update({n: trained(n, pack)})) for n in range(3))  # type: ignore[misc]
-    assert pack.passes.made["most jobs"] == 3
+    results: dict[int, Any] = {}
+    pack.hub.run((lambda n=n: results.update({n: trained(n, pack)})) for n in range(3))  # type: ignore[misc]
+    assert pack.passes.counts["most jobs"] == 3
     assert pack.passes.verification.differences == []
     for n, (numbers, weights) in enumerate(solo):
-        assert found[n][0] == numbers
-        assert all(torch.equal(found[n][1][k], w) for k, w in weights.items())
+        assert results[n][0] == numbers
+        assert all(torch.equal(results[n][1][k], w) for k, w in weights.items())
 
 
 class Twice(Trainer):  # type: ignore[misc]
@@ -369,10 +417,10 @@ class Twice(Trainer):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
+def test_a_pass_is_repeated_for_a_job_whose_backward_is_later(
     tmp_path: Path, base: Base, checkpointing: bool
 ) -> None:
-    def trained(n: int, kind: type[Trainer], pack: Pack | None) -> tuple[Any, Any]:
+    def trained(n: int, trainer_class: type[Trainer], pack: Pack | None) -> tuple[Any, Any]:
         torch.manual_seed(n)
         config = peft.LoraConfig(r=4 + n, lora_dropout=0.1, target_modules=["q_proj", "down_proj"])
         args = TrainingArguments(
@@ -381,7 +429,7 @@ def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
             use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
-        trainer = kind(
+        trainer = trainer_class(
             model=peft.get_peft_model(sharing_copy(base.model), config), args=args,
             train_dataset=texts(base.tokenizer), processing_class=base.tokenizer,
             data_collator=Collator(base.tokenizer, mlm=False),
@@ -391,29 +439,33 @@ def test_a_pass_is_made_again_for_a_job_that_goes_back_later_than_the_others(
         trainer.train()
         return trainer.state.log_history[0]["loss"], peft.get_peft_model_state_dict(trainer.model)
 
-    kinds = (Trainer, Twice)
-    solo = [trained(n, kind, None) for n, kind in enumerate(kinds)]
+    trainers = (Trainer, Twice)
+    solo = [trained(n, trainer_class, None) for n, trainer_class in enumerate(trainers)]
     pack = Pack("exact", 2, 1, base)
     pack.hub.width = 2  # both from the start, so that they share their first pass
-    found: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     pack.hub.run(
-        (lambda n=n, kind=kind: found.update({n: trained(n, kind, pack)}))  # type: ignore[misc]
-        for n, kind in enumerate(kinds)
+        (
+            lambda n=n, trainer_class=trainer_class: results.update(
+                {n: trained(n, trainer_class, pack)}
+            )
+        )  # type: ignore[misc]
+        for n, trainer_class in enumerate(trainers)
     )
-    assert pack.passes.made["most jobs"] == 2
+    assert pack.passes.counts["most jobs"] == 2
     assert pack.passes.verification.differences == []
     for n, (loss, weights) in enumerate(solo):
-        assert found[n][0] == loss
-        assert all(torch.equal(found[n][1][k], w) for k, w in weights.items())
+        assert results[n][0] == loss
+        assert all(torch.equal(results[n][1][k], w) for k, w in weights.items())
 
 
 def test_a_base_that_cannot_be_fused_is_shared_all_the_same(tmp_path: Path) -> None:
     jobs = [["peft.r=2"], ["peft.r=4", "peft.lora_dropout=0.1"]]
     eager = "model.attn_implementation=eager"
     results, pack = packed(jobs, tmp_path / "pack", eager)
-    assert pack.passes.made["most jobs"] == 0
+    assert pack.passes.counts["most jobs"] == 0
     for ours, theirs in zip(results, alone(jobs, tmp_path, eager), strict=True):
-        assert seen(ours) == seen(theirs)
+        assert computed(ours) == computed(theirs)
 
 
 MEMORY = """
@@ -421,7 +473,7 @@ import resource, sys, warnings
 from pathlib import Path
 from lora_exp.lockstep.hub import Hub
 from lora_exp.lockstep.passes import Passes
-from tests.lockstep.test_pack import alone, packed, seen
+from tests.lockstep.test_pack import alone, computed, packed
 
 folder, jobs = Path(sys.argv[1]), [[f"seed={n}", "peft.lora_dropout=0.1"] for n in range(4)]
 large = ["train.per_device_train_batch_size=8", "train.max_steps=3", "samples.rows=0",
@@ -429,30 +481,30 @@ large = ["train.per_device_train_batch_size=8", "train.max_steps=3", "samples.ro
 whole = alone(jobs, folder / "alone", *large)
 forward = Passes._forward
 
-def tightened(self, requests, mode):
-    if mode.training and len(requests) > 2 and not hasattr(self, "tight"):
+def tightened(self, requests, context):
+    if context.training and len(requests) > 2 and not hasattr(self, "tight"):
         self.tight = True
         status = Path("/proc/self/status").read_text()
         held = int(status.split("VmSize:")[1].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[2]) * 2**20, -1))
-    answers = forward(self, requests, mode)
-    if self.hub.fused:  # it has happened; what follows has memory again
+    answers = forward(self, requests, context)
+    if self.hub.max_batch:  # memory has run out; lift the limit
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     return answers
 
-def known(self, *arguments):
-    made(self, *arguments)
+def remember_hub(self, *arguments):
+    init(self, *arguments)
     Passes.hub = self
 
-made, Hub.__init__ = Hub.__init__, known
+init, Hub.__init__ = Hub.__init__, remember_hub
 Passes._forward = tightened
 results, pack = packed(jobs, folder / "pack", *large)
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 for ours, theirs in zip(results, whole):
     if isinstance(ours, Exception):
         raise ours
-    assert seen(ours) == seen(theirs)
-print("shared by", pack.hub.fused, "most", pack.passes.made["most jobs"])
+    assert computed(ours) == computed(theirs)
+print("shared by", pack.hub.max_batch, "most", pack.passes.counts["most jobs"])
 """
 
 

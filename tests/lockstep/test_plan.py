@@ -44,16 +44,21 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["algorithm=pretrain", "model.random_weights=true"], "random_weights"),
         (["lockstep.max_jobs=1"], "lockstep.max_jobs=1"),
         (["+train.neftune_noise_alpha=5"], "NEFTune"),
+        (["+algorithm.args.neftune_noise_alpha=5"], "NEFTune"),
+        (["+train.full_determinism=true"], "full_determinism sets what a process has"),
+        (["+train.tf32=true"], "tf32 sets"),
+        (["+train.torch_compile=true"], "kernels of its own"),
+        (["+train.use_liger_kernel=true"], "Liger"),
     ],
 )
-def test_what_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
+def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
     made = plan([job(0, *overrides), job(1, *overrides)])
     assert not made.packs
     assert all(why in reason for _, reason in made.alone)
     assert len(made.alone) == 2
 
 
-def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
+def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     done = job(0, "peft.r=4", folder=tmp_path)
     done.directory.mkdir()
     assert done.settled is not None
@@ -68,9 +73,20 @@ def test_finished_and_refused_jobs_are_no_work(tmp_path: Path) -> None:
     assert not made.alone
 
 
-def test_a_label_is_what_tells_a_job_from_its_siblings() -> None:
+def test_a_label_has_the_overrides_that_differ_between_jobs() -> None:
     jobs = [job(0, "peft.r=8", "seed=1"), job(1, "peft.r=16", "seed=1")]
     assert labels(jobs) == {0: "peft.r=8", 1: "peft.r=16"}
+
+
+def test_a_label_is_no_wider_than_a_column() -> None:
+    jobs = [
+        Job(n, HYDRA, None, Path("x"), (f"train.learning_rate=1e-{n}", f"data.path={n}" * 9))
+        for n in (3, 4)
+    ]
+    made = labels(jobs)
+    assert all(len(label) <= 60 for label in made.values())
+    assert made[3].startswith("train.learning_rate=1e-3")
+    assert "…" in made[3]
 
 
 def test_a_plan_needs_no_torch() -> None:

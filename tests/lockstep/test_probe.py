@@ -1,4 +1,4 @@
-"""A probe sees another order of summation, where random rows do not."""
+"""A probe shows another order of summation, where random rows do not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def probe(layer: Any, dtype: torch.dtype = torch.bfloat16) -> Probe:
 
 
 @pytest.mark.parametrize("by_place", [False, True])
-def test_random_rows_do_not_see_what_the_probe_sees(by_place: bool) -> None:
+def test_random_rows_do_not_show_what_the_probe_shows(by_place: bool) -> None:
     torch.manual_seed(0)
     layer = Processed(32, 48, in_band, by_place=by_place)
     with torch.no_grad():
@@ -37,27 +37,27 @@ def test_random_rows_do_not_see_what_the_probe_sees(by_place: bool) -> None:
 @pytest.mark.parametrize("shape", [(32, 48), (128, 64), (65, 33)])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool) -> None:
-    made = probe(Processed(*shape, in_band))
+    prober = probe(Processed(*shape, in_band))
     with torch.set_grad_enabled(grad):
-        classes = {rows: made.class_of(rows) for rows in (24, 36, 37, 100, 191, 192, 300)}
+        classes = {rows: prober.class_of(rows) for rows in (24, 36, 37, 100, 191, 192, 300)}
     assert classes[36] == classes[24] == classes[192] == classes[300]
     assert classes[37] == classes[100] == classes[191]
     assert None not in classes.values()
     assert classes[36] != classes[37]
 
 
-def test_rows_that_differ_by_their_place_are_of_no_class() -> None:
-    made = probe(Processed(64, 96, in_band, by_place=True))
-    assert made.class_of(40) is not None
-    assert made.class_of(43) is None
+def test_rows_that_depend_on_their_position_have_no_class() -> None:
+    prober = probe(Processed(64, 96, in_band, by_place=True))
+    assert prober.class_of(40) is not None
+    assert prober.class_of(43) is None
 
 
 def test_only_the_gradient_may_show_it() -> None:
     layer = Processed(48, 32, in_band, backward_only=True, dtype=torch.float32)
-    made = probe(layer, torch.float32)
+    prober = probe(layer, torch.float32)
     with torch.no_grad():
-        assert made.class_of(16) == made.class_of(40)
-    assert made.class_of(16) != made.class_of(40)
+        assert prober.class_of(16) == prober.class_of(40)
+    assert prober.class_of(16) != prober.class_of(40)
 
 
 def test_products_that_are_rounded_before_they_are_added_are_another_class() -> None:
@@ -69,9 +69,9 @@ def test_products_that_are_rounded_before_they_are_added_are_another_class() -> 
                 y = (y + (terms.float().double() if x.shape[1] > 20 else terms)).float().double()
             return y.float()
 
-    made = probe(Unfused(64, 48, bias=False).requires_grad_(False), torch.float32)
+    prober = probe(Unfused(64, 48, bias=False).requires_grad_(False), torch.float32)
     with torch.no_grad():
-        assert made.class_of(20) == made.class_of(3) != made.class_of(21)
+        assert prober.class_of(20) == prober.class_of(3) != prober.class_of(21)
 
 
 def test_a_bias_that_is_added_first_is_another_class() -> None:
@@ -86,12 +86,12 @@ def test_a_bias_that_is_added_first_is_another_class() -> None:
                 return added(terms, weight.T, True)
             return added(terms.roll(-1, -1), weight.roll(-1, -1).T, True)
 
-    made = probe(BiasFirst(64, 96).requires_grad_(False), torch.float32)
+    prober = probe(BiasFirst(64, 96).requires_grad_(False), torch.float32)
     with torch.no_grad():
-        assert made.class_of(20) == made.class_of(8) != made.class_of(21)
+        assert prober.class_of(20) == prober.class_of(8) != prober.class_of(21)
 
 
-def test_a_probe_that_would_see_nothing_finds_no_class() -> None:
+def test_a_layer_without_rounding_errors_has_no_class() -> None:
     class Exact(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return LINEAR(x.double(), self.weight.double()).to(x.dtype) * 0
@@ -104,11 +104,11 @@ def test_a_bias_does_not_hide_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return banded(x, self.weight, self.bias)
 
-    made = probe(Biased(64, 96).requires_grad_(False), torch.float32)
-    assert made.class_of(36) != made.class_of(37)
+    prober = probe(Biased(64, 96).requires_grad_(False), torch.float32)
+    assert prober.class_of(36) != prober.class_of(37)
 
 
-def test_a_layer_whose_rows_see_each_other_has_no_class() -> None:
+def test_a_layer_whose_rows_depend_on_each_other_has_no_class() -> None:
     class Mixing(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * x.abs().amax()
@@ -123,13 +123,13 @@ def test_quantised_layers_show_their_product(quant: str) -> None:
     layer = model.model.layers[0].mlp.down_proj
     before = layer(torch.ones(1, 3, layer.in_features))
     with processor(banded), torch.no_grad():
-        made = probe(layer, torch.float32)
-        assert made.class_of(36) == made.class_of(32)
-        assert made.class_of(36) != made.class_of(37)
+        prober = probe(layer, torch.float32)
+        assert prober.class_of(36) == prober.class_of(32)
+        assert prober.class_of(36) != prober.class_of(37)
     assert torch.equal(before, layer(torch.ones(1, 3, layer.in_features)))  # left as it was
 
 
-def test_eight_bit_layers_that_evaluate_see_all_rows() -> None:
+def test_eight_bit_layers_in_evaluation_have_no_class() -> None:
     model = tiny(bnb_8bit(6.0)).model.eval()
     with torch.no_grad():
         assert probe(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None
@@ -152,7 +152,7 @@ def test_a_norm_that_adds_in_another_order_shows_it_though_it_rounds_to_bfloat16
                 mean = (mean + squares[..., half:].sum(-1, keepdim=True)) / squares.shape[-1]
             return (x.float() * torch.rsqrt(mean + 1e-6)).to(x.dtype)
 
-    made = Probe(Norm(), (192,), torch.bfloat16)
+    prober = Probe(Norm(), (192,), torch.bfloat16)
     with torch.no_grad():
-        assert made.class_of(1) == made.class_of(20)
-        assert made.class_of(20) != made.class_of(21) == made.class_of(90)
+        assert prober.class_of(1) == prober.class_of(20)
+        assert prober.class_of(20) != prober.class_of(21) == prober.class_of(90)

@@ -1,4 +1,4 @@
-"""The contract on other processors: simulated ones, and what this one can be told to be."""
+"""The contract on other processors: simulated ones, and this one with other settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from lora_exp.model.processor import processor as here
 from tests.conftest import ROOT
 from tests.lockstep.processors import Product, banded, combed, placed, processor
-from tests.lockstep.test_pack import COMMON, alone, packed, seen
+from tests.lockstep.test_pack import COMMON, alone, computed, packed
 
 BATCHES = (1, 2, 3, 4, 6)
 SHORT = [*COMMON, "train.max_steps=2", "samples.rows=2", "data.max_eval_rows=4"]
@@ -28,8 +28,8 @@ def hold_the_contract(folder: Path, *settings: str) -> float:
     """Train jobs of all batches together and alone, and return how many products were shared."""
     results, pack = packed(JOBS, folder / "pack", *settings, every=SHORT)
     for ours, theirs in zip(results, alone(JOBS, folder, *settings, every=SHORT), strict=True):
-        assert seen(ours) == seen(theirs)
-    assert pack.passes.made["most jobs"] == len(JOBS)
+        assert computed(ours) == computed(theirs)
+    assert pack.passes.counts["most jobs"] == len(JOBS)
     return float(pack.passes.report()["products_together"])
 
 
@@ -74,7 +74,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_pack_keeps_the_contract_whatever_this_processor_is_told(
+def test_a_pack_keeps_the_contract_under_every_setting_of_this_processor(
     tmp_path: Path, setting: str
 ) -> None:
     flags = here().get("flags", "").split()

@@ -1,11 +1,11 @@
-"""A job's rows in a pass: cut out, shaped as its own model knows them, and where they begin."""
+"""A job's rows in a pass: their shape, their alignment in memory, their products."""
 
 from __future__ import annotations
 
 import torch
 
 from lora_exp.lockstep.grouping import Group
-from lora_exp.lockstep.segment import ALIGNMENT, Pass, Segment, Sharing, split
+from lora_exp.lockstep.segment import ALIGNMENT, LayerGroups, Pass, Segment, split
 from lora_exp.lockstep.state import RandomState
 
 
@@ -21,24 +21,24 @@ def test_a_jobs_rows_begin_in_memory_where_a_tensor_of_their_own_would() -> None
     parts = split(whole, p.sizes)
     assert any(part.data_ptr() % ALIGNMENT for part in parts)
     for s, part in zip(p.segments, parts, strict=False):
-        own = s.rows(part)
-        assert own.data_ptr() % ALIGNMENT == 0
-        assert own.shape == (*s.input_ids_BS.shape, 65)
-        assert torch.equal(own.reshape(1, s.tokens, 65), part)
+        rows = s.rows(part)
+        assert rows.data_ptr() % ALIGNMENT == 0
+        assert rows.shape == (*s.input_ids_BS.shape, 65)
+        assert torch.equal(rows.reshape(1, s.tokens, 65), part)
     p.segments[1].rows(parts[1]).sum().backward()
     assert whole.grad is not None
     assert torch.equal(whole.grad[0, :, 0], torch.tensor([0.0] * 3 + [1.0] * 10 + [0.0] * 6))
 
 
-def test_what_belongs_to_one_row_is_laid_out_for_all() -> None:
+def test_values_of_one_row_are_repeated_for_all() -> None:
     (s,) = segments((3, 2))
     assert s.flat(torch.tensor([[4, 5]])).tolist() == [4, 5] * 3
     assert s.flat(torch.arange(6).view(3, 2)).tolist() == list(range(6))
 
 
-def test_a_segment_knows_the_products_that_it_is_part_of() -> None:
-    one = Sharing(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
-    other = Sharing(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
+def test_a_pass_lists_the_products_of_a_segment() -> None:
+    one = LayerGroups(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
+    other = LayerGroups(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
     p = Pass(segments((1, 6), (2, 5), (1, 4)), 0, (one, other, one, None))
     assert p.products_of(0) == {(6, 16), (6, 6)}
     assert p.products_of(2) == {(4, 4), (4, 16)}

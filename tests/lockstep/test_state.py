@@ -1,4 +1,4 @@
-"""What a process has only one of."""
+"""Process-wide state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from lora_exp.lockstep.state import ProcessState, nest
+from lora_exp.lockstep.state import ProcessState, set_autocast_depth
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def _unchanged() -> object:
     before.restore()
 
 
-def test_a_state_taken_leaves_the_modes_of_a_fresh_process_and_comes_back() -> None:
+def test_taking_a_state_sets_default_modes_and_restoring_brings_it_back() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         state = ProcessState.now()
         assert torch.is_grad_enabled()
@@ -46,7 +46,7 @@ def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
     layer, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
     waiting = torch.autocast("cpu", torch.bfloat16)
     waiting.__enter__()
-    depth = nest(0)  # as a job that waits in it leaves the process
+    depth = set_autocast_depth(0)  # as a job that waits in it leaves the process
     assert depth == 1
     with torch.autocast("cpu", torch.bfloat16):
         before = layer(x)
@@ -54,5 +54,5 @@ def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
         layer.weight.add_(1.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.equal(layer(x), before)
-    nest(depth)
+    set_autocast_depth(depth)
     waiting.__exit__(None, None, None)

@@ -11,39 +11,40 @@ from lora_exp.lockstep.table import Row, Table
 from lora_exp.record.console import console
 
 
-def drawn(terminal: bool) -> tuple[Table, io.StringIO]:
+def table_and_output(terminal: bool) -> tuple[Table, io.StringIO]:
     table = Table("in lockstep", [Row(0, "peft.r=8"), Row(1, "peft.r=16")], [12_000])
-    said = io.StringIO()
-    table.console = Console(file=said, force_terminal=terminal, width=100)
-    return table, said
+    output = io.StringIO()
+    table.console = Console(file=output, force_terminal=terminal, width=100)
+    return table, output
 
 
 def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
-    table, said = drawn(terminal=True)
+    table, output = table_and_output(terminal=True)
     row = table.rows[0]
     row.begin(2, 10)
     row.move(5)
-    row.write("", {"loss": "1.2345", "rate": "2.00e-04", "speed": "-"})
-    table.console.print(table._drawn())
-    text = said.getvalue()
-    for part in ("peft.r=8", "5/10", "1.2345", "2.00e-04", "trains", "peft.r=16", "waits"):
+    row.write("", {"loss": "1.2345", "rate": "2.00e-04", "speed": "-", "eval": "eval loss 2.5  "})
+    table.console.print(table._rendered())
+    text = output.getvalue()
+    parts = ("peft.r=8", "5/10", "1.2345", "2.00e-04", "loss 2.5", "trains", "peft.r=16", "waits")
+    for part in parts:
         assert part in text
     assert "0 of 2 jobs done, step 5 of 10" in text
     assert "tokens/s together" in text
 
 
 def test_a_log_gets_a_line_for_each_job_that_ends() -> None:
-    table, said = drawn(terminal=False)
+    table, output = table_and_output(terminal=False)
     table.rows[1].begin(0, 3)
     table.rows[1].move(3)
     table.ended(table.rows[1], "failed")
-    assert "job 1 (peft.r=16): failed at step 3" in said.getvalue()
+    assert "job 1 (peft.r=16): failed at step 3" in output.getvalue()
 
 
-def test_while_it_is_open_jobs_speak_to_their_logs_only(
+def test_while_the_table_is_open_jobs_print_to_their_logs_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    table, _ = drawn(terminal=False)
+    table, _ = table_and_output(terminal=False)
     with table.open():
         console.print("a job's own words")
     console.print("afterwards")

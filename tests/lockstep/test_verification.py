@@ -1,4 +1,4 @@
-"""A pass is held against the runs alone while it trains, and what differs is named."""
+"""Passes are compared with runs alone during training, and a difference is located."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lora_exp import compose, run
 from lora_exp.lockstep import verification
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
-from lora_exp.lockstep.segment import Mode, Pass, Segment
+from lora_exp.lockstep.segment import Pass, PassContext, Segment
 from lora_exp.lockstep.state import PLAIN, RandomState
 from lora_exp.lockstep.table import Row
-from lora_exp.lockstep.verification import Verification, different
+from lora_exp.lockstep.verification import Verification, count_differences
 from tests.lockstep.processors import LINEAR, Strided, processor
-from tests.lockstep.test_pack import COMMON, At, alone, packed, seen
+from tests.lockstep.test_pack import COMMON, At, alone, computed, packed
 
 MANY = 250  # rows; those of two jobs, and never those of one
 # the same rows at each step: their classes are measured before the processor ages
 SAME = ["data.max_rows=4", "samples.rows=0", "train.eval_strategy=no"]
-MODE = Mode(PLAIN, True, False)
+CONTEXT = PassContext(PLAIN, True, False)
 
 
 class BackwardStrided(torch.autograd.Function):
@@ -41,21 +41,23 @@ class BackwardStrided(torch.autograd.Function):
 class Ageing:
     """A processor that from some moment on adds in another order, if there are many rows."""
 
-    def __init__(self, kind: type[torch.autograd.Function]) -> None:
-        self.kind, self.aged = kind, False
+    def __init__(self, product: type[torch.autograd.Function]) -> None:
+        self.product, self.aged = product, False
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.aged and x.numel() // x.shape[-1] > MANY:
-            return self.kind.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+            return self.product.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         return LINEAR(x, weight, bias)
 
     def age(self, _model: Any) -> None:
         self.aged = True
 
 
-def trained(folder: Path, kind: type[torch.autograd.Function], verify: float) -> tuple[Any, Pack]:
+def trained(
+    folder: Path, product: type[torch.autograd.Function], verify: float
+) -> tuple[Any, Pack]:
     """Train two jobs on a processor that ages at their third step."""
-    ageing, pack = Ageing(kind), Pack("exact", 2, verify)
+    ageing, pack = Ageing(product), Pack("exact", 2, verify)
     results: dict[int, Any] = {}
 
     def job(n: int) -> None:
@@ -76,29 +78,29 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("product", "message"),
     [(Strided, "the first layer is layers.0.self_attn.q_proj"),
      (BackwardStrided, "gradients of layers.3.")],
     ids=["forward", "backward"],
 )  # fmt: skip
-def test_a_pass_that_is_not_the_run_alone_is_seen_and_its_layer_named(
-    tmp_path: Path, kind: type[torch.autograd.Function], told: str
+def test_a_pass_that_differs_from_the_run_alone_is_detected_and_its_layer_named(
+    tmp_path: Path, product: type[torch.autograd.Function], message: str
 ) -> None:
-    results, pack = trained(tmp_path, kind, verify=1)
+    results, pack = trained(tmp_path, product, verify=1)
     differences = pack.passes.verification.differences
-    assert told in " ".join(differences)
-    assert len(pack.passes.verification.apart) == 1
+    assert message in " ".join(differences)
+    assert len(pack.passes.verification.excluded) == 1
     record = json.loads((results[1].directory / "run.json").read_text())
     assert record["lockstep"]["differences"] == differences
     assert record["lockstep"]["proven"] is False
     assert 0 < record["lockstep"]["verified"] <= record["lockstep"]["passes"]
 
 
-def test_without_verification_nobody_would_know(tmp_path: Path) -> None:
+def test_without_verification_a_difference_is_not_detected(tmp_path: Path) -> None:
     results, pack = trained(tmp_path, Strided, verify=0)
     whole = [["peft.r=4"], ["peft.r=5"]]
     plain = alone(whole, tmp_path / "alone", *SAME)
-    assert any(seen(results[n]) != seen(plain[n]) for n in range(2))
+    assert any(computed(results[n]) != computed(plain[n]) for n in range(2))
     assert pack.passes.report()["verified"] == 0
 
 
@@ -108,35 +110,37 @@ def test_every_pass_can_be_verified_with_caches_dropout_and_checkpointing(tmp_pa
     results, pack = packed(jobs, tmp_path / "pack", again)
     assert pack.passes.verification.verified == pack.passes.verification.passes > 20
     for ours, theirs in zip(results, alone(jobs, tmp_path, again), strict=True):
-        assert seen(ours) == seen(theirs)  # a verified pass draws nothing from anybody's stream
+        assert computed(ours) == computed(
+            theirs
+        )  # a verified pass draws nothing from anybody's stream
 
 
-def passes(sizes: list[list[int]], share: float) -> list[int | None]:
+def passes(sizes: list[list[int]], fraction: float) -> list[int | None]:
     """Return which segment of each pass is verified."""
-    chooser = Verification(share, {})
-    random, chosen = RandomState.now(), []
+    chooser = Verification(fraction, {})
+    random, indices = RandomState.now(), []
     for each in sizes:
         ids = [torch.zeros(1, n, dtype=torch.long) for n in each]
         segments = [Segment(i, x, None, None, None, random) for i, x in enumerate(ids)]
-        check = chooser.choose(MODE, Pass(segments, 0, None))
-        if check is not None:  # and found right
-            chooser._known |= check.keys
-            chooser._tokens[1] += segments[check.place].tokens
-        chosen.append(check.place if check else None)
-    return chosen
+        check = chooser.choose(CONTEXT, Pass(segments, 0, None))
+        if check is not None:  # and verified without a difference
+            chooser._verified_keys |= check.keys
+            chooser._tokens[1] += segments[check.index].tokens
+        indices.append(check.index if check else None)
+    return indices
 
 
 def test_a_first_pass_is_verified_and_new_products_within_a_budget() -> None:
     assert passes([[8, 8]] * 4, 1e-9) == [0, None, None, None]
     assert passes([[8, 8]] * 110 + [[8, 9]] * 2, 1e-9)[110:] == [1, None]
     always_new = passes([[8 + i, 8 + i, 8 + i, 8 + i] for i in range(1000)], 1e-9)
-    assert 30 < sum(place is not None for place in always_new) < 45  # 1% of the tokens, by fourths
+    assert 30 < sum(index is not None for index in always_new) < 45  # 1% of the tokens, by fourths
 
 
 def test_a_share_of_all_passes_is_verified_and_jobs_take_turns() -> None:
-    chosen = [place for place in passes([[8] * 4] * 5000, 0.01) if place is not None]
-    assert 30 < len(chosen) < 75
-    assert set(chosen) == {0, 1, 2, 3}
+    indices = [index for index in passes([[8] * 4] * 5000, 0.01) if index is not None]
+    assert 30 < len(indices) < 75
+    assert set(indices) == {0, 1, 2, 3}
     assert None not in passes([[8, 9]] * 30, 1)
     assert passes([[8, 9]] * 3, 0) == [None, None, None]
 
@@ -148,7 +152,7 @@ def test_after_a_difference_classes_are_measured_anew(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("classes/*.json"))
 
 
-def test_a_difference_is_told_before_its_layer_is_looked_for(
+def test_a_difference_is_recorded_before_its_layer_is_searched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(*_: Any) -> str:
@@ -158,13 +162,13 @@ def test_a_difference_is_told_before_its_layer_is_looked_for(
     _, pack = trained(tmp_path, Strided, verify=1)
     assert "hidden values differ" in pack.passes.verification.differences[0]
     assert "too little memory to look" in pack.passes.verification.differences[1]
-    assert pack.hub.fused is None  # no pass was made smaller for it
+    assert pack.hub.max_batch is None  # no pass was made smaller for it
 
 
 def test_a_difference_is_one_of_bits() -> None:
     nan = float("nan")
     one, other = torch.tensor([1.0, 0.0, nan, 3.0]), torch.tensor([1.0, -0.0, -nan, 3.0000002])
-    assert different(one, one.clone()) == 0
-    assert different(one, other) == 1
-    assert different(None, one) == 4
-    assert different(one.bfloat16(), other.bfloat16()) == 0
+    assert count_differences(one, one.clone()) == 0
+    assert count_differences(one, other) == 1
+    assert count_differences(None, one) == 4
+    assert count_differences(one.bfloat16(), other.bfloat16()) == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from lora_exp.record.clock import Clock
 from lora_exp.record.metrics import Metrics, Nowhere, named
 
 
@@ -26,15 +27,26 @@ class Kept(Nowhere):
 
 def test_a_line_reaches_the_record_and_tracking_and_the_closing_one_neither() -> None:
     record, tracker = Kept(), Kept()
-    carried: Any = Metrics(record, tracker)  # type: ignore[arg-type]
+    clock, tokens = Clock(), [500]  # a trainer that resumed
+    clock.count = lambda: tokens[0]
+    carried: Any = Metrics(record, tracker, clock)  # type: ignore[arg-type]
     carried.on_train_begin(None, None, None)
+    tokens[0] = 510
     state = SimpleNamespace(global_step=3)
-    carried.on_log(None, state, None, {"loss": 2.0, "num_tokens": 10})
+    carried.on_log(None, state, None, {"loss": 2.0, "num_tokens": 510})
     carried.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
     assert record.lines == tracker.lines
     ((metrics, step),) = record.lines
     assert (metrics["train/loss"], step) == (2.0, 3)
     assert metrics["train/tokens_per_s"] > 0
+
+
+def test_the_last_step_is_logged_whatever_the_interval() -> None:
+    carried: Any = Metrics(Kept(), Kept(), Clock())  # type: ignore[arg-type]
+    for step, logged in ((4, False), (5, True)):
+        control = SimpleNamespace(should_log=False)
+        carried.on_step_end(None, SimpleNamespace(global_step=step, max_steps=5), control)
+        assert control.should_log is logged
 
 
 def test_nowhere_takes_everything() -> None:

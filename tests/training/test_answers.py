@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.data import tasks
-from lora_exp.training.answers import Answer, answer, batches, exact_match
+from lora_exp.training.answers import GREEDY, Answer, answer, batches, exact_match
 
 
 def settings(**values: int) -> Any:
@@ -31,6 +32,47 @@ def test_answers_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Any, meth
     one = answer(model, fresh_base.tokenizer, rows, settings(batch_size=1), "before")
     six = answer(model, fresh_base.tokenizer, rows, settings(batch_size=6), "before")
     assert [a.said for a in one] == [a.said for a in six]
+
+
+SETTINGS = {
+    "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3, "min_new_tokens": 12,
+    "suppress_tokens": [60, 61, 62], "bad_words_ids": [[63]], "sequence_bias": [[[64], -5.0]],
+    "exponential_decay_length_penalty": [2, 3.0], "stop_strings": ["e"], "temperature": 0.1,
+    "do_sample": True, "top_k": 3, "num_return_sequences": 2, "guidance_scale": 2.0,
+    "forced_eos_token_id": 5, "renormalize_logits": True, "max_time": 1e-9, "min_p": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*sorted(SETTINGS.keys() - {"num_return_sequences"}), "all"])
+def test_greedy_answers_do_not_heed_the_bases_generation_config(fresh_base: Any, name: str) -> None:
+    rows = tasks.take({"copy": tasks.copy}, 3, 4, held_out=True)
+    plain = answer(fresh_base.model, fresh_base.tokenizer, rows, settings(), "before")
+    chosen = SETTINGS if name == "all" else {name: SETTINGS[name]}
+    for key, value in chosen.items():
+        setattr(fresh_base.model.generation_config, key, value)
+    asked = answer(fresh_base.model, fresh_base.tokenizer, rows, settings(), "before")
+    assert [a.said for a in asked] == [a.said for a in plain]
+    assert getattr(fresh_base.model.generation_config, next(iter(chosen))) == next(
+        iter(chosen.values())
+    )
+
+
+def test_every_setting_of_a_generation_config_is_overridden_or_no_heuristic() -> None:
+    own = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
+           "pad_token_id", "eos_token_id"}  # fmt: skip
+    tokens = {"bos_token_id", "decoder_start_token_id", "forced_bos_token_id"}
+    caches = {"use_cache", "cache_implementation", "cache_config", "max_cache_len"}
+    outputs = {"output_attentions", "output_hidden_states", "output_scores", "output_logits",
+               "return_dict_in_generate"}  # fmt: skip
+    speed = {"compile_config", "disable_compile", "low_memory", "prefill_chunk_size",
+             "continuous_batching_config", "transformers_version"}  # fmt: skip
+    drafts = {"is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+              "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_early_exit",
+              "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
+              "speculation_type"}  # fmt: skip
+    known = own | tokens | caches | outputs | speed | drafts | GREEDY.keys()
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert names - known == set(), "does it act on greedy answers? then GREEDY must undo it"
 
 
 def test_everything_is_left_as_it_was(base: Any) -> None:

@@ -16,6 +16,7 @@ from lora_exp.data.examples import raw
 from lora_exp.data.rows import Rows
 from lora_exp.errors import ConfigError
 from lora_exp.record.run import Record
+from lora_exp.training.averages import Averages
 from lora_exp.training.checkpoint import Checkpoints
 from lora_exp.training.trainer import _resumable, trainer_of
 
@@ -32,7 +33,7 @@ def made(base: Any, folder: Path, *words: str) -> Any:
 
 def test_it_is_trls_own_and_its_adapter_is_in_float32(fresh_base: Any, tmp_path: Path) -> None:
     trainer = made(fresh_base, tmp_path / "run", "algorithm=dpo", "algorithm.args.beta=0.3")
-    assert type(trainer).__bases__ == (Checkpoints, trl.DPOTrainer)
+    assert type(trainer).__bases__ == (Checkpoints, Averages, trl.DPOTrainer)
     assert trainer.args.beta == 0.3
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}

@@ -1,0 +1,41 @@
+"""Seconds and tokens of a training since it began or resumed, without its evaluations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Clock:
+    """A stopwatch for training that stands still while held-out rows are evaluated."""
+
+    def __init__(self) -> None:
+        self.count: Callable[[], int] = lambda: 0  # of the trainer's tokens so far
+        self.begin()
+
+    def begin(self) -> None:
+        """Start from zero; a trainer that resumed may already count the earlier tokens."""
+        self._began, self._evaluating, self._counted = time.perf_counter(), 0.0, self.count()
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of training."""
+        return time.perf_counter() - self._began - self._evaluating
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens trained on."""
+        return self.count() - self._counted
+
+    def without(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """Return an evaluation whose time does not count."""
+
+        def evaluated(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return evaluate(*arguments, **options)
+            finally:
+                self._evaluating += time.perf_counter() - began
+
+        return evaluated

@@ -1,0 +1,73 @@
+"""Whether a finished run's files hold what they held when it was trained. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lora_exp.errors import LoraExpError
+from lora_exp.files.paths import asset, is_path
+from lora_exp.files.whole import sha256
+from lora_exp.model.identity import files_hash
+
+CHANGED = "other-content"  # part of the name of a directory that is kept
+
+
+def changed(directory: Path, cfg: DictConfig) -> list[str]:
+    """Return which files of data, base or adapters differ from those that a run was made of.
+
+    What lies on a hub, or is not there any more, cannot be compared.
+
+    Args:
+        directory: of a finished run.
+        cfg: its config, as it would be trained again.
+    """
+    try:
+        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        data, adapters = dict(record["data"]), dict(record["adapters"])
+        pairs = [*_data(cfg, data), *_base(cfg, record["base"]), *_adapters(cfg, adapters)]
+    except (OSError, ValueError, KeyError, TypeError, LoraExpError):
+        return []
+    return [name for name, was, now in pairs if was != now]
+
+
+def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:
+    from lora_exp.data.reading import files
+
+    now = {name: sha256(asset(name)) for name in recorded if asset(name).is_file()}
+    if cfg.data._target_ == "lora_exp.data.rows.jsonl":  # a glob may match other files than then
+        for pattern in filter(None, (cfg.data.path, cfg.data.eval_path)):
+            paths = files(pattern)
+            now |= {pattern if len(paths) == 1 else str(p): sha256(p) for p in paths}
+    else:
+        recorded = {name: known for name, known in recorded.items() if name in now}
+    if cfg.data.get("chat_template"):
+        text = asset(cfg.data.chat_template).read_text(encoding="utf-8")
+        now["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    for name in recorded.keys() | now.keys():
+        yield name, recorded.get(name), now.get(name)
+
+
+def _base(cfg: DictConfig, recorded: str | None) -> Iterator[tuple[str, Any, Any]]:
+    folder = asset(cfg.model.path)
+    if folder.exists() and recorded is not None:
+        yield cfg.model.path, recorded, _hash(folder, cfg.model.gguf_file)
+
+
+def _adapters(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:
+    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    for name in named:
+        if isinstance(name, str) and is_path(name):
+            for path in Path(name).expanduser().glob("adapter_model.*"):
+                yield name, recorded.get(str(path.parent)), f"sha256:{sha256(path)}"
+
+
+@cache
+def _hash(folder: Path, gguf_file: str | None) -> str | None:
+    return files_hash(folder, gguf_file)

@@ -1,0 +1,56 @@
+"""`keep` says which weights are saved, and the trainer's arguments agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lora_exp import compose
+from lora_exp.config.settled import fingerprint
+from lora_exp.errors import ConfigError
+
+STEPS = ["train.eval_strategy=steps", "train.eval_steps=4"]
+
+
+def test_the_best_is_loaded_and_checkpoints_follow_the_evaluations() -> None:
+    assert "load_best_model_at_end" not in compose().train
+    train = compose("keep=best").train
+    assert (train.load_best_model_at_end, train.save_strategy) == (True, "epoch")
+    train = compose("keep=best", *STEPS).train
+    assert (train.save_strategy, train.save_steps) == ("steps", 4)
+    own = compose("keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=8").train
+    assert own.save_steps == 8
+
+
+def test_transformers_own_argument_says_the_same() -> None:
+    cfg = compose("+train.load_best_model_at_end=true")
+    assert cfg.keep == "best"
+    assert fingerprint(cfg) == fingerprint(compose("keep=best"))
+    assert fingerprint(cfg) != fingerprint(compose())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["keep=first"], "'first' is none of last, best"),
+        (["keep=last", "+train.load_best_model_at_end=true"], "last, but"),
+        (["keep=best", "+train.load_best_model_at_end=false"], "best, but"),
+        (["keep=best", "train.eval_strategy=no"], "best needs evaluations"),
+        (["keep=best", *STEPS, "train.save_strategy=epoch"], "let them match"),
+        (["keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=6"], "match eval_"),
+    ],
+)
+def test_contradictions_are_refused(overrides: list[str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        compose(*overrides)
+    assert caught.value.faults[0][0] == "keep"
+
+
+def test_a_run_of_before_is_what_its_trainer_kept(tmp_path: Path) -> None:
+    values = OmegaConf.to_container(compose("+train.load_best_model_at_end=true"))
+    assert isinstance(values, dict)
+    del values["keep"]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+    assert compose(f"resume={tmp_path}").keep == "best"
