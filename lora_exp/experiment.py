@@ -32,7 +32,9 @@ from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.loading import Base
 from lora_exp.model.memory import peak_bytes
+from lora_exp.model.packing import keeps_rows_apart
 from lora_exp.model.special_tokens import set_end_tokens
+from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
 from lora_exp.record.console import show
@@ -99,6 +101,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     check_rows(cfg, len(shaped.train))
     set_seed(cfg.seed)
     base = place.base(cfg)
+    _check_base(cfg, base)
     known = stands_on(cfg, rows, base)
     for key, found in known.items():
         record.same(key, found)
@@ -152,6 +155,24 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     metrics = record.values["metrics"]
     conclude(record, judged, tracker.place, saved)
     return Result(metrics[judged], metrics, record.directory, saved)
+
+
+def _check_base(cfg: DictConfig, base: Base) -> None:
+    """Refuse a base that cannot train what the config asks for.
+
+    Raises:
+        ConfigError: tokens without an embedding, or packed rows that would see each other.
+    """
+    if lost := missing_embeddings(base.model, base.tokenizer):
+        cure = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
+        raise ConfigError([("model.path", f"{cfg.model.path}: {lost}; {cure}")])
+    args = cfg.algorithm.args
+    packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
+    if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
+        key = "packing" if packs else "padding_free"
+        kind = type(base.model).__name__
+        text = f"{kind} does not keep rows apart that share a sequence: they would see each other"
+        raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
 
 
 def _save(

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_exp import compose, run
+from lora_exp import compose, load_adapter, run
 from lora_exp.config.door import CONF
 from lora_exp.config.pairs import REFUSED
 from lora_exp.errors import ConfigError
@@ -143,6 +143,23 @@ def test_the_model_card_loads_what_it_says(quick_run: Callable[..., Any]) -> Non
     assert isinstance(names["model"], PeftModel)
     assert "eval/loss" in card
     assert str(Path.home()) not in card
+
+
+@pytest.mark.parametrize("algorithm", ["reward", "seq2seq"])
+def test_a_card_loads_an_adapter_with_the_class_that_it_is_of(
+    tmp_path: Path, t5: Path, algorithm: str
+) -> None:
+    seq2seq = ["model=local", f"model.path={t5}", "targets=attention", "data.max_rows=16"]
+    words = {"reward": ["data=demo_pairs", "data.rows=16"], "seq2seq": seq2seq}[algorithm]
+    cfg = compose("tracking=none", f"algorithm={algorithm}", *words, "train.max_steps=2")
+    saved = run(cfg, tmp_path / "run").saved
+    code = (saved / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(saved)), names)
+    own, _ = load_adapter(saved)
+    mine, theirs = (model.state_dict() for model in (own, names["model"]))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key].float(), theirs[key].float()) for key in mine)
 
 
 @pytest.mark.parametrize("method", ["lora", "ln_tuning", "vera"])

@@ -17,11 +17,18 @@ from typing import Any
 
 import peft
 from omegaconf import DictConfig
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from lora_exp.adapter.mounting import put, read_config
+from lora_exp.adapter.mounting import (
+    check_embeddings,
+    check_fit,
+    fitting,
+    put,
+    read_config,
+)
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build
 from lora_exp.config.initialization import saved_as_plain_lora
@@ -86,6 +93,9 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers
             parameter.requires_grad_(False)
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, AuxiliaryTrainingWrapper) and not hasattr(head, "bias"):
+        head.bias = None  # trl asks, and peft's wrapper of a tied head has only weights
     # peft's card names this machine's folders, and is a checkpoint's slowest file; ours comes last
     model.create_or_update_model_card = lambda *_: None
     adapted = getattr(model.base_model, "targeted_module_names", [])
@@ -110,11 +120,14 @@ def _started(model: Any, cfg: DictConfig) -> Any:
     if not same:  # the head is new, and peft would miss it among the weights
         config.base_model_name_or_path = None  # peft would warn that it has another name here
         made = peft.get_peft_model(model, config)
-        weights = {"base_model.model.score.weight": model.score.weight.detach()}
-        weights |= read_weights(cfg.adapter)
-        peft.set_peft_model_state_dict(made, weights)
+        weights = read_weights(cfg.adapter)
+        check_embeddings(model, config, weights, cfg.adapter)
+        weights = {"base_model.model.score.weight": model.score.weight.detach()} | weights
+        check_fit(made, weights, cfg.adapter)
+        with fitting(cfg.adapter):
+            peft.set_peft_model_state_dict(made, weights)
         return made
-    return put(model, config, cfg.adapter, trainable=True)
+    return put(model, config, cfg.adapter, trainable=True, apart=True)
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lora_exp.adapter.mounting import read_config
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.errors import AdapterError
 from lora_exp.model.loading import Base
+from lora_exp.model.scoring import last_token
 
 ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
@@ -145,7 +146,7 @@ def changes_nothing(model: Any) -> bool:
 
 def score(hidden_BSC: Tensor, mask_BS: Tensor, head_1C: Tensor) -> Tensor:
     """Return the head's number at each row's last token, [B], in float32."""
-    last = mask_BS.shape[1] - 1 - mask_BS.flip(1).int().argmax(1)
+    last = last_token(mask_BS)
     hidden_BC = hidden_BSC[torch.arange(len(last), device=last.device), last]
     return nn.functional.linear(hidden_BC.float(), head_1C.float()).squeeze(-1)
 

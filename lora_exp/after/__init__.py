@@ -8,6 +8,7 @@ saving        an adapter out of its run
 merging       adapters into their base
 prompts       rows that ask something
 difference    two models on one prompt
+weighted_sum  several LoRAs' updates, from their files
 proof         a merge held against its adapter
 soundness     a whole model, as it lies
 completion    answers to a file of prompts

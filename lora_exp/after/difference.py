@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+
+Bare = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class Seen:
 
 
 @torch.no_grad()
-def seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> Seen:
+def seen(
+    model: Any, prompt: list[int], new: int, like: Seen | None = None, bare: Bare | None = None
+) -> Seen:
     """Answer a prompt greedily, then read the logits over it and the answer.
 
     Args:
@@ -34,6 +40,8 @@ def seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> S
         prompt: its tokens.
         new: tokens of an answer at most.
         like: what another model answered; its tokens are read in place of the own answer's.
+        bare: opens a block in which the model computes without what was trained; None: a
+            PeftModel's own.
     """
     ids = torch.tensor([prompt], device=model.device)
     if not model.can_generate():  # a classifier
@@ -48,8 +56,10 @@ def seen(model: Any, prompt: list[int], new: int, like: Seen | None = None) -> S
     own = Seen(answered, len(prompt), torch.empty(0))
     logits_TV = _logits(model, like or own)
     effect = 0.0
-    if like is None and isinstance(model, PeftModel):
-        with model.disable_adapter():
+    if bare is None and isinstance(model, PeftModel):
+        bare = model.disable_adapter
+    if like is None and bare is not None:
+        with bare():
             effect = float((logits_TV - _logits(model, own)).abs().max())
     return replace(own, logits_TV=logits_TV, effect=effect)
 

@@ -93,7 +93,7 @@ def evaluate(
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:
         rows = rows.shaped("preference")
-    loaded = load(saved, load_base(saved, base, quant))
+    loaded = load(saved, load_base(saved, base, quant), apart=True)
     told: dict[str, Any]
     told, measure = (_preferring if is_reward else _answering)(
         loaded, rows, max_new_tokens, batch_size

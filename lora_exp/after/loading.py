@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -22,6 +23,7 @@ from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
 from lora_exp.model.precision import autocast, is_quantised
 from lora_exp.model.special_tokens import ensure_pad_token
+from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
 
@@ -141,20 +143,33 @@ def _check_called(saved: Saved, base: str | None) -> None:
         raise AdapterError(f"{saved.folder} {text}; if it is the same: --base {known}={place}")
 
 
-def load(saved: Saved, base: Base, trainable: bool = False) -> Loaded:
+def load(saved: Saved, base: Base, trainable: bool = False, apart: bool = False) -> Loaded:
     """Put what was saved on a base; a whole model is its own.
 
+    Args:
+        saved: what to put on it.
+        base: whose weights it was trained on.
+        trainable: whether the adapter's weights take gradients.
+        apart: refuse an adapter that changes the base, which others compute with too.
+
     Raises:
-        AdapterError: it does not fit, or its weights are not finite.
+        AdapterError: it does not fit, its weights are not finite, or its tokenizer has tokens
+            without an embedding.
     """
     model = base.model
     if saved.adapter is not None:
         config = read_config(str(saved.folder), model)
         config.inference_mode = not trainable
-        model = put(model, config, str(saved.folder), trainable)
+        model = put(model, config, str(saved.folder), trainable, apart)
     if not trainable:
         model.eval()
-    return Loaded(saved.name, model, tokenizer_of(saved, base))
+    tokenizer = tokenizer_of(saved, base)
+    if lost := missing_embeddings(model, tokenizer):
+        cure = "save it with them (peft: save_embedding_layers=True), or with its base's tokenizer"
+        if saved.adapter is None:
+            cure = "add them with resize_token_embeddings, and save the model again"
+        raise AdapterError(f"{saved.folder}: {lost}; {cure}")
+    return Loaded(saved.name, model, tokenizer)
 
 
 def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
@@ -167,7 +182,8 @@ def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
     for saved in several:
         check_base(saved, base.revision)
         check_apart(saved)
-        loaded.append(load(saved, replace(base, model=sharing_copy(base.model))))
+        own = replace(base, model=sharing_copy(base.model))
+        loaded.append(load(saved, own, apart=True))
     return loaded
 
 
@@ -205,12 +221,23 @@ def merged(model: Any) -> Any:
     Raises:
         AdapterError: the method cannot be merged, or the result is not finite.
     """
+    if any(getattr(config, "lora_bias", False) for config in model.peft_config.values()):
+        _check_biases(model)
     _untie(model)
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         kind = model.peft_config[model.active_adapter].peft_type.value
         raise AdapterError(f"{kind} cannot be merged: {error}") from error
+
+
+def _check_biases(model: Any) -> None:
+    """Refuse trained biases of layers that have none: a merged model has no place for them."""
+    for name, module in model.get_base_model().named_modules():
+        trained = isinstance(module, LoraLayer) and any(module.lora_bias.values())
+        if trained and getattr(module.get_base_layer(), "bias", None) is None:
+            text = f"lora_bias=true trained a bias for {name}, which has none in this base"
+            raise AdapterError(f"{text}: it cannot be merged, serve the adapter itself")
 
 
 def _untie(model: Any) -> None:

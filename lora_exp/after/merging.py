@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 
 from lora_exp.adapter.mounting import add
@@ -21,12 +22,14 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
-from lora_exp.after.output import check_free
-from lora_exp.after.saved import RECORD, Saved, check_same_base, claim, find
+from lora_exp.after.output import check_free, written
+from lora_exp.after.saved import RECORD, Saved, base_config, check_same_base, claim, find
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.strict import dumps
-from lora_exp.files.whole import sha256, whole
+from lora_exp.files.whole import sha256
+from lora_exp.model.precision import stored_dtype
+from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.record.card import merged_card
 from lora_exp.record.progress import quiet
 
@@ -38,6 +41,8 @@ METHODS = (
 SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
 ONLY_ALONE = (
     "use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias",
+    "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
+    "alora_invocation_tokens", "monteclora_config", "velora_config",
 )  # fmt: skip
 SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's weights
 
@@ -88,23 +93,27 @@ def merge(
     if not SIZE.fullmatch(max_shard_size):
         raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
     place = claim(base)[1] if base else several[0].base
-    check_free(folder, force, [*(saved.folder for saved in several), place])
+    sources: list[str | Path] = [*(saved.folder for saved in several), place]
+    check_free(folder, force, sources)
     for saved in several:
         check_name(saved, base)
     first = several[0]
+    dtype = dtype or stored_dtype(base_config(first, base, "none").model)
     if into == "original":
         found = load_base(first, base, "none", dtype)
     else:
         found = in_floats(load_base(first, base))
     for saved in several:
         check_base(saved, found.revision, base)
-    model = load(first, found).model
+    model = load(first, found, apart=len(several) > 1).model
     if len(several) > 1:
         shares = list(weights or [1.0] * len(several))
         combine(model, several, shares, method, density)
     model = merged(model)
     model = model.to(getattr(torch, dtype)) if dtype else model
     _check_finite(model)
+    tokenizer = tokenizer_of(first, found)
+    _settle_ends(model, tokenizer)
     told = {
         "adapters": [identity(saved) for saved in several],
         "base": {"path": found.path, "revision": found.revision},
@@ -114,15 +123,31 @@ def merge(
     }
     if len(several) > 1:
         told |= {"method": method, "weights": shares, "density": density}
-    with whole(folder) as made:
+    with written(folder, force, sources) as made:
         model.save_pretrained(str(made), max_shard_size=max_shard_size)
-        tokenizer_of(first, found).save_pretrained(str(made))
-        (made / RECORD).write_text(dumps(told, indent=1) + "\n", encoding="utf-8")
-        card = first.folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        text = merged_card(told, first.task_type, text)
-        (made / "README.md").write_text(text, encoding="utf-8")
+        tokenizer.save_pretrained(str(made))
+        _describe(made, told, first)
     return folder
+
+
+def _settle_ends(model: Any, tokenizer: Any) -> None:
+    """Let what is saved stop where its training ended turns, or score a row at its end.
+
+    transformers would score the token before an end token that pads, too; without a pad token it
+    takes the last, and refuses a batch.
+    """
+    set_end_tokens(model, tokenizer)
+    if not model.can_generate() and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        model.config.pad_token_id = None
+
+
+def _describe(made: Path, told: dict[str, Any], first: Saved) -> None:
+    """Write the record of a merge, and the model card."""
+    (made / RECORD).write_text(dumps(told, indent=1) + "\n", encoding="utf-8")
+    card = first.folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = merged_card(told, first.task_type, text)
+    (made / "README.md").write_text(text, encoding="utf-8")
 
 
 def _check(several: list[Saved], into: Into, method: str, weights: Sequence[float] | None) -> None:
@@ -179,12 +204,29 @@ def combine(
         names.append(f"adapter{i}")
     set_seed(0)  # dare drops weights at random
     sparse = {"density": density} if method.startswith(SPARSE) else {}
+    _place_by_name(model, names)
     model.peft_config["default"].use_rslora = False  # the made one's scaling is to be 1
     try:
         model.add_weighted_adapter(names, weights, "merged", combination_type=method, **sparse)
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise AdapterError(f"{method} cannot combine these: {error}") from error
     model.set_adapter("merged")
+
+
+def _place_by_name(model: Any, names: list[str]) -> None:
+    """Name the modules of each adapter one by one.
+
+    peft gives the combined adapter the first one's layers_to_transform and exclude_modules, which
+    would leave out modules of the others.
+    """
+    for name in names:
+        config = model.peft_config[name]
+        config.target_modules = {
+            place
+            for place, module in model.get_base_model().named_modules()
+            if isinstance(module, LoraLayer) and name in module.r
+        }
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
 
 
 def _check_finite(model: Any) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import Timeout
 
 from lora_exp.data.reading import files
 from lora_exp.errors import SavedError
+from lora_exp.files.lock import hold
+from lora_exp.files.paths import cache_dir
+from lora_exp.files.whole import whole
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".yaml")
 
@@ -33,6 +40,30 @@ def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> N
     ours = all(entry.is_file() and entry.suffix in SUFFIXES for entry in there)
     if there and not (ours and any(entry.suffix == ".safetensors" for entry in there)):
         raise SavedError(f"{path} holds something else than a model or adapter; name another place")
+
+
+@contextmanager
+def written(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path`; one process at a time writes it.
+
+    Raises:
+        SavedError: another process writes it, or `check_free` refuses it by now.
+        CheckpointError: the disk refuses the write.
+    """
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    file = cache_dir() / "locks" / name  # beside the folder it would stay behind
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = hold(file)
+    except Timeout as error:
+        text = f"{path} is being written by another process; wait for it, or name another place"
+        raise SavedError(text) from error
+    try:
+        check_free(path, force, sources)
+        with whole(path) as made:
+            yield made
+    finally:
+        lock.release()
 
 
 def check_file(path: Path, force: bool, source: str | None = None) -> None:

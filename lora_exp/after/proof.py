@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from lora_exp.after.difference import Apart, Seen, apart, seen
-from lora_exp.after.loading import in_floats, load, load_base
+from lora_exp.after.difference import Apart, Bare, Seen, apart, seen
+from lora_exp.after.loading import Loaded, in_floats, load, load_base, tokenizer_of
 from lora_exp.after.merging import combine, identity
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import RECORD, Saved, find, read_json
+from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.model.loading import Base, exact_products
@@ -118,18 +119,15 @@ def prove(
     reference, told = _reference(made, several, base, quant)
     exact = dtype == "float32" and not is_quantised(reference.model)
     precision = torch.float64 if exact else torch.float32
-    loaded = load(saved, reference)
-    if len(several) > 1:
-        combine(loaded.model, several, made["weights"], made["method"], made["density"])
-    if exact:
-        loaded.model.to(precision)
+    loaded, bare = _adapted(made, several, reference, precision)
     texts = _prompts(saved, loaded.tokenizer, prompts)
     asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     asked = [ids[-room(loaded.model, max_new_tokens) :] for ids in asked]
     expected = [
-        seen(loaded.model, ids, max_new_tokens) for ids in tracked(asked, "adapter on its base")
+        seen(loaded.model, ids, max_new_tokens, bare=bare)
+        for ids in tracked(asked, "adapter on its base")
     ]
-    del loaded, reference
+    del loaded, reference, bare
     gc.collect()
     give_back()
     model = load_base(whole_model, None, "none", "float32").model.eval().to(precision)
@@ -166,7 +164,8 @@ def _reference(
 ) -> tuple[Base, str]:
     """Load the base as the merge took it, its products as exact as can be, and say how it is held.
 
-    That of 8-bit layers is dequantised: they round what flows through them too.
+    That of 8-bit layers is dequantised: they round what flows through them too. So is that of
+    several adapters, whose updates are added to its weights.
     """
     saved = several[0]
     if quant is None and made.get("into") == "dequantised":  # as the run held it
@@ -174,14 +173,37 @@ def _reference(
     else:
         held = quant or "none"
         found = load_base(saved, base, held, "float32")
-    if getattr(found.model, "is_loaded_in_8bit", False):
+    if getattr(found.model, "is_loaded_in_8bit", False) or len(several) > 1:
         found = in_floats(found)
     exact_products(found.model, torch.float32)
     for parameter in found.model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.float()
     names = " and ".join(each.name for each in several)
+    if (method := made.get("method", "cat")) != "cat":
+        names += f", combined again by {method}"
     return found, f"{names} on {saved.base}" + ("" if held == "none" else f" in {held}")
+
+
+def _adapted(
+    made: dict[str, Any], several: list[Saved], reference: Base, precision: torch.dtype
+) -> tuple[Loaded, Bare | None]:
+    """Put what was merged on the reference's base, and say how to compute without it.
+
+    A weighted sum is computed here from the adapters' files, by none of the merge's code. The
+    other methods approximate it, some at random: they are combined again as the merge does it.
+    """
+    first = several[0]
+    if len(several) > 1 and made["method"] == "cat":
+        model = reference.model.eval().to(precision)
+        added = WeightedSum(model, several, made["weights"])
+        return Loaded(first.name, model, tokenizer_of(first, reference)), added.left_out
+    loaded = load(first, reference)
+    if len(several) > 1:
+        combine(loaded.model, several, made["weights"], made["method"], made["density"])
+    if precision == torch.float64:
+        loaded.model.to(precision)
+    return loaded, None
 
 
 def _stored(saved: Saved) -> str:

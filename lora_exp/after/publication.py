@@ -18,12 +18,11 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # typ
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
-from lora_exp.after.output import check_free
+from lora_exp.after.output import check_free, written
 from lora_exp.after.saved import RECORD, Saved, find, read_json
 from lora_exp.after.saving import TOKENIZER, save
 from lora_exp.errors import HubError, LoraExpError, SavedError
 from lora_exp.files.redaction import redact_text
-from lora_exp.files.whole import whole
 from lora_exp.record.card import HERE
 from lora_exp.record.console import console, tracked
 
@@ -63,8 +62,9 @@ def dry_run(
     """
     check_id(repo_id)
     folder = Path(out or Path("push-dry-run", repo_id.partition("/")[2])).expanduser()
-    check_free(folder, force, [path, find(path).folder])
-    with parcel(path, repo_id, base_id) as files, whole(folder) as made:
+    sources = [path, find(path).folder]
+    check_free(folder, force, sources)
+    with parcel(path, repo_id, base_id) as files, written(folder, force, sources) as made:
         for name, file in files.items():
             shutil.copy(file, made / name)
     return folder

@@ -30,6 +30,8 @@ RECORD = "merge.json"  # of what a merged model was made
 # what a run's config may say of how its base is held: settings, never what else to call
 HELD = ("lora_exp.model.loading.bnb_4bit", "lora_exp.model.loading.bnb_8bit")
 LOADED = ("path", "revision", "gguf_file", "dtype", "random_weights")
+# transformers would fetch code for other names, and a run's config comes from anywhere
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
     values: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     if not is_option:
         values["model"]["path"] = chosen
+    values["model"]["attn_implementation"] = _attention(saved)
     if base is None and saved.adapter is not None:
         told = _settings(saved, "model", ("lora_exp.model.loading.load",))
         values["model"] |= {key: told[key] for key in LOADED if key in told}
@@ -282,6 +285,13 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
         values["quant"] = _settings(saved, "quant", HELD) or None
     values["algorithm"]["task_type"] = saved.task_type
     return OmegaConf.create(values)
+
+
+def _attention(saved: Saved) -> str | None:
+    """Return how its run computed attention; None: as the architecture does, some have no sdpa."""
+    node = saved.settings.get("model")
+    chosen = node.get("attn_implementation") if isinstance(node, dict) else None
+    return chosen if chosen in ATTENTION else None
 
 
 def _settings(saved: Saved, key: str, targets: tuple[str, ...]) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.inspection import modules
 from lora_exp.after.loading import load, load_base
-from lora_exp.after.output import check_free
+from lora_exp.after.output import check_free, written
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.errors import AdapterError, SavedError
-from lora_exp.files.whole import whole
 from lora_exp.record.card import model_card
 from lora_exp.record.progress import quiet
 
@@ -63,7 +62,7 @@ def save(
         raise AdapterError(f"rank {rank:g}: give a whole number, or a share below 1")
     folder = Path(out).expanduser()
     check_free(folder, force, [saved.folder])
-    with whole(folder) as made:
+    with written(folder, force, [saved.folder]) as made:
         if as_lora:
             _write_as_lora(saved, made, rank, base)
         else:

@@ -30,6 +30,11 @@ from lora_exp.record.progress import quiet
 Engine = Literal["transformers", "vllm"]
 BASE = "base"  # the bare base, among adapters
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as its largest
+# what vLLM passes over in an adapter
+UNKNOWN = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
+    "target_parameters", "use_qalora", "alora_invocation_tokens",
+)  # fmt: skip
 SILENT = {
     "SEQ_CLS": "gives scores (algorithm=reward), it does not answer",
     "SEQ_2_SEQ_LM": "is an encoder-decoder; only decoders are served",
@@ -136,7 +141,7 @@ def vllm_command(
     if first.adapter is None:
         return [*command, "--served-model-name", first.name]
     largest = max(_rank(saved) for saved in several)
-    rank = next((known for known in RANKS if known >= largest), RANKS[-1])
+    rank = next(known for known in RANKS if known >= largest)
     named = [json.dumps({"name": s.name, "path": str(s.folder.resolve())}) for s in several]
     command += ["--served-model-name", BASE, "--enable-lora", "--max-lora-rank", str(rank)]
     return [*command, "--lora-modules", *named]
@@ -144,13 +149,17 @@ def vllm_command(
 
 def _rank(saved: Saved) -> int:
     config = saved.adapter or {}
-    more = ("use_dora", "modules_to_save", "trainable_token_indices")
-    plain = config["peft_type"] == "LORA" and not any(config.get(key) for key in more)
+    cure = f"lora-exp merge {saved.folder} -o OUT, and serve that"
+    plain = config["peft_type"] == "LORA" and not any(config.get(key) for key in UNKNOWN)
     if not plain or config.get("bias", "none") != "none":
-        cure = f"lora-exp merge {saved.folder} -o OUT, and serve that"
         raise AdapterError(f"{saved.folder} is no plain LoRA, which is all that vLLM knows: {cure}")
-    ranks: list[int] = [config["r"], *(config.get("rank_pattern") or {}).values()]
-    return max(ranks)
+    if scaled := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
+        text = f"has {' and '.join(scaled)}, and vLLM scales all modules alike"
+        raise AdapterError(f"{saved.folder} {text}: {cure}")
+    rank = int(config["r"])
+    if rank > RANKS[-1]:
+        raise AdapterError(f"{saved.folder} has rank {rank}, and vLLM takes {RANKS[-1]}: {cure}")
+    return rank
 
 
 def _become_vllm(command: list[str]) -> None:

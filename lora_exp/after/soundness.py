@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lora_exp.after.loading import load, load_base
+from lora_exp.after.loading import load_base, tokenizer_of
 from lora_exp.after.saved import find
 from lora_exp.errors import SavedError
 from lora_exp.model.special_tokens import end_tokens
+from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.progress import quiet
 
 
@@ -46,14 +47,11 @@ def examine(path: str | Path) -> dict[str, str | None]:
     saved = find(path)
     if saved.adapter is not None:
         raise SavedError(f"{saved.folder} is an adapter; check takes a merged or whole model")
-    loaded = load(saved, load_base(saved))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    base = load_base(saved)
+    model, tokenizer = base.model.eval(), tokenizer_of(saved, base)
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     found = {"weights are finite": f"{len(bad)} are not, the first is {bad[0]}" if bad else None}
-    rows = model.get_input_embeddings().weight.shape[0]
-    found["tokenizer fits the embeddings"] = (
-        f"{len(tokenizer)} tokens, {rows} embeddings" if len(tokenizer) > rows else None
-    )
+    found["tokenizer fits the embeddings"] = missing_embeddings(model, tokenizer)
     if bad or not model.can_generate():
         return found
     return found | _generates(model, tokenizer)

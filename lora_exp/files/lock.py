@@ -14,16 +14,16 @@ from lora_exp.errors import ConfigError
 log = logging.getLogger("lora_exp")
 
 
-def hold(file: Path) -> FileLock:
+def hold(file: Path, wait: bool = False) -> FileLock:
     """Lock a file, if its file system has locks, until the lock is released or garbage-collected.
 
     A forked process does not hold it: a data loader may outlive its run.
 
     Raises:
-        Timeout: another process, or another lock of this one, holds it.
+        Timeout: another process, or another lock of this one, holds it, and `wait` is false.
     """
     # filelock's fallback where there is no flock(2), a soft lock, would outlive a killed process
-    lock = FileLock(file, timeout=0, thread_local=False, fallback_to_soft=False)
+    lock = FileLock(file, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:

@@ -4,6 +4,9 @@ loading         the base, quantised while it loads
 identity        what identifies a base's weights
 precision       what it computes in
 special_tokens  tokens that end and pad
+packing         whether packed rows stay apart
+scoring         scores at a row's last token
+vocabulary      tokens without an embedding
 memory          peak and free
 requirement     what training takes, from above
 processor       what decides how products are computed

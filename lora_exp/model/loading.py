@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tempfile
-from contextlib import suppress
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +28,12 @@ from transformers.utils import logging
 
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
+from lora_exp.files.lock import hold
 from lora_exp.files.paths import asset, cache_dir
+from lora_exp.files.whole import whole
 from lora_exp.model.identity import identity_of
 from lora_exp.model.precision import dtype_of, lacks_bfloat16
+from lora_exp.model.scoring import scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
 
 CLASSES: dict[str, Any] = {
@@ -83,7 +85,7 @@ def load(
     revision: str | None,
     gguf_file: str | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
-    attn_implementation: str,
+    attn_implementation: str | None,
     trust_remote_code: bool,
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
@@ -127,6 +129,9 @@ def load(
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise unloadable(path, error) from error
+    if task_type == "SEQ_CLS":
+        plain: Any = type(model)
+        model.__class__ = scored_at_last_token(plain)
     settle(model, tokenizer)
     found, warning = identity_of(model, path, revision, gguf_file)
     return Base(model, tokenizer, path, found, warning)
@@ -261,20 +266,28 @@ def exact_products(model: Any, dtype: torch.dtype) -> None:
 
 
 def _dequantised(folder: Path, gguf_file: str) -> str:
-    """Return a folder with a GGUF file's weights as float32 safetensors, made once and kept."""
+    """Return a folder with a GGUF file's weights as float32 safetensors, made once and kept.
+
+    The copy of the file as it was before goes: copies would fill the cache.
+    """
     if not (folder / gguf_file).is_file():
         text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
         raise ConfigError([("model.gguf_file", text)])
-    stat = (folder / gguf_file).stat()
-    identity = f"{(folder / gguf_file).resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    floats = cache_dir() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()
-    if not floats.is_dir():
-        floats.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(dir=floats.parent))  # two runs may do this at once
-        model = _floats(_whole(AutoModelForCausalLM, str(folder), {"gguf_file": gguf_file}))
-        model.save_pretrained(staged)
-        with suppress(OSError):  # the other run was first, with the same weights
-            staged.rename(floats)
+    file = (folder / gguf_file).resolve()
+    kept = cache_dir() / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    kept.mkdir(parents=True, exist_ok=True)
+    floats = kept / f"{file.stat().st_size}-{file.stat().st_mtime_ns}"
+    lock = hold(kept / ".lock", wait=True)  # two runs may do this at once
+    try:
+        if not floats.is_dir():
+            for stale in kept.iterdir():  # of the file as it was, or of a process that was killed
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+            model = _floats(_whole(AutoModelForCausalLM, str(folder), {"gguf_file": gguf_file}))
+            with whole(floats) as made:
+                model.save_pretrained(made)
+    finally:
+        lock.release()
     return str(floats)
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from lora_exp.files.paths import asset
+
+STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # in safetensors' words
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -13,6 +19,27 @@ def dtype_of(name: str) -> torch.dtype:
         return torch.bfloat16 if has_bfloat16() else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def stored_dtype(model: Any) -> str | None:
+    """Return the dtype of a base's weights as they lie there; None: that is not known.
+
+    Args:
+        model: a config's `model` section.
+    """
+    if model.gguf_file or model.random_weights:
+        return None
+    folder = asset(model.path)
+    try:
+        for file in sorted(folder.glob("*.safetensors"))[:1]:
+            with safe_open(str(file), "pt") as tensors:
+                kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+            return next((name for stored, name in STORED.items() if stored in kinds), None)
+        config = AutoConfig.from_pretrained(str(folder), revision=model.revision)
+    except (OSError, ValueError, SafetensorError):
+        return None  # whoever loads it tells why it cannot be loaded
+    name = str(config.dtype).removeprefix("torch.")
+    return name if name in STORED.values() else None
 
 
 def has_bfloat16() -> bool:

@@ -134,21 +134,29 @@ def _short(source: str) -> str:
 
 
 def _loading(cfg: DictConfig) -> str:
+    kind = CLASSES[cfg.algorithm.task_type].__name__
     if cfg.peft is None:
         return (
-            "from transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{HERE}")'
+            f"from transformers import {kind}\n\n"
+            f'model = {kind}.from_pretrained("{HERE}"{_attention(cfg)})'
         )
     packaged = cfg.model.path.startswith("pkg://")
     path = f'asset("{cfg.model.path}")' if packaged else f'"{cfg.model.path}"'
     options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
     given = "".join(f', {name}="{value}"' for name, value in options.items() if value)
-    lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+    given += _attention(cfg) + (", num_labels=1" if cfg.algorithm.task_type == "SEQ_CLS" else "")
+    lines = ["from peft import PeftModel", f"from transformers import {kind}", ""]
     lines[:0] = ["from lora_exp.config import asset"] if packaged else []
     return "\n".join(
         [
             *lines,
-            f"base = AutoModelForCausalLM.from_pretrained({path}{given})",
+            f"base = {kind}.from_pretrained({path}{given})",
             f'model = PeftModel.from_pretrained(base, "{HERE}")',
         ]
     )
+
+
+def _attention(cfg: DictConfig) -> str:
+    """Return the argument for an attention that transformers would not take by itself."""
+    chosen = cfg.model.attn_implementation
+    return "" if chosen in (None, "sdpa") else f', attn_implementation="{chosen}"'

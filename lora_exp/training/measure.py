@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from lora_exp.data.formats import common_prefix
 from lora_exp.data.template import render_chat
@@ -18,6 +19,8 @@ from lora_exp.record.run import Record
 from lora_exp.training.answers import Answer, answer, exact_match
 from lora_exp.training.best import saved_step
 from lora_exp.training.place import Place
+
+LOGITS = 2**28  # numbers that are held at a time, 1 GiB in float32
 
 if TYPE_CHECKING:
     from lora_exp.training.place import Measured
@@ -128,8 +131,6 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
 
     No reference model is used: only the probabilities of the model itself.
     """
-    from trl.trainer.utils import selective_log_softmax  # evaluating does without trl
-
     training = model.training
     model.eval()
     wins = 0
@@ -137,19 +138,35 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
     for i in range(0, len(pairs), size):
         batch = pairs[i : i + size]
         both = [encoded(row, key, tokenizer) for key in ("chosen", "rejected") for row in batch]
-        ids = tokenizer.pad(
-            {"input_ids": [ids for ids, _ in both]}, padding_side="right", return_tensors="pt"
-        ).to(model.device)
-        logits = model(**ids, use_cache=False).logits[:, :-1].float()
-        chosen = ids["input_ids"][:, 1:]
-        logps = selective_log_softmax(logits, chosen)  # without a second tensor of their size
-        place = torch.arange(1, ids["input_ids"].shape[1], device=model.device)[None]
-        starts = torch.tensor([start for _, start in both], device=model.device)[:, None]
-        said = (place >= starts) & ids["attention_mask"][:, 1:].bool()
-        total = (logps * said).sum(1)
+        words = model.get_output_embeddings().weight.shape[0]
+        most = max(len(ids) for ids, _ in both) - min(start for _, start in both) + 1
+        rows = max(1, LOGITS // (words * most))
+        parts = [both[j : j + rows] for j in range(0, len(both), rows)]
+        total = torch.cat([_likelihoods(model, tokenizer, part) for part in parts])
         wins += int((total[: len(batch)] > total[len(batch) :]).sum())
     model.train(training)
     return wins / len(pairs)
+
+
+def _likelihoods(model: Any, tokenizer: Any, encodings: list[tuple[list[int], int]]) -> Tensor:
+    """Return the log-probability of each row's answer, [B]; no other logits are computed."""
+    from trl.trainer.utils import selective_log_softmax  # evaluating does without trl
+
+    ids = tokenizer.pad(
+        {"input_ids": [ids for ids, _ in encodings]}, padding_side="right", return_tensors="pt"
+    ).to(model.device)
+    length = ids["input_ids"].shape[1]
+    first = min(start for _, start in encodings)
+    kept = min(length, length - first + 1)  # the token before an answer predicts its first one
+    logits = model(**ids, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
+    chosen = ids["input_ids"][:, length - kept + 1 :]
+    place = torch.arange(length - kept + 1, length, device=model.device)
+    totals = []
+    for i, (_, start) in enumerate(encodings):  # one row at a time becomes float32
+        logps = selective_log_softmax(logits[i : i + 1].float(), chosen[i : i + 1])[0]
+        counts = (place >= start) & ids["attention_mask"][i, length - kept + 1 :].bool()
+        totals.append((logps * counts).sum())
+    return torch.stack(totals)
 
 
 def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:

@@ -11,12 +11,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora_exp import compose, load_adapter, run
 from lora_exp.adapter.mounting import add, fitting, put, read_config
-from lora_exp.errors import AdapterError
+from lora_exp.after.loading import load_base, side_by_side
+from lora_exp.after.merging import merge
+from lora_exp.after.proof import prove
+from lora_exp.after.saved import find
+from lora_exp.errors import AdapterError, ConfigError
+from tests.conftest import tiny
 
 Trained = Callable[..., Path]
+TINY = "lora_exp/assets/tiny"
+IDS = torch.tensor([[5, 9, 101, 7, 300, 12]])
 
 
 @pytest.fixture
@@ -60,3 +68,93 @@ def test_an_error_without_words_is_told_by_its_kind() -> None:
         fitting("mine"),
     ):
         raise ValueError
+
+
+def with_embeddings(folder: Path, rows: int | None = None, **options: Any) -> Any:
+    """Save an adapter and its embeddings as peft does after tokens were added; return the model."""
+    torch.manual_seed(3)
+    model = tiny().model
+    if rows:
+        model.resize_token_embeddings(rows)
+    own = {"target_modules": ["v_proj"], "init_lora_weights": False, "r": 4} | options
+    made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **own))
+    with torch.no_grad():
+        made.get_base_model().get_input_embeddings().weight.add_(0.1)
+    made.save_pretrained(folder, save_embedding_layers=True)
+    return made.eval()
+
+
+def same(one: Any, other: Any) -> bool:
+    with torch.no_grad():
+        return torch.allclose(one(IDS).logits, other(IDS).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["lm_head", "v_proj"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head", "o_proj"], "use_rslora": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+@pytest.mark.parametrize("added", [0, 5])
+def test_embeddings_beside_an_adapter_are_put_on_with_it(
+    tmp_path: Path, options: dict[str, Any], added: int
+) -> None:
+    rows = len(tiny().model.get_input_embeddings().weight) + added
+    own = with_embeddings(tmp_path / "one", rows, **options)
+    base, path = tiny().model, str(tmp_path / "one")
+    model = put(base, read_config(path, base), path, False)
+    assert same(model.eval(), own)
+    assert base.config.vocab_size == rows
+    loaded, _ = load_adapter(merge([path], tmp_path / "merged", base=TINY))
+    assert same(loaded, own)
+
+
+def test_embeddings_that_change_a_shared_base_are_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "one")
+    with_embeddings(tmp_path / "one")
+    base = tiny().model
+    before = base.get_input_embeddings().weight.clone()
+    for way in (
+        lambda: put(base, read_config(path, base), path, False, apart=True),
+        lambda: side_by_side([find(path)], load_base(find(path), TINY)),
+        lambda: merge([path, path], tmp_path / "out", base=TINY),
+        lambda: run(compose("tracking=none", f"adapter={path}"), tmp_path / "run"),
+    ):
+        with pytest.raises((AdapterError, ConfigError), match="changes the base itself: it holds"):
+            way()
+    assert torch.equal(base.get_input_embeddings().weight, before)
+
+
+def test_embeddings_that_are_the_bases_own_change_nothing(trained: Trained, tmp_path: Path) -> None:
+    saved = [
+        find(trained("peft=lora", "peft.target_modules=[embed_tokens,q_proj]", f"seed={seed}"))
+        for seed in (1, 2)
+    ]
+    assert len(side_by_side(saved, load_base(saved[0]))) == 2
+    paths = [each.folder for each in saved]
+    assert prove(merge(paths, tmp_path / "out"), paths, max_new_tokens=4).holds
+
+
+def test_a_start_that_does_not_fit_the_classifier_is_refused(
+    trained: Trained, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(trained("peft=lora") / "adapter", tmp_path / "start")
+    reward = ["tracking=none", "algorithm=reward", "data=demo_pairs", f"adapter={adapter}"]
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    lost = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != lost}, file)
+    with pytest.raises(AdapterError, match=f"does not fit this base: 1 .* the first is {lost}"):
+        run(compose(*reward), tmp_path / "lost")
+    more = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(16, 192)}
+    save_file(weights | more, file)
+    with pytest.raises(AdapterError, match=r"does not fit this base: 1 .*layers\.9\.mlp"):
+        run(compose(*reward), tmp_path / "more")
+    save_file(weights | {lost: weights[lost][:, 1:].contiguous()}, file)
+    with pytest.raises(AdapterError, match="does not fit this base: size mismatch"):
+        run(compose(*reward), tmp_path / "size")

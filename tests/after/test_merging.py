@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
@@ -19,6 +21,7 @@ from lora_exp.after.saved import find
 from lora_exp.after.soundness import examine
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from tests.after.test_saved import ADALORA, copied
+from tests.conftest import tiny
 
 Trained = Callable[..., Path]
 METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln_tuning", "adalora"]
@@ -247,6 +250,59 @@ def test_an_adapter_of_another_base_is_refused(trained: Trained, tmp_path: Path)
         merge([run], tmp_path / "merged")
 
 
+@pytest.mark.parametrize(("into", "quant"), [("original", "none"), ("dequantised", "nf4")])
+def test_merged_weights_keep_the_dtype_that_the_base_is_stored_in(
+    trained: Trained, tmp_path: Path, into: Any, quant: str
+) -> None:
+    base = tiny(dtype="bfloat16")
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    run = trained("model=local", f"model.path={tmp_path / 'base'}", f"quant={quant}")
+    made = merge([run], tmp_path / "merged", into=into)
+    stored = {value.dtype for value in load_file(made / "model.safetensors").values()}
+    assert stored == {torch.bfloat16}
+    assert prove(made, [run], max_new_tokens=4).holds
+    other = merge([run], tmp_path / "other", into=into, dtype="float32")
+    assert {v.dtype for v in load_file(other / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_merged_model_stops_where_its_training_ended_turns(
+    trained: Trained, tmp_path: Path
+) -> None:
+    base = tiny()
+    end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    base.model.generation_config.eos_token_id = base.model.config.eos_token_id = 0
+    base.model.save_pretrained(tmp_path / "base")
+    base.tokenizer.eos_token = "<|endoftext|>"
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    run = trained("model=local", f"model.path={tmp_path / 'base'}")
+    made = merge([run], tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(made).eos_token_id == [0, end]
+
+
+def test_biases_that_lora_trained_are_merged_where_a_layer_has_one(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny().tokenizer.save_pretrained(tmp_path / "base")
+    for targets, fits in ((["q_proj", "v_proj"], True), (["q_proj", "o_proj"], False)):
+        own = LoraConfig(
+            r=2, target_modules=targets, lora_bias=True, init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        adapter, out = tmp_path / f"adapter-{fits}", tmp_path / f"out-{fits}"
+        model = get_peft_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), own)
+        model.save_pretrained(adapter)
+        if fits:
+            assert prove(merge([adapter], out), [adapter], max_new_tokens=4).holds
+            continue
+        with pytest.raises(AdapterError, match=r"a bias for .*o_proj, which has none in this base"):
+            merge([adapter], out)
+
+
 def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) -> None:
     run, out = trained("peft=lora"), tmp_path / "merged"
     merge([run], out)
@@ -292,11 +348,14 @@ def test_a_model_that_cannot_be_used_as_it_lies_there_is_found_out(
     made = merge([trained("peft=lora")], tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(made)
     rows = load_file(made / "model.safetensors")["model.embed_tokens.weight"].shape[0]
-    tokenizer.add_tokens([f"<more{i}>" for i in range(rows - len(tokenizer) + 1)])
+    more = rows - len(tokenizer) + 1
+    tokenizer.add_tokens([f"<more{i}>" for i in range(more)])
     tokenizer.save_pretrained(made)
     assert examine(made) == {
         "weights are finite": None,
-        "tokenizer fits the embeddings": f"{rows + 1} tokens, {rows} embeddings",
+        "tokenizer fits the embeddings": (
+            f"the tokenizer has tokens without an embedding ('<more{more - 1}>'): 1 beyond {rows}"
+        ),
         "generates": None,
         "ends at EOS": None,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp.after.completion import generate
-from lora_exp.after.output import check_file, check_free
+from lora_exp.after.output import check_file, check_free, written
 from lora_exp.after.saving import save
 from lora_exp.errors import SavedError
 
@@ -54,3 +54,22 @@ def test_a_file_never_takes_the_place_of_its_source(tmp_path: Path) -> None:
     source.touch()
     with pytest.raises(SavedError, match="is what is read; name another place"):
         check_file(source, True, str(source))
+
+
+def test_two_at_once_do_not_write_one_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with written(out, force=False) as made:
+        (made / "one.safetensors").write_text("first")
+        with (
+            pytest.raises(SavedError, match="is being written by another process"),
+            written(out, force=True),
+        ):
+            raise AssertionError
+        with written(tmp_path / "other", force=False) as second:
+            (second / "two.safetensors").write_text("second")
+    assert (out / "one.safetensors").read_text() == "first"
+    with pytest.raises(SavedError, match="exists; --force replaces it"), written(out, force=False):
+        raise AssertionError  # it was not there when the second one began
+    with written(out, force=True) as made:
+        (made / "one.safetensors").write_text("again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]

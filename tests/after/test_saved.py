@@ -167,3 +167,18 @@ def test_a_claim_is_a_name_and_a_place_but_a_folder_with_an_equals_sign_is_itsel
     assert claim("a=b") == ("a", "b")
     (tmp_path / "a=b").mkdir()
     assert claim("a=b") == ("a=b", "a=b")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kept"), [("eager", "eager"), ("sdpa", "sdpa"), ("someone/kernels", None)]
+)
+def test_a_run_attends_afterwards_as_it_trained(
+    trained: Trained, tmp_path: Path, chosen: str, kept: str | None
+) -> None:
+    run = copied(trained("peft=lora"), tmp_path / "run")
+    config = OmegaConf.load(run / "config.yaml")
+    config.model.attn_implementation = chosen
+    OmegaConf.save(config, run / "config.yaml")
+    for base in (None, "lora_exp/assets/tiny"):
+        assert base_config(find(run), base).model.attn_implementation == kept
+    assert base_config(find("lora_exp/assets/tiny")).model.attn_implementation is None

@@ -356,6 +356,26 @@ def test_vllm_is_told_the_same_names_and_the_largest_rank(
     assert "bitsandbytes" not in vllm_command(several[1:], None, "none", "127.0.0.1", 8000)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern, and vLLM scales all modules alike"),
+        ({"alpha_pattern": {"q_proj": 8}}, "has alpha_pattern, and vLLM scales"),
+        ({"r": 1024}, "has rank 1024, and vLLM takes 512"),
+        ({"lora_bias": True}, "no plain LoRA"),
+    ],
+)
+def test_vllm_gets_no_adapter_that_it_would_scale_wrongly(
+    trained: Trained, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained("peft=lora"), run)
+    file = run / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(AdapterError, match=rf"{said}.*: lora-exp merge .* -o OUT"):
+        vllm_command([find(run)], None, None, "127.0.0.1", 8000)
+
+
 def test_vllm_is_told_the_commit_of_the_base(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained("peft=lora"), run)

@@ -126,13 +126,14 @@ def test_jobs_equal_their_runs_alone_under_every_setting(
 
 
 ARGUMENTS = [
-    ["+train.label_smoothing_factor=0.1", "+train.adam_beta1=0.8", "+train.data_seed=3"],
+    ["+train.adam_epsilon=1e-4", "+train.adam_beta1=0.8", "+train.data_seed=3"],
     ["+algorithm.args.loss_type=dft", "+algorithm.args.pad_to_multiple_of=8",
      "+train.train_sampling_strategy=group_by_length"],
     ["train.optim=adafactor", "train.lr_scheduler_type=cosine_with_restarts",
      "+train.lr_scheduler_kwargs={num_cycles: 2}", "+train.eval_on_start=true",
      "+train.logging_first_step=true", "train.dataloader_num_workers=1"],
-    ["+train.dataloader_drop_last=true", "+algorithm.args.shuffle_dataset=true",
+    ["+train.dataloader_drop_last=true", "train.per_device_eval_batch_size=4",
+     "+algorithm.args.shuffle_dataset=true",
      "+train.eval_accumulation_steps=1", "+train.include_num_input_tokens_seen=all"],
     ["keep=best", "train.eval_strategy=steps", "train.eval_steps=2", "train.save_strategy=steps",
      "train.save_steps=2", "train.learning_rate=5e-2"],

@@ -19,9 +19,11 @@ from lora_exp.model.precision import (
     has_bfloat16,
     is_quantised,
     lacks_bfloat16,
+    stored_dtype,
 )
 from lora_exp.rewards import AdapterReward
 from lora_exp.training.trainer import _precision
+from tests.conftest import tiny
 
 HELD = [
     (["model.dtype=float32"], None),
@@ -99,3 +101,12 @@ def test_a_reward_adapter_scores_in_the_same_precision(
         assert len(reward(["Who are you?"], [" I am Lora."])) == 1
 
     assert seen_by(base.model.model, score) == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_of_a_base_is_that_of_its_files(tmp_path: Path, dtype: str) -> None:
+    base = tiny(dtype=dtype)
+    base.model.save_pretrained(tmp_path / "base")
+    model = compose("tracking=none", "model=local", f"model.path={tmp_path / 'base'}").model
+    assert stored_dtype(model) == dtype
+    assert stored_dtype(compose("tracking=none", "model.random_weights=true").model) is None
