@@ -100,7 +100,6 @@ OPTIMIZER_PACKAGES = {
 # key -> the module that it needs where it is on, and the package that has it
 PACKAGES = {
     "use_liger_kernel": ("liger_kernel", "liger-kernel"),
-    "deepspeed": ("deepspeed", "deepspeed"),
     "use_vllm": ("vllm", "vllm"),
 }
 

@@ -47,7 +47,6 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
         (["train.optim=schedule_free_radam"], "train.optim", "schedulefree, which is not"),
         (["train.optim=stable_adamw"], "train.optim", "torch-optimi, which is not installed"),
         (["+train.use_liger_kernel=true"], "train.use_liger_kernel", "liger-kernel"),
-        (["+train.deepspeed=zero2.json"], "train.deepspeed", "deepspeed, which is not installed"),
         (["model.attn_implementation=flash_attention_2"], "model.attn_implementation",
          "flash-attn, which is not installed"),
         (["+train.adam_beta2=1"], "train.adam_beta2", "below 1"),
