@@ -201,7 +201,11 @@ _turn_ends: dict[tuple[str, str | None], str | None] = {}  # by template and BOS
 def _turn_end(tokenizer: Any) -> str | None:
     question, answer_turn = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
     for turns in ([question, answer_turn], [question, answer_turn, question]):
-        rest = _render_or_empty(to_form(turns, tokenizer), tokenizer).partition(MARK)[2].lstrip()
+        try:
+            text = _render_or_empty(to_form(turns, tokenizer), tokenizer)
+        except ConfigError:  # it does not end; whoever renders with it gets the error
+            return None
+        rest = text.partition(MARK)[2].lstrip()
         end = special_tokens(tokenizer).match(rest)
         if end and end.group() != tokenizer.bos_token:
             return end.group()

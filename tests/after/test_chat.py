@@ -149,10 +149,10 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talk: Conversation)
     loop = "{% for a in range(99999) %}"
     try:
         tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-        with pytest.raises(DataError, match="refuses this: no system role"):
+        with pytest.raises(DataError, match="refuses it: no system role"):
             talk.say("Again?", lambda _: None)
         tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
-        with pytest.raises(DataError, match="does not end within"):
+        with pytest.raises(ConfigError, match="does not end within"):
             talk.retry(lambda _: None)
     finally:
         tokenizer.chat_template = kept
