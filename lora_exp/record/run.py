@@ -55,10 +55,11 @@ class Record:
         if cfg.resume is not None and not goes_on:
             raise ConfigError([("resume", f"{cfg.resume} goes on in place, not in {directory}")])
         self._check_free(path, goes_on)
+        self.begun = False
         self.lock = Lock(directory, "resume" if goes_on else "hydra.run.dir")
         try:
             self._check_free(path, goes_on)  # another launch may have been first
-            self.values, self.begun = _read(path), False
+            self.values = _read(path)
             self._config, self._fingerprint = redact(plain(cfg)), fingerprint(cfg)
             if self.values:
                 self.values.setdefault("date", date.today().isoformat())
@@ -73,7 +74,9 @@ class Record:
                     "resumed": [],
                 }
                 self.begin()
-        except BaseException:
+        except BaseException as error:
+            if self.begun and path.is_file():
+                self._fail(error)
             self.lock.release()
             raise
 
@@ -188,17 +191,7 @@ class Record:
         except BaseException as error:
             if not self.begun:  # refused: the record is that of the last time
                 raise
-            status = "diverged" if isinstance(error, DivergedError) else "failed"
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
-            text = (
-                str(error)
-                if isinstance(error, LoraExpError)
-                else f"{type(error).__name__}: {error}"
-            )
-            try:
-                self.update(status=status, error=redact_text(text))
-            except OSError as full:
-                log.error("%s: its status %s cannot be written: %s", self.directory, status, full)
+            self._fail(error)
             if not isinstance(error, LoraExpError) and (told := refusal(error, self.directory)):
                 raise told from error
             raise
@@ -206,6 +199,17 @@ class Record:
             self.update(status="finished")
         finally:
             self.lock.release()
+
+    def _fail(self, error: BaseException) -> None:
+        """Write what ended the run."""
+        status = "diverged" if isinstance(error, DivergedError) else "failed"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+        known = isinstance(error, LoraExpError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        try:
+            self.update(status=status, error=redact_text(text))
+        except OSError as full:
+            log.error("%s: its status %s cannot be written: %s", self.directory, status, full)
 
 
 def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:

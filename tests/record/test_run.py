@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lora_exp import compose
-from lora_exp.errors import ConfigError, DivergedError
+from lora_exp.errors import ConfigError, DivergedError, Interrupted
 from lora_exp.files.whole import write_whole
 from lora_exp.record.run import Record
 
@@ -31,6 +32,24 @@ def test_every_ending_is_recorded(tmp_path: Path) -> None:
             if error is not None:
                 raise error
         assert json.loads((folder / "run.json").read_text())["status"] == status
+
+
+def test_a_signal_while_the_record_is_first_written_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, record = os.fsync, tmp_path / "run.json"
+
+    def interrupted(descriptor: int) -> None:
+        flush(descriptor)
+        if record.is_file():
+            monkeypatch.undo()
+            raise Interrupted
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(Interrupted):
+        Record(tmp_path, compose())
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    Record(tmp_path, compose(f"resume={tmp_path}"))  # which the lock allows
 
 
 def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
