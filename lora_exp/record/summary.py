@@ -98,9 +98,9 @@ def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
 def _rows(counts: Counts, more: str = "") -> Text:
     learnt = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
     text = Text(f"{counts.rows:,} with {counts.tokens:,} tokens{learnt}; ")
-    for part, number in (("truncated", counts.truncated), (", dropped", counts.dropped)):
-        comma, word = part[: -len(part.lstrip(", "))], part.lstrip(", ")
-        text.append(f"{comma}{number:,} {word}", style="yellow" if number else "")
+    text.append(f"{counts.truncated:,} truncated", style="yellow" if counts.truncated else "")
+    text.append(", ")
+    text.append(f"{counts.dropped:,} dropped", style="yellow" if counts.dropped else "")
     return text.append(more)
 
 
