@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +23,29 @@ from lora_exp.files.whole import STAGE, refusal
 
 app = typer.Typer(
     name="lora-exp",
-    help="Train adapters, then inspect, merge, prove, chat with, serve and publish them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("lora-exp"))
+        raise typer.Exit
+
+
+@app.callback()
+def lora_exp(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Train adapters, then inspect, merge, prove, chat with, serve and publish them."""
+
+
 EXIT_INTERRUPTED = 130  # typer's, of Ctrl-C
 LOOK, MAKE, USE, TRAIN = "Look", "Make", "Use", "Train"  # help's panels
 
@@ -83,17 +101,30 @@ Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
+def _completed(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete groups, options and keys; shells part words at `=`, so the key may stand before."""
+    from lora_exp.config.completion import completions
+
+    words = (context.params.get("overrides") or []) if context.params else []
+    return completions(incomplete, list(words))
+
+
 @app.command(
     rich_help_panel=TRAIN,
     context_settings={
         "allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": [],
     },
 )  # fmt: skip
-def run(context: typer.Context) -> None:
+def run(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", autocompletion=_completed)
+    ] = None,
+) -> None:
     """Train a run or, with -m, a sweep: `lora-exp run peft.r=8`; the same as python run.py."""
     from lora_exp.__main__ import main as train
 
-    sys.argv = ["lora-exp run", *context.args]
+    sys.argv = ["lora-exp run", *(overrides or []), *context.args]
     sys.path.insert(0, str(Path.cwd()))  # rewards of one's own, as python -m finds them
     train()
 
@@ -275,7 +306,12 @@ def generate(
 @app.command(rich_help_panel=LOOK)
 def evaluate(
     path: Path_,
-    data: Annotated[str, typer.Option(help="JSON lines (or a glob) with known answers")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON lines (or a glob) with known answers; the run's held-out rows, unless given"
+        ),
+    ] = None,
     base: Base = None,
     quant: QuantOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 64,

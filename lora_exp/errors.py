@@ -2,6 +2,7 @@
 
 LoraExpError
 ├── ConfigError   (ValueError)       the config's faults, all at once
+│   └── OccupiedError               a directory that holds another run
 ├── DataError     (ValueError)       a row, file or data set that cannot be used
 ├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
 ├── SavedError    (ValueError)       what was saved: missing, damaged, or not what was asked for
@@ -37,6 +38,13 @@ class ConfigError(LoraExpError, ValueError):
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[tuple[str, str]]]]:
         return ConfigError, (self.faults,)  # a sweep's worker sends it to the launcher
+
+
+class OccupiedError(ConfigError):
+    """A job's directory holds another run."""
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[tuple[str, str]]]]:
+        return OccupiedError, (self.faults,)
 
 
 class DataError(LoraExpError, ValueError):

@@ -22,6 +22,7 @@ from transformers import set_seed
 from lora_exp.adapter.attach import Adapted, attach, save
 from lora_exp.algorithm.critic import save_value
 from lora_exp.config.door import build, plain
+from lora_exp.config.learning import check_rows
 from lora_exp.config.settled import run_dir
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
@@ -43,7 +44,7 @@ from lora_exp.record.run import Record, stands_on
 from lora_exp.record.summary import announce, conclude, counts
 from lora_exp.training.best import best, saved_step
 from lora_exp.training.checkpoint import newest
-from lora_exp.training.guards import check_finite
+from lora_exp.training.guards import check_finite, check_stepped
 from lora_exp.training.interruption import stop
 from lora_exp.training.measure import after, before, objective
 from lora_exp.training.place import Alone, Place
@@ -97,6 +98,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     started = time.perf_counter()
     rows: Rows = build(cfg, "data")
     shaped = rows.shaped(cfg.algorithm.shape)
+    check_rows(cfg, len(shaped.train))
     set_seed(cfg.seed)
     base = place.base(cfg)
     _check_base(cfg, base)
@@ -120,6 +122,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
+        check_rows(cfg, len(trainer.train_dataset), packed=True)
         clock.count = partial(tokens_trained, trainer)
         trainer.evaluate = clock.without(trainer.evaluate)
         train, held_out = recounted(*data, trainer, cfg)
@@ -209,10 +212,10 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
         "tracking",
         directory=record.directory,
         run_id=record.values["tracking_id"],
-        name=cfg.name,
+        run_name=cfg.name,
         sweep=sweep,
         job_type=cfg.choices.algorithm,
-        tags=[f"{group}={option}" for group, option in cfg.choices.items()],
+        choices=[f"{group}={option}" for group, option in cfg.choices.items()],
         config=redact(plain(cfg)),
     )
     return tracker or Nowhere()
@@ -228,6 +231,7 @@ def _train(trainer: Any, resume: str | None, record: Record, clock: Clock) -> No
     with stop.until_a_step_ends():
         output = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = clock.seconds  # without evaluations
+    check_stepped(trainer.state)
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     check_finite(trainer.model.named_parameters(), trainer.state.global_step)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,47 @@ def test_run_is_the_runner(tmp_path: Path) -> None:
     wrong = lora_exp("run", "peft.r=0", f"hydra.run.dir={tmp_path}/run")
     assert wrong.returncode == 1
     assert "peft.r: 0 is no rank" in wrong.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert lora_exp("--version").stdout.strip() == version("lora-exp")
+
+
+COMPLETING = "import sys; sys.argv[0] = 'lora-exp'\nfrom lora_exp.cli import main; main()"
+
+
+def test_a_shell_completes_what_follows_run() -> None:
+    environment = {"_LORA_EXP_COMPLETE": "complete_bash", "COMP_CWORD": "2"}
+    for typed, wanted in (("quant=n", "quant=nf4"), ("pef", "peft="), ("peft.lora_a", "alpha=")):
+        words = {"COMP_WORDS": f"lora-exp run {typed}"}
+        done = subprocess.run(
+            [sys.executable, "-c", COMPLETING],
+            env={**os.environ, **environment, **words}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert wanted in done.stdout, done.stderr
+
+
+def test_a_sweep_is_inspected_as_its_table_showed_it_and_evaluated_by_its_best(
+    trained: Trained, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    for number, overrides in enumerate((["peft.r=2"], ["peft.r=8"])):
+        shutil.copytree(trained(*overrides), sweep / str(number))
+        (sweep / str(number) / ".hydra").mkdir()
+        (sweep / str(number) / ".hydra/overrides.yaml").write_text(f"- {overrides[0]}\n")
+    found = json.loads(lora_exp("inspect", str(sweep), "--json").stdout)
+    assert found["jobs"][0]["value"] <= found["jobs"][1]["value"]
+    assert found["best"] == found["jobs"][0]["path"]
+    page = lora_exp("inspect", str(sweep))
+    assert f"best: {found['best']}" in page.stdout.replace("\n", "")
+    assert "peft.r" in page.stdout
+    told = lora_exp("evaluate", str(sweep), "--json")
+    assert told.returncode == 0, told.stderr
+    assert f"its best is {found['best']}" in told.stderr.replace("\n", "")
+    measured = json.loads(told.stdout)
+    record = json.loads((Path(found["best"]) / "run.json").read_text())
+    assert measured["data"] == record["data"]
+    assert measured["rows"] == record["counts"]["eval_rows"]
+    assert measured["results"]["adapter"]["loss"] == pytest.approx(
+        record["metrics"]["eval/loss"], abs=0.05
+    )

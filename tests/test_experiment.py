@@ -159,7 +159,7 @@ def test_a_card_loads_an_adapter_with_the_class_that_it_is_of(
     own, _ = load_adapter(saved)
     mine, theirs = (model.state_dict() for model in (own, names["model"]))
     assert mine.keys() == theirs.keys()
-    used = [key for key in mine if ".original_module." not in key]  # a head that the trained replaces
+    used = [key for key in mine if ".original_module." not in key]  # replaced
     assert all(torch.equal(mine[key].float(), theirs[key].float()) for key in used)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_exp.record.sweep import SweepTable
 from tests.conftest import QUICK, ROOT
 
 
@@ -49,6 +50,10 @@ def test_help_shows_commands_groups_and_values() -> None:
         (["peft=none", "peft.r=8"], "peft.r: exists with another option of peft"),
         (["targets=[q_proj]"], "peft.target_modules=[q_proj,v_proj]"),
         (["resume=nowhere"], "ConfigError: resume: no run in nowhere"),
+        (["-cn", "nothing"], "--config-name: there is no such config"),
+        (["data.path=mine.jsonl"], "data.path: data=demo holds out its own rows; give data=jsonl"),
+        (["algorithm.metrics=loss"], "algorithm.metrics: is a list; give algorithm.metrics=[...]"),
+        (["hydra.sweeper.params={peft.r: '4,8'}"], "this is a single run; add -m"),
         (["trian.max_steps=3"], "trian.max_steps: no such key (did you mean train"),
     ],
 )
@@ -153,3 +158,50 @@ def test_a_reward_that_fails_leaves_its_traceback_in_the_log(tmp_path: Path) -> 
     assert "RewardError: reward" in done.stderr
     assert "Traceback" not in done.stderr
     assert 'mine.py", line 2, in reward' in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_several_processes_of_torchrun_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    began = time.perf_counter()
+    done = cli(cwd=tmp_path)
+    assert (done.returncode, time.perf_counter() - began < 10) == (1, True)
+    assert done.stderr.startswith("ConfigError: WORLD_SIZE: 2: a run trains in one process")
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_that_sweep_are_not_swept_over(tmp_path: Path) -> None:
+    done = cli("-m", "experiment=rank_sweep,module_sweep", "tracking=none", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "hydra.sweeper.params" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("multirun/*/*/*/run.json"))
+
+
+def test_other_launchers_take_the_job_and_the_table_is_there(tmp_path: Path) -> None:
+    """Basic runs it here, as joblib and submitit do in processes that get it as a pickle."""
+    import pickle
+
+    from lora_exp.__main__ import job
+
+    assert pickle.loads(pickle.dumps(job)) is job
+    command = ["-m", "hydra/launcher=basic", "peft.r=2,4", "tracking=none", *QUICK]
+    done = cli(*command, "hydra.sweep.dir=a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "a/b/summary.json").read_text())
+    table = SweepTable()
+    table.folder, table.elsewhere, table.rows = tmp_path / "a/b", True, []
+    table.gather()
+    assert [(r["job"], r["objective"], r["overrides"]) for r in table.rows] == [
+        (r["job"], r["objective"], r["overrides"]) for r in rows
+    ]
+
+
+def test_a_checkpoint_to_go_on_from_names_its_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "r/checkpoints/checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "r/config.yaml").touch()
+    done = cli(f"resume={checkpoint}", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"is a checkpoint; resume={tmp_path}/r goes on from the run's newest" in done.stderr

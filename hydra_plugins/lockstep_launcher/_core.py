@@ -19,14 +19,15 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lora_exp.config.overrides import parted
+from lora_exp.config.sweeping import too_long
 from lora_exp.config.validation import settled
-from lora_exp.errors import Interrupted, LoraExpError
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
 from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
 from lora_exp.record.contents import CHANGED, changed
 from lora_exp.record.standing import doubt, doubted, mark, set_aside, standing
-from lora_exp.record.sweep import SweepTable, write_command
+from lora_exp.record.sweep import SUMMARY, SweepTable, write_command
 from lora_exp.training.interruption import stop
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def launch(
         ]
         made = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
         if ours:
+            _check_place(made, len(jobs), Path(str(hydra.sweep.dir)))
             show(made)
             refused = any(job.error for job, _ in made.at_once)
             write_command(Path(str(hydra.sweep.dir)), hydra, keep=refused)
@@ -88,13 +90,30 @@ def _composed(
         if ours:  # Hydra's own word for keys that tell no job from another
             config.hydra.job.config.override_dirname.exclude_keys += common
     directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+    if faults := list(too_long(directory)):
+        raise ConfigError(faults)
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = str(directory.absolute())
     try:
-        found = settled(without_hydra(config), config.hydra) if ours else None
+        master = launcher.config.hydra
+        found = settled(without_hydra(config), config.hydra, master) if ours else None
     except LoraExpError as error:  # the job itself will say so too, in its own directory
         return Job(number, config, None, directory, tuple(overrides), error)
     return Job(number, config, found, directory, tuple(overrides))
+
+
+def _check_place(made: Plan, count: int, folder: Path) -> None:
+    """Refuse a launch into the directory of another sweep, before it writes anything there.
+
+    Raises:
+        ConfigError: a job's directory holds another run, or no job can run where a sweep lies.
+    """
+    refused = [(job, job.error) for job, _ in made.at_once if job.error is not None]
+    held = [(job, error) for job, error in refused if isinstance(error, OccupiedError)]
+    if held or (len(refused) == count and (folder / SUMMARY).is_file()):
+        if SweepTable.current is not None:
+            SweepTable.current.withdraw()
+        raise ConfigError((f"job {job.number}", str(error)) for job, error in held or refused)
 
 
 class _Launch:

@@ -169,6 +169,7 @@ def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
         names = list(wanted)
         check_names(model, "peft.target_modules", names)
         return sorted(names)
+    wanted = "all_linear" if wanted == "all-linear" else wanted  # as peft writes it
     if wanted not in ROLES:
         near = did_you_mean(wanted, [*ROLES, *_last_names(model)])
         raise TargetError(

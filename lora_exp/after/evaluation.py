@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -15,13 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_exp.after.loading import Loaded, check_apart, load, load_base
 from lora_exp.after.output import check_file
-from lora_exp.after.saved import find
+from lora_exp.after.saved import Saved, find
+from lora_exp.config.door import build
 from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
 from lora_exp.data.tokens import IGNORED, tokenise
@@ -49,7 +51,7 @@ class Held:
 
 def evaluate(
     path: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     base: str | None = None,
     quant: str | None = None,
     max_new_tokens: int = 64,
@@ -61,7 +63,8 @@ def evaluate(
 
     Args:
         path: a run, an adapter or a whole model; a reward model is measured on pairs.
-        data: JSON Lines, or a glob, of any format that training takes.
+        data: JSON Lines, or a glob, of any format that training takes; None: the rows that its
+            run held out.
         base: where the base lies, if not where the adapter says.
         quant: how to hold the base; None: as its run did.
         max_new_tokens: of each greedy answer.
@@ -83,12 +86,9 @@ def evaluate(
         raise ExtraError(f'{" and ".join(missing)} missing: pip install "lora-exp[eval]"')
     quiet()
     if out is not None:
-        check_file(Path(out).expanduser(), force, str(data))
+        check_file(Path(out).expanduser(), force, str(data or ""))
     saved = find(path)
-    rows = jsonl(
-        str(data), eval_path=None, eval_share=0.0, format="auto", max_rows=None,
-        max_eval_rows=None, chat_template=None, on_error="raise",
-    )  # fmt: skip
+    rows = _held_out(saved) if data is None else _read(str(data))
     check_apart(saved)
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:
@@ -117,6 +117,33 @@ def evaluate(
     if out is not None:
         write_whole(Path(out).expanduser(), dumps(found, indent=1) + "\n")
     return found
+
+
+def _read(data: str) -> Rows:
+    return jsonl(
+        data, eval_path=None, eval_share=0.0, format="auto", max_rows=None, max_eval_rows=None,
+        chat_template=None, on_error="raise",
+    )  # fmt: skip
+
+
+def _held_out(saved: Saved) -> Rows:
+    """Return the rows that a run held out, as those to measure on.
+
+    Raises:
+        SavedError: there is no run beside it, or it held nothing out, or its rows have changed.
+    """
+    if not saved.settings:
+        raise SavedError(f"{saved.folder} has no run beside it; name rows with --data")
+    # what a file trusts is not trusted
+    cfg = OmegaConf.create(saved.settings | {"trusted_targets": []})
+    rows: Rows = build(cfg, "data")
+    if not rows.eval:
+        raise SavedError(f"{saved.run} held no rows out; name some with --data")
+    known = saved.record.get("data") or {}
+    if changed := [name for name, now in rows.source.items() if known.get(name, now) != now]:
+        text = f"{', '.join(changed)} changed since {saved.run} was trained"
+        raise SavedError(f"{text}; name rows with --data")
+    return replace(rows, train=rows.eval, eval=[])
 
 
 def _answering(

@@ -15,6 +15,8 @@ from lora_exp.adapter.untrusted import Search, read_weights
 from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.paths import asset
+from lora_exp.record.standing import described
+from lora_exp.record.sweep import best, read_rows
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")
@@ -33,8 +35,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
         AdapterError: the weights are no numbers.
     """
     folder = asset(str(path))
-    if (found := jobs(folder)) and not (folder / "run.json").is_file():
-        return {"kind": "sweep", "path": str(folder), "jobs": [_job(job) for job in found]}
+    if jobs(folder) and not (folder / "run.json").is_file():
+        winner, found = best(folder), [_job(folder / row["job"]) for row in read_rows(folder)]
+        return {
+            "kind": "sweep", "path": str(folder), "best": winner and str(winner), "jobs": found,
+        }  # fmt: skip
     saved = find(folder)
     facts = _adapter(saved) if saved.adapter is not None else _model(saved)
     return {"path": str(saved.folder), **facts, "run": _run(saved), "files": _files(saved.folder)}
@@ -158,7 +163,8 @@ def _run(saved: Saved) -> dict[str, Any] | None:
     if saved.run is None:
         return None
     keys = ("name", "status", "choices", "objective", "metrics", "counts", "data", "versions")
-    return {"path": str(saved.run)} | {k: saved.record[k] for k in keys if k in saved.record}
+    known = {k: saved.record[k] for k in keys if k in saved.record}
+    return {"path": str(saved.run)} | known | {"standing": described(saved.run)}
 
 
 def _files(folder: Path) -> dict[str, int]:

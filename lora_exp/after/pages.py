@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.record.console import facts, short, size
+from lora_exp.record.sweep import drawn, read_rows
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest
@@ -101,7 +103,7 @@ def _cell(norm: float | None, largest: float) -> Text:
 
 
 def _run(run: Mapping[str, Any]) -> Table:
-    lines = {"path": run["path"], "name": run.get("name"), "status": run.get("status")}
+    lines = {"path": run["path"], "name": run.get("name"), "status": run.get("standing")}
     lines["chosen"] = ", ".join(f"{k}={v}" for k, v in (run.get("choices") or {}).items())
     lines["data"] = ", ".join(
         f"{name} ({known[:19]})" for name, known in (run.get("data") or {}).items()
@@ -111,15 +113,10 @@ def _run(run: Mapping[str, Any]) -> Table:
     return facts("run", {key: str(value) for key, value in lines.items() if value})
 
 
-def _sweep(found: Mapping[str, Any]) -> Table:
-    table = Table(title=Text(found["path"]), title_justify="left", title_style="bold", box=None)
-    for column in ("run", "name", "status", "objective", "value"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    for job in found["jobs"]:
-        value = short(job["value"]) if job["value"] is not None else ""
-        told = (job["path"], job["name"], job["status"], job["objective"], value)
-        table.add_row(*(Text(str(cell or "")) for cell in told))
-    return table
+def _sweep(found: Mapping[str, Any]) -> RenderableType:
+    folder = Path(found["path"])
+    table = drawn(folder, read_rows(folder))
+    return Group(table, Text(f"best: {found['best'] or 'no job has finished'}"))
 
 
 def examination(found: Mapping[str, str | None]) -> Table:

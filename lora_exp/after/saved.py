@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +22,9 @@ from lora_exp.config.validation import TASKS
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from lora_exp.files.paths import asset, near_names
 from lora_exp.files.revision import comparable, is_commit, named
+from lora_exp.record.sweep import best
 
+log = logging.getLogger("lora_exp")
 CHECKPOINT = "checkpoint-"
 RECORD = "merge.json"  # of what a merged model was made
 # what a run's config may say of how its base is held: settings, never what else to call
@@ -93,8 +96,8 @@ def find(path: str | Path) -> Saved:
     """Return what was saved at a path.
 
     Args:
-        path: an adapter, a whole model, a checkpoint, or a run: its result, or its newest whole
-            checkpoint where it has not ended.
+        path: an adapter, a whole model, a checkpoint, a run (its result, or its newest whole
+            checkpoint where it has not ended), or a sweep (its best run).
 
     Raises:
         SavedError: there is nothing of the kind, or it is damaged.
@@ -114,7 +117,7 @@ def find(path: str | Path) -> Saved:
         near = near_names(folder)
         raise SavedError(f"{path} does not exist{near}")
     if jobs(folder):
-        raise SavedError(f"{path} is a sweep of {len(jobs(folder))} runs; name one of them")
+        return _of_sweep(folder)
     there = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else "a file"
     text = "is no adapter (adapter_config.json), model (config.json) or run (run.json)"
     raise SavedError(f"{path} {text}; there is {there or 'nothing'}")
@@ -180,6 +183,14 @@ def _adapter(folder: Path) -> Saved:
     if folder.name.startswith(CHECKPOINT):
         _check_whole(folder)
     return Saved(folder, config, _run_of(folder))
+
+
+def _of_sweep(folder: Path) -> Saved:
+    winner = best(folder)
+    if winner is None:
+        raise SavedError(f"{folder} is a sweep of which no run has finished; name one of them")
+    log.warning("%s is a sweep; its best is %s", folder, winner)
+    return find(winner)
 
 
 def _of_run(run: Path) -> Saved:

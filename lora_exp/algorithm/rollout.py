@@ -22,6 +22,7 @@ from trl.trainer.utils import disable_dropout_in_model, selective_log_softmax
 from lora_exp.adapter.several import add_copy, changes_nothing, is_adapted, using
 from lora_exp.algorithm.ppo_losses import kl_estimate
 from lora_exp.data.examples import prompt_ids
+from lora_exp.errors import RewardError
 from lora_exp.model.special_tokens import end_tokens
 
 Batch = dict[str, Tensor]
@@ -162,7 +163,11 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             model.generation_config = base_model.generation_config = original
 
     def _scores(self, rows: list[dict[str, Any]], new: Tensor, mask: Tensor, mode: str) -> Tensor:
-        """Return the weighted sum of all rewards, [B]; None (not applicable) adds nothing."""
+        """Return the weighted sum of all rewards, [B]; None (not applicable) adds nothing.
+
+        Raises:
+            RewardError: no answer of a rollout to learn from has a reward.
+        """
         ids = [row[row_mask.bool()].tolist() for row, row_mask in zip(new, mask, strict=True)]
         texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
         prompts = [row["prompt"] for row in rows]
@@ -172,7 +177,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         ]
         ours = ("prompt", "completions", "completion_ids")
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ours}
-        total = torch.zeros(len(rows))
+        total, rewarded = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
         for function, weight in zip(self.reward_funcs, self.reward_weights, strict=True):
             values = function(
                 prompts=prompts, completions=completions, completion_ids=ids,
@@ -182,8 +187,14 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             rewards = torch.tensor(
                 [float("nan") if r is None else r for r in values], dtype=torch.float32
             )
-            self._record(mode, {f"rewards/{function.__name__}/mean": rewards.nanmean()})
+            if not rewards.isnan().all():
+                self._record(mode, {f"rewards/{function.__name__}/mean": rewards.nanmean()})
             total += weight * rewards.nan_to_num(0.0)
+            rewarded |= ~rewards.isnan()
+        if mode == "train" and not rewarded.any():
+            names = ", ".join(function.__name__ for function in self.reward_funcs)
+            text = f"gave no reward (None) to any of {len(rows)} answers"
+            raise RewardError(f"{names} {text}; nothing can be learnt from that")
         self._record(mode, {"reward": total.mean(), "reward_std": total.std(correction=0)})
         return total
 

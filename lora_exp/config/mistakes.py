@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_exp.config.door import CONF
+from lora_exp.config.signature import signature
+from lora_exp.config.words import key_hint, option_hint
 from lora_exp.errors import ConfigError, LoraExpError, did_you_mean
 
 
@@ -38,6 +40,8 @@ def mistake(error: Exception) -> LoraExpError | None:
         return ConfigError([(ours[1], ours[2])])
     if wrong := re.search(r"Could not override '([^']+)'", text):
         return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
+    if lost := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        return ConfigError([(lost[1], _nothing_to_delete(lost[1]))])
     if several := re.search(r"Ambiguous value for argument '([^=]+)=", text):
         key = several[1]
         listed = f", {key}=[A,B] is a list" if "." in key else ""
@@ -54,8 +58,13 @@ def mistake(error: Exception) -> LoraExpError | None:
 
 
 def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
-    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    file = str(error.missing_cfg_file)
+    group, slash, name = file.partition("/")
+    if not slash:
+        return "--config-name", "there is no such config; leave it out"
     options = error.options or sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if hint := option_hint(group, name, options):
+        return group, f"there is no {name!r}; give {hint}"
     text = f"there is no {name!r}{did_you_mean(name, options)}; there are {', '.join(options)}"
     if group == "targets":
         text += "; a list of modules goes to the adapter: peft.target_modules=[q_proj,v_proj]"
@@ -65,14 +74,33 @@ def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
 def _no_such_key(key: str) -> str:
     """Compare a key, part by part, with what the default config has at the same place."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        node: Any = hydra.compose("config")
+        cfg = hydra.compose("config")
+    node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, DictConfig):
             return "no such key"
         if part not in node:
-            near = did_you_mean(part, map(str, node))
-            takes = "_target_" in node or key.startswith("train.")
-            more = f"; an argument that the config does not name yet: +{key}=..." if takes else ""
-            return f"no such key{near}{more}"
+            if hint := key_hint(key):
+                return f"no such key; give {hint}"
+            arguments = _arguments(cfg, key.rpartition(".")[0])
+            if part in arguments:
+                return f"an argument that the config does not name yet: +{key}=..."
+            return f"no such key{did_you_mean(part, [*map(str, node), *arguments])}"
         node = OmegaConf.select(node, part)
     return f"exists with another option of {key.partition('.')[0]}"
+
+
+def _nothing_to_delete(key: str) -> str:
+    """Hydra says of a key that is null that it does not exist."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = OmegaConf.select(hydra.compose("config"), key.rpartition(".")[0] or "_")
+    if isinstance(node, DictConfig) and key.rpartition(".")[2] in node:
+        return "is null already, which leaves it to the run; leave the ~ out"
+    return "no such key, so there is nothing to take out"
+
+
+def _arguments(cfg: DictConfig, section: str) -> list[str]:
+    """Return what the class or function of a section takes."""
+    node = OmegaConf.select(cfg, "algorithm.args" if section == "train" else section or "_")
+    known = signature(str(node.get("_target_"))) if isinstance(node, DictConfig) else None
+    return list(known.arguments) if known else []

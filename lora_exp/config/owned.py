@@ -1,6 +1,13 @@
-"""Arguments of trainers that a run sets itself, or that would have no effect, and what to say."""
+"""Arguments that a run sets itself, or that would have no effect, and words that they may be."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lora_exp.config.ranges import Fault
+from lora_exp.config.signature import members
+from lora_exp.errors import did_you_mean
 
 ONE_DEVICE = "nothing: a run trains on one device"
 PUBLISHED = "lora-exp push, which publishes what a run saved"
@@ -19,6 +26,7 @@ OWNED = {
     "resume_from_checkpoint": "resume=<the run's directory>",
     "restore_callback_states_from_checkpoint": "nothing: a run that resumes restores what it needs",
     "run_name": "name=<name>",
+    "logging_dir": "hydra.run.dir=<directory>",
     "project": "tracking.project=<name>",
     "bf16_full_eval": "model.dtype=bfloat16: evaluating would change the base's weights",
     "fp16_full_eval": "model.dtype=float16: evaluating would change the base's weights",
@@ -65,3 +73,33 @@ UNREAD = {
         "pad_token": "nothing: the tokenizer's own, or its end token",
     }
 }
+OWNED_IN_TRACKING = (
+    "directory", "run_id", "run_name", "sweep", "job_type", "choices", "config",
+)  # fmt: skip
+CHOICES = {
+    "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
+    "optim": "transformers.training_args.OptimizerNames",
+    "eval_strategy": "transformers.trainer_utils.IntervalStrategy",
+    "save_strategy": "transformers.trainer_utils.SaveStrategy",
+    "logging_strategy": "transformers.trainer_utils.IntervalStrategy",
+}
+
+
+def owned(target: str, given: dict[str, Any]) -> Iterator[Fault]:
+    """Yield a fault for each argument that belongs to the run, has no effect or is no known word.
+
+    Args:
+        target: the class of the arguments.
+        given: the trainer's, by their full keys.
+    """
+    for full, value in given.items():
+        name = full.rpartition(".")[2]
+        if name in OWNED:
+            yield full, f"belongs to the run; say {OWNED[name]}"
+        known = members(CHOICES[name]) if name in CHOICES else frozenset()
+        if known and value not in known:
+            near = did_you_mean(str(value), known)
+            yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
+        why = UNREAD.get(target, {}).get(name)
+        if why is not None:
+            yield full, f"would have no effect; say {why}"

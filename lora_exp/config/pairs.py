@@ -32,8 +32,12 @@ def pairs(cfg: DictConfig) -> Iterator[Fault]:
         yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
     if cfg.quant is not None and cfg.model.random_weights:
         yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
+    yield from _moving_reference(cfg)
     if cfg.peft is None:
         return
+    if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):
+        text = "adalora moves its ranks, and its checkpoints do not hold all that takes; give false"
+        yield "train.load_best_model_at_end", text
     start = initialization(cfg.peft)
     for kind in ("dora", start) if cfg.peft.get("use_dora") else (start,):
         if quant in REFUSED.get(kind, {}):
@@ -58,6 +62,18 @@ def pairs(cfg: DictConfig) -> Iterator[Fault]:
     if prompts and cfg.algorithm.args.get("packing"):
         text = "behind trained virtual tokens packed rows would see each other; give false"
         yield "algorithm.args.packing", text
+
+
+def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:
+    args, key = cfg.algorithm.args, "algorithm.args.sync_ref_model"
+    if not args.get("sync_ref_model"):
+        return
+    if cfg.peft is not None:
+        yield key, "the reference is the base without its adapter, and cannot move; peft=none"
+    if args.get("precompute_ref_log_probs"):
+        yield key, "what is computed before training cannot move; precompute_ref_log_probs=false"
+    if args.get("beta") == 0:
+        yield key, "with beta 0 there is no reference"
 
 
 def _several(cfg: DictConfig) -> bool:

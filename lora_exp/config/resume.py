@@ -45,6 +45,9 @@ def continued(
         key = parted(override)[0].replace("/", ".")
         if ITSELF.match(key):
             continue
+        if override.startswith("~"):
+            faults.append((key, "is the run's, and cannot be taken out of it; leave it out"))
+            continue
         if "@" in key:
             faults.append((key, "puts an option where the run has its own; leave it out"))
             continue

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_exp.config.deletions import restored
 from lora_exp.config.door import first_named, plain, renamed
 from lora_exp.config.keep import LOADED, kept
 from lora_exp.config.overrides import parted
@@ -38,7 +39,13 @@ UNNAMED = re.compile(
 
 
 def product(*factors: float) -> float:
-    """Multiply rates; rounded so that 2e-5 * 10 reads 0.0002 in every file."""
+    """Multiply numbers; rounded so that 2e-5 * 10 reads 0.0002 in every file.
+
+    Returns:
+        A whole number where all factors are: `${product:2,${peft.r}}` is an alpha.
+    """
+    if all(isinstance(factor, int) for factor in factors):
+        return math.prod(factors)
     return float(f"{math.prod(float(factor) for factor in factors):.12g}")
 
 
@@ -49,6 +56,10 @@ def run_dir(resume: str | None) -> str:
         ConfigError: there is no run to continue.
     """
     if resume and not (Path(resume) / "config.yaml").is_file():
+        own = Path(resume).resolve().parent.parent
+        if Path(resume).is_dir() and (own / "config.yaml").is_file():
+            text = f"{resume} is a checkpoint; resume={own} goes on from the run's newest"
+            raise ConfigError([("resume", text)])
         near = near_names(Path(resume))
         raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
@@ -88,6 +99,8 @@ def settle(
     if apart := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in apart)
+    _check_demo(choices, overrides)
+    cfg = restored(cfg, choices, overrides)
     try:
         missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -101,6 +114,14 @@ def settle(
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or _name(values, overrides, set(common))
     return _freeze(values)
+
+
+def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Refuse rows of one's own beside the demo's: its held-out rows would measure them."""
+    keys = {parted(override)[0] for override in overrides}
+    if "data.path" in keys and "data.eval_path" not in keys and choices["data"] == "demo":
+        text = "data=demo holds out its own rows; give data=jsonl data.path=..., or data.eval_path"
+        raise ConfigError([("data.path", f"{text}, too")])
 
 
 def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
@@ -151,6 +172,9 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str])
             continue
         if redact_text(override) != override:
             continue
+        if override.startswith("~"):
+            parts.append(f"without_{key.rpartition('.')[2]}")
+            continue
         value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
         parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
     name = ""
@@ -164,9 +188,35 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str])
 
 def fingerprint(cfg: DictConfig) -> str:
     """Return the SHA-256 of what a config computes: equal configs give equal adapters."""
+    return fingerprints(cfg)[0]
+
+
+def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """Return a config's fingerprint, and the one that earlier versions wrote for it.
+
+    Args:
+        cfg: the run's.
+        limits: other values of `train`, such as the limit of a run that was trained longer.
+
+    Returns:
+        The fingerprint, in which 0 and 0.0 are one; then the one in which they were two.
+    """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
+    values["train"] |= limits or {}
     if not values["train"].get("load_best_model_at_end"):
         told = re.compile(r"(logging|save|eval)_")  # reports shape nothing
         values["train"] = {k: v for k, v in values["train"].items() if not told.match(k)}
-    return hashlib.sha256(json.dumps(first_named(values), sort_keys=True).encode()).hexdigest()
+    values = first_named(values)
+    texts = (json.dumps(each, sort_keys=True) for each in (_whole(values), values))
+    now, before = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return now, before
+
+
+def _whole(values: Any) -> Any:
+    """Return nested dicts and lists with whole numbers as such, also where they end in .0."""
+    if isinstance(values, Mapping):
+        return {key: _whole(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_whole(value) for value in values]
+    return int(values) if isinstance(values, float) and values.is_integer() else values

@@ -6,7 +6,7 @@ Knows nothing of configs; `validation.py` compares them with what is found here.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ class Signature:
     module: str
     arguments: dict[str, ast.expr | None]  # name -> annotation
     open: bool  # takes **kwargs: a misspelt argument would vanish
+    defaults: dict[str, ast.expr] = field(default_factory=dict)  # those that have one
 
 
 @cache
@@ -97,17 +98,28 @@ def _signature(module: str, node: Definition) -> Signature:
     if init is not None:
         return _from_function(module, init, skip=1)
     arguments: dict[str, ast.expr | None] = {}
+    defaults: dict[str, ast.expr] = {}
     for base in node.bases:
         found = _find(module, base.id) if isinstance(base, ast.Name) else None
         if found:
             inherited = _signature(*found)
             arguments |= inherited.arguments
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            if "ClassVar" in ast.unparse(field.annotation) or _not_init(field.value):
+            defaults |= inherited.defaults
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            if "ClassVar" in ast.unparse(line.annotation) or _not_init(line.value):
                 continue
-            arguments[field.target.id] = field.annotation
-    return Signature(module, arguments, open=False)
+            arguments[line.target.id] = line.annotation
+            defaults |= _default(line.target.id, line.value)
+    return Signature(module, arguments, open=False, defaults=defaults)
+
+
+def _default(name: str, value: ast.expr | None) -> dict[str, ast.expr]:
+    """Return the default of a dataclass's field, where it is written down."""
+    if not isinstance(value, ast.Call):
+        return {name: value} if value is not None else {}
+    written = [k.value for k in value.keywords if k.arg == "default"]
+    return {name: written[0]} if written else {}
 
 
 def _not_init(value: ast.expr | None) -> bool:
@@ -122,7 +134,11 @@ def _from_function(module: str, node: ast.FunctionDef, skip: int) -> Signature:
     positional = [*spec.posonlyargs, *spec.args][skip:]
     every = [*positional, *spec.kwonlyargs]
     arguments = {a.arg: _unaliased(module, a.annotation) for a in every}
-    return Signature(module, arguments, open=spec.kwarg is not None)
+    last = positional[len(positional) - len(spec.defaults) :]
+    defaults = dict(zip((a.arg for a in last), spec.defaults, strict=True))
+    keywords = zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+    defaults |= {a.arg: value for a, value in keywords if value is not None}
+    return Signature(module, arguments, open=spec.kwarg is not None, defaults=defaults)
 
 
 def _unaliased(module: str, annotation: ast.expr | None) -> ast.expr | None:
@@ -159,6 +175,21 @@ def compared(target: str, name: str) -> frozenset[str]:
             inside = [n for side in node.comparators for n in ast.walk(side)]
             texts |= {n.value for n in inside if isinstance(n, ast.Constant)}
     return frozenset(text for text in texts if isinstance(text, str))
+
+
+@cache
+def texts(target: str) -> frozenset[str]:
+    """Return every text written in the source of a class, and of those that it stands on."""
+    module, _, own = target.rpartition(".")
+    found = _find(module, own)
+    if found is None:
+        return frozenset()
+    nodes = ast.walk(found[1])
+    inside = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for base in found[1].bases if isinstance(found[1], ast.ClassDef) else ():
+        if isinstance(base, ast.Name) and base.id != own:
+            inside |= texts(f"{found[0]}.{base.id}")
+    return frozenset(inside)
 
 
 @cache

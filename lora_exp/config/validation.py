@@ -14,13 +14,17 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lora_exp.config.arguments import arguments
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
-from lora_exp.config.owned import OWNED, UNREAD
+from lora_exp.config.learning import learning
+from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned
 from lora_exp.config.pairs import pairs
 from lora_exp.config.ranges import Fault, is_number, ranges
 from lora_exp.config.settled import settle
-from lora_exp.config.signature import compared, fits, members, signature
+from lora_exp.config.signature import compared, fits, signature
 from lora_exp.config.start import adapter_config
+from lora_exp.config.sweeping import sweeping
+from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.files.paths import asset, is_path, near_names
@@ -46,22 +50,17 @@ KEYS = {
         "trainer", "args",
     ),
 }  # fmt: skip
+LISTS = ("trusted_targets", "algorithm.metrics", "tracking.tags")
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
-CHOICES = {
-    "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
-    "optim": "transformers.training_args.OptimizerNames",
-    "eval_strategy": "transformers.trainer_utils.IntervalStrategy",
-    "save_strategy": "transformers.trainer_utils.SaveStrategy",
-    "logging_strategy": "transformers.trainer_utils.IntervalStrategy",
-}
 
 
-def settled(cfg: DictConfig, about: DictConfig) -> DictConfig:
+def settled(cfg: DictConfig, about: DictConfig, master: DictConfig | None = None) -> DictConfig:
     """Return the settled config of a job that Hydra composed, or say all that is wrong with it.
 
     Args:
         cfg: the job's, without Hydra's own section.
         about: that section.
+        master: that section of the whole sweep, in a sweep.
 
     Raises:
         ConfigError: every fault of the config at once.
@@ -69,7 +68,10 @@ def settled(cfg: DictConfig, about: DictConfig) -> DictConfig:
     choices = OmegaConf.to_container(about.runtime.choices)
     common = list(about.job.config.override_dirname.exclude_keys)  # a sweep's launcher knows them
     overrides = list(about.overrides.task)
-    return validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
+    ready = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
+    if faults := list(sweeping(about, master, ready.goal)):
+        raise ConfigError(faults)
+    return ready
 
 
 def validate(cfg: DictConfig) -> DictConfig:
@@ -82,7 +84,8 @@ def validate(cfg: DictConfig) -> DictConfig:
     faults = list(_shape(cfg))
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*ranges(cfg), *_algorithm(cfg), *pairs(cfg), *_files(cfg)]
+        faults += [*ranges(cfg), *learning(cfg), *arguments(cfg), *_algorithm(cfg)]
+        faults += [*pairs(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -91,6 +94,10 @@ def validate(cfg: DictConfig) -> DictConfig:
 
 def _shape(cfg: DictConfig) -> Iterator[Fault]:
     """Check that there is something to check."""
+    for key in LISTS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not isinstance(value, ListConfig):
+            yield key, f"is a list; give {key}=[...]"
     for key in SECTIONS:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
             yield key, "is not a section; choose an option of its group, or leave it"
@@ -108,7 +115,9 @@ def _keys(cfg: DictConfig) -> Iterator[Fault]:
         for key in map(str, OmegaConf.select(cfg, section) if section else cfg):
             if key not in known:
                 full = f"{section}.{key}".lstrip(".")
-                yield full, f"nothing reads this key{did_you_mean(key, known)}"
+                hint = key_hint(full)
+                near = f"; give {hint}" if hint else did_you_mean(key, known)
+                yield full, f"nothing reads this key{near}"
 
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
@@ -119,33 +128,16 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             continue
         node = _select(values, key)
         given = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
+        if key == "tracking":
+            own = [name for name in given if name.rpartition(".")[2] in OWNED_IN_TRACKING]
+            yield from ((name, "belongs to the run; leave it out") for name in own)
         if key == "algorithm.args":
             twice = sorted(node.keys() & values["train"].keys())
             yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
             given |= {f"train.{k}": v for k, v in values["train"].items()}
-            yield from _trainer_arguments(given)
-            yield from _unread(target, given)
+            yield from owned(target, given)
             given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
         yield from _against(target, key, given)
-
-
-def _trainer_arguments(given: dict[str, Any]) -> Iterator[Fault]:
-    for full, value in given.items():
-        name = full.rpartition(".")[2]
-        if name in OWNED:
-            yield full, f"belongs to the run; say {OWNED[name]}"
-        known = members(CHOICES[name]) if name in CHOICES else frozenset()
-        if known and value not in known:
-            near = did_you_mean(str(value), known)
-            yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
-
-
-def _unread(target: str, given: dict[str, Any]) -> Iterator[Fault]:
-    """Refuse arguments that would have no effect."""
-    for full in given:
-        why = UNREAD.get(target, {}).get(full.rpartition(".")[2])
-        if why is not None:
-            yield full, f"would have no effect; say {why}"
 
 
 def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
@@ -159,7 +151,9 @@ def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
     for full, value in given.items():
         name = full.rpartition(".")[2]
         if name not in found.arguments:
-            near = did_you_mean(name, found.arguments)
+            hint = key_hint(full) or ""
+            other = hint.startswith("peft.") and hint[5:].rstrip("=.") not in found.arguments
+            near = f"; give {hint}" if hint and not other else did_you_mean(name, found.arguments)
             yield full, f"{target} has no such argument{near}"
         elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
             yield full, f"{value!r} {_not(value, found.arguments[name])}"

@@ -33,6 +33,18 @@ def hold(file: Path, wait: bool = False) -> FileLock:
     return lock
 
 
+def in_use(directory: Path) -> bool:
+    """Say whether a process holds a directory now."""
+    file = directory / ".lock"
+    if not file.is_file():
+        return False
+    try:
+        hold(file).release()
+    except Timeout:
+        return True
+    return False
+
+
 class Lock:
     """A lock on a directory, held until `release` or until the process ends."""
 

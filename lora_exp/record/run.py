@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import secrets
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ class Record:
             else:
                 self.values = {
                     "name": cfg.name,
-                    "tracking_id": secrets.token_hex(4),
+                    # an agent's run is this run, everywhere
+                    "tracking_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
                     "date": date.today().isoformat(),  # what chat templates that write it get
                     "choices": plain(cfg.choices),
                     "metrics": {},

@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.settled import fingerprint
-from lora_exp.errors import ConfigError
+from lora_exp.config.resume import LONGER
+from lora_exp.config.settled import fingerprints
+from lora_exp.errors import ConfigError, OccupiedError
+from lora_exp.files.lock import in_use
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
+from lora_exp.record.contents import CHANGED
 
 FAILED = ("failed", "diverged")
+ASIDE = re.compile(rf"\.(not-proven-equal|{CHANGED})\d*$")  # names of directories set aside
 
 
 def standing(directory: Path, cfg: DictConfig) -> str | None:
     """Return the status of this run if the directory has it, or None if the directory has no run.
 
+    A run that was trained longer than asked is still this run. One that is finished, and now asked
+    to be longer, counts as interrupted.
+
     Raises:
-        ConfigError: the directory holds another run.
+        OccupiedError: the directory holds another run.
+        ConfigError: its record cannot be read.
     """
     path = directory / "run.json"
     if not path.is_file():
@@ -35,10 +46,46 @@ def standing(directory: Path, cfg: DictConfig) -> str | None:
     except (ValueError, KeyError) as error:
         text = f"{path} cannot be read ({error}); move {directory} away to run the job anew"
         raise ConfigError([("hydra.sweep.dir", text)]) from error
-    if known[0] != fingerprint(cfg):
+    if known[0] in fingerprints(cfg):
+        return known[1]
+    saved = limits(directory)
+    pairs = [(value, cfg.train[key]) for key, value in saved.items() if value != cfg.train[key]]
+    if known[0] not in fingerprints(cfg, saved) or any(min(pair) <= 0 for pair in pairs):
         text = f"{directory} holds another run ({known[2]}); take another directory"
-        raise ConfigError([("hydra.sweep.dir", text)])
-    return known[1]
+        raise OccupiedError([("hydra.sweep.dir", text)])
+    longer = any(asked > was for was, asked in pairs)
+    return "interrupted" if longer and known[1] == "finished" else known[1]
+
+
+def limits(directory: Path) -> dict[str, Any]:
+    """Return the limits of a run's training, which can be raised when it goes on."""
+    path = directory / "config.yaml"
+    train = OmegaConf.load(path).train if path.is_file() else {}
+    names = (key.rpartition(".")[2] for key in LONGER)
+    return {name: train[name] for name in names if name in train}
+
+
+def farthest(directory: Path, cfg: DictConfig) -> dict[str, Any]:
+    """Return the limits with which a job goes on: those asked for, or the run's own if longer."""
+    return {name: max(value, cfg.train[name]) for name, value in limits(directory).items()}
+
+
+def described(directory: Path) -> str:
+    """Return a run's status for people: one that says `running` may have been killed."""
+    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    if values["status"] != "running" or in_use(directory):
+        return str(values["status"])
+    return f"killed at step {_last_step(directory)}; resume={directory}"
+
+
+def _last_step(directory: Path) -> int:
+    """Return the last step that was logged."""
+    path = directory / "metrics.jsonl"
+    step = 0
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        with suppress(ValueError):  # cut off while it was written
+            step = max(step, int(json.loads(line)["step"]))
+    return step
 
 
 def objective(directory: Path) -> float:

@@ -6,20 +6,29 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.overrides import parted
-from lora_exp.errors import ConfigError
+from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
+from lora_exp.record.standing import ASIDE, described
 
-COMMAND = "sweep.json"
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COMMAND, SUMMARY, HYDRAS = "sweep.json", "summary.json", "multirun.yaml"
+TRIAL = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+HERE = "hydra_plugins.lockstep_launcher"  # a launcher whose callbacks live in this process
 
 
 class SweepTable(Callback):
@@ -33,11 +42,36 @@ class SweepTable(Callback):
     def __init__(self) -> None:
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
+        self.elsewhere, self.began, self.before = False, 0.0, b""
+        self.trial: dict[str, str] = {}
+        self.master: DictConfig | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
-        self.folder = Path(config.hydra.sweep.dir)
+        self.folder, self.master = Path(config.hydra.sweep.dir), config.hydra
+        self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(HERE)
+        self.began = time.time()
+        # of an agent's trial: several runs would all have its id
+        self.trial = {name: os.environ.pop(name) for name in TRIAL if name in os.environ}
+        kept = self.folder / HYDRAS
+        self.before = kept.read_bytes() if kept.is_file() else b""
+
+    def withdraw(self) -> None:
+        """Put back what Hydra has written over: the launch is refused before its first job."""
+        SweepTable.current = None
+        if self.before:
+            write_whole(self.folder / HYDRAS, self.before.decode())
+
+    def gather(self) -> None:
+        """Read the jobs that a launcher has run in other processes, where no callback hears us."""
+        folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
+        folders = [folder for folder in folders if not ASIDE.search(folder.name)]
+        new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
+        if not self.elsewhere or self.rows or not any(new):
+            return
+        self.rows = sorted(map(read_row, folders), key=rank)
+        write_summary(self.folder, self.rows)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Read a job's result from its directory and rewrite the summary."""
@@ -58,32 +92,52 @@ class SweepTable(Callback):
 
     def show(self) -> None:
         """Print the jobs, the best first, and the errors below them."""
-        from rich.table import Table
         from rich.text import Text
 
-        from lora_exp.record.console import console, short
+        from lora_exp.record.console import console
 
-        varying = varied(self.rows)
-        judged = {r["judged_by"] for r in self.rows if r["judged_by"]}
-        objective = judged.pop() if len(judged) == 1 else "objective"
-        shown = {"seconds": "seconds"}
-        if any("eval/exact_match" in r["metrics"] for r in self.rows):
-            shown = {"eval/exact_match": "exact match", **shown}
-        columns = ["job", *(varying or ["name"]), objective, *shown.values(), "status"]
-        table = Table(title=f"{self.folder}", title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for r in self.rows:
-            chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
-            numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
-            written = [short(n) if n is not None else "-" for n in numbers]
-            status = r["status"] + ("" if r["proven"] else ", not proven equal")
-            table.add_row(r["job"], *(Text(c) for c in chosen), *written, status)
-        console.print(table)
+        console.print(drawn(self.folder, self.rows))
         for r in self.rows:
             if r["error"]:
                 console.print(Text(f"job {r['job']}: {r['error']}"))
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
+
+
+def drawn(folder: Path, rows: list[dict[str, Any]]) -> Table:
+    """Return the table of a sweep's jobs, the best first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lora_exp.record.console import short
+
+    varying = varied(rows)
+    judged = {r["judged_by"] for r in rows if r["judged_by"]}
+    objective = judged.pop() if len(judged) == 1 else "objective"
+    shown = {"seconds": "seconds"}
+    if any("eval/exact_match" in r["metrics"] for r in rows):
+        shown = {"eval/exact_match": "exact match", **shown}
+    table = Table(title=f"{folder}", title_justify="left")
+    for column in ["job", *(varying or ["name"]), objective, *shown.values(), "status"]:
+        table.add_column(column, overflow="fold")
+    for r in rows:
+        chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
+        numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
+        written = [short(n) if n is not None else "-" for n in numbers]
+        status = r["status"] + ("" if r["proven"] else ", not proven equal")
+        table.add_row(r["job"], *(Text(c) for c in chosen), *written, Text(status))
+    return table
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a sweep's jobs from their directories, the best first."""
+    jobs = (path.parent for path in folder.glob("*/run.json"))
+    return sorted((read_row(job) for job in jobs if not ASIDE.search(job.name)), key=rank)
+
+
+def best(folder: Path) -> Path | None:
+    """Return the directory of a sweep's best job; None: no job has finished."""
+    rows = [r for r in read_rows(folder) if r["objective"] is not None]
+    return folder / rows[0]["job"] if rows else None
 
 
 def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
@@ -148,6 +202,33 @@ def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any
     }
 
 
+def read_row(directory: Path) -> dict[str, Any]:
+    """Return the table row of a job from its directory alone."""
+    path = directory / "run.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    result = JobReturn()
+    result._return_value = LoraExpError(record.get("error") or f"see {directory}/run.log")
+    if record.get("status") == "finished":
+        result._return_value = record["metrics"][record["objective"]]
+    saved = directory / ".hydra" / "overrides.yaml"
+    overrides: Any = OmegaConf.load(saved) if saved.is_file() else []
+    values = row(directory.absolute(), list(map(str, overrides)), result)
+    return values | ({"status": described(directory)} if record else {})
+
+
+def refresh(directory: Path) -> None:
+    """Renew the row of a sweep's job that went on alone, in the sweep's summary."""
+    path = directory.parent / SUMMARY
+    if not path.is_file():
+        return
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    there = [r for r in rows if r["job"] == directory.name]
+    if there and (directory / "run.json").is_file():
+        new = read_row(directory) | {"overrides": there[0]["overrides"]}
+        rows = [new if r in there else r for r in rows]
+        write_summary(directory.parent, sorted(rows, key=rank))
+
+
 def rank(row: dict[str, Any]) -> float:
     """Return a sort key: the best row first, rows without an objective last."""
     if row["objective"] is None:
@@ -163,7 +244,7 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    write_whole(folder / "summary.json", dumps(rows, indent=1) + "\n")
+    write_whole(folder / SUMMARY, dumps(rows, indent=1) + "\n")
     kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
     keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
     names = sorted({name for r in rows for name in r["metrics"]})

@@ -2,67 +2,90 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 log = logging.getLogger("lora_exp")
+PROJECT, GROUP_LENGTH, SECONDS = "lora-exp", 128, 10
+_REFUSED: list[bool] = []  # whether a server has refused a run of this process
 
 
 class Wandb:
-    """One W&B run; in mode `auto` online if there is a key, else offline.
+    """One W&B run; in mode `auto` online if there is a key and a network, else offline.
 
     Console lines, argv, code, git state, host and hardware facts are not sent.
     """
 
+    live: ClassVar[int] = 0  # runs of this process that are not finished
+
     def __init__(
         self,
-        project: str,
+        project: str | None,
         entity: str | None,
         mode: Literal["auto", "online", "offline"],
         group: str | None,
         log_adapter: bool,
+        tags: list[str] | None = None,
+        name: str | None = None,
         *,
         directory: Path,
         run_id: str,
-        name: str,
+        run_name: str,
         sweep: str | None,
         job_type: str,
-        tags: list[str],
+        choices: list[str],
         config: dict[str, Any],
     ) -> None:
         import wandb
 
-        self.wandb, self.name, self.log_adapter = wandb, name, log_adapter
-        self.data_dir = directory / "wandb"
+        said = os.environ.get
+        self.wandb, self.log_adapter = wandb, log_adapter
+        self.directory, self.data_dir = directory, directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
+        own = [*(tags or ()), *filter(None, said("WANDB_TAGS", "").split(",")), *choices]
         options: dict[str, Any] = {
-            "project": project,
+            "project": project or said("WANDB_PROJECT") or PROJECT,
             "entity": entity,
             "dir": str(directory),
             "id": run_id,
             "resume": "allow",
-            "name": name,
-            "group": group or sweep,
+            "name": name or said("WANDB_NAME") or run_name,
+            "group": _fitting(group or said("WANDB_RUN_GROUP") or sweep),
             "job_type": job_type,
-            "tags": [tag[:64] for tag in tags],
+            "tags": list(dict.fromkeys(tag.strip()[:64] for tag in own)),
             "config": config,
             "reinit": "create_new",
             "settings": self._settings(),
         }
-        place = _mode(mode, wandb)
-        try:
-            self.run = wandb.init(mode=place, **options)
-        except wandb.errors.CommError as error:
-            log.warning("W&B cannot be reached (%s); this run is logged offline", error)
-            place = "offline"
-            self.run = wandb.init(mode="offline", **options)
-        runs = directory / "wandb" / f"offline-run-*-{run_id}"  # a resumed run has several
+        self.mode = _mode(mode, wandb)
+        self.run = self._begun(options)
+        Wandb.live += 1
+        runs = directory / "wandb" / f"offline-run-*-{self.run.id}"  # a resumed run has several
         offline = f"offline; to send it: wandb sync {runs}"
-        self.place = str(self.run.url) if place == "online" else offline
+        places = {"online": str(self.run.url), "disabled": "none", "offline": offline}
+        self.place = places.get(self.mode, str(self.run.url))
+
+    def _begun(self, options: dict[str, Any]) -> Any:
+        """Begin the run; offline where the server refuses, and then all later ones, too."""
+        try:
+            return self.wandb.init(mode=self.mode, **options)
+        except self.wandb.errors.CommError as error:
+            log.warning("W&B cannot be reached (%s); runs are logged offline", error)
+        _REFUSED.append(True)
+        self.mode = "offline"
+        if Wandb.live:  # their connection stays, and it holds the id of the run that failed
+            options |= {"id": f"{options['id']}-offline"}
+        else:
+            self.wandb.teardown()
+        return self.wandb.init(mode="offline", **options)
 
     def _settings(self) -> Any:
         return self.wandb.Settings(
@@ -99,12 +122,17 @@ class Wandb:
         self.run.summary.update(summary)
         # artifacts are staged in the run's directory, so that it can be synced from elsewhere
         with _environment("WANDB_DATA_DIR", str(self.data_dir)):
-            if saved is not None and saved.name == "adapter" and self.log_adapter:
+            sends = self.log_adapter and self.mode != "disabled"
+            if saved is not None and saved.name == "adapter" and sends:
                 artifact = self.wandb.Artifact(f"{saved.name}-{self.run.id}", type="model")
                 for path in sorted(saved.iterdir()):  # add_dir would print
                     artifact.add_file(str(path))
                 self.run.log_artifact(artifact)
             self.run.finish(exit_code=1 if saved is None else 0)
+        Wandb.live -= 1
+        written = self.data_dir.glob("offline-run-*/*.wandb")
+        if self.mode == "offline" and not any(file.stat().st_size for file in written):
+            log.error("W&B wrote nothing to %s (too few open files? ulimit -n)", self.data_dir)
 
 
 @contextmanager
@@ -119,11 +147,53 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _mode(mode: str, wandb: Any) -> Any:
-    """Decide without network and without a prompt: wandb.init would raise, or block for minutes."""
-    if mode != "auto":
-        return mode
-    asked = os.environ.get("WANDB_MODE")
-    if asked:
-        return asked
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+def report_trial(variables: dict[str, str], objective: str, values: list[float]) -> None:
+    """Give a W&B sweep's trial that trained several runs their mean objective.
+
+    Args:
+        variables: what the agent had set for the trial in the environment.
+        objective: its name, the sweep's metric.
+        values: one for each run that finished.
+    """
+    import wandb
+
+    os.environ.update(variables)
+    settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
+    run = wandb.init(mode=_mode("auto", wandb), settings=settings)
+    run.log({objective: sum(values) / len(values), "runs": len(values)})
+    run.finish()
+
+
+def _fitting(group: str | None) -> str | None:
+    """Shorten a group's name to what W&B takes; long ones that begin alike stay apart."""
+    if group is None or len(group) <= GROUP_LENGTH:
+        return group
+    return f"{group[: GROUP_LENGTH - 9]}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
+
+
+def _mode(mode: str, wandb: Any) -> Any:  # a Literal of wandb
+    """Decide without a prompt: wandb.init would raise, or block for minutes without network."""
+    if mode == "auto":
+        asked = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+            asked = "disabled"
+        has_key = asked or wandb.login(prompt=False, verify=False)
+        mode = asked or ("online" if has_key else "offline")
+    if mode == "online" and (_REFUSED or not _reachable(wandb.setup().settings.base_url)):
+        return "offline"
+    return mode
+
+
+@cache
+def _reachable(url: str) -> bool:
+    """Ask once a process whether a server answers, through the proxies of the environment."""
+    try:
+        urlopen(url, timeout=SECONDS).close()
+    except HTTPError:
+        return True  # it answers
+    except (OSError, ValueError) as error:
+        if "CERTIFICATE" in str(error).upper():  # W&B has certificates of its own
+            return True
+        log.warning("W&B cannot be reached at %s (%s); runs are logged offline", url, error)
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, hashed, and marked with their run.
 
 Knows files and trainers' methods, nothing of configs. A checkpoint holds what transformers saves,
-and the rollout of trainers that have one: all that a resume bit for bit needs.
+and what it leaves out: rollouts, the encoders of trained prompts, a reference that moves.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lora_exp.adapter.untrusted import numbers_only
@@ -27,6 +29,7 @@ from lora_exp.training.interruption import stop
 
 log = logging.getLogger("lora_exp")
 MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
+TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 PREFIX = "checkpoint-"
 
 
@@ -119,7 +122,7 @@ class Checkpoints:
         if not self._ended(state):
             options["resume_from_checkpoint"] = resume_from_checkpoint
             return super().train(**options)  # type: ignore[misc]
-        self._load_from_checkpoint(resume_from_checkpoint)  # type: ignore[attr-defined]
+        self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
         self._find_best(folder.parent)
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -167,6 +170,7 @@ class Checkpoints:
             finally:
                 self._stage = None
             self._save_rollout(made)
+            self._save_left_out(made)
             if self._find_best(folder, step):
                 self.state.save_to_json(str(made / "trainer_state.json"))
             seal(made, self.owner, step)
@@ -195,7 +199,16 @@ class Checkpoints:
         best = Path(self.state.best_model_checkpoint)
         if wrong := flaw(best, self.owner):
             raise CheckpointError(f"{best}, the best, {wrong}; its weights are not taken")
-        super()._load_best_model()  # type: ignore[misc]
+        if self._trains_prompts():
+            self._load_trained(best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._trains_prompts():
+            self._load_trained(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
@@ -203,10 +216,35 @@ class Checkpoints:
         if checkpoint is not None:
             self._find_best(Path(checkpoint).parent)
             self._load_rollout(Path(checkpoint))
+            if self._moves_reference():
+                reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
+                _fill(reference.named_parameters(), Path(checkpoint) / REFERENCE)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _trains_prompts(self) -> bool:
+        """Say whether prompts are trained: peft saves what their encoder gives, not the encoder."""
+        return hasattr(self.model, "prompt_encoder")
+
+    def _moves_reference(self) -> bool:
+        return bool(getattr(self.args, "sync_ref_model", False))
+
+    def _trained(self) -> list[tuple[str, torch.Tensor]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def _load_trained(self, folder: Path) -> None:
+        _fill(self._trained(), folder / TRAINED)
+
+    def _save_left_out(self, folder: Path) -> None:
+        """Save what else the next step depends on: prompt encoders, a reference that moves."""
+        if self._trains_prompts():
+            save_file({n: p.detach().contiguous() for n, p in self._trained()}, folder / TRAINED)
+        if self._moves_reference():
+            reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
+            named = reference.named_parameters()
+            save_file({n: p.detach().contiguous() for n, p in named}, folder / REFERENCE)
 
     def _save_rollout(self, folder: Path) -> None:
         """Save the answers that trl's trainers still learn from, between two rollouts."""
@@ -221,6 +259,28 @@ class Checkpoints:
             with numbers_only(str(folder), CheckpointError):
                 saved = torch.load(folder / ROLLOUT, weights_only=True)
             self._step, self._buffered_inputs = saved["step"], saved["inputs"]
+
+
+def _fill(named: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
+    """Copy saved tensors into parameters of the same names.
+
+    Raises:
+        CheckpointError: the file, or one of them, is not there.
+    """
+    saved = load_file(path) if path.is_file() else {}
+    for name, parameter in named:
+        if name not in saved:
+            text = f"{path.parent} does not hold {name}, which trains; start a new run"
+            raise CheckpointError(text)
+        parameter.data.copy_(saved[name])
+
+
+class Intervals(TrainerCallback):  # type: ignore[misc]
+    """Callback: log, save and evaluate as asked now; a trainer's saved state has the old steps."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the steps between two logs, saves and evaluations from the arguments again."""
+        state.compute_steps(args, state.max_steps)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lora_exp.errors import AdapterError, DivergedError
+from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
 
 log = logging.getLogger("lora_exp")
 
@@ -23,13 +23,32 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             DivergedError: the loss or gradient norm is not finite; it names the step.
+            RewardError: since the last line no answer had a reward.
         """
+        if "reward" in logs and not _is_finite(logs["reward"]):
+            text = "no reward function gave any answer a reward (None) up to step"
+            raise RewardError(f"{text} {state.global_step}; nothing can be learnt from that")
         for name in ("loss", "grad_norm"):
             if name in logs and not math.isfinite(logs[name]):
                 raise DivergedError(
                     f"{name} is {logs[name]} at step {state.global_step}; try a lower"
                     " train.learning_rate, more train.warmup_steps or another quant.compute_dtype"
                 )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def check_stepped(state: Any) -> None:
+    """Refuse a training that ended before its first step.
+
+    Raises:
+        ConfigError: it made no step.
+    """
+    if state.global_step == 0:
+        text = "training ended without a step: its rows do not fill one"
+        raise ConfigError([("data", f"{text}; give more rows, or smaller batches")])
 
 
 def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:

@@ -30,7 +30,7 @@ from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
 from lora_exp.training.best import Watched
-from lora_exp.training.checkpoint import checkpointed
+from lora_exp.training.checkpoint import Intervals, checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import spare
 
@@ -68,7 +68,7 @@ def trainer_of(
         given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
     if "ref_model" in takes and adapted.method is None:
         given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
-    guards = (FiniteLoss(), GradientCheck())
+    guards = (FiniteLoss(), GradientCheck(), Intervals())
     apart = cfg.algorithm.task_type == "SEQ_2_SEQ_LM"  # its answers are tokenised apart, and end so
     tokenizer = base.tokenizer if apart else without_end(base.tokenizer)
     try:

@@ -67,7 +67,10 @@ def test_a_path_that_holds_nothing_of_the_kind_says_what_is_there(
         find(run)
     sweep = tmp_path / "sweep"
     copied(trained("peft=lora"), sweep / "0")
-    with pytest.raises(SavedError, match="is a sweep of 1 runs; name one of them"):
+    assert find(sweep).folder == sweep / "0/adapter"
+    record = json.loads((sweep / "0/run.json").read_text())
+    (sweep / "0/run.json").write_text(json.dumps(record | {"status": "failed", "error": "no"}))
+    with pytest.raises(SavedError, match="is a sweep of which no run has finished"):
         find(sweep)
 
 

@@ -9,6 +9,7 @@ from lora_exp.config.owned import OWNED, UNREAD
 from lora_exp.config.signature import signature
 from lora_exp.errors import ConfigError
 from lora_exp.lockstep.plan import APART
+from tests.config.test_validation import faults
 
 # what shapes one job's rows, batches, optimizer, loss or reports, and touches nothing of the base
 OWN_JOB = {
@@ -54,6 +55,8 @@ def test_every_argument_is_of_one_kind() -> None:
         ("+train.deepspeed=zero3.json", "a run trains on one device"),
         ("+train.bf16_full_eval=true", "would change the base's weights"),
         ("+train.run_name=x", "say name="),
+        ("+train.project=x", "say tracking.project="),
+        ("+train.output_dir=x", "say hydra.run.dir="),
         ("+algorithm.args.assistant_only_loss=true", "would have no effect; say"),
         ("+algorithm.args.truncation_mode=keep_end", "rows are cut at their end"),
     ],
@@ -62,3 +65,8 @@ def test_what_a_run_does_itself_is_refused_with_what_to_say(override: str, text:
     with pytest.raises(ConfigError, match=text) as caught:
         compose(override)
     assert caught.value.faults[0][0] == override.lstrip("+").partition("=")[0]
+
+
+@pytest.mark.parametrize("key", ["run_id", "job_type", "sweep"])
+def test_what_the_run_gives_its_tracker_is_refused(key: str) -> None:
+    assert "belongs to the run" in faults(f"+tracking.{key}=x")[f"tracking.{key}"]

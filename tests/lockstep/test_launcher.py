@@ -258,17 +258,44 @@ def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
         assert launched.wait() == 0
 
 
-def test_a_directory_of_another_run_is_not_changed(tmp_path: Path) -> None:
+def files(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("refused", [["peft.r=2,8"], ["peft.r=2,4", "seed=7"], ["peft.r=0,-1"]])
+def test_a_sweep_that_is_refused_leaves_what_lies_there_as_it_is(
+    tmp_path: Path, refused: list[str]
+) -> None:
     command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
     assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
-    held = tmp_path / "multirun/a/b/1"
-    before = {p: p.read_bytes() for p in held.rglob("*") if p.is_file()}
-    done = cli(*command, "peft.r=2,8", cwd=tmp_path)
+    before = files(tmp_path / "multirun/a/b")
+    done = cli(*command, *refused, cwd=tmp_path)
     assert done.returncode == 1
-    assert "multirun/a/b/1 holds another run" in done.stdout
-    assert {p: p.read_bytes() for p in held.rglob("*") if p.is_file()} == before
-    rows = {r["job"]: r for r in json.loads((tmp_path / "multirun/a/b/summary.json").read_text())}
-    assert (rows["1"]["status"], rows["1"]["metrics"]) == ("failed", {})
+    assert "Traceback" not in done.stderr
+    assert "job 1: " in done.stderr
+    assert files(tmp_path / "multirun/a/b") == before
+
+
+def test_a_job_trained_longer_alone_keeps_its_place_and_a_sweep_is_lengthened(
+    tmp_path: Path,
+) -> None:
+    steps = [*STEPS[:-1], "train.save_strategy=steps", "train.save_steps=3"]
+    assert cli("-m", "peft.r=2,4", *steps, "hydra.sweep.dir=a/b", cwd=tmp_path).returncode == 0
+    assert cli("resume=a/b/0", "train.max_steps=5", cwd=tmp_path).returncode == 0
+
+    def rows() -> dict[str, Any]:
+        return {r["job"]: r for r in json.loads((tmp_path / "a/b/summary.json").read_text())}
+
+    longer = rows()["0"]["objective"]
+    done = cli("resume=a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "0-1  finished before, not run again" in done.stdout
+    assert (rows()["0"]["objective"], rows()["0"]["overrides"]["peft.r"]) == (longer, "2")
+    done = cli("resume=a/b", "train.max_steps=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads((tmp_path / f"a/b/{n}/run.json").read_text()) for n in "01"]
+    assert [record["steps"] for record in records] == [5, 5]
+    assert records[1]["resumed"][0]["changes"]["train.max_steps"] == [3, 5]
 
 
 def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:

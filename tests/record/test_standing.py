@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose
-from lora_exp.config.settled import fingerprint
-from lora_exp.errors import ConfigError
+from lora_exp.config.settled import fingerprint, fingerprints
+from lora_exp.errors import ConfigError, OccupiedError
 from lora_exp.record.run import Record
-from lora_exp.record.standing import doubt, doubted, mark, set_aside, standing
+from lora_exp.record.standing import (
+    described,
+    doubt,
+    doubted,
+    farthest,
+    mark,
+    set_aside,
+    standing,
+)
 
 
 def test_a_finished_run_is_never_marked_and_an_unreadable_one_is_named(tmp_path: Path) -> None:
@@ -62,3 +70,33 @@ def test_what_is_set_aside_is_kept_under_a_name_of_its_own(tmp_path: Path) -> No
     names = ["0.not-proven-equal", "0.not-proven-equal2", "0.not-proven-equal3"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [(tmp_path / name / "run.json").read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_a_run_that_was_trained_longer_is_still_this_run(tmp_path: Path) -> None:
+    asked, longer = compose("train.max_steps=3"), compose("train.max_steps=8")
+    Record(tmp_path, longer).update(status="finished")
+    assert standing(tmp_path, asked) == "finished"
+    assert standing(tmp_path, compose("train.max_steps=9")) == "interrupted"
+    assert farthest(tmp_path, asked)["max_steps"] == 8
+    assert farthest(tmp_path, compose("train.max_steps=9"))["max_steps"] == 9
+    for other in (["train.max_steps=3", "seed=7"], ["train.max_steps=-1"]):
+        with pytest.raises(OccupiedError, match="holds another run"):
+            standing(tmp_path, compose(*other))
+
+
+def test_zero_and_zero_point_zero_are_one_run(tmp_path: Path) -> None:
+    one, other = (compose(f"train.weight_decay={zero}") for zero in ("0", "0.0"))
+    assert fingerprint(one) == fingerprint(other)
+    assert fingerprints(one)[1] != fingerprints(other)[1]
+    Record(tmp_path, one).update(status="finished", fingerprint=fingerprints(other)[1])
+    assert standing(tmp_path, other) == "finished"  # by an earlier version's fingerprint
+
+
+def test_a_killed_run_says_where_it_was_killed_and_how_it_goes_on(tmp_path: Path) -> None:
+    record = Record(tmp_path, compose("train.max_steps=9"))
+    record.log({"train/loss": 1.0}, 5)
+    assert described(tmp_path) == "running"
+    record.lock.release()
+    assert described(tmp_path) == f"killed at step 5; resume={tmp_path}"
+    record.update(status="finished")
+    assert described(tmp_path) == "finished"

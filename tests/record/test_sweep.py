@@ -11,7 +11,16 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import ConfigError
-from lora_exp.record.sweep import command, row, varied, write_command, write_summary
+from lora_exp.record.sweep import (
+    best,
+    command,
+    read_rows,
+    refresh,
+    row,
+    varied,
+    write_command,
+    write_summary,
+)
 
 
 def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
@@ -81,3 +90,36 @@ def test_a_sweeps_command_is_kept_without_what_was_for_once(tmp_path: Path) -> N
     write_command(folder, hydra("+train.hub_token=canary"), keep=False)
     with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
         command(folder)
+
+
+def finished(folder: Path, name: str, objective: float) -> Path:
+    job = folder / name
+    (job / ".hydra").mkdir(parents=True)
+    (job / ".hydra" / "overrides.yaml").write_text(f"- peft.r={name}\n- seed=1\n")
+    record = {
+        "name": name, "status": "finished", "error": None, "objective": "eval/loss",
+        "goal": "minimize", "metrics": {"eval/loss": objective},
+    }  # fmt: skip
+    (job / "run.json").write_text(json.dumps(record))
+    return job
+
+
+def test_the_table_is_read_from_directories_too_the_best_first(tmp_path: Path) -> None:
+    finished(tmp_path, "4", 2.0), finished(tmp_path, "8", 1.0)
+    rows = read_rows(tmp_path)
+    assert [r["job"] for r in rows] == ["8", "4"]
+    assert rows[0]["overrides"] == {"peft.r": "8", "seed": "1"}
+    assert best(tmp_path) == tmp_path / "8"
+    assert best(tmp_path / "8") is None
+
+
+def test_a_job_that_went_on_alone_keeps_its_place(tmp_path: Path) -> None:
+    finished(tmp_path, "4", 2.0), finished(tmp_path, "8", 1.0)
+    write_summary(tmp_path, read_rows(tmp_path))
+    record = json.loads((tmp_path / "4/run.json").read_text())
+    record["metrics"]["eval/loss"] = 0.5
+    (tmp_path / "4/run.json").write_text(json.dumps(record))
+    refresh(tmp_path / "4")
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [(r["job"], r["objective"]) for r in rows] == [("4", 0.5), ("8", 1.0)]
+    refresh(tmp_path / "4" / "none")

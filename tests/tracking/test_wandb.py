@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
+from lora_exp.tracking.wandb import _fitting
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import killed
 
@@ -113,3 +115,71 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
 
 def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]) -> None:
     assert not (quick_run().directory / "wandb").exists()
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, and a server that nobody can reach."""
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+
+
+def test_without_a_network_two_runs_are_logged_offline_at_once(
+    unreachable: None, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom lora_exp import compose, run\n"
+        f"for n in '12': run(compose(*{[*QUICK, 'samples.rows=0']!r}), sys.argv[1] + n)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be reached") == 1
+    assert time.perf_counter() - began < 80
+    for n in "12":
+        assert read(tmp_path / f"run{n}")
+
+
+@pytest.fixture
+def quick_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    def go(**environment: str) -> Callable[..., Any]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return lambda *overrides: offline_run(["samples.rows=0", *overrides], tmp_path / "run")
+
+    return go
+
+
+def test_what_the_environment_asks_for_is_obeyed(
+    quick_wandb: Callable[..., Any], tmp_path: Path
+) -> None:
+    go = quick_wandb(WANDB_PROJECT="theirs", WANDB_TAGS="one,two", WANDB_RUN_GROUP="g" * 200)
+    go("tracking.tags=[three]", "tracking.name=mine")
+    (about,) = (r["run"] for r in read(tmp_path / "run") if r["type"] == "run")
+    assert (about["project"], about["display_name"]) == ("theirs", "mine")
+    assert {"one", "two", "three", "peft=lora"} <= set(about["tags"])
+    assert len(about["run_group"]) == 128
+
+
+def test_a_disabled_wandb_logs_nothing_and_says_so(
+    quick_wandb: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick_wandb(WANDB_MODE="disabled")()
+    assert not list((tmp_path / "run").glob("wandb/*run*"))
+    assert "wandb sync" not in capsys.readouterr().out
+
+
+def test_an_agents_run_is_the_run(quick_wandb: Callable[..., Any], tmp_path: Path) -> None:
+    quick_wandb(WANDB_RUN_ID="trial7")()
+    assert json.loads((tmp_path / "run/run.json").read_text())["tracking_id"] == "trial7"
+    (about,) = (r["run"] for r in read(tmp_path / "run") if r["type"] == "run")
+    assert about["run_id"] == "trial7"
+
+
+def test_long_groups_that_begin_alike_stay_apart() -> None:
+    one, other = (_fitting("sweep/" + "x" * 200 + end) for end in "ab")
+    assert one != other
+    assert {len(one or ""), len(other or "")} == {128}
+    assert _fitting("day/time") == "day/time"

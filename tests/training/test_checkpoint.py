@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from lora_exp import compose, run
-from lora_exp.errors import CheckpointError, DivergedError
+from lora_exp.config.door import CONF
+from lora_exp.errors import CheckpointError, ConfigError, DivergedError
 from lora_exp.training.checkpoint import MANIFEST, flaw, newest, seal
 from tests.conftest import QUICK
 from tests.test_experiment import digest, killed
@@ -234,3 +235,105 @@ def test_a_best_checkpoint_that_is_damaged_is_not_taken(quick_run: Callable[...,
     killed(done.directory)
     with pytest.raises(CheckpointError, match="checkpoint-1, the best, is damaged: adapter_model"):
         run(compose(f"resume={done.directory}", "train.max_steps=4"))
+
+
+EVERY_STEP = [
+    "train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=9",
+    "train.logging_steps=1", "samples.rows=0",
+]  # fmt: skip
+BEST = [
+    "train.eval_strategy=steps", "train.eval_steps=1", "+train.load_best_model_at_end=true",
+    "+train.metric_for_best_model=eval_loss", "+train.greater_is_better=true",
+]  # fmt: skip
+METHODS = sorted(
+    path.stem for path in (CONF / "peft").glob("*.yaml") if path.stem not in ("none", "adalora")
+)
+PROJECTED = ["peft=prefix_tuning", "+peft.prefix_projection=true", "+peft.encoder_hidden_size=24"]
+LSTM = ["peft=p_tuning", "peft.encoder_reparameterization_type=LSTM"]
+
+
+@pytest.mark.parametrize(
+    "method", [[f"peft={name}"] for name in METHODS] + [PROJECTED, LSTM], ids=" ".join
+)
+def test_every_method_goes_on_bit_for_bit(
+    quick_run: Callable[..., Any], method: list[str], tmp_path: Path
+) -> None:
+    whole = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="whole")
+    cut = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="cut")
+    for step in (3, 4):
+        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
+    shutil.rmtree(cut.saved)
+    killed(cut.directory)
+    run(compose(f"resume={cut.directory}"))
+    assert digest(cut.saved) == digest(whole.saved)
+
+
+@pytest.mark.parametrize("method", [["peft=p_tuning"], PROJECTED, ["peft=ia3"]], ids=" ".join)
+def test_the_best_checkpoint_of_every_kind_is_what_is_saved(
+    quick_run: Callable[..., Any], method: list[str]
+) -> None:
+    result = quick_run(*EVERY_STEP, *BEST, *method, "train.max_steps=3")
+    first = result.directory / "checkpoints/checkpoint-1/adapter_model.safetensors"
+    assert (result.saved / "adapter_model.safetensors").read_bytes() == first.read_bytes()
+
+
+def test_adalora_does_not_promise_a_best_that_it_cannot_load() -> None:
+    with pytest.raises(ConfigError, match=r"train.load_best_model_at_end: adalora moves"):
+        compose("peft=adalora", *BEST, "train.save_strategy=steps", "train.eval_strategy=steps")
+
+
+MOVING = [
+    "+algorithm.args.sync_ref_model=true", "+algorithm.args.ref_model_sync_steps=1",
+    "+algorithm.args.ref_model_mixup_alpha=0.5", "train.learning_rate=1e-3",
+    "train.warmup_steps=0", "train.per_device_train_batch_size=4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_a_reference_that_moves_is_part_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
+    settings = [
+        "tracking=none", f"algorithm={algorithm}", "data=demo_pairs", "data.rows=16",
+        "data.eval_rows=4", "peft=none", "train.max_steps=4", *EVERY_STEP, *MOVING,
+    ]  # fmt: skip
+    whole = run(compose(*settings), tmp_path / "whole")
+    cut = run(compose(*settings), tmp_path / "cut")
+    for step in (3, 4):
+        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
+    shutil.rmtree(cut.saved)
+    killed(cut.directory)
+    run(compose(f"resume={cut.directory}"))
+    assert digest(cut.saved) == digest(whole.saved)
+
+
+def test_a_reference_that_cannot_move_is_refused() -> None:
+    pairs = ["algorithm=dpo", "data=demo_pairs", *MOVING]
+    with pytest.raises(ConfigError, match="is the base without its adapter, and cannot move"):
+        compose(*pairs)
+    with pytest.raises(ConfigError, match="what is computed before training cannot move"):
+        compose(*pairs, "peft=none", "+algorithm.args.precompute_ref_log_probs=true")
+
+
+def test_an_encoder_that_is_not_in_a_checkpoint_is_named(quick_run: Callable[..., Any]) -> None:
+    cut = quick_run(*EVERY_STEP, "peft=p_tuning", "train.max_steps=2")
+    folder = cut.directory / "checkpoints/checkpoint-2"
+    (folder / "trained.safetensors").unlink()
+    seal(folder, owner(cut.directory), 2)
+    killed(cut.directory)
+    with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
+        run(compose(f"resume={cut.directory}"))
+
+
+def test_on_resume_logs_saves_and_evaluations_follow_what_is_asked_now(
+    quick_run: Callable[..., Any],
+) -> None:
+    spare = ["samples.rows=0", "train.save_strategy=steps", "train.save_total_limit=9"]
+    often = ["train.eval_strategy=steps", "train.eval_steps=3", "train.logging_steps=3"]
+    first = quick_run(*spare, *often, "train.save_steps=3", "train.max_steps=3")
+    now = ["train.logging_steps=2", "train.save_steps=1", "train.eval_steps=2"]
+    run(compose(f"resume={first.directory}", "train.max_steps=6", *now))
+    text = (first.directory / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if line["step"] > 3]
+    assert {line["step"] for line in lines if "train/loss" in line} >= {4, 6}
+    assert {line["step"] for line in lines if "eval/loss" in line} >= {4, 6}
+    names = {path.name for path in (first.directory / "checkpoints").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (3, 4, 5, 6)}

@@ -14,8 +14,8 @@ import torch
 
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
-from lora_exp.errors import AdapterError, DivergedError
-from lora_exp.training.guards import FiniteLoss, GradientCheck
+from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
+from lora_exp.training.guards import FiniteLoss, GradientCheck, check_stepped
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
@@ -24,6 +24,20 @@ def test_the_step_and_the_number_are_named(name: str) -> None:
     FiniteLoss().on_log(None, state, None, {name: 1.0})
     with pytest.raises(DivergedError, match=f"{name} is nan at step 7; try a lower"):
         FiniteLoss().on_log(None, state, None, {name: math.nan})
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_rewards_that_are_all_none_end_the_training(value: float | None) -> None:
+    state = SimpleNamespace(global_step=2)
+    FiniteLoss().on_log(None, state, None, {"reward": 0.0, "eval_reward": None})
+    with pytest.raises(RewardError, match=r"gave any answer a reward \(None\) up to step 2"):
+        FiniteLoss().on_log(None, state, None, {"reward": value})
+
+
+def test_a_training_without_a_step_is_no_training() -> None:
+    check_stepped(SimpleNamespace(global_step=1))
+    with pytest.raises(ConfigError, match="ended without a step"):
+        check_stepped(SimpleNamespace(global_step=0))
 
 
 def test_a_run_that_diverges_stops_and_says_so(

@@ -1,0 +1,78 @@
+"""What cannot learn is refused: by its settings, or by the number of its rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.config.learning import check_rows
+from lora_exp.errors import ConfigError
+from tests.config.test_validation import faults
+
+PAIRS = ["data=demo_pairs"]
+REWARDED = ["algorithm.rewards=[lora_exp.rewards.similarity,lora_exp.rewards.exact_match]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["algorithm=dpo", *PAIRS, "algorithm.args.beta=0.0"], "algorithm.args.beta"),
+        (["algorithm=dpo", *PAIRS, "algorithm.args.beta=0", "algorithm.args.loss_type=[ipo,hinge]"],
+         "algorithm.args.beta"),
+        (["algorithm=kto", *PAIRS, "algorithm.args.beta=0"], "algorithm.args.beta"),
+        (["algorithm=kto", *PAIRS, "algorithm.args.desirable_weight=0",
+          "algorithm.args.undesirable_weight=0.0"], "algorithm.args.desirable_weight"),
+        (["algorithm=dpo", *PAIRS, "+algorithm.args.loss_weights=[0]"],
+         "algorithm.args.loss_weights"),
+        (["algorithm=ppo", *REWARDED, "+algorithm.args.reward_weights=[0,0.0]"],
+         "algorithm.args.reward_weights"),
+        (["algorithm=rloo", *REWARDED, "algorithm.args.num_generations=1"],
+         "algorithm.args.num_generations"),
+    ],
+)  # fmt: skip
+def test_settings_under_which_nothing_is_learnt_are_refused(overrides: list[str], key: str) -> None:
+    assert list(faults(*overrides)) == [key]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "algorithm=dpo",
+            *PAIRS,
+            "algorithm.args.beta=0",
+            "algorithm.args.loss_type=[sigmoid,sft]",
+        ],
+        ["algorithm=grpo", *REWARDED, "algorithm.args.beta=0"],
+        ["algorithm=ppo", *REWARDED, "+algorithm.args.reward_weights=[0,1]"],
+    ],
+)
+def test_what_still_learns_is_taken(overrides: list[str]) -> None:
+    compose(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "least"),
+    [
+        (["algorithm=grpo", *REWARDED, "train.per_device_train_batch_size=32"], 4),
+        (["algorithm=rloo", *REWARDED, "train.gradient_accumulation_steps=3"], 6),
+        (["algorithm=grpo", *REWARDED, "+algorithm.args.steps_per_generation=4",
+          "algorithm.args.num_generations=4"], 16),
+        (["algorithm=grpo", *REWARDED, "+algorithm.args.generation_batch_size=48"], 6),
+        (["+train.dataloader_drop_last=true", "train.per_device_train_batch_size=5"], 5),
+        (["algorithm=ppo", *REWARDED, "algorithm.args.num_minibatches=3"], 48),
+        (["train.per_device_train_batch_size=5"], 1),
+    ],
+)  # fmt: skip
+def test_rows_have_to_fill_a_step(overrides: list[str], least: int) -> None:
+    cfg = compose(*overrides)
+    check_rows(cfg, least)
+    with pytest.raises(ConfigError, match=f"take {least} .* for a step, and there are {least - 1}"):
+        check_rows(cfg, least - 1)
+
+
+def test_rows_that_are_to_be_packed_are_counted_once_they_are() -> None:
+    cfg = compose("+train.dataloader_drop_last=true", "algorithm.args.packing=true")
+    check_rows(cfg, 3)
+    with pytest.raises(ConfigError, match="for a step"):
+        check_rows(cfg, 3, packed=True)
