@@ -1,20 +1,20 @@
-"""The exception tree: each leaf is also the standard exception that a caller would expect.
+"""The exception tree: each leaf is also the standard exception that fits it.
 
 LoraExpError
 ├── ConfigError   (ValueError)       the config's faults, all at once
 │   └── OccupiedError               a directory that holds another run
 ├── DataError     (ValueError)       a row, file or data set that cannot be used
-├── AdapterError  (ValueError)       an adapter that cannot stand where it is put
-├── SavedError    (ValueError)       what was saved: missing, damaged, or not what was asked for
-├── HubError      (OSError)          the Hugging Face Hub that refuses, or cannot be reached
-├── RewardError   (ValueError)       a reward that fails or is no number, by function and row
+├── AdapterError  (ValueError)       an adapter that does not fit the base
+├── SavedError    (ValueError)       a saved folder: missing, damaged, or of another kind
+├── HubError      (OSError)          the Hugging Face Hub refuses, or cannot be reached
+├── RewardError   (ValueError)       a reward that fails or is not a number, by function and row
 ├── TargetError   (ValueError)       modules named for adaptation that the base does not have
 ├── ExtraError    (ImportError)      an extra of the package that is not installed
 ├── ServeError    (RuntimeError)     a server that cannot start here
 ├── CheckpointError (OSError)        a checkpoint that cannot be written, or used
-└── DivergedError (ArithmeticError)  the loss or a gradient stopped being finite
+└── DivergedError (ArithmeticError)  the loss or a gradient is not finite any more
 
-Interrupted (KeyboardInterrupt)      no error: the run was asked to stop, and can go on
+Interrupted (KeyboardInterrupt)      not an error: the run was asked to stop, and can be resumed
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from difflib import get_close_matches
 
 
 class LoraExpError(Exception):
-    """Something the user can mend; its text says what, where and how."""
+    """Something the user can fix; the text describes what, where and how."""
 
 
 class ConfigError(LoraExpError, ValueError):
-    """Every fault of a config, each a `(key, what is wrong and what would be right)`."""
+    """All faults of a config, each as `(key, what is wrong and what would be right)`."""
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
         self.faults = list(faults)
-        told = [f"{key}: {text}" for key, text in self.faults]
-        several = f"{len(told)} faults" + "".join(f"\n  {line}" for line in told)
-        super().__init__(told[0] if len(told) == 1 else several)
+        lines = [f"{key}: {text}" for key, text in self.faults]
+        listed = f"{len(lines)} faults" + "".join(f"\n  {line}" for line in lines)
+        super().__init__(lines[0] if len(lines) == 1 else listed)
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[list[tuple[str, str]]]]:
         return ConfigError, (self.faults,)  # a sweep's worker sends it to the launcher
@@ -52,11 +52,11 @@ class DataError(LoraExpError, ValueError):
 
 
 class AdapterError(LoraExpError, ValueError):
-    """An adapter that cannot stand on the base it is put on."""
+    """An adapter that does not fit the base."""
 
 
 class SavedError(LoraExpError, ValueError):
-    """A folder that holds nothing of the kind that was asked for, or only parts of it."""
+    """A saved folder that is missing, damaged, or not of the requested kind."""
 
 
 class HubError(LoraExpError, OSError):
@@ -64,7 +64,7 @@ class HubError(LoraExpError, OSError):
 
 
 class RewardError(LoraExpError, ValueError):
-    """A reward function that fails, or returns what is no reward."""
+    """A reward function fails, or returns something other than numbers."""
 
 
 class TargetError(LoraExpError, ValueError):
@@ -72,7 +72,7 @@ class TargetError(LoraExpError, ValueError):
 
 
 class ExtraError(LoraExpError, ImportError):
-    """What a command needs and a plain installation does not bring."""
+    """A package that a command needs is missing; an extra of lora-exp installs it."""
 
 
 class ServeError(LoraExpError, RuntimeError):
@@ -80,18 +80,18 @@ class ServeError(LoraExpError, RuntimeError):
 
 
 class CheckpointError(LoraExpError, OSError):
-    """A checkpoint, or what was trained, that cannot be written, or not be used."""
+    """A checkpoint or trained weights cannot be written, or cannot be used."""
 
 
 class DivergedError(LoraExpError, ArithmeticError):
-    """The loss or a gradient stopped being finite."""
+    """The loss or a gradient is not finite any more."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C asked a run to stop; what it has done is saved as far as it can be."""
+    """SIGTERM or Ctrl-C asked a run to stop; its progress is saved as far as possible."""
 
-    def __init__(self, *words: str) -> None:
-        super().__init__(*(words or ("asked to stop",)))
+    def __init__(self, *messages: str) -> None:
+        super().__init__(*(messages or ("asked to stop",)))
 
 
 def did_you_mean(wrong: str, known: Iterable[str], count: int = 3) -> str:

@@ -1,6 +1,6 @@
-"""The line that every run follows: config, base, adapter, rows, trainer, artifacts.
+"""The stages of every run, in their order: config, base, adapter, rows, trainer, artifacts.
 
-Only this module knows all stages; numbers flow outward, the config is read-only.
+Only this module knows all of them; the config is read-only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lora_exp.config.settled import run_dir
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
+from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DivergedError, Interrupted
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
@@ -37,16 +38,16 @@ from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
-from lora_exp.record.console import show
+from lora_exp.record.console import print_and_log
 from lora_exp.record.metrics import Metrics, Nowhere, Tracker
 from lora_exp.record.progress import Progression, quiet
-from lora_exp.record.run import Record, stands_on
+from lora_exp.record.run import Record, input_hashes
 from lora_exp.record.summary import announce, conclude, counts
-from lora_exp.training.best import best, saved_step
+from lora_exp.training.best import best_evaluation, saved_step
 from lora_exp.training.checkpoint import newest
 from lora_exp.training.guards import check_finite, check_stepped
 from lora_exp.training.interruption import stop
-from lora_exp.training.measure import after, before, objective
+from lora_exp.training.measure import after, before, objective_name
 from lora_exp.training.place import Alone, Place
 from lora_exp.training.trainer import tokens_trained, trainer_of
 
@@ -55,7 +56,7 @@ log = logging.getLogger("lora_exp")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves behind."""
+    """What a run returns."""
 
     objective: float
     metrics: dict[str, float]
@@ -73,14 +74,14 @@ def run(
 
     Args:
         cfg: from `compose`.
-        directory: the run's; null makes one under outputs/, or takes the one that it resumes.
+        directory: the run's; None: the one that it resumes, or a new one in outputs/.
         sweep: the sweep's name, which groups its runs.
-        place: where it trains; alone in this process unless a pack gives it a seat.
+        place: where it trains; None: alone in this process.
 
     Raises:
-        LoraExpError: what the user can mend, by name and place.
-        DivergedError: the loss stopped being finite.
-        Interrupted: SIGTERM or Ctrl-C; `resume` goes on.
+        LoraExpError: config, data or files cannot be used; the message names what to change.
+        DivergedError: the loss is no longer finite.
+        Interrupted: SIGTERM or Ctrl-C; `resume` continues the run.
     """
     quiet()
     place = place or Alone()
@@ -102,20 +103,13 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     set_seed(cfg.seed)
     base = place.base(cfg)
     _check_base(cfg, base)
-    known = stands_on(cfg, rows, base)
-    for key, found in known.items():
-        record.same(key, found)
-    record.begin()
-    set_seed(cfg.seed)  # the adapter's start does not depend on who loaded the base
+    hashes = _begin(cfg, record, rows, base)
+    set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
     set_end_tokens(base.model, base.tokenizer)
     data = prepared(shaped, base.tokenizer, adapted.model, cfg)
-    refused = {place: why for tokens in data if tokens for place, why in tokens.refused.items()}
-    rows, shaped = rows.without(refused), shaped.without(refused)
-    if warning := unending(shaped, base.tokenizer):
-        rows = replace(rows, warnings=(*rows.warnings, warning))
-    _tell_skipped(rows)
+    rows, shaped = _without_refused(rows, shaped, data, base)
     tracker = _tracker(cfg, record, sweep)
     board, clock, saved = place.board(), Clock(), None
     try:
@@ -123,38 +117,33 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         callbacks = [Metrics(record, tracker, clock), progress]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
         check_rows(cfg, len(trainer.train_dataset), packed=True)
-        clock.count = partial(tokens_trained, trainer)
-        trainer.evaluate = clock.without(trainer.evaluate)
+        _connect(clock, trainer)
         train, held_out = recounted(*data, trainer, cfg)
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        adapted = replace(adapted, trainable=trained)  # PPO adds a value
+        adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         record.update(
             place=place.name,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
-            **known,
+            **hashes,
         )
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
         samples = before(cfg, trainer, base, rows.eval, record, place)
-        judged = objective(cfg.objective, record.values["metrics"], held_out)
-        set_seed(cfg.seed)  # the training's random numbers do not depend on what was measured
+        objective = objective_name(cfg.objective, record.values["metrics"], held_out)
+        set_seed(cfg.seed)  # training draws the same numbers, whatever was measured
         _train(trainer, cfg.resume, record, clock)
-        with _kept(trainer):
+        with _checkpoint_if_interrupted(trainer):
             samples = after(cfg, trainer, base, rows.eval, record, samples)
-            saved = _save(cfg, trainer, adapted, base, rows, record)
+            saved = _save_artifacts(cfg, trainer, adapted, base, rows, record)
             tracker.samples(samples, trainer.state.global_step)
-            goal = cfg.goal if judged == cfg.objective else "minimize"
-            seconds = time.perf_counter() - started
-            ends = {"objective": judged, "goal": goal, "best": best(trainer)}
-            record.update(**ends, metrics={"seconds": seconds})
+            _record_result(cfg, record, trainer, objective, started)
     finally:
         board.close()
         tracker.finish(record.summary(), saved)
-        if shared := place.report():
-            record.update(**shared)
+        if report := place.report():
+            record.update(**report)
     metrics = record.values["metrics"]
-    conclude(record, judged, tracker.place, saved)
-    return Result(metrics[judged], metrics, record.directory, saved)
+    conclude(record, objective, tracker.place, saved)
+    return Result(metrics[objective], metrics, record.directory, saved)
 
 
 def _check_base(cfg: DictConfig, base: Base) -> None:
@@ -163,42 +152,86 @@ def _check_base(cfg: DictConfig, base: Base) -> None:
     Raises:
         ConfigError: tokens without an embedding, or packed rows that would see each other.
     """
-    if lost := missing_embeddings(base.model, base.tokenizer):
-        cure = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
-        raise ConfigError([("model.path", f"{cfg.model.path}: {lost}; {cure}")])
+    if missing := missing_embeddings(base.model, base.tokenizer):
+        fix = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
+        raise ConfigError([("model.path", f"{cfg.model.path}: {missing}; {fix}")])
     args = cfg.algorithm.args
     packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
     if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
         key = "packing" if packs else "padding_free"
-        kind = type(base.model).__name__
-        text = f"{kind} does not keep rows apart that share a sequence: they would see each other"
+        name = type(base.model).__name__
+        text = f"{name} does not keep rows apart that share a sequence: they would see each other"
         raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
 
 
-def _save(
+def _begin(cfg: DictConfig, record: Record, rows: Rows, base: Base) -> dict[str, Any]:
+    """Begin the run's record, and return the hashes of the run's inputs.
+
+    Raises:
+        ConfigError: the run resumes, and an input has changed.
+    """
+    hashes = input_hashes(cfg, rows, base)
+    for key, value in hashes.items():
+        record.check_unchanged(key, value)
+    record.begin()
+    return hashes
+
+
+def _without_refused(
+    rows: Rows, shaped: Rows, data: tuple[Tokens, Tokens | None], base: Base
+) -> tuple[Rows, Rows]:
+    """Return the rows without those that the chat template refuses, and log what is left out."""
+    refused = {where: why for tokens in data if tokens for where, why in tokens.refused.items()}
+    rows, shaped = rows.without(refused), shaped.without(refused)
+    if warning := unending(shaped, base.tokenizer):
+        rows = replace(rows, warnings=(*rows.warnings, warning))
+    _log_skipped(rows)
+    return rows, shaped
+
+
+def _connect(clock: Clock, trainer: Any) -> None:
+    """Let a clock count the trainer's tokens, and leave out the time of evaluations."""
+    clock.count = partial(tokens_trained, trainer)
+    trainer.evaluate = clock.without(trainer.evaluate)
+
+
+def _trainable(model: Any) -> int:
+    return int(sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def _record_result(
+    cfg: DictConfig, record: Record, trainer: Any, objective: str, started: float
+) -> None:
+    goal = cfg.goal if objective == cfg.objective else "minimize"
+    seconds = time.perf_counter() - started
+    values = {"objective": objective, "goal": goal, "best": best_evaluation(trainer)}
+    record.update(**values, metrics={"seconds": seconds})
+
+
+def _save_artifacts(
     cfg: DictConfig, trainer: Any, adapted: Adapted, base: Base, rows: Rows, record: Record
 ) -> Path:
-    """Write what was trained, each folder whole or not at all."""
+    """Write what was trained, each folder completely or not at all."""
     if hasattr(trainer.model, "ppo_value"):
-        with whole(record.directory / "value") as made:
-            save_value(trainer.model, base, made)
+        with whole(record.directory / "value") as staged:
+            save_value(trainer.model, base, staged)
     folder = record.directory / ("adapter" if adapted.method else "model")
-    with whole(folder) as made:
-        save(adapted, base, made, model_card(cfg, record.values))
+    with whole(folder) as staged:
+        save(adapted, base, staged, model_card(cfg, record.values))
     return folder
 
 
 @contextmanager
-def _kept(trainer: Any) -> Iterator[None]:
-    """Do what follows training; a run that is asked to stop meanwhile does not lose it."""
+def _checkpoint_if_interrupted(trainer: Any) -> Iterator[None]:
+    """Save a checkpoint if what follows training is interrupted: the training is not lost."""
     try:
         yield
     except Interrupted:
-        trainer.keep()
+        trainer.ensure_checkpoint()
         raise
 
 
-def _tell_skipped(rows: Rows) -> None:
+def _log_skipped(rows: Rows) -> None:
     for why in rows.skipped:
         log.info("skipped: %s", why)
     if rows.skipped:
@@ -224,7 +257,7 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
 def _train(trainer: Any, resume: str | None, record: Record, clock: Clock) -> None:
     checkpoint, first = _checkpoint(record, resume)
     if checkpoint and record.values["choices"]["peft"] == "adalora":
-        text = "adalora moves its ranks, and its checkpoints do not hold all that takes"
+        text = "adalora moves its ranks, and its checkpoints lack a part of that state"
         raise ConfigError([("resume", f"{text}; start a new run")])
     started = time.perf_counter()
     clock.begin()
@@ -252,12 +285,12 @@ def _train(trainer: Any, resume: str | None, record: Record, clock: Clock) -> No
 
 
 def _checkpoint(record: Record, resume: str | None) -> tuple[str | None, int]:
-    """Return the newest whole checkpoint of a run that goes on, and its step; later lines go."""
+    """Return a resumed run's newest intact checkpoint, and its step; later metrics are deleted."""
     if not resume:
         return None, 0
-    found, step = newest(record.directory / "checkpoints", record.values["tracking_id"])
-    if found is None:
+    checkpoint, step = newest(record.directory / "checkpoints", record.values["tracking_id"])
+    if checkpoint is None:
         log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
     record.rewind(step)
-    show(f"goes on from step {step}")
-    return str(found) if found else None, step
+    print_and_log(f"goes on from step {step}")
+    return str(checkpoint) if checkpoint else None, step

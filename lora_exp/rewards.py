@@ -1,7 +1,7 @@
 """Rewards: what an answer is worth, by functions named in the config or by a reward adapter.
 
 A reward function is TRL's: `f(prompts, completions, **columns) -> list[float | None]`, one number
-for each completion, None where it has nothing to say. `columns` are the rows' other columns, each a
+for each completion, None where it gives no reward. `columns` are the rows' other columns, each a
 list. In chats a completion is a list of turns; `said` returns its text.
 """
 
@@ -30,8 +30,8 @@ from lora_exp.model.loading import Base, base_of
 from lora_exp.model.precision import autocast
 
 Function = Callable[..., list[float | None]]
-# what a trainer hands to reward functions beside the rows' columns
-HANDED = {
+# arguments that a trainer passes to reward functions, beside the rows' columns
+TRAINER_ARGUMENTS = {
     "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
 }  # fmt: skip
 SECONDS = 1.0  # that a pattern may take on one completion
@@ -39,7 +39,7 @@ BATCH = 64  # completions that a reward adapter scores at a time
 
 
 def said(completion: Any) -> str:
-    """Return a completion's text, of a chat the last turn's."""
+    """Return a completion's text; of a chat, that of the last turn."""
     text: str = completion if isinstance(completion, str) else completion[-1]["content"]
     return text
 
@@ -99,66 +99,73 @@ def length(tokens: int) -> Function:
 
 
 class Reward:
-    """A reward function under its name, held to what it promises."""
+    """A reward function and its name; its arguments and results are checked."""
 
     def __init__(self, function: Function, name: str) -> None:
         self.function, self.__name__ = function, name
-        spec = inspect.signature(function).parameters.values()
-        self.open = any(p.kind is p.VAR_KEYWORD for p in spec)
-        self.taken = {p.name for p in spec if p.kind is not p.VAR_KEYWORD}
-        self.needed = {
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.parameter_names = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        self.required = {
             p.name
-            for p in spec
+            for p in parameters
             if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         }
 
     def check(self, rows: Iterable[Row]) -> None:
-        """Hold the rows' columns against what the function needs.
+        """Check that the rows have the columns that the function needs.
 
         Raises:
-            DataError: a column that no row has.
+            DataError: no row has a column that it needs.
         """
         columns = {key for row in rows for key in row} - {"prompt"}
-        if lost := sorted(self.needed - columns - HANDED):
-            text = f"needs the column {', '.join(lost)}; the rows have {', '.join(sorted(columns))}"
-            raise DataError(f"algorithm.rewards: {self.__name__} {text}")
+        if missing := sorted(self.required - columns - TRAINER_ARGUMENTS):
+            text = f"needs the column {', '.join(missing)}; the rows have"
+            raise DataError(
+                f"algorithm.rewards: {self.__name__} {text} {', '.join(sorted(columns))}"
+            )
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[Any]:
         """Return a reward for each completion.
 
         Raises:
-            RewardError: the function fails, or returns what is no reward; by name and row.
+            RewardError: the function fails or returns no reward; function and row are named.
         """
-        given = {"prompts": prompts, "completions": completions, **columns}
-        given = given if self.open else {k: v for k, v in given.items() if k in self.taken}
+        arguments = {"prompts": prompts, "completions": completions, **columns}
+        if not self.takes_any:
+            arguments = {k: v for k, v in arguments.items() if k in self.parameter_names}
         try:
-            found = list(self.function(**given))
+            results = list(self.function(**arguments))
         except Exception as error:
-            raise RewardError(self._blame(given, prompts, completions, error)) from error
-        if len(found) != len(completions):
-            text = f"returned {len(found)} rewards for {len(completions)} completions"
+            raise RewardError(self._failure(arguments, prompts, completions, error)) from error
+        if len(results) != len(completions):
+            text = f"returned {len(results)} rewards for {len(completions)} completions"
             raise RewardError(f"reward {self.__name__} {text}")
-        for i, reward in enumerate(found):
+        for i, reward in enumerate(results):
             if reward is not None and not (_is_number(reward) and math.isfinite(reward)):
-                row = _shown(prompts[i], completions[i])
+                row = _excerpt(prompts[i], completions[i])
                 raise RewardError(f"reward {self.__name__} returned {reward!r} for row {i}: {row}")
-        return found
+        return results
 
-    def _blame(
-        self, given: dict[str, Any], prompts: list[Any], completions: list[Any], error: Exception
+    def _failure(
+        self,
+        arguments: dict[str, Any],
+        prompts: list[Any],
+        completions: list[Any],
+        error: Exception,
     ) -> str:
-        """Find the row that fails by asking for each alone."""
+        """Return a message with the row that fails, found by trying each row alone."""
         where, count = "", len(completions)
         for i in range(count):
             alone = {
                 key: [value[i]] if isinstance(value, list) and len(value) == count else value
-                for key, value in given.items()
+                for key, value in arguments.items()
             }
             try:
                 self.function(**alone)
-            except Exception as own:
-                error = own
-                where = f" on row {i} of the batch: {_shown(prompts[i], completions[i])}"
+            except Exception as row_error:
+                error = row_error
+                where = f" on row {i} of the batch: {_excerpt(prompts[i], completions[i])}"
                 break
         return f"reward {self.__name__} fails{where}: {type(error).__name__}: {error}"
 
@@ -167,18 +174,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or (hasattr(value, "item") and value.ndim == 0)
 
 
-def _shown(prompt: Any, completion: Any) -> str:
+def _excerpt(prompt: Any, completion: Any) -> str:
     return f"prompt {str(prompt)[-120:]!r}, completion {str(completion)[:120]!r}"
 
 
 class AdapterReward:
-    """A reward adapter's scores, on the base that trains, or on one of its own where it must."""
+    """A reward adapter's scores, on the run's base, or on a second base if the first one trains."""
 
     def __init__(self, path: str, cfg: DictConfig, model: Any, tokenizer: Any, name: str) -> None:
         """Put the adapter on the base.
 
         Raises:
-            ConfigError: there is none, or it is of another base.
+            ConfigError: there is no adapter, or it is of another base.
         """
         self.tokenizer, self.__name__ = tokenizer, name
         folder = Path(path).expanduser()
@@ -188,8 +195,8 @@ class AdapterReward:
             raise ConfigError([("algorithm.rewards", text)])
         self.model, self.adapter = model, name
         try:
-            if not is_adapted(model):  # its base trains: the reward needs one that stays
-                self.model = _frozen(cfg)
+            if not is_adapted(model):  # the base itself trains; the reward needs a frozen one
+                self.model = _second_base(cfg)
             self.head = add_saved(self.model, folder, name)
         except AdapterError as error:
             raise ConfigError([("algorithm.rewards", str(error))]) from error
@@ -199,27 +206,27 @@ class AdapterReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        """Return the scores of whole texts, written as the reward's own training wrote them."""
-        found: list[Tensor] = []
+        """Return the scores of whole texts, tokenised as in the reward adapter's training."""
+        parts: list[Tensor] = []
         training = self.model.training
         self.model.eval()
         body = self.model.get_base_model().base_model
         with using(self.model, self.adapter), autocast(self.model):
             for i in range(0, len(prompts), BATCH):
                 ids = [
-                    self._ids(p, c)
+                    self._encode(p, c)
                     for p, c in zip(prompts[i : i + BATCH], completions[i : i + BATCH], strict=True)
                 ]
                 inputs = self.tokenizer.pad(
                     {"input_ids": ids}, padding_side="right", return_tensors="pt"
                 ).to(self.model.device)
                 hidden = body(**inputs, use_cache=False).last_hidden_state
-                found.append(score(hidden, inputs["attention_mask"], self.head))
+                parts.append(score(hidden, inputs["attention_mask"], self.head))
         self.model.train(training)
-        scores: list[float] = torch.cat(found).tolist()
+        scores: list[float] = torch.cat(parts).tolist()
         return scores
 
-    def _ids(self, prompt: Any, completion: Any) -> list[int]:
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
         if isinstance(prompt, str):
             text = prompt + completion + self.tokenizer.eos_token
             ids: list[int] = self.tokenizer(text)["input_ids"]
@@ -229,8 +236,8 @@ class AdapterReward:
         return whole
 
 
-def _frozen(cfg: DictConfig) -> Any:
-    """Load another base, wrapped so that an adapter can be put on it."""
+def _second_base(cfg: DictConfig) -> Any:
+    """Load the base again, wrapped so that an adapter can be put on it."""
     import peft
 
     base: Base = base_of(cfg)
@@ -238,13 +245,13 @@ def _frozen(cfg: DictConfig) -> Any:
 
 
 def rewards(cfg: DictConfig, base: Base, model: Any, rows: list[Row]) -> list[Any]:
-    """Make what `algorithm.rewards` names: functions, factories with arguments, adapters by path.
+    """Return the rewards of `algorithm.rewards`: functions, factories with arguments, adapters.
 
     Raises:
-        ConfigError: a name that leads nowhere.
+        ConfigError: an entry is not trusted, or makes no reward.
         DataError: a function needs a column that the rows do not have.
     """
-    made: list[Any] = []
+    built: list[Any] = []
     if faults := [fault for fault in untrusted(cfg) if fault[0].startswith("algorithm.rewards")]:
         raise ConfigError(faults)
     for i, entry in enumerate(cfg.algorithm.rewards):
@@ -254,21 +261,22 @@ def rewards(cfg: DictConfig, base: Base, model: Any, rows: list[Row]) -> list[An
             except Exception as error:
                 text = f"{entry['_target_']} makes no reward: {type(error).__name__}: {error}"
                 raise ConfigError([(f"algorithm.rewards.{i}", text)]) from error
-            made.append(Reward(function, _free(entry["_target_"].rpartition(".")[2], made)))
+            name = _unused_name(entry["_target_"].rpartition(".")[2], built)
+            built.append(Reward(function, name))
         elif is_path(entry):
             check_base("algorithm.rewards", entry, base.revision)
-            name = _free("reward_adapter", made)
-            made.append(AdapterReward(entry, cfg, model, base.tokenizer, name))
+            name = _unused_name("reward_adapter", built)
+            built.append(AdapterReward(entry, cfg, model, base.tokenizer, name))
         else:
             module, _, name = entry.rpartition(".")
             function = getattr(importlib.import_module(module), name)
-            made.append(Reward(function, _free(name, made)))
-    for reward in made:
+            built.append(Reward(function, _unused_name(name, built)))
+    for reward in built:
         reward.check(rows)
-    return made
+    return built
 
 
-def _free(name: str, made: list[Any]) -> str:
+def _unused_name(name: str, others: list[Any]) -> str:
     """Return a name that no other reward has, for its metrics."""
-    taken = {reward.__name__ for reward in made}
+    taken = {reward.__name__ for reward in others}
     return next(n for n in [name, *(f"{name}_{i}" for i in range(2, 100))] if n not in taken)

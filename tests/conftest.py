@@ -1,4 +1,4 @@
-"""What every test stands on: no network, a cache of its own, and a run of a few steps."""
+"""Shared by all tests: no network, a separate cache, runs of a few steps, tiny models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline"}
-# tests run two at a time; teams of threads that spin on too few cores wait for seconds a step
+# tests run two at a time; OpenMP threads that spin on too few cores cost seconds a step
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "0"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,7 +20,7 @@ QUICK += ["data.max_eval_rows=16"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say on what the bits were compared: they are those of a processor."""
+    """Print the processor: exact comparisons hold for its bits only."""
     from lora_exp.model.processor import capability
 
     terminalreporter.write_line(f"on {capability()}")
@@ -33,7 +33,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
-    """As commands begin; else what warns hangs on which test trained first in this process."""
+    """Silence libraries as commands do; else warnings depend on the order of the tests."""
     from lora_exp.record.progress import quiet
 
     quiet()
@@ -44,40 +44,40 @@ def quick_run(tmp_path: Path) -> Callable[..., Any]:
     """Compose and run a few steps into tmp_path, without W&B unless asked for."""
     from lora_exp import compose, run
 
-    def go(*overrides: str, name: str = "run") -> Any:
+    def run_quickly(*overrides: str, name: str = "run") -> Any:
         return run(compose("tracking=none", *QUICK, *overrides), tmp_path / name)
 
-    return go
+    return run_quickly
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Train a little, enough to be told from the base; the same overrides, the same run."""
+    """Train enough to differ from the base; equal overrides share one run."""
     from lora_exp import compose, run
 
-    made: dict[tuple[str, ...], Path] = {}
+    directories: dict[tuple[str, ...], Path] = {}
 
-    def go(*overrides: str) -> Path:
-        if overrides not in made:
+    def train(*overrides: str) -> Path:
+        if overrides not in directories:
             own_data = any(override.startswith("data=") for override in overrides)
             quick = [key for key in QUICK if not (own_data and key.startswith("data."))]
             longer = ["train.max_steps=12", "train.learning_rate=3e-3"]
             cfg = compose("tracking=none", *quick, *longer, *overrides)
-            made[overrides] = run(cfg, tmp_path_factory.mktemp("trained") / "run").directory
-        return made[overrides]
+            directories[overrides] = run(cfg, tmp_path_factory.mktemp("trained") / "run").directory
+        return directories[overrides]
 
-    return go
+    return train
 
 
-def tiny(quantization: Any = None, **more: Any) -> Any:
-    """Load the embedded model, held as the settings say."""
+def tiny(quantization: Any = None, **settings: Any) -> Any:
+    """Load the embedded model with the given quantisation and settings."""
     from lora_exp.model.loading import load
 
-    plainly = {
+    defaults = {
         "revision": None, "gguf_file": None, "dtype": "float32", "attn_implementation": "sdpa",
         "trust_remote_code": False, "random_weights": False, "path": "pkg://lora_exp/assets/tiny",
     }  # fmt: skip
-    return load(quantization=quantization, **(plainly | more))
+    return load(quantization=quantization, **(defaults | settings))
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def base() -> Any:
 
 @pytest.fixture
 def fresh_base() -> Any:
-    """The embedded model, to change as the test likes."""
+    """The embedded model; tests may change it."""
     return tiny()
 
 

@@ -1,4 +1,4 @@
-"""AGENTS.md tells the truth: the keys of a run's files, the exit codes, the files of its table."""
+"""AGENTS.md is correct: the keys of a run's files, the exit codes, the files of its table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from lora_exp import cli
-from lora_exp.record.sweep import row
+from lora_exp.record.sweep import job_row
 from lora_exp.training import interruption
 from tests.conftest import ROOT
 
@@ -27,7 +27,7 @@ def listed_keys(file: str) -> set[str]:
     return set(re.findall(r"`([a-z_]+)`", re.sub(r"\([^)]*\)", "", line.split("|")[2])))
 
 
-def test_a_run_leaves_the_json_that_the_page_lists(trained: Callable[..., Path]) -> None:
+def test_a_run_writes_the_json_keys_that_the_page_lists(trained: Callable[..., Path]) -> None:
     run = trained("peft=lora")
     record = json.loads((run / "run.json").read_text())
     assert listed_keys("<run>/run.json") - {"lockstep"} == set(record)
@@ -37,26 +37,26 @@ def test_a_run_leaves_the_json_that_the_page_lists(trained: Callable[..., Path])
     assert lines[0]["step"] == 0
     (sample, *_) = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
     assert listed_keys("<run>/samples.jsonl") == set(sample)
-    of_a_job = set(row(run, [], SimpleNamespace(_return_value=0.5)))
-    assert listed_keys("<sweep>/summary.json") - {"summary.csv"} == of_a_job
+    job_keys = set(job_row(run, [], SimpleNamespace(_return_value=0.5)))
+    assert listed_keys("<sweep>/summary.json") - {"summary.csv"} == job_keys
 
 
-def test_the_exit_codes_are_those_of_the_page() -> None:
+def test_the_exit_codes_equal_those_of_the_page() -> None:
     codes = [int(code) for code in re.findall(r"^\| (\d+) \|", TEXT, re.M)]
     assert codes == [0, 1, 2, interruption.EXIT_CODE, cli.EXIT_INTERRUPTED]
     unknown = [sys.executable, "run.py", "--no-such-flag"]
     assert subprocess.run(unknown, cwd=ROOT, capture_output=True, check=False).returncode == 2
 
 
-def test_the_commands_with_json_are_those_of_the_page() -> None:
+def test_the_commands_with_json_equal_those_of_the_page() -> None:
     line = next(line for line in TEXT.splitlines() if line.startswith("| `--json` of"))
     group: Any = typer.main.get_command(cli.app)
-    having = {
+    with_json = {
         name
         for name, command in group.commands.items()
         if any("--json" in parameter.opts for parameter in command.params)
     }
-    assert set(re.findall(r"`([a-z]+)`", line)) == having
+    assert set(re.findall(r"`([a-z]+)`", line)) == with_json
 
 
 def test_every_file_that_is_named_exists() -> None:

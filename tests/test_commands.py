@@ -1,4 +1,4 @@
-"""The commands that the pages show can be typed: they compose, parse and name what exists."""
+"""The commands in the docs are valid: they compose, parse and name existing options."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ from tests.conftest import ROOT
 PAGES = ["README.md", "README.zh.md", "CONTRIBUTING.md", "AGENTS.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
 RUNNERS = (["python", "run.py"], ["python", "-m", "lora_exp"], ["lora-exp", "run"])
-ELSEWHERE = {"curl", "printf", "pip", "pre-commit"}  # programs that are not ours
+OTHER_PROGRAMS = {"curl", "printf", "pip", "pre-commit"}  # programs that are not ours
 GROUP: Any = typer.main.get_command(app)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 def fenced(page: str, language: str) -> list[str]:
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
-    return [block for of, block in blocks if of == language]
+    return [block for block_language, block in blocks if block_language == language]
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Yield the words of each command: every line of a shell block, and what follows a `$`."""
-    lines = [line for block in fenced(page, "sh") for line in joined(block)]
-    lines += [line[2:] for block in fenced(page, "") for line in joined(block) if line[:2] == "$ "]
+    """Yield the words of each command: the lines of shell blocks, and lines that start with `$`."""
+    lines = [line for block in fenced(page, "sh") for line in join_lines(block)]
+    lines += [
+        line[2:] for block in fenced(page, "") for line in join_lines(block) if line[:2] == "$ "
+    ]
     for line in lines:
         words = shlex.split(line, comments=True)
         for end, part in itertools.groupby(words, lambda word: word in ("&&", "|")):
@@ -46,7 +48,7 @@ def commands(page: str) -> Iterator[list[str]]:
                 yield list(part)
 
 
-def joined(block: str) -> list[str]:
+def join_lines(block: str) -> list[str]:
     return [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
@@ -77,18 +79,18 @@ def jobs(overrides: list[str]) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def there(
+def make_files(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[str]], None]:
-    """Make the rows and the saved run that a command names, in a folder of its own."""
+    """Return a function that creates the rows and saved runs that a command names."""
     monkeypatch.chdir(tmp_path)
 
     def make(words: list[str]) -> None:
         for name in re.findall(r"\b(?:outputs|multirun)/[\w/-]+", " ".join(words)):
-            place = Path(name.removesuffix("/adapter"))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not place.exists():
-                place.symlink_to(trained("peft=lora"))
+            folder = Path(name.removesuffix("/adapter"))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not folder.exists():
+                folder.symlink_to(trained("peft=lora"))
         for name in re.findall(r"data\.path=([\w.]+)", " ".join(words)):
             Path(name).write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
 
@@ -96,20 +98,20 @@ def there(
 
 
 @pytest.mark.parametrize(("page", "words"), RUNS, ids=ids)
-def test_a_shown_run_composes_and_is_valid(
-    page: str, words: list[str], there: Callable[[list[str]], None]
+def test_a_documented_run_composes(
+    page: str, words: list[str], make_files: Callable[[list[str]], None]
 ) -> None:
-    asked = get_args_parser().parse_args(words)  # Hydra's own flags; exits where there is no such
+    arguments = get_args_parser().parse_args(words)  # Hydra's flags; an unknown one exits
     if page == "README.md" and "peft.lora_alpa" in " ".join(words):
-        return  # a mistake, shown as one; a test below
-    there(words)
-    for overrides in jobs(asked.overrides):
+        return  # a deliberate mistake, tested below
+    make_files(words)
+    for overrides in jobs(arguments.overrides):
         compose(*overrides)
 
 
 @pytest.mark.parametrize(("page", "words"), TOOLS, ids=ids)
-def test_a_shown_tool_and_its_flags_exist(
-    page: str, words: list[str], there: Callable[[list[str]], None]
+def test_a_documented_tool_and_its_flags_exist(
+    page: str, words: list[str], make_files: Callable[[list[str]], None]
 ) -> None:
     command, name = GROUP.commands[words[0]], words[0]
     parsed = command.make_context(name, words[1:])
@@ -118,35 +120,39 @@ def test_a_shown_tool_and_its_flags_exist(
 
 
 @pytest.mark.parametrize(("page", "words"), SHOWN, ids=ids)
-def test_a_shown_program_is_ours_or_known(page: str, words: list[str]) -> None:
+def test_a_documented_program_is_ours_or_known(page: str, words: list[str]) -> None:
     ours = any(words[: len(start)] == start for start in RUNNERS) or words[0] == "lora-exp"
     script = words[0].startswith("scripts/") and (ROOT / words[0]).is_file()
-    assert ours or script or words[0] in ELSEWHERE
+    assert ours or script or words[0] in OTHER_PROGRAMS
     for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
         assert extra in EXTRAS
 
 
-def test_the_shown_mistake_gets_the_shown_answer() -> None:
+def test_the_documented_mistake_gives_the_documented_error() -> None:
     (block,) = (b for b in fenced("README.md", "") if "peft.lora_alpa" in b)
     command, _, answer = block.partition("\n")
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError) as error:
         compose(*shlex.split(command)[3:])
-    assert f"ConfigError: {raised.value}\n" == answer
+    assert f"ConfigError: {error.value}\n" == answer
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if fenced(page, "python")])
-def test_shown_python_imports_and_composes(page: str, there: Callable[[list[str]], None]) -> None:
+def test_documented_python_imports_and_composes(
+    page: str, make_files: Callable[[list[str]], None]
+) -> None:
     for block in fenced(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "lora_exp":
                 assert all(hasattr(lora_exp, name.name) for name in node.names)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "compose":
                 overrides = [str(ast.literal_eval(argument)) for argument in node.args]
-                there(overrides)
+                make_files(overrides)
                 compose(*overrides)
 
 
-def test_both_front_doors_show_the_two_commands() -> None:
-    english, chinese = ([w for p, w in SHOWN if p == page] for page in PAGES[:2])
+def test_both_readmes_show_the_same_commands() -> None:
+    english, chinese = (
+        [words for shown_page, words in SHOWN if shown_page == page] for page in PAGES[:2]
+    )
     assert english[:4] == chinese[:4]
     assert english[1] == ["python", "run.py"]

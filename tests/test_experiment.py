@@ -1,4 +1,4 @@
-"""Whole runs of a few steps: every method, every quantisation, what is left behind."""
+"""Whole runs of a few steps: every method, every quantisation, and the files they write."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ PAIRS = [
 
 
 def digest(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder, by file name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def killed(directory: Path) -> None:
-    """Make a run's record that of one that was killed."""
+def mark_killed(directory: Path) -> None:
+    """Set a run's status to that of a killed process."""
     path = directory / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
 
 
-def rows_of(path: Path, *rows: Any) -> str:
+def rows_override(path: Path, *rows: Any) -> str:
+    """Write rows as JSON Lines, and return the override that reads them."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.path={path}"
 
@@ -58,7 +60,7 @@ def test_every_method_trains_on_every_quantisation(
     assert result.objective == result.metrics["eval/loss"]
 
 
-def test_a_run_leaves_what_the_design_promises(quick_run: Callable[..., Any]) -> None:
+def test_a_run_writes_the_documented_files(quick_run: Callable[..., Any]) -> None:
     result = quick_run("train.logging_steps=1")
     record = json.loads((result.directory / "run.json").read_text())
     assert record["status"] == "finished"
@@ -97,22 +99,22 @@ def test_a_run_leaves_what_the_design_promises(quick_run: Callable[..., Any]) ->
 
 def test_the_same_config_twice_gives_the_same_bytes(quick_run: Callable[..., Any]) -> None:
     overrides = ["peft.lora_dropout=0.1", "train.save_strategy=no"]
-    one, two = (quick_run(*overrides, name=name) for name in ("one", "two"))
-    assert digest(one.saved) == digest(two.saved)
-    other = quick_run(*overrides, "seed=1", name="three")
-    assert digest(other.saved) != digest(one.saved)
+    first, second = (quick_run(*overrides, name=name) for name in ("one", "two"))
+    assert digest(first.saved) == digest(second.saved)
+    with_seed_1 = quick_run(*overrides, "seed=1", name="three")
+    assert digest(with_seed_1.saved) != digest(first.saved)
 
 
-def test_what_is_measured_does_not_change_what_is_trained(quick_run: Callable[..., Any]) -> None:
+def test_evaluation_and_samples_do_not_change_the_training(quick_run: Callable[..., Any]) -> None:
     settings = ["peft.lora_dropout=0.1", "train.max_steps=8"]  # past the end of an epoch
-    one = quick_run(*settings, name="one")
-    two = quick_run(*settings, "samples.rows=0", "train.eval_strategy=no", name="two")
+    measured = quick_run(*settings, name="one")
+    unmeasured = quick_run(*settings, "samples.rows=0", "train.eval_strategy=no", name="two")
     weights = "adapter_model.safetensors"
-    assert digest(one.saved)[weights] == digest(two.saved)[weights]
+    assert digest(measured.saved)[weights] == digest(unmeasured.saved)[weights]
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "olora"])
-def test_the_saved_adapter_answers_on_the_original_base_as_the_trained_one(
+def test_the_saved_adapter_on_the_original_base_has_the_evaluated_loss(
     quick_run: Callable[..., Any], method: str
 ) -> None:
     result = quick_run(f"peft={method}", "train.max_steps=5")
@@ -134,7 +136,7 @@ def test_the_saved_adapter_answers_on_the_original_base_as_the_trained_one(
     assert losses / tokens == pytest.approx(result.metrics["eval/loss"], abs=2e-3)
 
 
-def test_the_model_card_loads_what_it_says(quick_run: Callable[..., Any]) -> None:
+def test_the_code_in_a_model_card_works(quick_run: Callable[..., Any]) -> None:
     result = quick_run("peft.r=2")
     card = (result.saved / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
@@ -146,21 +148,21 @@ def test_the_model_card_loads_what_it_says(quick_run: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize("algorithm", ["reward", "seq2seq"])
-def test_a_card_loads_an_adapter_with_the_class_that_it_is_of(
+def test_a_card_loads_an_adapter_with_its_model_class(
     tmp_path: Path, t5: Path, algorithm: str
 ) -> None:
     seq2seq = ["model=local", f"model.path={t5}", "targets=attention", "data.max_rows=16"]
-    words = {"reward": ["data=demo_pairs", "data.rows=16"], "seq2seq": seq2seq}[algorithm]
-    cfg = compose("tracking=none", f"algorithm={algorithm}", *words, "train.max_steps=2")
+    data = {"reward": ["data=demo_pairs", "data.rows=16"], "seq2seq": seq2seq}[algorithm]
+    cfg = compose("tracking=none", f"algorithm={algorithm}", *data, "train.max_steps=2")
     saved = run(cfg, tmp_path / "run").saved
     code = (saved / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("path/to/this/folder", str(saved)), names)
-    own, _ = load_adapter(saved)
-    mine, theirs = (model.state_dict() for model in (own, names["model"]))
-    assert mine.keys() == theirs.keys()
-    used = [key for key in mine if ".original_module." not in key]  # replaced
-    assert all(torch.equal(mine[key].float(), theirs[key].float()) for key in used)
+    loaded, _ = load_adapter(saved)
+    expected, from_card = (model.state_dict() for model in (loaded, names["model"]))
+    assert expected.keys() == from_card.keys()
+    keys = [key for key in expected if ".original_module." not in key]  # replaced
+    assert all(torch.equal(expected[key].float(), from_card[key].float()) for key in keys)
 
 
 @pytest.mark.parametrize("method", ["lora", "ln_tuning", "vera"])
@@ -201,12 +203,12 @@ def test_packing_trains_on_the_same_tokens_in_fewer_rows(quick_run: Callable[...
     assert record["steps"] < 32
 
 
-def test_rows_of_ones_own_train_with_a_local_model(
+def test_a_local_model_trains_on_the_users_rows(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     rows = [{"instruction": f"say {i}", "output": f"{i}"} for i in range(20)]
     result = quick_run(
-        "data=jsonl", rows_of(tmp_path / "rows.jsonl", *rows), "model=local",
+        "data=jsonl", rows_override(tmp_path / "rows.jsonl", *rows), "model=local",
         f"model.path={asset('pkg://lora_exp/assets/tiny')}",
     )  # fmt: skip
     assert json.loads((result.directory / "run.json").read_text())["counts"]["train_rows"] == 18
@@ -215,7 +217,7 @@ def test_rows_of_ones_own_train_with_a_local_model(
 def test_without_held_out_rows_the_training_loss_is_the_objective(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    path = rows_of(tmp_path / "rows.jsonl", *({"text": f"row {i}"} for i in range(8)))
+    path = rows_override(tmp_path / "rows.jsonl", *({"text": f"row {i}"} for i in range(8)))
     result = quick_run("data=jsonl", path, "data.eval_share=0", "algorithm=pretrain")
     assert result.objective == result.metrics["train/loss"]
 
@@ -224,21 +226,21 @@ def test_the_first_rows_mask_is_printed_before_training(
     quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick_run("peft.r=4", "targets=qv")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "lora, rank 4, alpha 32" in said
-    assert "q_proj x4, v_proj x4" in said
-    assert "12,288 of 1,881,792 parameters (0.65%)" in said
-    assert "64 with" in said
-    assert "assistant↵«I am Lora" in said
-    assert said.index("«I am Lora") < said.index("training loss")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "lora, rank 4, alpha 32" in output
+    assert "q_proj x4, v_proj x4" in output
+    assert "12,288 of 1,881,792 parameters (0.65%)" in output
+    assert "64 with" in output
+    assert "assistant↵«I am Lora" in output
+    assert output.index("«I am Lora") < output.index("training loss")
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=6", "train.save_strategy=steps", "train.save_steps=3"]
     settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
-    whole = quick_run(*settings, name="whole")
+    uninterrupted = quick_run(*settings, name="whole")
     cut = quick_run(*settings, name="cut")
     for name in ("checkpoint-6",):  # as if it had been killed after the first checkpoint
         for path in sorted((cut.directory / "checkpoints" / name).rglob("*"), reverse=True):
@@ -246,10 +248,10 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
         (cut.directory / "checkpoints" / name).rmdir()
     with pytest.raises(ConfigError, match="is finished"):
         run(compose(f"resume={cut.directory}"))
-    killed(cut.directory)
+    mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
     assert resumed.directory == cut.directory
-    assert digest(resumed.saved) == digest(whole.saved)
+    assert digest(resumed.saved) == digest(uninterrupted.saved)
     lines = [
         json.loads(line) for line in (cut.directory / "metrics.jsonl").read_text().splitlines()
     ]
@@ -260,14 +262,14 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     ]
     assert before == [
         json.loads(line)["before"]
-        for line in (whole.directory / "samples.jsonl").read_text().splitlines()
+        for line in (uninterrupted.directory / "samples.jsonl").read_text().splitlines()
     ]
 
 
-def test_adalora_moves_its_ranks(quick_run: Callable[..., Any]) -> None:
+def test_adalora_redistributes_its_ranks(quick_run: Callable[..., Any]) -> None:
     result = quick_run("peft=adalora", "peft.init_r=6", "peft.target_r=2", "train.max_steps=12")
     pattern = json.loads((result.saved / "adapter_config.json").read_text())["rank_pattern"]
-    ranks = [sum(kept) for kept in pattern.values()]
+    ranks = [sum(mask) for mask in pattern.values()]
     assert len(ranks) == 28
-    assert sum(ranks) == 28 * 2  # the mean that was asked for
-    assert len(set(ranks)) > 1  # and moved to where it helps
+    assert sum(ranks) == 28 * 2  # target_r is their mean
+    assert len(set(ranks)) > 1  # and ranks differ between layers

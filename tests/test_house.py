@@ -1,4 +1,4 @@
-"""The front door tells the truth: files, links, options, rooms and the way imports point."""
+"""The README is correct: files, links, options; rooms import only downwards."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from lora_exp.config.door import CONF
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-LINES = re.findall(r"^( *)([\w./]+)  +\S", README.split("## The house")[1], re.M)
-INSIDE = [name for indent, name in LINES if indent]  # the package's own, top floor first
-FLOORS = ["__init__", "hydra_plugins", *(name.rstrip("/").removesuffix(".py") for name in INSIDE)]
+TREE_LINES = re.findall(r"^( *)([\w./]+)  +\S", README.split("## The house")[1], re.M)
+PACKAGE_NAMES = [
+    name for indent, name in TREE_LINES if indent
+]  # the package's modules, highest first
+ROOM_ORDER = [
+    "__init__",
+    "hydra_plugins",
+    *(name.rstrip("/").removesuffix(".py") for name in PACKAGE_NAMES),
+]
 PACKAGE = ROOT / "lora_exp"
 ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 SOURCES = [*PACKAGE.rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]
@@ -27,19 +33,20 @@ PAGES = sorted(
     for path in (ROOT / folder).rglob("*.md")
     if folder != "." or path.parent == ROOT
 )
-# groups of conf/ -> the room that answers to them; a preset of experiment/ chooses among them all
-ANSWERS = {
+# group of conf/ -> its room; presets in experiment/ choose options of all groups
+ROOM_OF_GROUP = {
     "data": "data", "model": "model", "quant": "model", "peft": "adapter", "targets": "adapter",
     "algorithm": "algorithm", "tracking": "tracking",
 }  # fmt: skip
-# what no test file of its own tells of, by room, and why
-COVERED = {
+# modules without their own test file, by room, and why
+TESTED_ELSEWHERE = {
     "": {"errors"},  # every room's tests expect its errors
+    "cli": {"use"},  # in after/: test_chat.py, test_serving.py, test_completion.py
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
-    "training": {"place"},  # alone in every run, on a seat in lockstep/test_pack.py
-    # walked by whole packs, in lockstep/test_pack.py
+    "training": {"place"},  # alone in every run, on a seat in lockstep/test_contract.py
+    # whole packs in lockstep/test_contract.py run all of these
     "lockstep": {"rowwise", "linear", "body", "passes", "seat"},
-    # a proof is of a merge, in test_merging.py; the others are seen from their commands
+    # proofs are tested in test_merging.py, the others with their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }
 
@@ -73,47 +80,49 @@ def room_of(module: str) -> str:
 
 def test_a_room_imports_only_rooms_below_it() -> None:
     for module, path in MODULES.items():
-        here = room_of(module)
-        for there in map(room_of, imported(path)):
-            assert FLOORS.index(there) >= FLOORS.index(here), f"{module} imports up, from {there}"
+        room = room_of(module)
+        for imported_room in map(room_of, imported(path)):
+            assert ROOM_ORDER.index(imported_room) >= ROOM_ORDER.index(room), (
+                f"{module} imports up, from {imported_room}"
+            )
 
 
-def test_no_module_leads_back_to_itself() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {module: set(imported(path)) - {module} for module, path in MODULES.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
 
 
-def test_every_room_stands_in_the_file_tree_and_every_line_exists() -> None:
-    there = {f"{room.name}/" for room in ROOMS} | {path.name for path in PACKAGE.glob("*.py")}
-    assert set(INSIDE) == there - {"__init__.py"} | {"assets/"}
-    for name in (name for indent, name in LINES if not indent):
+def test_the_file_tree_lists_every_room_and_only_existing_files() -> None:
+    existing = {f"{room.name}/" for room in ROOMS} | {path.name for path in PACKAGE.glob("*.py")}
+    assert set(PACKAGE_NAMES) == existing - {"__init__.py"} | {"assets/"}
+    for name in (name for indent, name in TREE_LINES if not indent):
         assert (ROOT / name).exists(), name
     scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").iterdir()}
-    assert {name for _, name in LINES if name.startswith("scripts/")} == scripts
+    assert {name for _, name in TREE_LINES if name.startswith("scripts/")} == scripts
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
-def test_a_room_says_its_noun_and_lists_its_files(room: Path) -> None:
-    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
-    listed = re.findall(r"^(\w+)  +(\S.*)", said, re.M)
-    assert said.splitlines()[0].endswith(".")
+def test_a_room_has_a_docstring_that_lists_its_files(room: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    listed = re.findall(r"^(\w+)  +(\S.*)", docstring, re.M)
+    assert docstring.splitlines()[0].endswith(".")
     assert sorted(name for name, _ in listed) == sorted(
         path.stem for path in room.glob("*.py") if path.name != "__init__.py"
     )
     assert all(len(words.split()) <= 6 for _, words in listed)
 
 
-def test_the_groups_of_conf_and_the_rooms_answer_each_other() -> None:
+def test_every_group_of_conf_has_its_room() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups - {"experiment"} == set(ANSWERS)
-    for group, room in ANSWERS.items():
+    assert groups - {"experiment"} == set(ROOM_OF_GROUP)
+    for group, room in ROOM_OF_GROUP.items():
         assert (PACKAGE / room / "__init__.py").is_file()
         for path in (CONF / group).glob("*.yaml"):
-            own = set(re.findall(r"_target_:\s*lora_exp\.(\w+)", path.read_text()))
-            assert own <= {room}, f"{path}: {own}"
+            rooms = set(re.findall(r"_target_:\s*lora_exp\.(\w+)", path.read_text()))
+            assert rooms <= {room}, f"{path}: {rooms}"
 
 
-def test_every_option_stands_in_the_readme() -> None:
+def test_every_option_is_in_the_readme() -> None:
     for path in CONF.glob("*/*.yaml"):
         row = next(
             line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}`")
@@ -124,17 +133,17 @@ def test_every_option_stands_in_the_readme() -> None:
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub, and our site as it does, makes of a page's headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#+ +(.*?) *$", text, re.M):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*]", r"\1", heading)
         slug = re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-")
         names = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(1)))
-        found.add(next(name for name in names if name not in found))
-    return found
+        slugs.add(next(name for name in names if name not in slugs))
+    return slugs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "", page.read_text())
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, anchor = link.partition("#")
@@ -145,13 +154,13 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
-def test_headings_that_are_alike_have_anchors_of_their_own(tmp_path: Path) -> None:
+def test_equal_headings_have_different_anchors(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# W&B\n## `a.b` & c\n## [A](b.md) 一\n## W&B\n```\n# none\n```\n")
     assert anchors(page) == {"wb", "ab--c", "a-一", "wb-1"}
 
 
-def test_option_files_are_short_and_say_what_they_are() -> None:
+def test_option_files_are_short_and_begin_with_a_comment() -> None:
     for path in CONF.glob("*/*.yaml"):
         lines = path.read_text().splitlines()
         assert len(lines) <= 22, path
@@ -166,4 +175,4 @@ def test_tests_mirror_the_rooms_and_every_module_has_its_tests() -> None:
     for room in ("", *sorted(folders)):
         modules = {path.stem.strip("_") for path in (PACKAGE / room).glob("*.py")} - {"init"}
         tested = {path.stem[5:] for path in (ROOT / "tests" / room).glob("test_*.py")}
-        assert modules - tested == COVERED.get(room, set()), room
+        assert modules - tested == TESTED_ELSEWHERE.get(room, set()), room

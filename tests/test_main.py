@@ -1,4 +1,4 @@
-"""The command line as a person types it, in a process of its own."""
+"""The runner's command line, in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_showing_the_config_takes_no_torch_and_no_time() -> None:
+def test_showing_the_config_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['run.py', '--cfg', 'job']\nfrom lora_exp.__main__ import main\n"
         "try: main()\n"
@@ -35,13 +35,13 @@ def test_showing_the_config_takes_no_torch_and_no_time() -> None:
 
 
 def test_help_shows_commands_groups_and_values() -> None:
-    said = cli("--help").stdout
-    assert "python run.py -m peft.r=8,16,32" in said
-    assert "quant: fp4, int8, nf4, none" in said
+    output = cli("--help").stdout
+    assert "python run.py -m peft.r=8,16,32" in output
+    assert "quant: fp4, int8, nf4, none" in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["peft.r=0", "+peft.lora_alpa=1"], "ConfigError: 2 faults\n  peft.lora_alpa: "),
         (["peft=lroa"], "did you mean lora"),
@@ -58,19 +58,19 @@ def test_help_shows_commands_groups_and_values() -> None:
     ],
 )
 def test_a_wrong_command_gets_one_clear_error(
-    arguments: list[str], said: str, tmp_path: Path
+    arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     started = time.perf_counter()
     done = cli(*arguments, f"hydra.run.dir={tmp_path}/run", "hydra.output_subdir=null")
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Error executing job" not in done.stderr
     assert "full_key" not in done.stderr
-    assert time.perf_counter() - started < 10  # a timed claim is in docs/benchmarks.md
+    assert time.perf_counter() - started < 10  # docs/benchmarks.md has the measured time
 
 
-def test_a_run_in_an_empty_folder_is_the_same_runner(tmp_path: Path) -> None:
+def test_a_run_works_in_an_empty_folder(tmp_path: Path) -> None:
     done = cli(*QUICK, "peft.r=4", "tracking=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "outputs").glob("*/*")
@@ -88,7 +88,9 @@ def test_no_secret_of_the_command_line_reaches_a_file(tmp_path: Path) -> None:
     assert not holding
 
 
-def test_a_sweep_makes_a_directory_a_job_a_table_and_survives_a_failure(tmp_path: Path) -> None:
+def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
+    tmp_path: Path,
+) -> None:
     done = cli("-m", "peft.r=2,0,4", *QUICK, "tracking=wandb", cwd=tmp_path)
     assert done.returncode == 1
     (sweep,) = (tmp_path / "multirun").glob("*/*")
@@ -120,7 +122,7 @@ def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
     assert {job["overrides"]["targets"] for job in jobs} == {"qv", "mlp"}
 
 
-def test_simultaneous_launches_have_directories_of_their_own(tmp_path: Path) -> None:
+def test_simultaneous_launches_have_different_directories(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lora_exp", "peft.r=0"]
     quiet = subprocess.DEVNULL
     started = [
@@ -130,7 +132,7 @@ def test_simultaneous_launches_have_directories_of_their_own(tmp_path: Path) -> 
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 20
 
 
-def test_a_refused_command_leaves_what_lies_there_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_command_leaves_existing_files_unchanged(tmp_path: Path) -> None:
     run, sweep = tmp_path / "run", tmp_path / "sweep"
     (run / ".hydra").mkdir(parents=True)
     (run / "run.json").write_text("{}")
@@ -144,16 +146,20 @@ def test_a_refused_command_leaves_what_lies_there_as_it_was(tmp_path: Path) -> N
     (sweep / "summary.csv").write_text("kept")
     done = cli("resume=sweep", "train.max_steps=40", cwd=tmp_path)
     assert done.returncode == 1
-    assert "train.max_steps: a sweep goes on as it was launched" in done.stderr
+    assert "train.max_steps: a sweep is resumed as it was launched" in done.stderr
     assert sorted(path.name for path in sweep.iterdir()) == ["summary.csv", "sweep.json"]
     assert (sweep / "summary.csv").read_text() == "kept"
 
 
 def test_a_reward_that_fails_leaves_its_traceback_in_the_log(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def reward(completions, **_):\n    return [1 / 0]\n")
-    told = ["algorithm=grpo", "algorithm.rewards=[mine.reward]", "trusted_targets=[mine.reward]"]
-    told += ["experiment=demo_grpo", "tracking=none", "hydra.run.dir=run", "train.max_steps=1"]
-    done = cli(*told, cwd=tmp_path)
+    overrides = [
+        "algorithm=grpo",
+        "algorithm.rewards=[mine.reward]",
+        "trusted_targets=[mine.reward]",
+    ]
+    overrides += ["experiment=demo_grpo", "tracking=none", "hydra.run.dir=run", "train.max_steps=1"]
+    done = cli(*overrides, cwd=tmp_path)
     assert done.returncode == 1
     assert "RewardError: reward" in done.stderr
     assert "Traceback" not in done.stderr
@@ -165,22 +171,22 @@ def test_several_processes_of_torchrun_are_refused_at_once(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = cli(cwd=tmp_path)
-    assert (done.returncode, time.perf_counter() - began < 10) == (1, True)
+    assert (done.returncode, time.perf_counter() - start < 10) == (1, True)
     assert done.stderr.startswith("ConfigError: WORLD_SIZE: 2: a run trains in one process")
     assert not list(tmp_path.iterdir())
 
 
-def test_presets_that_sweep_are_not_swept_over(tmp_path: Path) -> None:
+def test_sweeping_over_presets_that_sweep_is_refused(tmp_path: Path) -> None:
     done = cli("-m", "experiment=rank_sweep,module_sweep", "tracking=none", cwd=tmp_path)
     assert done.returncode == 1
     assert "hydra.sweeper.params" in done.stdout + done.stderr
     assert not list(tmp_path.glob("multirun/*/*/*/run.json"))
 
 
-def test_other_launchers_take_the_job_and_the_table_is_there(tmp_path: Path) -> None:
-    """Basic runs it here, as joblib and submitit do in processes that get it as a pickle."""
+def test_other_launchers_can_run_the_job_and_the_table_is_written(tmp_path: Path) -> None:
+    """The basic launcher runs it here; joblib and submitit run a pickle of it elsewhere."""
     import pickle
 
     from lora_exp.__main__ import job
@@ -192,13 +198,13 @@ def test_other_launchers_take_the_job_and_the_table_is_there(tmp_path: Path) -> 
     rows = json.loads((tmp_path / "a/b/summary.json").read_text())
     table = SweepTable()
     table.folder, table.elsewhere, table.rows = tmp_path / "a/b", True, []
-    table.gather()
+    table.read_jobs()
     assert [(r["job"], r["objective"], r["overrides"]) for r in table.rows] == [
         (r["job"], r["objective"], r["overrides"]) for r in rows
     ]
 
 
-def test_a_checkpoint_to_go_on_from_names_its_run(tmp_path: Path) -> None:
+def test_resuming_a_checkpoint_is_an_error_that_names_its_run(tmp_path: Path) -> None:
     checkpoint = tmp_path / "r/checkpoints/checkpoint-4"
     checkpoint.mkdir(parents=True)
     (tmp_path / "r/config.yaml").touch()

@@ -1,4 +1,4 @@
-"""The private names of libraries that we call or override: should one move, this says which."""
+"""Private names of libraries that we call or override; a test fails if one is moved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 
 TRAINER, MODEL = "transformers.Trainer", "transformers.PreTrainedModel"
 CONFIG, HANDLER = "transformers.PretrainedConfig", "transformers.cli.serving.utils.BaseHandler"
-# whose, which name, and the files of ours that call or override it
+# owner, name, and our files that call or override it
 PRIVATE = [
     (TRAINER, "_maybe_log_save_evaluate", "training/checkpoint.py"),
     (TRAINER, "_get_output_dir", "training/checkpoint.py"),
@@ -78,7 +78,7 @@ def resolve(dotted: str) -> Any:
 
 
 def has(owner: str, name: str) -> bool:
-    """Say whether a name is there, or is at least set or read in its owner's source."""
+    """Return whether a name exists, or is at least set or read in its owner's source."""
     try:
         resolve(f"{owner}.{name}")
     except (ImportError, AttributeError):
@@ -95,7 +95,7 @@ def test_a_private_name_that_we_use_is_still_there(owner: str, name: str, ours: 
     version = importlib.metadata.version({"hydra": "hydra-core"}.get(package, package))
     assert has(owner, name), (
         f"{package} {version} has no {owner}.{name} any more; {ours} uses it: "
-        f"find what took its place there, or keep the older {package} in pyproject.toml"
+        f"find its replacement there, or keep the older {package} in pyproject.toml"
     )
 
 
@@ -103,8 +103,8 @@ def is_private(name: str) -> bool:
     return re.fullmatch(r"_[a-z]\w*(?<!_)", name) is not None
 
 
-def used(tree: ast.Module) -> Iterator[str]:
-    """Yield the private names that a file takes from other objects than its own."""
+def names_used(tree: ast.Module) -> Iterator[str]:
+    """Yield the private names that a file uses of other objects than its own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node.attr
@@ -116,7 +116,7 @@ def used(tree: ast.Module) -> Iterator[str]:
                 yield from (f"{str(node.module)[at:]}.{alias.name}" for alias in node.names)
 
 
-def defined(tree: ast.Module) -> Iterator[str]:
+def names_defined(tree: ast.Module) -> Iterator[str]:
     """Yield the names that a file defines, or sets on `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -128,33 +128,35 @@ def defined(tree: ast.Module) -> Iterator[str]:
 def classes() -> Iterator[type]:
     """Yield every class of ours, and our mixin of checkpoints on the trainer it is mixed into."""
     for package in (lora_exp, hydra_plugins.lockstep_launcher):
-        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not found.name.endswith("__main__"):
-                members = vars(importlib.import_module(found.name)).values()
-                yield from (kind for kind in members if isinstance(kind, type))
+        for module_info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module_info.name.endswith("__main__"):
+                members = vars(importlib.import_module(module_info.name)).values()
+                yield from (member for member in members if isinstance(member, type))
     yield checkpointed(Trainer)
 
 
 def test_every_private_name_that_we_use_is_listed() -> None:
     trees = {path: ast.parse(path.read_text()) for path in SOURCES}
-    ours = {name for tree in trees.values() for name in defined(tree)}
+    ours = {name for tree in trees.values() for name in names_defined(tree)}
     for path, tree in trees.items():
-        names = {name for name in used(tree) if is_private(name.partition(".")[0])}
-        assert not names - ours - NAMES, f"{path}: list what it takes of libraries in PRIVATE"
+        names = {name for name in names_used(tree) if is_private(name.partition(".")[0])}
+        assert not names - ours - NAMES, (
+            f"{path}: list the names that it uses of libraries in PRIVATE"
+        )
 
 
 def test_every_private_name_that_we_override_is_listed() -> None:
     assert Checkpoints in checkpointed(Trainer).__mro__
-    for kind in classes():
-        tops = {k: k.__module__.partition(".")[0] for k in kind.__mro__}
-        own = {name for k, top in tops.items() if top in OURS for name in vars(k)}
+    for our_class in classes():
+        tops = {base: base.__module__.partition(".")[0] for base in our_class.__mro__}
+        ours = {name for base, top in tops.items() if top in OURS for name in vars(base)}
         theirs = set(tops.values()) - {*OURS, *sys.stdlib_module_names}
-        names = {name for k, top in tops.items() if top in theirs for name in vars(k)}
-        overridden = {name for name in own & names if is_private(name)} - vars(ABC).keys()
-        assert not overridden - NAMES, f"{kind}: list what it overrides in PRIVATE"
+        names = {name for base, top in tops.items() if top in theirs for name in vars(base)}
+        overridden = {name for name in ours & names if is_private(name)} - vars(ABC).keys()
+        assert not overridden - NAMES, f"{our_class}: list the names that it overrides in PRIVATE"
 
 
-def test_a_name_that_moved_is_missed() -> None:
+def test_a_missing_name_is_detected() -> None:
     assert not has(TRAINER, "_a_name_that_was_never_there")
     assert not has("hydra", "_internal.callbacks.Nobody")
 

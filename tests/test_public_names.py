@@ -1,4 +1,4 @@
-"""What is promised to others: public names, types in the wheel, declared dependencies."""
+"""Promises to users: public names, types in the wheel, declared dependencies."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PACKAGE = [
     path for folder in ("lora_exp", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
 ]
 SCRIPTS = [path for path in (ROOT / "scripts").iterdir() if "python" in path.read_text()[:30]]
-AROUND = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
-# what imports an extra's packages; it is itself imported only where they are
-OF_EXTRAS = {"lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve"}
+TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
+# modules that import packages of an extra; they are imported only where it is installed
+NEEDED_EXTRA = {"lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve"}
 DISTRIBUTIONS = packages_distributions()
 
 
-def test_the_package_says_what_is_public() -> None:
+def test_the_public_names_are_those_of_all() -> None:
     assert sorted(lora_exp.__all__) == ["compose", "load_adapter", "run"]
     assert {f"lora_exp.{name}" for name in lora_exp.__all__} <= set(PUBLIC)
     with pytest.raises(AttributeError, match="has no attribute 'anything_else'"):
@@ -41,18 +41,20 @@ def test_the_package_says_what_is_public() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_name_is_there_and_says_what_it_is(name: str) -> None:
+def test_a_public_name_exists_and_has_a_docstring(name: str) -> None:
     module, _, last = name.rpartition(".")
     assert inspect.getdoc(getattr(importlib.import_module(module), last))
 
 
-def test_what_is_promised_stands_in_the_reference() -> None:
+def test_every_public_name_is_in_the_reference() -> None:
     promised = {"lora_exp.data.Rows", "lora_exp.config.asset"}
     rewards = ("exact_match", "similarity", "regex", "format", "length")
     promised |= {f"lora_exp.rewards.{name}" for name in rewards}
     tree = inspect.getmembers(errors, inspect.isclass)
     promised |= {
-        f"lora_exp.errors.{name}" for name, kind in tree if kind.__module__ == errors.__name__
+        f"lora_exp.errors.{name}"
+        for name, error_class in tree
+        if error_class.__module__ == errors.__name__
     }
     assert promised <= set(PUBLIC)
 
@@ -80,14 +82,18 @@ def declared(*extras: str) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in texts}
 
 
-@pytest.mark.parametrize("path", [*PACKAGE, *AROUND], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*PACKAGE, *TESTS_AND_SCRIPTS], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_what_is_imported_is_declared(path: Path) -> None:
-    extra = OF_EXTRAS.get(str(path.relative_to(ROOT)))
-    extras = ["docs", "eval", "serve", "dev"] if path in AROUND else [extra] if extra else []
+    extra = NEEDED_EXTRA.get(str(path.relative_to(ROOT)))
+    extras = (
+        ["docs", "eval", "serve", "dev"] if path in TESTS_AND_SCRIPTS else [extra] if extra else []
+    )
     known = declared(*extras)
     for package in set(imported(path)):
-        there = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [package])}
-        assert there & known, f"{package}: pyproject.toml declares none of {there}"
+        distributions = {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [package])}
+        assert distributions & known, f"{package}: pyproject.toml declares none of {distributions}"
 
 
 def test_every_declared_package_is_pinned_within_its_range() -> None:

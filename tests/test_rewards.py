@@ -1,4 +1,4 @@
-"""Rewards: what each gives, and what is said when one fails."""
+"""Rewards: their values, and the errors when one fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_texts_and_chats_are_rewarded_alike() -> None:
     assert similarity(completions=["abxx"], answer=["ab"]) == [2 * 2 / 6]
 
 
-def test_a_pattern_is_found_anywhere_and_may_not_take_for_ever() -> None:
+def test_a_pattern_matches_anywhere_within_a_time_limit() -> None:
     assert regex(r"\d+")(completions=["x 42", "none"]) == [1, 0]
     with pytest.raises(RewardError, match="takes more than 1 s"):
         regex("(a|aa)+$")(completions=["a" * 60 + "b"])
@@ -44,11 +44,11 @@ def test_a_pattern_is_found_anywhere_and_may_not_take_for_ever() -> None:
         ("<think><think>x</think><answer>4</answer>", 0),
     ],
 )
-def test_a_format_is_its_sections_in_order_and_nothing_else(text: str, reward: int) -> None:
+def test_a_format_has_its_sections_in_order_and_nothing_else(text: str, reward: int) -> None:
     assert rewards.format(["think", "answer"])(completions=[text]) == [reward]
 
 
-def test_length_is_free_up_to_its_limit_and_nothing_at_twice_as_much() -> None:
+def test_the_length_reward_falls_from_1_at_the_limit_to_0_at_twice_the_limit() -> None:
     ids = [[1] * n for n in (1, 4, 6, 8, 20)]
     assert length(4)(completions=ids, completion_ids=ids) == [1, 1, 0.5, 0, 0]
 
@@ -78,49 +78,53 @@ def test_a_failing_reward_is_named_with_its_row(function: Callable[..., Any], te
         call(function)
 
 
-def test_a_column_that_no_row_has_is_missed_before_training() -> None:
+def test_a_missing_column_is_an_error_before_training() -> None:
     reward = Reward(exact_match, "exact_match")
     reward.check([{"prompt": "p", "answer": "a"}])
     with pytest.raises(DataError, match="exact_match needs the column answer; the rows have task"):
         reward.check([{"prompt": "p", "task": "t"}])
 
 
-def test_ones_own_function_rewards_when_it_is_trusted(
+def test_a_users_function_is_a_reward_when_it_is_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_rewards.py").write_text(
         "def short(completions):\n    return [float(len(str(c)) < 99) for c in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["algorithm=grpo", "algorithm.rewards=[own_rewards.short]", "data=demo_pairs"]
-    words += ["train.max_steps=1", "train.per_device_train_batch_size=8", "data.eval_rows=8"]
-    words += ["samples.rows=0", "tracking=none", "algorithm.args.max_completion_length=4"]
-    cfg = compose(*words, "trusted_targets=[own_rewards.short]")
+    overrides = ["algorithm=grpo", "algorithm.rewards=[own_rewards.short]", "data=demo_pairs"]
+    overrides += ["train.max_steps=1", "train.per_device_train_batch_size=8", "data.eval_rows=8"]
+    overrides += ["samples.rows=0", "tracking=none", "algorithm.args.max_completion_length=4"]
+    cfg = compose(*overrides, "trusted_targets=[own_rewards.short]")
     assert run(cfg, tmp_path / "run").metrics["eval/reward"] == 1
 
 
-def test_an_adapter_scores_as_the_classifier_that_it_was_trained_as(
-    tmp_path: Path, fresh_base: Any
-) -> None:
-    words = ["algorithm=reward", "data=demo_pairs", "train.max_steps=8", "tracking=none"]
-    saved = run(compose(*words, "data.rows=64", "train.learning_rate=1e-2"), tmp_path / "r").saved
+def test_an_adapter_reward_equals_the_trained_classifier(tmp_path: Path, fresh_base: Any) -> None:
+    overrides = ["algorithm=reward", "data=demo_pairs", "train.max_steps=8", "tracking=none"]
+    saved = run(
+        compose(*overrides, "data.rows=64", "train.learning_rate=1e-2"), tmp_path / "r"
+    ).saved
     scorer = AutoModelForSequenceClassification.from_pretrained(asset(TINY), num_labels=1)
     scorer = PeftModel.from_pretrained(scorer, str(saved)).eval()
     model = get_peft_model(fresh_base.model, LoraConfig(r=2, target_modules="all-linear"))
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    training = [name for name, p in model.named_parameters() if p.requires_grad]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     reward = AdapterReward(str(saved), compose(), model, fresh_base.tokenizer, "reward_adapter")
     prompts = [[{"role": "user", "content": f"Flip: {'a b c'[:n]}"}] for n in (1, 3, 5)]
     completions = [[{"role": "assistant", "content": c}] for c in ("a", "b a", "c b a")]
-    found = reward(prompts, completions)
-    for prompt, completion, score in zip(prompts, completions, found, strict=True):
+    scores = reward(prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
         ids = fresh_base.tokenizer.apply_chat_template(
             prompt + completion, return_tensors="pt", return_dict=True
         )
         with torch.no_grad():
             assert scorer(**ids).logits.item() == pytest.approx(score, abs=1e-5)
-    assert len({round(score, 4) for score in found}) == 3
-    # what trains is what it was
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == training
-    assert all(torch.equal(model.get_parameter(name), p) for name, p in before.items())
+    assert len({round(score, 4) for score in scores}) == 3
+    # the trained adapter is unchanged
+    assert [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ] == trainable
+    assert all(
+        torch.equal(model.get_parameter(name), parameter) for name, parameter in before.items()
+    )
     assert model.active_adapter == "default"

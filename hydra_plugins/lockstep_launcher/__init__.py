@@ -1,1 +1,1 @@
-"""Hydra's launcher for `-m`: a sweep trains in lockstep over one base."""
+"""Hydra's launcher for `-m`: the jobs of a sweep train in lockstep over one base."""

@@ -1,4 +1,4 @@
-"""The launcher's place in Hydra's `hydra/launcher` group."""
+"""Registers the launcher as an option of Hydra's group `hydra/launcher`."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class LockstepConfig:
-    """It takes no settings: how jobs share a base is the run's own `lockstep` section."""
+    """No settings: how jobs share a base is set in the run's section `lockstep`."""
 
     _target_: str = "hydra_plugins.lockstep_launcher.launcher.LockstepLauncher"
 

@@ -1,4 +1,4 @@
-"""The launcher as Hydra sees it; the work is in `_core`, which Hydra does not import to list it."""
+"""The launcher's class for Hydra; its code is in `_core`, which Hydra imports only to launch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hydra_plugins.lockstep_launcher import config as config  # registers the op
 
 
 class LockstepLauncher(Launcher):
-    """Plans a sweep, trains it in a worker process, and stays alive whatever becomes of that."""
+    """Plans a sweep and trains it in a worker process; goes on if the worker dies."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what a launch needs."""
+        """Store the arguments for a launch."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(

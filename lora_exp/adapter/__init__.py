@@ -1,6 +1,6 @@
 """An adapter: put on, saved, refused, several.
 
-untrusted  files from anywhere: names, numbers only
+untrusted  untrusted files: no patterns, no code
 mounting   a saved adapter mounted, or refused
 attach     resolve targets, attach, save
 several    several adapters on one base

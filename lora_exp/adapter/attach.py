@@ -26,7 +26,7 @@ from lora_exp.adapter.mounting import (
     check_embeddings,
     check_fit,
     fitting,
-    put,
+    mount,
     read_config,
 )
 from lora_exp.adapter.untrusted import read_weights
@@ -57,11 +57,11 @@ class Adapted:
     trainable: int
     total: int
     start: Path | None  # the untrained adapter, where the method rewrites the base
-    callbacks: tuple[TrainerCallback, ...] = ()  # what the method asks of the training loop
+    callbacks: tuple[TrainerCallback, ...] = ()  # of the method
 
 
 def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
-    """Put the config's adapter on a base, or set the whole base free to train.
+    """Put the config's adapter on a base, or unfreeze the whole base.
 
     Raises:
         TargetError: a name in target_modules, modules_to_save, exclude_modules, rank_pattern or
@@ -78,10 +78,10 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     config = None if cfg.adapter else build(cfg, "peft", **_runtime(base.model, cfg))
     try:
         with warnings.catch_warnings():
-            # peft would take another block size than the one that was asked for
+            # peft would replace an invalid block size by another
             warnings.filterwarnings("error", "Invalid `oft_block_size`")
             model = (
-                _started(base.model, cfg)
+                _saved_adapter(base.model, cfg)
                 if cfg.adapter
                 else peft.get_peft_model(base.model, config)
             )
@@ -91,12 +91,12 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         raise ConfigError([("peft", str(error))]) from error
     config = model.peft_config["default"]
     for name, parameter in model.named_parameters():
-        if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft sets free on 4-bit layers
+        if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft unfreezes on 4-bit layers
             parameter.requires_grad_(False)
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, AuxiliaryTrainingWrapper) and not hasattr(head, "bias"):
-        head.bias = None  # trl asks, and peft's wrapper of a tied head has only weights
-    # peft's card names this machine's folders, and is a checkpoint's slowest file; ours comes last
+        head.bias = None  # trl reads it, and peft's wrapper of a tied head has only weights
+    # peft's card names this machine's folders and is slow to write; `save` writes ours
     model.create_or_update_model_card = lambda *_: None
     adapted = getattr(model.base_model, "targeted_module_names", [])
     modules = Counter(name.rpartition(".")[2] for name in adapted)
@@ -111,23 +111,23 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     )
 
 
-def _started(model: Any, cfg: DictConfig) -> Any:
-    """Put a saved adapter on the base, to train on; one of a text model may become a classifier."""
-    adapter_config(cfg.adapter)  # a resumed run's may be gone
+def _saved_adapter(model: Any, cfg: DictConfig) -> Any:
+    """Put a saved adapter on the base, to train it further; a text model's may get a new head."""
+    adapter_config(cfg.adapter)  # raises if it is gone, as a resumed run's may be
     config = read_config(cfg.adapter, model)
-    same = config.task_type in (cfg.algorithm.task_type, None)
+    same_task = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
-    if not same:  # the head is new, and peft would miss it among the weights
+    if not same_task:  # the head is new, and peft would report it as missing
         config.base_model_name_or_path = None  # peft would warn that it has another name here
-        made = peft.get_peft_model(model, config)
+        classifier = peft.get_peft_model(model, config)
         weights = read_weights(cfg.adapter)
         check_embeddings(model, config, weights, cfg.adapter)
         weights = {"base_model.model.score.weight": model.score.weight.detach()} | weights
-        check_fit(made, weights, cfg.adapter)
+        check_fit(classifier, weights, cfg.adapter)
         with fitting(cfg.adapter):
-            peft.set_peft_model_state_dict(made, weights)
-        return made
-    return put(model, config, cfg.adapter, trainable=True, apart=True)
+            peft.set_peft_model_state_dict(classifier, weights)
+        return classifier
+    return mount(model, config, cfg.adapter, trainable=True, apart=True)
 
 
 def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
     if node.get("target_modules") is not None:
         runtime["target_modules"] = resolve(model, node.target_modules)
     if node.get("feedforward_modules") is not None:
-        inner = resolve(model, node.feedforward_modules)
-        runtime["feedforward_modules"] = [n for n in inner if n in runtime["target_modules"]]
+        feedforward = resolve(model, node.feedforward_modules)
+        runtime["feedforward_modules"] = [n for n in feedforward if n in runtime["target_modules"]]
     for key in ("modules_to_save", "exclude_modules"):
         if node.get(key) is not None:
             check_names(model, f"peft.{key}", list(node[key]))
@@ -147,12 +147,12 @@ def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
             runtime[key] = dict(node[key] or {})
             check_names(model, f"peft.{key}", runtime[key])
     if "init_r" in node:
-        runtime["total_step"] = 10**9  # AdaLora sets the true one when training begins
+        runtime["total_step"] = 10**9  # replaced by `AdaLora` when training begins
     return runtime
 
 
 def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
-    """Turn a role or a list of names into module names of this architecture.
+    """Return the module names of this architecture that a role or a list of names stands for.
 
     Args:
         model: the base.
@@ -177,7 +177,7 @@ def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
             f" names go in a list: peft.target_modules=[{wanted}]"
         )
     members = {
-        name for name, module in model.named_modules() if _plays(wanted, name, module, model)
+        name for name, module in model.named_modules() if _has_role(wanted, name, module, model)
     }
     if not members:
         raise TargetError(
@@ -191,13 +191,13 @@ def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
     return sorted({n for n in last if by_last[n] <= members} | whole)
 
 
-def _plays(role: str, name: str, module: Any, model: Any) -> bool:
+def _has_role(role: str, name: str, module: Any, model: Any) -> bool:
     if role == "norm":
         return "norm" in type(module).__name__.lower()
     parents, _, last = name.rpartition(".")
     in_a_layer = any(part.isdigit() for part in parents.split("."))
     if not isinstance(module, nn.Linear | Conv1D) or not in_a_layer:
-        return False  # output and classification heads stand outside the layers
+        return False  # output and classification heads are outside the layers
     attention = "attn" in parents.lower() or "attention" in parents.lower()
     return {
         "all_linear": True,
@@ -213,38 +213,38 @@ def _last_names(model: Any) -> set[str]:
 
 
 def check_names(model: Any, key: str, names: Iterable[str]) -> None:
-    """Refuse names that no module has, whole or as last parts; peft would pass over some of them.
+    """Refuse names that no module has, whole or as last parts; peft would ignore some of them.
 
     Raises:
         TargetError: with near names for each.
     """
     whole = [f".{name}" for name, _ in model.named_modules()]
-    lost = [name for name in names if not any(known.endswith(f".{name}") for known in whole)]
-    if lost:
+    unknown = [name for name in names if not any(module.endswith(f".{name}") for module in whole)]
+    if unknown:
         known = _last_names(model)
-        said = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in lost)
-        raise TargetError(f"{key}: no module of {type(model).__name__} is called {said}")
+        listed = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
+        raise TargetError(f"{key}: no module of {type(model).__name__} is called {listed}")
 
 
 def _save_start(model: Any, config: Any, folder: Path) -> None:
-    """Keep the untrained adapter: the saved one is the difference to it, for the original base."""
+    """Save the untrained adapter: `save` writes the difference to it, for the original base."""
     method, config.init_lora_weights = config.init_lora_weights, True
     model.save_pretrained(str(folder), save_embedding_layers=False)
     config.init_lora_weights = method
 
 
 def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
-    """Write what was trained, the tokenizer and the model card; the same training, the same bytes.
+    """Write what was trained, the tokenizer and the model card; equal runs write equal bytes.
 
     PiSSA and OLoRA are written as plain LoRA of twice the rank, which fits the original base.
     """
     if adapted.method is None:
-        adapted.model.config.use_cache = True  # trainers switch it off, and would save it so
+        adapted.model.config.use_cache = True  # trainers switch it off; it would be saved so
         adapted.model.save_pretrained(str(folder))
     else:
         config = adapted.model.peft_config["default"]
-        config.base_model_name_or_path = base.path  # not where this machine keeps it
-        for key in ("target_modules", "exclude_modules"):  # sets, in the order of the process
+        config.base_model_name_or_path = base.path  # not the folder on this machine
+        for key in ("target_modules", "exclude_modules"):  # sets have no order
             if isinstance(getattr(config, key, None), set):
                 setattr(config, key, sorted(getattr(config, key)))
         options = {}
@@ -261,10 +261,10 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
 
 
 class AdaLora(TrainerCallback):  # type: ignore[misc]
-    """Let AdaLoRA move its ranks: peft leaves the call after each update to the trainer."""
+    """Reallocate AdaLoRA's ranks after each update: peft leaves the call to the trainer."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Tell it how many steps there are.
+        """Set the number of steps.
 
         Raises:
             ConfigError: warm-up and final phase leave no step between them.
@@ -278,5 +278,5 @@ class AdaLora(TrainerCallback):  # type: ignore[misc]
         model.base_model.rankallocator.set_total_step(state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Prune by the gradients of the step just made, while they are there."""
+        """Prune by the gradients of the last step, before they are cleared."""
         model.base_model.update_and_allocate(state.global_step + 1)

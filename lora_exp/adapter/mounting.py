@@ -1,6 +1,6 @@
-"""A saved adapter put on a base: it fits in every weight, or is refused by name.
+"""A saved adapter mounted on a base, or refused with the name of a weight that does not fit.
 
-peft would only warn of what has no match, and pass on what torch says of the rest.
+peft would only warn of weights without a match, and pass on torch's errors for the others.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import peft
 import torch
 from torch import Tensor
 
-from lora_exp.adapter.untrusted import names_only, read_weights
+from lora_exp.adapter.untrusted import read_weights, resolve_patterns
 from lora_exp.errors import AdapterError, LoraExpError
 
-# peft saves both sides of a wholly trained embedding, where it saves embeddings too
+# where peft saves embeddings, it saves a wholly trained one twice: as it was, and as trained
 ORIGINAL, TRAINED = ".original_module", ".modules_to_save"
 
 
-def put(model: Any, config: Any, path: str, trainable: bool, apart: bool = False) -> Any:
-    """Put a saved adapter on the base that it was trained on.
+def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = False) -> Any:
+    """Mount a saved adapter on the base that it was trained on.
 
-    Embeddings that the file holds beside the adapter, as peft saves them after more tokens were
-    added, become those of the base; a vocabulary of another size is taken from the file.
+    If the file also has embeddings, as peft saves them after tokens were added, they replace those
+    of the base, which is resized to their number.
 
     Args:
         model: the base.
         config: the adapter's, its patterns replaced by names.
         path: its folder.
         trainable: whether its weights take gradients.
-        apart: refuse embeddings that differ from the base's, which others compute with too.
+        apart: whether others share the base: embeddings that differ from its own are refused.
 
     Raises:
-        AdapterError: its weights are missing, not finite, no numbers, or of another base's shape.
+        AdapterError: its weights are missing, not finite, no tensors, or of another base's shape.
     """
     weights = read_weights(path)
     folder = str(Path(path).expanduser())
@@ -47,26 +47,27 @@ def put(model: Any, config: Any, path: str, trainable: bool, apart: bool = False
     with fitting(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
         warnings.filterwarnings("ignore", "The following rank_pattern keys")  # AdaLoRA's weights
-        made = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)
-    check_fit(made, weights, path)
-    return made
+        mounted = peft.PeftModel.from_pretrained(
+            model, folder, is_trainable=trainable, config=config
+        )
+    check_fit(mounted, weights, path)
+    return mounted
 
 
-def add(model: Any, path: str, name: str) -> None:
-    """Add a saved adapter to a PeftModel, beside those that it has.
+def mount_beside(model: Any, path: str, name: str) -> None:
+    """Mount a saved adapter on a PeftModel, beside its adapters.
 
     Raises:
-        AdapterError: as `put`, or it holds other embeddings than the base's.
+        AdapterError: as for `mount`, or its embeddings differ from the base's.
     """
     config, weights = read_config(path, model.get_base_model()), read_weights(path)
     check_embeddings(model.get_base_model(), config, weights, path)
     with fitting(path):
         model.add_adapter(name, config)
-        found = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
-    lost = [key for key in found.missing_keys if f".{name}." in key]
-    if lost or found.unexpected_keys:
-        first = [*lost, *found.unexpected_keys][0]
-        raise AdapterError(f"{path} does not fit this base: {first} has no match")
+        loaded = peft.set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in loaded.missing_keys if f".{name}." in key]
+    if unmatched := [*missing, *loaded.unexpected_keys]:
+        raise AdapterError(f"{path} does not fit this base: {unmatched[0]} has no match")
 
 
 def check_embeddings(model: Any, config: Any, weights: Mapping[str, Tensor], path: str) -> set[str]:
@@ -84,20 +85,21 @@ def check_embeddings(model: Any, config: Any, weights: Mapping[str, Tensor], pat
     Raises:
         AdapterError: putting it on the base would change the base.
     """
-    held = dict(_embeddings(model, config, weights))
-    for key, own in held.items():
-        if ORIGINAL in key and own.shape != weights[key].shape:
+    embeddings = dict(_embeddings(model, config, weights))
+    for key, base_weight in embeddings.items():
+        same_shape = base_weight.shape == weights[key].shape
+        if ORIGINAL in key and not same_shape:
             continue  # of more tokens than the base has: they get a module of their own
-        if own.shape != weights[key].shape or not torch.equal(own, weights[key].to(own)):
+        if not same_shape or not torch.equal(base_weight, weights[key].to(base_weight)):
             text = "changes the base itself: it holds embeddings that differ from the base's"
             raise AdapterError(f"{path} {text}; merge it alone first, then take the model")
-    return set(held)
+    return set(embeddings)
 
 
 def _embeddings(
     model: Any, config: Any, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the keys of a file's embeddings, and the base's own; not those that peft trains."""
+    """Yield the key of each embedding in a file, except trained ones, and the base's own weight."""
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     trained = tuple(f".{name}" for name in getattr(config, "modules_to_save", None) or ())
     for name, module in model.named_modules():
@@ -105,18 +107,20 @@ def _embeddings(
             continue
         plain = () if f".{name}".endswith(trained) else ("", ".base_layer")
         for part, end in product((*plain, ORIGINAL), ("weight", "bias")):
-            key, own = f"base_model.model.{name}{part}.{end}", getattr(module, end, None)
-            if key in weights and own is not None:
-                yield key, own
+            key, base_weight = f"base_model.model.{name}{part}.{end}", getattr(module, end, None)
+            if key in weights and base_weight is not None:
+                yield key, base_weight
 
 
 def _resize(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give a base as many embeddings as an adapter's file holds, if it holds all of them."""
+    """Resize a base to the number of embeddings in an adapter's file, if it has all of them."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    held = {key: own for key, own in _embeddings(model, None, weights) if key.endswith("weight")}
+    pairs = _embeddings(model, None, weights)
+    embeddings = {key: weight for key, weight in pairs if key.endswith("weight")}
     needed = [layer.weight for layer in (first, last) if layer is not None]
-    sizes = {len(weights[key]) for key in held}
-    if all(any(own is weight for own in held.values()) for weight in needed) and len(sizes) == 1:
+    sizes = {len(weights[key]) for key in embeddings}
+    complete = all(any(w is weight for w in embeddings.values()) for weight in needed)
+    if complete and len(sizes) == 1:
         (rows,) = sizes
         if rows != len(first.weight):
             model.resize_token_embeddings(rows, mean_resizing=False)
@@ -126,20 +130,20 @@ def read_config(path: str, model: Any) -> Any:
     """Read a saved adapter's config for a base, its patterns replaced by names.
 
     Raises:
-        AdapterError: it is none of peft's, or a pattern is none, finds nothing or takes too long.
+        AdapterError: it is not peft's, or a pattern is invalid, matches nothing or is slow.
     """
     with fitting(path):
         config = peft.PeftConfig.from_pretrained(str(Path(path).expanduser()))
-    names_only(config, model, path)
+    resolve_patterns(config, model, path)
     return config
 
 
 @contextmanager
 def fitting(path: str) -> Iterator[None]:
-    """Tell of which adapter peft says that it cannot be put on a base.
+    """Name the adapter in the error if peft cannot mount it on a base.
 
     Raises:
-        AdapterError: with the first of torch's list of sizes, which has a line for each weight.
+        AdapterError: with the first line of torch's list of sizes, which has one for each weight.
     """
     try:
         yield
@@ -147,8 +151,8 @@ def fitting(path: str) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        said = lines[1] if isinstance(error, RuntimeError) and lines[1:] else lines[0]
-        raise AdapterError(f"{path} does not fit this base: {said}") from error
+        reason = lines[1] if isinstance(error, RuntimeError) and lines[1:] else lines[0]
+        raise AdapterError(f"{path} does not fit this base: {reason}") from error
 
 
 def check_fit(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
@@ -162,10 +166,10 @@ def check_fit(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
     Raises:
         AdapterError: with the first weight that has no match.
     """
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     base = model.get_base_model()
     embeddings = {key for key, _ in _embeddings(base, None, saved)}
-    embeddings |= {key for key in saved if TRAINED in key and key.replace(TRAINED, "") in own}
-    if lost := sorted((own - saved.keys()) | (saved.keys() - own - embeddings)):
-        text = f"{path} does not fit this base: {len(lost)} of its weights have no match"
-        raise AdapterError(f"{text}, the first is {lost[0]}")
+    embeddings |= {key for key in saved if TRAINED in key and key.replace(TRAINED, "") in expected}
+    if unmatched := sorted((expected - saved.keys()) | (saved.keys() - expected - embeddings)):
+        text = f"{path} does not fit this base: {len(unmatched)} of its weights have no match"
+        raise AdapterError(f"{text}, the first is {unmatched[0]}")

@@ -20,12 +20,12 @@ from lora_exp.errors import AdapterError
 from lora_exp.model.loading import Base
 from lora_exp.model.scoring import last_token
 
-ALONE = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+ONE_ONLY = (PeftType.ADALORA, PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 
 @contextmanager
 def using(model: Any, name: str | None) -> Iterator[None]:
-    """Compute with another adapter, or with the bare base (None); what trains stays what it is.
+    """Compute with another adapter, or with the bare base (None); what trains does not change.
 
     Args:
         model: a PeftModel.
@@ -47,19 +47,19 @@ def using(model: Any, name: str | None) -> Iterator[None]:
 
 
 def add_copy(model: Any, name: str, trainable: bool) -> None:
-    """Add an adapter like the one that trains: a frozen copy, or one that begins anew.
+    """Add an adapter like the one that trains: a frozen copy, or a new one that trains too.
 
     Args:
         model: a PeftModel.
         name: of the new adapter.
-        trainable: true: it starts from nothing and trains too; false: it keeps what is there now.
+        trainable: True: newly initialised; False: frozen, with the current weights.
 
     Raises:
         AdapterError: the method allows one adapter only.
     """
     config = copy.deepcopy(model.peft_config["default"])
-    if config.peft_type in ALONE:
-        raise AdapterError(f"{config.peft_type.value} allows one adapter on a base; peft=lora")
+    if config.peft_type in ONE_ONLY:
+        raise AdapterError(f"{config.peft_type.value} allows one adapter on a base; set peft=lora")
     if not trainable:
         config.inference_mode = True
     _add(model, name, config, trainable)
@@ -68,25 +68,25 @@ def add_copy(model: Any, name: str, trainable: bool) -> None:
 
 
 def _add(model: Any, name: str, config: Any, trainable: bool) -> None:
-    """Add an adapter that trains or does not, and leave all others as they are."""
-    before = {p: p.requires_grad for p in _every(model)}
+    """Add an adapter; whether the other parameters train does not change."""
+    before = {p: p.requires_grad for p in _current_parameters(model)}
     model.add_adapter(name, config)
-    for parameter in _every(model):
+    for parameter in _current_parameters(model):
         parameter.requires_grad = before.get(parameter, trainable)
 
 
-def _every(model: Any) -> list[nn.Parameter]:
-    """Return all parameters as they are now; `spare` may have fixed what parameters() lists."""
+def _current_parameters(model: Any) -> list[nn.Parameter]:
+    """Return all parameters; parameters() may be a cached list, see `avoid_module_walks`."""
     return [parameter for _, parameter in model.named_parameters()]
 
 
 def copy_to(model: Any, name: str) -> None:
-    """Give an adapter the weights, to the bit, of the one that trains."""
-    every = dict(model.named_parameters())
-    for path, parameter in every.items():
-        twin = ".".join("default" if part == name else part for part in path.split("."))
-        if twin != path and twin in every:  # a base's own module may have the name too
-            parameter.data = every[twin].data.clone()
+    """Copy the weights of the adapter that trains to another, bit for bit."""
+    parameters = dict(model.named_parameters())
+    for path, parameter in parameters.items():
+        source = ".".join("default" if part == name else part for part in path.split("."))
+        if source != path and source in parameters:  # a base's own module may have the name too
+            parameter.data = parameters[source].data.clone()
 
 
 def add_saved(model: Any, path: Path, name: str) -> Tensor:
@@ -98,13 +98,13 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
         name: for the new adapter.
 
     Raises:
-        AdapterError: it cannot stand on this model, or has no head.
+        AdapterError: it cannot be put on this model, or has no head.
     """
     config = read_config(str(path), model.get_base_model())
     trained = model.peft_config["default"]
-    if config.peft_type != trained.peft_type or config.peft_type in ALONE:
-        kinds = f"{config.peft_type.value} beside {trained.peft_type.value}"
-        raise AdapterError(f"{path}: {kinds} cannot share a base; train both with peft=lora")
+    if config.peft_type != trained.peft_type or config.peft_type in ONE_ONLY:
+        methods = f"{config.peft_type.value} beside {trained.peft_type.value}"
+        raise AdapterError(f"{path}: {methods} cannot share a base; train both with peft=lora")
     weights = read_weights(str(path))
     heads = [key for key in weights if key.endswith("score.weight")]
     if not heads:
@@ -114,10 +114,10 @@ def add_saved(model: Any, path: Path, name: str) -> Tensor:
     config.modules_to_save, config.task_type = None, trained.task_type
     config.inference_mode = True
     _add(model, name, config, trainable=False)
-    found = set_peft_model_state_dict(model, weights, adapter_name=name)
-    lost = [key for key in found.missing_keys if f".{name}." in key]
-    if lost or found.unexpected_keys:
-        raise AdapterError(f"{path} does not fit this base: {[*lost, *found.unexpected_keys][:3]}")
+    loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in loaded.missing_keys if f".{name}." in key]
+    if unmatched := [*missing, *loaded.unexpected_keys]:
+        raise AdapterError(f"{path} does not fit this base: {unmatched[:3]}")
     return head.float().to(model.device)
 
 
@@ -136,12 +136,12 @@ def save_classifier(model: Any, name: str, head_1C: Tensor, base: Base, folder: 
 
 
 def changes_nothing(model: Any) -> bool:
-    """Say whether the adapter is as LoRA begins: then the bare base is the same model."""
+    """Return whether the adapter is an untrained LoRA, which changes no output of the base."""
     config = model.peft_config["default"]
     if config.peft_type is not PeftType.LORA or getattr(config, "use_dora", False):
         return False
-    ends = [p for key, p in model.named_parameters() if ".lora_B.default." in key]
-    return bool(ends) and not any(p.count_nonzero() for p in ends)
+    lora_b = [p for key, p in model.named_parameters() if ".lora_B.default." in key]
+    return bool(lora_b) and not any(p.count_nonzero() for p in lora_b)
 
 
 def score(hidden_BSC: Tensor, mask_BS: Tensor, head_1C: Tensor) -> Tensor:
@@ -152,5 +152,5 @@ def score(hidden_BSC: Tensor, mask_BS: Tensor, head_1C: Tensor) -> Tensor:
 
 
 def is_adapted(model: Any) -> bool:
-    """Say whether a model trains by an adapter."""
+    """Return whether a model has an adapter."""
     return isinstance(model, PeftModel)

@@ -1,4 +1,4 @@
-"""Files from anywhere: an adapter's patterns become names, its weights are numbers or refused.
+"""Adapters from untrusted sources: patterns become names, and weights may hold no code.
 
 peft would run the patterns, however long they take.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,26 @@ PLAIN = re.compile(r"[\w.\-]+")  # a name, whole or its last parts
 
 
 @contextmanager
-def numbers_only(path: str | None, kind: type[LoraExpError] = AdapterError) -> Iterator[None]:
-    """Say of which folder torch refuses to load a pickle.
+def numbers_only(
+    path: str | None, error_class: type[LoraExpError] = AdapterError
+) -> Iterator[None]:
+    """Name the folder in the error if torch refuses to load a pickle.
 
     Raises:
-        LoraExpError: of the kind given.
+        LoraExpError: an `error_class`, if torch refuses.
     """
     try:
         yield
     except pickle.UnpicklingError as error:
         text = f"{path} holds code where numbers belong, or is damaged; it is not loaded"
-        raise kind(f"{text} ({str(error).splitlines()[0]})") from error
+        raise error_class(f"{text} ({str(error).splitlines()[0]})") from error
 
 
 def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
-    """Read a saved adapter's weights; `finite`: refuse such that are not.
+    """Read a saved adapter's weights; `finite`: refuse NaN and infinite ones.
 
     Raises:
-        AdapterError: there are none, or they are damaged, not finite or no numbers.
+        AdapterError: there are none, or they are damaged, not finite or no tensors.
     """
     folder = Path(path).expanduser()
     file = folder / WEIGHTS[0]
@@ -51,12 +53,12 @@ def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
         try:
             if file.is_file():
                 weights: dict[str, Any] = load_file(file)
-            else:  # as adapters were saved once
+            else:  # older versions of peft save pickles
                 weights = torch.load(folder / WEIGHTS[1], "cpu", weights_only=True)
         except (SafetensorError, OSError, EOFError, RuntimeError) as error:
             raise AdapterError(f"{path}: its weights are damaged: {error}") from error
-    named = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
-    if not named or not all(map(torch.is_tensor, weights.values())):
+    has_names = isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+    if not has_names or not all(map(torch.is_tensor, weights.values())):
         raise AdapterError(f"{path}: its weights are no tensors with names")
     if not weights:
         raise AdapterError(f"{path} holds no weights")
@@ -66,8 +68,8 @@ def read_weights(path: str, finite: bool = True) -> dict[str, Any]:
     return weights
 
 
-def names_only(config: Any, model: Any, path: str) -> None:
-    """Replace a config's regular expressions by the names that they find in a base.
+def resolve_patterns(config: Any, model: Any, path: str) -> None:
+    """Replace a config's regular expressions by the module names of a base that they match.
 
     Args:
         config: a saved adapter's, as peft reads it; changed in place.
@@ -75,56 +77,57 @@ def names_only(config: Any, model: Any, path: str) -> None:
         path: the adapter's folder, for errors.
 
     Raises:
-        AdapterError: a pattern is none, finds nothing or takes too long, or the config names code.
+        AdapterError: a pattern is invalid, matches nothing or is slow, or the config names code.
     """
     if getattr(config, "megatron_config", None) is not None:
         raise AdapterError(f"{path}: megatron_config would import what it names; not allowed")
     search = Search([name for name, _ in model.named_modules() if name], path)
     for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
-        wanted = getattr(config, key, None)
-        if isinstance(wanted, str) and wanted != "all-linear":
-            setattr(config, key, search.found(wanted, key))
+        pattern = getattr(config, key, None)
+        if isinstance(pattern, str) and pattern != "all-linear":
+            setattr(config, key, search.matches(pattern, key))
     for key in ("target_modules", "modules_to_save", "layers_pattern"):
-        listed = getattr(config, key, None) or ()
-        for name in [listed] if isinstance(listed, str) else listed:
+        names = getattr(config, key, None) or ()
+        for name in [names] if isinstance(names, str) else names:
             if not PLAIN.fullmatch(name):
                 raise AdapterError(f"{path}: {key}: {name!r} is no name of a module")
     if config.peft_type == "ADALORA":
-        return  # its rank_pattern names weights, which it looks up
-    targets = {f".{name}" for name in config.target_modules or ()} if _targeted(config) else set()
+        return  # its rank_pattern has names of weights, no patterns
+    targets = {f".{name}" for name in _listed_targets(config)}
     adapted = [name for name in search.names if any(f".{name}".endswith(end) for end in targets)]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, key, None) or {}
-        named: dict[str, Any] = {}
-        for pattern, value in patterns.items():  # peft takes the first that fits
-            for name in search.found(rf"(.*\.)?({pattern})", key, optional=True):
+        values: dict[str, Any] = {}  # module's name -> its rank or alpha
+        for pattern, value in patterns.items():  # peft takes the first that matches
+            for name in search.matches(rf"(.*\.)?({pattern})", key, optional=True):
                 if name in adapted:
-                    named.setdefault(name, value)
+                    values.setdefault(name, value)
         if patterns:
-            setattr(config, key, named)
+            setattr(config, key, values)
 
 
-def _targeted(config: Any) -> bool:
-    return isinstance(getattr(config, "target_modules", None), list | set | tuple)
+def _listed_targets(config: Any) -> Iterable[str]:
+    targets = getattr(config, "target_modules", None)
+    return targets if isinstance(targets, list | set | tuple) else ()
 
 
 class Search:
-    """Looks for patterns among the names of a base, all of them in `SECONDS`."""
+    """Matches patterns with the module names of a base, all together within `SECONDS`."""
 
     def __init__(self, names: list[str], path: str) -> None:
         self.names, self.path = names, path
-        self.until = time.perf_counter() + SECONDS
+        self.deadline = time.perf_counter() + SECONDS
 
-    def found(self, pattern: str, key: str, optional: bool = False) -> list[str]:
-        """Return the names that a pattern fits whole, sorted.
+    def matches(self, pattern: str, key: str, optional: bool = False) -> list[str]:
+        """Return the names that a pattern matches as a whole, sorted.
 
         Raises:
-            AdapterError: it is no pattern, takes too long, or fits none that it must.
+            AdapterError: it is no pattern, takes too long, or matches none and is not optional.
         """
         what = f"{self.path}: {key}: {pattern!r}"
         try:
             compiled = regex.compile(pattern)
-            names = [name for name in self.names if self._fits(compiled, name)]
+            names = [name for name in self.names if self._matches(compiled, name)]
         except regex.error as error:
             raise AdapterError(f"{what} is no pattern: {error}") from error
         except TimeoutError as error:
@@ -134,8 +137,8 @@ class Search:
             raise AdapterError(f"{what} finds no module of this base")
         return sorted(names)
 
-    def _fits(self, compiled: Any, name: str) -> bool:
-        left = self.until - time.perf_counter()
-        if left <= 0:
+    def _matches(self, compiled: Any, name: str) -> bool:
+        remaining = self.deadline - time.perf_counter()
+        if remaining <= 0:
             raise TimeoutError
-        return compiled.fullmatch(name, timeout=left) is not None
+        return compiled.fullmatch(name, timeout=remaining) is not None

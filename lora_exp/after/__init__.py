@@ -1,26 +1,27 @@
-"""Something saved: looked at, proven, talked to, served and sent on.
+"""Tools for what was saved: inspect, merge, prove, chat, serve and publish.
 
-saved         what lies at a path
-output        whether a place may be written
-loading       an adapter on its base again
+saved         what is saved at a path
+base_config   a config that loads its base
+output        whether a path may be written
+loading       an adapter on its base
 inspection    what it is, which layers changed
-saving        an adapter out of its run
+saving        an adapter copied from its run
 merging       adapters into their base
-prompts       rows that ask something
+prompts       read from files
 difference    two models on one prompt
 weighted_sum  several LoRAs' updates, from their files
-proof         a merge held against its adapter
-soundness     a whole model, as it lies
+proof         a merge compared with its adapter
+soundness     whether a whole model is usable
 completion    answers to a file of prompts
 conversation  turns, settings, several models
-chat          the terminal, or a pipe
-evaluation    with the adapter and without
-endpoints     OpenAI's interface over loaded models
-serving       what is served, by which engine
-publication   to the Hub
+chat          in a terminal or pipe
+evaluation    with and without the adapter
+endpoints     OpenAI's interface to loaded models
+serving       which models, by which engine
+publication   uploads to the Hub
 doctor        whether this machine can train
-estimate      what a run would take
+estimate      memory that a run needs
 pages         what the commands print
 
-Every module takes paths and gives paths, or what can be printed; `lora_exp.cli` prints it.
+The modules take paths, and return paths or what `lora_exp.cli` prints.
 """

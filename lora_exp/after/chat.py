@@ -1,4 +1,4 @@
-"""The chat at a terminal, or through a pipe: lines in, answers out, commands with a slash."""
+"""The chat in a terminal or through a pipe: lines in, answers out, commands with a slash."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lora_exp.record.progress import quiet
 HISTORY = 1000  # lines kept between chats
 BLOCK = '"""'  # around a text of several lines
 HELP = {
-    "/adapter NAME": "let another adapter answer; /adapter off: the bare base; alone: list them",
-    "/compare PROMPT": "what the base and every adapter would answer, side by side",
-    "/system TEXT": "the system prompt; alone: show it",
-    "/set KEY VALUE": "temperature, top_p, max_new_tokens or seed; alone: show them",
-    "/retry": "answer the last thing again",
-    "/undo": "take the last thing and its answer back",
-    "/clear": "begin anew",
-    "/save FILE": "write the conversation as a row that training takes",
-    "/help": "this",
-    "/exit": "leave; so does Ctrl-D",
+    "/adapter NAME": "let another adapter answer; off: the base alone; without NAME: list them",
+    "/compare PROMPT": "the answers of the base and of every adapter, side by side",
+    "/system TEXT": "set the system prompt; without TEXT: show it",
+    "/set KEY VALUE": "temperature, top_p, max_new_tokens or seed; without KEY: show them",
+    "/retry": "answer the last message again",
+    "/undo": "remove the last message and its answer",
+    "/clear": "start again",
+    "/save FILE": "write the conversation as a row for training",
+    "/help": "show this help",
+    "/exit": "leave, as Ctrl-D does",
 }
 COMMANDS = tuple(usage.split()[0] for usage in HELP)
 
@@ -44,66 +44,67 @@ def open_chat(
     merge: bool = False,
     system: str | None = None,
 ) -> Conversation:
-    """Load one model, or several adapters on one base, and begin a conversation.
+    """Load one model, or several adapters on one base, and start a conversation.
 
     Args:
-        paths: adapters, runs or a whole model; `NAME=PATH` names one.
-        base: where the base lies, if not where the adapter says.
-        quant: how to hold the base; None: as the first one's run did.
-        merge: merge the one adapter into its base first.
+        paths: adapters, runs or a whole model; `NAME=PATH` sets a name.
+        base: the location of the base, if not the one that the adapter names.
+        quant: how to quantise the base; None: as in the run of the first adapter.
+        merge: merge the adapter into its base first; only with one adapter.
         system: the system prompt.
 
     Raises:
-        SavedError: nothing to talk to, or two of one name.
-        AdapterError: adapters of different bases.
+        SavedError: there is no model to chat with, or two have the same name.
+        AdapterError: the adapters have different bases.
     """
     quiet()
     several = find_all(paths)
-    scores = [saved for saved in several if saved.task_type == "SEQ_CLS"]
-    if scores:
-        raise SavedError(f"{scores[0].folder} gives scores (algorithm=reward), it does not answer")
+    classifiers = [saved for saved in several if saved.task_type == "SEQ_CLS"]
+    if classifiers:
+        text = "gives scores (algorithm=reward), it does not answer"
+        raise SavedError(f"{classifiers[0].folder} {text}")
     if any(saved.name == OFF for saved in several):
-        raise SavedError(f"{OFF} is the bare base here; give the adapter another name: NAME=PATH")
+        raise SavedError(f"{OFF} is the name of the base; give the adapter another name: NAME=PATH")
     if merge and (len(several) > 1 or several[0].adapter is None):
-        raise SavedError("--merge takes one adapter; several stay apart on their base")
+        raise SavedError("--merge takes one adapter; leave it out for several, or a whole model")
     first = several[0]
-    found = load_base(first, base, quant)
+    loaded_base = load_base(first, base, quant)
     if first.adapter is None:
-        models = {first.name: load(first, found)}
+        models = {first.name: load(first, loaded_base)}
     elif merge:
-        loaded = load(first, in_floats(found))
+        loaded = load(first, in_floats(loaded_base))
         models = {first.name: Loaded(first.name, merged(loaded.model).eval(), loaded.tokenizer)}
     else:
-        models = {each.name: each for each in side_by_side(several, found)}
-        models[OFF] = Loaded(OFF, found.model.eval(), models[first.name].tokenizer)
+        models = {loaded.name: loaded for loaded in side_by_side(several, loaded_base)}
+        models[OFF] = Loaded(OFF, loaded_base.model.eval(), models[first.name].tokenizer)
     return Conversation(models, first.name, system)
 
 
 class Chat:
-    """Reads lines, answers them, and obeys commands."""
+    """Reads lines, answers them, and runs commands."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.at_terminal = sys.stdin.isatty() and console.is_terminal
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         self.failed = False
-        self.left = False
+        self.ended = False
 
     def run(self) -> bool:
-        """Talk until the lines end.
+        """Read lines until they end.
 
         Returns:
-            Whether a pipe's every line could be answered or obeyed; at a terminal one sees it.
+            Whether no line of a pipe failed; at a terminal always true, since errors are seen.
         """
         if self.at_terminal:
             names = ", ".join(self.conversation.models)
-            told = f"{names}; /help lists the commands, {BLOCK} begins a block"
-            console.print(Text(told, style="dim"))
+            text = f"{names}; /help lists the commands, {BLOCK} begins a block"
+            console.print(Text(text, style="dim"))
         for text in self._terminal() if self.at_terminal else _blocks(iter(sys.stdin)):
             if not text.strip():
                 continue
             try:
-                self._take(text)
+                self._handle(text)
             except LoraExpError as error:
                 self.failed = True
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -111,7 +112,7 @@ class Chat:
                 if not self.at_terminal:
                     raise
                 console.print(Text("(stopped)", style="dim"))
-            if self.left:
+            if self.ended:
                 break
         return self.at_terminal or not self.failed
 
@@ -122,7 +123,7 @@ class Chat:
             readline.read_history_file(history)
         readline.set_history_length(HISTORY)
         readline.set_completer_delims("")
-        readline.set_completer(self._completed)
+        readline.set_completer(self._complete)
         readline.parse_and_bind("tab: complete")
         try:
             yield from _blocks(self._lines())
@@ -139,12 +140,12 @@ class Chat:
                 print()
                 return
 
-    def _completed(self, text: str, state: int) -> str | None:
+    def _complete(self, text: str, state: int) -> str | None:
         adapters = [f"/adapter {name}" for name in self.conversation.models]
-        fitting = [known for known in (*COMMANDS, *adapters) if known.startswith(text)]
-        return fitting[state] if text and state < len(fitting) else None
+        matches = [word for word in (*COMMANDS, *adapters) if word.startswith(text)]
+        return matches[state] if text and state < len(matches) else None
 
-    def _take(self, text: str) -> None:
+    def _handle(self, text: str) -> None:
         if not text.startswith("/"):
             self._answer(lambda: self.conversation.say(text, _write))
             return
@@ -153,32 +154,34 @@ class Chat:
             raise SavedError(f"no command {command}{did_you_mean(command, COMMANDS)}; /help")
         getattr(self, f"_{command[1:]}")(rest.strip())
 
-    def _answer(self, make: Callable[[], str]) -> None:
+    def _answer(self, generate: Callable[[], str]) -> None:
         dropped = self.conversation.dropped
-        make()
+        generate()
         print(flush=True)
         if self.conversation.dropped > dropped:
             count = self.conversation.dropped
             text = f"the first {count} turns no longer fit the model's context"
-            print(f"({text}; /clear begins anew)", file=sys.stderr)
+            print(f"({text}; /clear starts again)", file=sys.stderr)
 
     def _adapter(self, name: str) -> None:
         if name:
             self.conversation.switch(name)
             return
-        for known in self.conversation.models:
-            print(f"{'*' if known == self.conversation.active else ' '} {known}")
+        for model in self.conversation.models:
+            print(f"{'*' if model == self.conversation.active else ' '} {model}")
 
     def _compare(self, prompt: str) -> None:
         if not prompt:
-            raise SavedError("/compare PROMPT: what shall they answer?")
-        found = self.conversation.compare(prompt)
+            raise SavedError("/compare needs a prompt: /compare PROMPT")
+        answers = self.conversation.compare(prompt)
         if not self.at_terminal:
-            for name, said in found.items():
-                print(f"[{name}]\n{said}")
+            for name, answer in answers.items():
+                print(f"[{name}]\n{answer}")
             return
-        width = max(24, console.width // min(len(found), 3) - 2)
-        panels = [Panel(Text(said), title=Text(name), width=width) for name, said in found.items()]
+        width = max(24, console.width // min(len(answers), 3) - 2)
+        panels = [
+            Panel(Text(answer), title=Text(name), width=width) for name, answer in answers.items()
+        ]
         console.print(Columns(panels))
 
     def _system(self, text: str) -> None:
@@ -206,10 +209,10 @@ class Chat:
 
     def _save(self, path: str) -> None:
         if not path:
-            raise SavedError("/save FILE: where to?")
+            raise SavedError("/save needs a file: /save FILE")
         file = Path(path).expanduser()
         if file.exists():
-            raise SavedError(f"{file} exists; name another file")
+            raise SavedError(f"{file} exists; give another file")
         check_file(file, force=False)
         self.conversation.save(file)
 
@@ -217,28 +220,28 @@ class Chat:
         console.print(facts("commands", HELP))
 
     def _exit(self, _: str) -> None:
-        self.left = True
+        self.ended = True
 
 
 def _blocks(lines: Iterator[str]) -> Iterator[str]:
     """Join the lines of a block, and those that end in a backslash."""
-    held: list[str] = []
+    block: list[str] = []
     inside = False
     for line in lines:
         line = line.rstrip("\n")
         if not inside and line.startswith(BLOCK):
             inside, line = True, line.removeprefix(BLOCK)
         ends = inside and line.endswith(BLOCK)
-        held.append(line.removesuffix(BLOCK) if ends else line)
+        block.append(line.removesuffix(BLOCK) if ends else line)
         if inside and not ends:
             continue
         if not inside and line.endswith("\\"):
-            held[-1] = line[:-1]
+            block[-1] = line[:-1]
             continue
-        yield "\n".join(held).strip("\n")
-        held, inside = [], False
-    if held:
-        yield "\n".join(held).strip("\n")
+        yield "\n".join(block).strip("\n")
+        block, inside = [], False
+    if block:
+        yield "\n".join(block).strip("\n")
 
 
 def _write(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts: in batches, and after an interruption from where it stopped."""
+"""Answers to a file of prompts, in batches; an interrupted file is continued."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import Timeout
 
 from lora_exp.after.loading import Loaded, load, load_base
 from lora_exp.after.output import check_file
-from lora_exp.after.prompts import Asking, prompts_of, read
+from lora_exp.after.prompts import PromptRow, prompts_of, read
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.resume import changes
 from lora_exp.data.reading import files
@@ -27,11 +27,11 @@ from lora_exp.model.loading import Base
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.record.run import versions
-from lora_exp.training.answers import batches, ids_of, left, room
+from lora_exp.training.answers import batches, ids_of, left_padded, room
 from lora_exp.training.answers import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
-HASHED = ("prompts", "tokens", "adapter.", "base")  # told without their values
+HASHED = ("prompts", "tokens", "adapter.", "base")  # reported without their values
 
 
 def generate(
@@ -49,69 +49,91 @@ def generate(
     as_chat: bool = False,
     force: bool = False,
 ) -> Path:
-    """Answer every prompt of a file; the same call goes on where an interrupted one stopped.
+    """Answer every prompt of a file; the same call continues an interrupted one.
 
     Args:
         path: a run, an adapter or a whole model.
         prompts: JSON Lines, or a glob, of any format that training takes.
-        out: the file to make: the rows as they were, in their order, each with its `completion`; a
-            `completion` that a row had is its `expected`.
-        base: where the base lies, if not where the adapter says.
-        quant: how to hold the base; None: as its run did.
+        out: the file to make: the rows in their order, each with its answer as `completion`; a
+            `completion` of the input becomes `expected`.
+        base: the location of the base, if not the one that the adapter names.
+        quant: how to quantise the base; None: as in its run.
         max_new_tokens: of each answer.
-        temperature: 0: the likeliest token each time.
-        top_p: the share of the likelihood that is drawn from.
-        seed: of what is drawn; the same one gives the same bytes, interrupted or not.
-        batch_size: prompts answered at a time; with a temperature it shapes what is drawn.
-        as_chat: a `prompt` that is text is a user's turn.
-        force: replace `out`, and what was begun with other settings.
+        temperature: 0: greedy answers.
+        top_p: the share of the probability to sample from.
+        seed: of sampling; the same seed gives the same bytes, interrupted or not.
+        batch_size: prompts answered at a time; it changes what is sampled.
+        as_chat: treat a `prompt` that is text as a user's turn.
+        force: replace `out`, and an interrupted file of other settings.
 
     Returns:
         The file.
 
     Raises:
-        SavedError: nothing that answers, `out` is there, or it was begun with other settings.
-        DataError: rows that cannot be used, or that the model's context has no room for.
-        KeyboardInterrupt: what is done so far lies beside `out`.
+        SavedError: the model does not answer, or `out` exists or was begun with other settings.
+        DataError: rows cannot be used, or do not fit the model's context.
+        KeyboardInterrupt: the answers so far are kept in a file beside `out`.
     """
     quiet()
     target = Path(out).expanduser()
     check_file(target, force, str(prompts))
-    saved = find(path)
-    if saved.task_type == "SEQ_CLS":
-        text = "gives scores (algorithm=reward), it does not answer; lora-exp evaluate measures it"
-        raise SavedError(f"{saved.folder} {text}")
-    rows = read(prompts, as_chat)
-    found = load_base(saved, base, quant)
-    loaded = load(saved, found)
-    ids = _tokens(rows, loaded, max_new_tokens)
     settings = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "seed": seed, "batch_size": batch_size, "as_chat": as_chat,
     }  # fmt: skip
-    asked = {
+    _complete(_find_generative(path), prompts, target, settings, base, quant, force)
+    return target
+
+
+def _find_generative(path: str | Path) -> Saved:
+    saved = find(path)
+    if saved.task_type == "SEQ_CLS":
+        text = "gives scores (algorithm=reward), it does not answer; lora-exp evaluate measures it"
+        raise SavedError(f"{saved.folder} {text}")
+    return saved
+
+
+def _complete(
+    saved: Saved,
+    prompts: str | Path,
+    target: Path,
+    settings: dict[str, Any],
+    base: str | None,
+    quant: str | None,
+    force: bool,
+) -> None:
+    """Answer the prompts, and write the answers to the target; see `generate`."""
+    rows = read(prompts, settings["as_chat"])
+    loaded_base = load_base(saved, base, quant)
+    loaded = load(saved, loaded_base)
+    ids = _tokens(rows, loaded, settings["max_new_tokens"])
+    inputs = {
         "prompts": [sha256(file) for file in files(str(prompts))],
         "tokens": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "quant": quant or saved.quant,
     }
-    groups = batches(ids, loaded.model, batch_size)
-    part = Part(target, settings | asked | _identity(saved, found), force)
+    groups = batches(ids, loaded.model, settings["batch_size"])
+    part = Part(target, settings | inputs | _identity(saved, loaded_base), force)
     _answer(part, loaded, [[ids[i] for i in group] for group in groups], settings)
-    said = dict(zip(chain(*groups), chain(*part.answers), strict=True))
-    answered = [_answered(each.written, said[i]) for i, each in enumerate(rows)]
+    answers = dict(zip(chain(*groups), chain(*part.answers), strict=True))
+    answered = [_answered(row.original, answers[i]) for i, row in enumerate(rows)]
     write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
     part.path.unlink()
-    return target
 
 
-def _tokens(rows: list[Asking], loaded: Loaded, max_new_tokens: int) -> list[list[int]]:
-    """Return the prompts' tokens, if the context holds each of them and its answer."""
+def _tokens(rows: list[PromptRow], loaded: Loaded, max_new_tokens: int) -> list[list[int]]:
+    """Return the prompts' tokens.
+
+    Raises:
+        DataError: a prompt and its answer do not fit the context.
+    """
     prompts = prompts_of(rows, loaded.tokenizer)
     ids = [ids_of(prompt, loaded.tokenizer) for prompt in prompts]
     space = room(loaded.model, max_new_tokens)
-    long = [(row.where, len(own)) for row, own in zip(rows, ids, strict=True) if len(own) > space]
-    if long:
-        (where, length), count = long[0], len(long)
+    lengths = [(row.where, len(tokens)) for row, tokens in zip(rows, ids, strict=True)]
+    too_long = [(where, length) for where, length in lengths if length > space]
+    if too_long:
+        (where, length), count = too_long[0], len(too_long)
         text = f"{length} tokens, and the context holds {space} beside {max_new_tokens} new ones"
         more = f" (and {count - 1} more)" if count > 1 else ""
         raise DataError(f"{where}: {text}{more}; shorten it, or lower --max-new-tokens")
@@ -119,7 +141,7 @@ def _tokens(rows: list[Asking], loaded: Loaded, max_new_tokens: int) -> list[lis
 
 
 def _identity(saved: Saved, base: Base) -> dict[str, Any]:
-    """Return what tells weights apart, and all else that shapes what they answer."""
+    """Return what identifies the weights, and everything else that changes the answers."""
     return {
         "adapter": {file.name: sha256(file) for file in saved.folder.glob("adapter_*")},
         "base": base.revision or base.path,
@@ -130,14 +152,14 @@ def _identity(saved: Saved, base: Base) -> dict[str, Any]:
 
 
 class Part:
-    """What was answered so far, beside the file to be.
+    """The answers so far, in a file beside the target.
 
-    A line with all that shapes the answers, then a line for each batch: on the disk before the next
-    one begins. One process at a time writes it.
+    Its first line has everything that changes the answers; then each batch has a line, which is on
+    the disk before the next batch starts. One process at a time writes it.
     """
 
-    def __init__(self, target: Path, shape: dict[str, Any], force: bool) -> None:
-        """Begin, or go on after the last whole line.
+    def __init__(self, target: Path, conditions: dict[str, Any], force: bool) -> None:
+        """Begin, or continue after the last complete line.
 
         Raises:
             SavedError: it was begun with other settings, is damaged, or is being written.
@@ -150,45 +172,45 @@ class Part:
             raise SavedError(f"{self.path} is being written by another process") from error
         self._file = self.path.open("a+b")
         try:
-            self._begin(json.loads(json.dumps(shape)), force)
+            self._begin(json.loads(json.dumps(conditions)), force)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, shape: dict[str, Any], force: bool) -> None:
+    def _begin(self, conditions: dict[str, Any], force: bool) -> None:
         self._file.seek(0)
         whole, _, _ = self._file.read().rpartition(b"\n")
         lines = whole.splitlines()
         try:
-            begun, *self.answers = [json.loads(line) for line in lines] or [shape]
-            told = [
+            saved, *self.answers = [json.loads(line) for line in lines] or [conditions]
+            differences = [
                 f"{key} changed" if key.startswith(HASHED) else f"{key}: {now}, was {was}"
-                for key, (was, now) in changes(begun, shape).items()
+                for key, (was, now) in changes(saved, conditions).items()
             ]
         except (ValueError, AttributeError) as error:
-            told = [f"it is damaged ({error})"]
-        if told and not force:
-            text = f"{'; '.join(told)}; give what it was begun with, or --force to begin anew"
-            raise SavedError(f"{self.path} does not go on: {text}")
-        if told or not lines:
+            differences = [f"it is damaged ({error})"]
+        if differences and not force:
+            text = f"{'; '.join(differences)}; give the same settings, or --force to start again"
+            raise SavedError(f"{self.path} cannot be continued: {text}")
+        if differences or not lines:
             self.answers = []
             self._file.truncate(0)
-            self._write(shape)
+            self._write(conditions)
         else:
             self._file.truncate(len(whole) + 1)
 
     def add(self, texts: list[str]) -> None:
-        """Keep a batch's answers."""
+        """Save a batch's answers."""
         self._write(texts)
         self.answers.append(texts)
 
     def close(self) -> None:
-        """Let others have it."""
+        """Close the file, and release its lock."""
         self._file.close()
         self._lock.release()
 
-    def _write(self, what: Any) -> None:
-        self._file.write(json.dumps(what).encode() + b"\n")
+    def _write(self, line: Any) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -196,25 +218,25 @@ class Part:
 def _answer(
     part: Part, loaded: Loaded, groups: list[list[list[int]]], settings: dict[str, Any]
 ) -> None:
-    """Answer the batches that are left; each draws from random numbers of its own."""
-    tokenizer, model = left(loaded.tokenizer), loaded.model
-    drawn = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    """Answer the remaining batches, each with a random seed of its own."""
+    tokenizer, model = left_padded(loaded.tokenizer), loaded.model
+    sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p")}
     done = len(part.answers)
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with loaded.answering(), torch.random.fork_rng(devices):
             for number, prompts in enumerate(tracked(groups[done:], "answers", done), done):
-                own = hashlib.sha256(f"{settings['seed']} {number}".encode()).digest()
-                torch.manual_seed(int.from_bytes(own[:8], "big"))
-                part.add(answer_batch(model, tokenizer, prompts, **drawn))
+                digest = hashlib.sha256(f"{settings['seed']} {number}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:8], "big"))
+                part.add(answer_batch(model, tokenizer, prompts, **sampling))
     except KeyboardInterrupt:
-        told = "%d of %d batches are answered; the same command goes on"
-        log.warning(told, len(part.answers), len(groups))
+        text = "%d of %d batches are answered; the same command continues"
+        log.warning(text, len(part.answers), len(groups))
         raise
     finally:
         part.close()
 
 
-def _answered(row: Row, said: str) -> Row:
-    known = {"expected": row["completion"]} if "completion" in row else {}
-    return row | known | {"completion": said}
+def _answered(row: Row, answer: str) -> Row:
+    expected = {"expected": row["completion"]} if "completion" in row else {}
+    return row | expected | {"completion": answer}

@@ -1,4 +1,4 @@
-"""A chat with one model or several on one base: turns, settings, and what each would answer."""
+"""A chat with one model or with several on one base: turns, settings, answers."""
 
 from __future__ import annotations
 
@@ -20,73 +20,73 @@ from lora_exp.model.special_tokens import end_tokens
 from lora_exp.training.answers import room
 
 Write = Callable[[str], None]
-OFF = "off"  # the bare base, among adapters
+OFF = "off"  # the name of the base alone among the adapters
 
 
 @dataclass
 class Settings:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
-    temperature: float = 0.0  # 0: the likeliest token each time
+    temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     max_new_tokens: int = 512
-    seed: int | None = None  # of each answer; None: another one each time
+    seed: int | None = None  # of each answer; None: answers differ each time
 
     def change(self, key: str, value: str) -> None:
-        """Set one of them from text.
+        """Set one setting from text.
 
         Raises:
-            ConfigError: no such setting, or no such value.
+            ConfigError: there is no such setting, or the value is not valid.
         """
-        known = [each.name for each in fields(self)]
-        if key not in known:
-            near = did_you_mean(key, known)
-            raise ConfigError([(key, f"no such setting{near}; there are {', '.join(known)}")])
-        kind = float if key in ("temperature", "top_p") else int
+        names = [field.name for field in fields(self)]
+        if key not in names:
+            near = did_you_mean(key, names)
+            raise ConfigError([(key, f"no such setting{near}; there are {', '.join(names)}")])
+        number_type = float if key in ("temperature", "top_p") else int
         try:
-            number = kind(value)
+            number = number_type(value)
         except ValueError:
             raise ConfigError([(key, f"{value!r} is no number")]) from None
-        good = {
+        in_range = {
             "temperature": number >= 0,
             "top_p": 0 < number <= 1,
             "max_new_tokens": number >= 1,
             "seed": number >= 0,
         }
-        if not good[key]:
+        if not in_range[key]:
             raise ConfigError([(key, f"{value} is out of range")])
         setattr(self, key, number)
 
 
-class _Written(TextStreamer):  # type: ignore[misc]
-    """Hands on whole words as they come."""
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Writes whole words as they are generated."""
 
     def __init__(self, tokenizer: Any, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write what is certain by now."""
+        """Write the text that will not change any more."""
         if text:
             self.write(text)
 
 
 @dataclass
 class Conversation:
-    """Turns between a person and the model that is switched on."""
+    """Turns between a person and the active model."""
 
     models: dict[str, Loaded]
     active: str
     system: str | None = None
     settings: Settings = field(default_factory=Settings)
     turns: list[Row] = field(default_factory=list)
-    dropped: int = 0  # turns at the beginning that the context has no room for
+    dropped: int = 0  # first turns that do not fit the context
 
     def switch(self, name: str) -> None:
         """Let another model answer from now on.
 
         Raises:
-            SavedError: there is none of that name.
+            SavedError: there is no model of that name.
         """
         if name not in self.models:
             known = ", ".join(self.models)
@@ -95,12 +95,12 @@ class Conversation:
         self.active = name
 
     def say(self, text: str, write: Write) -> str:
-        """Say something and return the answer, written as it comes.
+        """Add a user's turn and return the answer, which is also written while it is generated.
 
-        If it is interrupted, what was said so far stays as the answer.
+        If it is interrupted, the text so far is the answer.
 
         Raises:
-            SavedError: it is longer than the model's context.
+            SavedError: the text does not fit the model's context.
         """
         self.turns.append({"role": "user", "content": text})
         try:
@@ -108,64 +108,64 @@ class Conversation:
         except BaseException:
             self.turns.pop()
             raise
-        said: list[str] = []
+        parts: list[str] = []
 
         def keep(part: str) -> None:
-            said.append(part)
+            parts.append(part)
             write(part)
 
         try:
             self._answer(self.models[self.active], ids, keep)
         finally:
-            self.turns.append({"role": "assistant", "content": "".join(said)})
-        return "".join(said)
+            self.turns.append({"role": "assistant", "content": "".join(parts)})
+        return "".join(parts)
 
     def retry(self, write: Write) -> str:
-        """Have the last thing said answered again.
+        """Answer the last user's turn again.
 
         Raises:
-            SavedError: nothing was said yet.
+            SavedError: there is no turn yet.
         """
-        kept = self.turns[-2:]
-        said = self.undo()
+        last_turns = self.turns[-2:]
+        text = self.undo()
         try:
-            return self.say(said, write)
+            return self.say(text, write)
         except LoraExpError:
-            self.turns += kept
+            self.turns += last_turns
             raise
 
     def undo(self) -> str:
-        """Take back the last thing said and its answer, and return what was said.
+        """Remove the last user's turn and its answer, and return the user's text.
 
         Raises:
-            SavedError: nothing was said yet.
+            SavedError: there is no turn yet.
         """
         if not self.turns:
             raise SavedError("nothing was said yet")
-        said = str(self.turns[-2]["content"])
+        text = str(self.turns[-2]["content"])
         del self.turns[-2:]
-        return said
+        return text
 
     def clear(self) -> None:
-        """Forget what was said; the system prompt stays."""
+        """Remove all turns; the system prompt stays."""
         self.turns, self.dropped = [], 0
 
     def compare(self, text: str) -> dict[str, str]:
-        """Return what each model would answer now; the conversation stays as it is."""
-        found: dict[str, str] = {}
-        kept = self.turns
+        """Return each model's answer, by name; the conversation is not changed."""
+        answers: dict[str, str] = {}
+        turns = self.turns
         try:
             for name, loaded in self.models.items():
-                self.turns = [*kept, {"role": "user", "content": text}]
-                said: list[str] = []
-                self._answer(loaded, self._ids(loaded)[0], said.append)
-                found[name] = "".join(said)
+                self.turns = [*turns, {"role": "user", "content": text}]
+                parts: list[str] = []
+                self._answer(loaded, self._ids(loaded)[0], parts.append)
+                answers[name] = "".join(parts)
         finally:
-            self.turns = kept
-        return found
+            self.turns = turns
+        return answers
 
     def save(self, path: Path) -> None:
-        """Write the conversation as one JSON line, which is a row that training takes."""
+        """Write the conversation as one JSON line, a row in a format that training takes."""
         write_whole(path, json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")
 
     def _messages(self) -> list[Row]:
@@ -173,40 +173,40 @@ class Conversation:
         return [*system, *self.turns]
 
     def _ids(self, loaded: Loaded) -> tuple[list[int], int]:
-        """Return the prompt's tokens and how many turns, at its beginning, they leave out."""
-        space = self._room(loaded)
-        if loaded.tokenizer.chat_template is None:  # it completes texts, and knows no turns
-            return self._fitting(loaded.tokenizer(self.turns[-1]["content"])["input_ids"], space), 0
+        """Return the prompt's tokens, and how many of the first turns are left out of them."""
+        space = self._prompt_space(loaded)
+        if loaded.tokenizer.chat_template is None:  # it completes texts, without turns
+            return self._checked(loaded.tokenizer(self.turns[-1]["content"])["input_ids"], space), 0
         first = len(self._messages()) - len(self.turns)
         for start in range(0, len(self.turns), 2):
             messages = self._messages()
-            kept = messages[:first] + messages[first + start :]
-            text = render_chat(kept, loaded.tokenizer, answer=True)
+            recent = messages[:first] + messages[first + start :]
+            text = render_chat(recent, loaded.tokenizer, answer=True)
             ids: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) <= space:
                 break
-        return self._fitting(ids, space), start
+        return self._checked(ids, space), start
 
-    def _fitting(self, ids: list[int], space: int) -> list[int]:
+    def _checked(self, ids: list[int], space: int) -> list[int]:
         if len(ids) > space:
             raise SavedError(f"{len(ids)} tokens do not fit: the context has room for {space}")
         return ids
 
-    def _room(self, loaded: Loaded) -> int:
-        """Return how many tokens are the prompt's; an answer has half the context at most."""
-        whole = room(loaded.model, 0)
-        return whole - min(self.settings.max_new_tokens, whole // 2)
+    def _prompt_space(self, loaded: Loaded) -> int:
+        """Return how many tokens a prompt may have; an answer gets at most half the context."""
+        context = room(loaded.model, 0)
+        return context - min(self.settings.max_new_tokens, context // 2)
 
     def _answer(self, loaded: Loaded, ids: list[int], write: Write) -> None:
         settings = self.settings
-        drawn: dict[str, Any] = {
+        sampling: dict[str, Any] = {
             "do_sample": False,
             "temperature": None,
             "top_p": None,
             "top_k": None,
         }
         if settings.temperature > 0:
-            drawn = {
+            sampling = {
                 "do_sample": True,
                 "temperature": settings.temperature,
                 "top_p": settings.top_p,
@@ -222,6 +222,6 @@ class Conversation:
                 max_new_tokens=min(settings.max_new_tokens, room(loaded.model, len(ids))),
                 eos_token_id=end_tokens(loaded.model, loaded.tokenizer),
                 pad_token_id=loaded.tokenizer.pad_token_id,
-                streamer=_Written(loaded.tokenizer, write),
-                **drawn,
+                streamer=_Streamer(loaded.tokenizer, write),
+                **sampling,
             )

@@ -1,4 +1,4 @@
-"""What two models make of the same prompt, and how far apart they are, in logits."""
+"""The difference between two models' logits and answers for the same prompt."""
 
 from __future__ import annotations
 
@@ -11,91 +11,96 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-Bare = Callable[[], AbstractContextManager[None]]
+AdapterOff = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a model makes of a prompt, and answers."""
+class Response:
+    """A model's answer to a prompt, and its logits."""
 
     ids: list[int]  # prompt and answer
-    asked: int  # how many of them are the prompt
+    prompt_length: int  # how many of them are the prompt
     logits_TV: Tensor  # before each next token; float32
-    effect: float = 0.0  # the largest difference to the base without the adapter
+    effect: float = 0.0  # the adapter's: the largest difference to the logits without it
 
     @property
     def answer(self) -> list[int]:
         """The answer's tokens."""
-        return self.ids[self.asked :]
+        return self.ids[self.prompt_length :]
 
 
 @torch.no_grad()
-def seen(
-    model: Any, prompt: list[int], new: int, like: Seen | None = None, bare: Bare | None = None
-) -> Seen:
-    """Answer a prompt greedily, then read the logits over it and the answer.
+def respond(
+    model: Any,
+    prompt: list[int],
+    max_new_tokens: int,
+    reference: Response | None = None,
+    adapter_off: AdapterOff | None = None,
+) -> Response:
+    """Answer a prompt greedily, then compute the logits of prompt and answer.
 
     Args:
-        model: any that transformers has, also one that only classifies.
+        model: any model of transformers, also a classifier.
         prompt: its tokens.
-        new: tokens of an answer at most.
-        like: what another model answered; its tokens are read in place of the own answer's.
-        bare: opens a block in which the model computes without what was trained; None: a
+        max_new_tokens: of the answer.
+        reference: another model's response, whose tokens get the logits instead of the answer's.
+        adapter_off: a context in which the model computes without the adapter; None: a
             PeftModel's own.
     """
     ids = torch.tensor([prompt], device=model.device)
     if not model.can_generate():  # a classifier
-        answered = prompt
+        output = prompt
     else:
-        answered = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
             do_sample=False, temperature=None, top_p=None, top_k=None,
         )[0].tolist()  # fmt: skip
     if model.config.is_encoder_decoder:
-        answered = prompt + answered
-    own = Seen(answered, len(prompt), torch.empty(0))
-    logits_TV = _logits(model, like or own)
+        output = prompt + output
+    response = Response(output, len(prompt), torch.empty(0))
+    logits_TV = _logits(model, reference or response)
     effect = 0.0
-    if bare is None and isinstance(model, PeftModel):
-        bare = model.disable_adapter
-    if like is None and bare is not None:
-        with bare():
-            effect = float((logits_TV - _logits(model, own)).abs().max())
-    return replace(own, logits_TV=logits_TV, effect=effect)
+    if adapter_off is None and isinstance(model, PeftModel):
+        adapter_off = model.disable_adapter
+    if reference is None and adapter_off is not None:
+        with adapter_off():
+            effect = float((logits_TV - _logits(model, response)).abs().max())
+    return replace(response, logits_TV=logits_TV, effect=effect)
 
 
-def _logits(model: Any, seen: Seen) -> Tensor:
+def _logits(model: Any, response: Response) -> Tensor:
     """Return the logits over prompt and answer, or over the answer of an encoder-decoder."""
-    read = [seen.ids]
-    told = {}
+    input_ids = response.ids
+    decoder_inputs = {}
     if model.config.is_encoder_decoder:
-        read = [seen.ids[: seen.asked]]
-        told = {"decoder_input_ids": torch.tensor([seen.answer], device=model.device)}
-    ids = torch.tensor(read, device=model.device)
-    own: Tensor = model(input_ids=ids, use_cache=False, **told).logits[0]
-    return own.reshape(-1, own.shape[-1]).float().cpu()
+        input_ids = response.ids[: response.prompt_length]
+        answer = torch.tensor([response.answer], device=model.device)
+        decoder_inputs = {"decoder_input_ids": answer}
+    ids = torch.tensor([input_ids], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False, **decoder_inputs).logits[0]
+    return logits.reshape(-1, logits.shape[-1]).float().cpu()
 
 
 @dataclass(frozen=True)
-class Apart:
-    """How far the merged model is from the adapter on one prompt, summed over its places."""
+class Difference:
+    """The difference between two responses, over all positions."""
 
-    largest: float
-    total: float
-    kl: float
-    agree: int
+    largest: float  # of a logit
+    total: float  # of all logits, absolute
+    kl: float  # the sum, in nats
+    same_top1: int  # positions with the same most likely next token
     same_text: bool
 
 
-def apart(want: Seen, got: Seen) -> Apart:
-    """Compare what two models make of the same tokens; KL(want || got) in nats."""
-    first, second = want.logits_TV, got.logits_TV
+def compare(expected: Response, actual: Response) -> Difference:
+    """Compare two models' responses for the same tokens; the KL is KL(expected || actual)."""
+    first, second = expected.logits_TV, actual.logits_TV
     difference = (first - second).abs()
-    logs = first.log_softmax(-1)
-    return Apart(
+    logprobs_TV = first.log_softmax(-1)
+    return Difference(
         float(difference.max()),
         float(difference.sum()),
-        float((logs.exp() * (logs - second.log_softmax(-1))).sum()),
+        float((logprobs_TV.exp() * (logprobs_TV - second.log_softmax(-1))).sum()),
         int((first.argmax(-1) == second.argmax(-1)).sum()),
-        want.answer == got.answer,
+        expected.answer == actual.answer,
     )

@@ -1,4 +1,4 @@
-"""Whether this machine can train, and what to do where it cannot; nothing is changed."""
+"""Whether this machine can train, and what to do if it cannot; nothing is changed."""
 
 from __future__ import annotations
 
@@ -18,59 +18,61 @@ from packaging.specifiers import SpecifierSet
 from lora_exp.record.console import size
 
 NAME = "lora-exp"
-ROOM = 5 * 2**30  # bytes; a run of a 7B model with its checkpoints takes about that
+DISK_SPACE = 5 * 2**30  # bytes; about what a run of a 7B model with its checkpoints takes
 DRIVER = Path("/proc/driver/nvidia/version")
-LOST = 0.15  # of a product in 4 bits, relative; nf4 rounds normal weights by about 0.09
+MAX_ERROR = 0.15  # of a product in 4 bits, relative; with normal weights nf4 has about 0.09
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it stands, and what to do about it."""
+    """What was checked, its state, and what to do about it."""
 
-    state: Literal["ok", "warning", "wrong", "known"]  # known: neither good nor bad
+    state: Literal["ok", "warning", "wrong", "known"]  # known: information only
     what: str
-    told: str
+    told: str  # the details, and what to do; the name is that of the JSON key
 
 
-def examine() -> list[Finding]:
-    """Look at everything that a run stands on."""
-    found: list[Finding] = []
-    for look in (_python, _packages, _extras, _gpu, _bitsandbytes, _wandb, _hub, _caches, _machine):
+def diagnose() -> list[Finding]:
+    """Check everything that a run needs."""
+    findings: list[Finding] = []
+    checks = (_python, _packages, _extras, _gpu, _bitsandbytes, _wandb, _hub, _caches, _machine)
+    for check in checks:
         try:
-            found += look()
-        except (ImportError, OSError) as error:  # a package is not there, or its library broken
-            told = f"cannot be looked at: {_line(error)}"
-            found.append(Finding("wrong", look.__name__.removeprefix("_"), told))
-    return found
+            findings += check()
+        except (ImportError, OSError) as error:  # a package is missing, or its library is broken
+            text = f"cannot be checked: {_line(error)}"
+            findings.append(Finding("wrong", check.__name__.removeprefix("_"), text))
+    return findings
 
 
 def _python() -> Iterator[Finding]:
-    wanted, here = SpecifierSet(metadata(NAME)["Requires-Python"]), platform.python_version()
-    if wanted.contains(here, prereleases=True):
-        yield Finding("ok", "python", here)
+    required, installed = SpecifierSet(metadata(NAME)["Requires-Python"]), platform.python_version()
+    if required.contains(installed, prereleases=True):
+        yield Finding("ok", "python", installed)
     else:
-        yield Finding("wrong", "python", f"{here}, not {wanted}; make an environment with it")
+        text = f"{installed}, not {required}; make an environment with that version"
+        yield Finding("wrong", "python", text)
 
 
 def _packages() -> Iterator[Finding]:
-    """Hold the installed packages against the versions that this release takes."""
-    for needed in _required(""):
-        cure = f"pip install '{needed.name}{needed.specifier}'"
-        here = _version(needed.name)
-        if here is None:
-            yield Finding("wrong", needed.name, f"is missing; {cure}")
-        elif needed.specifier.contains(here, prereleases=True):
-            yield Finding("ok", needed.name, here)
+    """Compare the installed packages with the versions that this release requires."""
+    for package in _requirements(""):
+        cure = f"pip install '{package.name}{package.specifier}'"
+        installed = _version(package.name)
+        if installed is None:
+            yield Finding("wrong", package.name, f"is missing; {cure}")
+        elif package.specifier.contains(installed, prereleases=True):
+            yield Finding("ok", package.name, installed)
         else:
-            yield Finding("wrong", needed.name, f"{here} is not {needed.specifier}; {cure}")
+            yield Finding("wrong", package.name, f"{installed} is not {package.specifier}; {cure}")
 
 
-def _required(extra: str) -> Iterator[Requirement]:
-    """Yield what this package says it needs for an extra; the empty one: always."""
-    for needed in map(Requirement, requires(NAME) or ()):
-        marker = needed.marker
+def _requirements(extra: str) -> Iterator[Requirement]:
+    """Yield the packages that an extra requires; with an empty extra, those always required."""
+    for package in map(Requirement, requires(NAME) or ()):
+        marker = package.marker
         if marker.evaluate({"extra": extra}) if marker else not extra:
-            yield needed
+            yield package
 
 
 def _version(package: str) -> str | None:
@@ -82,9 +84,9 @@ def _version(package: str) -> str | None:
 
 def _extras() -> Iterator[Finding]:
     for extra, use in {"eval": "ROUGE and BLEU", "serve": "lora-exp serve"}.items():
-        lost = [needed.name for needed in _required(extra) if _version(needed.name) is None]
-        told = f"pip install '{NAME}[{extra}]' brings {', '.join(lost)}, for {use}"
-        yield Finding("known", f"extra {extra}", told if lost else "installed")
+        missing = [p.name for p in _requirements(extra) if _version(p.name) is None]
+        text = f"pip install '{NAME}[{extra}]' installs {', '.join(missing)}, for {use}"
+        yield Finding("known", f"extra {extra}", text if missing else "installed")
     yield Finding("known", "vllm", _version("vllm") or "not installed; a faster engine for serve")
 
 
@@ -92,37 +94,37 @@ def _gpu() -> Iterator[Finding]:
     import torch
 
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
+        gpu = torch.cuda.get_device_properties(i)
         emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
-        kind = "no bfloat16 of its own" if emulated else "bfloat16"
-        yield Finding("ok", f"GPU {i}", f"{found.name}, {size(found.total_memory)}, {kind}")
+        bfloat16 = "bfloat16 only emulated" if emulated else "bfloat16"
+        yield Finding("ok", f"GPU {i}", f"{gpu.name}, {size(gpu.total_memory)}, {bfloat16}")
     if torch.cuda.is_available():
         return
     if DRIVER.exists():
-        text = f"there is an NVIDIA driver, but torch {torch.__version__} does not see a GPU"
+        text = f"there is an NVIDIA driver, but torch {torch.__version__} finds no GPU"
         yield Finding("warning", "GPU", f"{text}; install torch's build for CUDA")
     else:
         yield Finding("known", "GPU", "none; runs train on the CPU")
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Multiply by weights in 4 bits and compare with the product in floats."""
+    """Compare a product with 4-bit weights with the same product in float32."""
     try:
-        lost, device = _product_in_4_bits()
+        error_4bit, device = _product_in_4_bits()
     except (RuntimeError, AttributeError, ValueError) as error:
-        told = f"{_line(error)}; quant=none works without bitsandbytes"
-        yield Finding("wrong", "4 bits", told)
+        text = f"{_line(error)}; quant=none works without bitsandbytes"
+        yield Finding("wrong", "4 bits", text)
         return
-    told = f"a product on {device} is {lost:.3f} off"
-    if lost < LOST:
-        yield Finding("ok", "4 bits", f"{told}, as nf4 rounds")
+    text = f"a product on {device} is {error_4bit:.3f} off"
+    if error_4bit < MAX_ERROR:
+        yield Finding("ok", "4 bits", f"{text}, as nf4 rounds")
     else:
         cure = "more than nf4 rounds: pip install --force-reinstall bitsandbytes"
-        yield Finding("wrong", "4 bits", f"{told}, {cure}")
+        yield Finding("wrong", "4 bits", f"{text}, {cure}")
 
 
 def _product_in_4_bits() -> tuple[float, str]:
-    """Return how far a product in nf4 is off, relative, and where it was made."""
+    """Return the relative error of a product in nf4, and the device that computed it."""
     import bitsandbytes
     import torch
 
@@ -138,14 +140,14 @@ def _product_in_4_bits() -> tuple[float, str]:
 
 def _wandb() -> Iterator[Finding]:
     if (mode := os.environ.get("WANDB_MODE")) in ("offline", "disabled"):
-        yield Finding("ok", "W&B", f"{mode}, as WANDB_MODE says")
+        yield Finding("ok", "W&B", f"{mode}, set by WANDB_MODE")
         return
     import wandb
 
     if wandb.login(prompt=False, verify=False):
-        yield Finding("ok", "W&B", "a key is here; runs are sent")
+        yield Finding("ok", "W&B", "a key is set; runs are uploaded")
     else:
-        yield Finding("warning", "W&B", "no key: runs are kept offline; `wandb login` changes that")
+        yield Finding("warning", "W&B", "no key: runs are logged offline; `wandb login` sets one")
 
 
 def _hub() -> Iterator[Finding]:
@@ -154,7 +156,7 @@ def _hub() -> Iterator[Finding]:
     if constants.HF_HUB_OFFLINE:
         yield Finding("warning", "Hub", "HF_HUB_OFFLINE is set: only what is cached can be loaded")
     if get_token() is not None:
-        yield Finding("ok", "Hub token", "is here")
+        yield Finding("ok", "Hub token", "is set")
     else:
         text = "none: gated models and `lora-exp push` need one; `hf auth login`"
         yield Finding("warning", "Hub token", text)
@@ -170,17 +172,17 @@ def _caches() -> Iterator[Finding]:
         try:
             _write_in(folder)
         except OSError as error:
-            text = f"{folder} cannot be written ({error.strerror}); {name}=<folder> names another"
+            text = f"{folder} cannot be written ({error.strerror}); set {name} to another folder"
             yield Finding("wrong", "cache", text)
         else:
-            held = sum(p.stat().st_size for p in folder.rglob("*") if not p.is_symlink())
-            yield Finding("ok", "cache", f"{folder}, {size(held)}")
+            used = sum(p.stat().st_size for p in folder.rglob("*") if not p.is_symlink())
+            yield Finding("ok", "cache", f"{folder}, {size(used)}")
 
 
 def _write_in(folder: Path) -> None:
-    """Write where a folder is, or would be made, and leave nothing."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    with tempfile.TemporaryFile(dir=there):
+    """Write a temporary file in a folder, or in the parent in which it would be made."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    with tempfile.TemporaryFile(dir=existing):
         pass
 
 
@@ -189,16 +191,16 @@ def _machine() -> Iterator[Finding]:
 
     yield Finding("known", "processor", capability())
     free = shutil.disk_usage(Path.cwd()).free
-    cure = "" if free >= ROOM else "; checkpoints may not fit: make room, or work elsewhere"
+    cure = "" if free >= DISK_SPACE else "; checkpoints may not fit: free some, or use another disk"
     yield Finding("warning" if cure else "ok", "disk", f"{size(free)} free here{cure}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("known", "machine", f"{_cores()} CPU cores, {size(memory)} memory")
 
 
 def _cores() -> Any:
-    """Return how many this process may use, where the system tells."""
-    counted = getattr(os, "sched_getaffinity", None)
-    return len(counted(0)) if counted else os.cpu_count()
+    """Return how many CPU cores this process may use; all of them if the system cannot tell."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def _line(error: Exception) -> str:

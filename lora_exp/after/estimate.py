@@ -1,4 +1,4 @@
-"""What a config would train and take, told by its model's config: no weights are loaded."""
+"""The parameters and memory of a run, computed from its model's config without weights."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ from lora_exp.model.requirement import (
 )
 from lora_exp.record.progress import quiet
 
-BESIDE = ("none", "nf4", "int8")
-BLOCK, OUTER_BLOCK = 64, 256  # weights to a 4-bit scale, and scales to a scale of theirs
+COMPARED = ("none", "nf4", "int8")  # options of conf/quant
+BLOCK, OUTER_BLOCK = 64, 256  # weights for each 4-bit scale, and scales for each scale of scales
 
 
 @dataclass(frozen=True)
 class Need:
-    """What training takes, in bytes."""
+    """What training needs, in bytes."""
 
     trainable: int  # parameters
-    saved: int  # of the adapter's file, or the model's
-    weights: int  # of the base, and of what trains beside it
+    saved: int  # size of the adapter's file, or of the model's
+    weights: int  # of the base and the adapter
     gradients: int
     optimizer: int
     activations: int
 
     @property
     def total(self) -> int:
-        """All that is in memory together."""
+        """The memory of all parts together."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def estimate(cfg: DictConfig) -> dict[str, Any]:
-    """Tell what a config takes, and beside it the same on other bases and with every weight.
+    """Return what a config needs, also with other quantisations and with every weight trained.
 
     Args:
         cfg: from `compose`.
 
     Returns:
-        What holds for all, and `rows`, fit for JSON: the numbers of `Need`, `total`, and `measured`
-        and `run` where such a run stands under outputs/ or multirun/; or why it is `refused`.
+        What is common to all, and `rows`, fit for JSON: the numbers of `Need`, `total`, and
+        `measured` and `run` if outputs/ or multirun/ has such a run; or why it is `refused`.
 
     Raises:
         ConfigError: the model's config cannot be loaded.
@@ -75,7 +75,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet()
     config = model_config(cfg)
-    rows = [_row(each, config, each is cfg) for each in _beside(cfg)]
+    rows = [_row(variant, config, variant is cfg) for variant in _variants(cfg)]
     return {
         "name": cfg.name,
         "model": cfg.model.path,
@@ -87,43 +87,43 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def _beside(cfg: DictConfig) -> Iterator[DictConfig]:
-    """Yield the config itself, and those to hold it against."""
-    if cfg.choices.quant not in BESIDE:
+def _variants(cfg: DictConfig) -> Iterator[DictConfig]:
+    """Yield the config itself, and the ones to compare it with."""
+    if cfg.choices.quant not in COMPARED:
         yield cfg
-    for quant in BESIDE:
+    for quant in COMPARED:
         if quant == cfg.choices.quant:
             yield cfg
         else:
             node = OmegaConf.load(CONF / "quant" / f"{quant}.yaml") if quant != "none" else None
             yield _changed(cfg, {"quant": quant}, quant=node)
     if cfg.peft is not None:
-        whole = plain(cfg.model) | {"dtype": "float32"}  # as conf/peft/none.yaml says
-        chosen = {"quant": "none", "peft": "none"}
-        yield _changed(cfg, chosen, quant=None, peft=None, adapter=None, model=whole)
+        model = plain(cfg.model) | {"dtype": "float32"}  # as in conf/peft/none.yaml
+        choices = {"quant": "none", "peft": "none"}
+        yield _changed(cfg, choices, quant=None, peft=None, adapter=None, model=model)
 
 
-def _changed(cfg: DictConfig, chosen: dict[str, str], **sections: Any) -> DictConfig:
-    values = plain(cfg) | sections | {"choices": plain(cfg.choices) | chosen}
-    made: DictConfig = OmegaConf.create(values)
-    return made
+def _changed(cfg: DictConfig, choices: dict[str, str], **sections: Any) -> DictConfig:
+    values = plain(cfg) | sections | {"choices": plain(cfg.choices) | choices}
+    changed: DictConfig = OmegaConf.create(values)
+    return changed
 
 
 def _row(cfg: DictConfig, config: Any, chosen: bool) -> dict[str, Any]:
-    named = {"peft": cfg.choices.peft, "quant": cfg.choices.quant, "chosen": chosen}
+    options = {"peft": cfg.choices.peft, "quant": cfg.choices.quant, "chosen": chosen}
     try:
         validate(cfg)
     except ConfigError as error:
-        return named | {"refused": error.faults[0][1]}
-    found = need(cfg, config)
-    return named | asdict(found) | {"total": found.total} | _measured(cfg)
+        return options | {"refused": error.faults[0][1]}
+    needed = need(cfg, config)
+    return options | asdict(needed) | {"total": needed.total} | _measured(cfg)
 
 
 def model_config(cfg: DictConfig) -> Any:
-    """Load the config of the model that a run names.
+    """Load the config of a run's model.
 
     Raises:
-        ConfigError: the path holds none.
+        ConfigError: the path has no config.
     """
     keys = ("revision", "trust_remote_code", "gguf_file")
     options = {key: cfg.model[key] for key in keys if cfg.model[key] is not None}
@@ -147,35 +147,36 @@ def skeleton(cfg: DictConfig, config: Any) -> Any:
 
 
 def need(cfg: DictConfig, config: Any) -> Need:
-    """Return what a run takes.
+    """Return what a run needs.
 
     Args:
-        cfg: the run's.
+        cfg: of the run.
         config: of its model.
 
     Raises:
-        TargetError: it adapts modules that the model does not have.
+        TargetError: the config adapts modules that the model does not have.
     """
     model = skeleton(cfg, config)
-    held = base_bytes(model, cfg.quant)
-    adapted = attach(Base(model, None, cfg.model.path, None, None), _unstarted(cfg), Path())
+    frozen_bytes = base_bytes(model, cfg.quant)
+    skeleton_base = Base(model, None, cfg.model.path, None, None)
+    adapted = attach(skeleton_base, _without_initialization(cfg), Path())
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
-    # an adapter trains in float32 on every base
+    # an adapter trains in float32, whatever the base's dtype
     size = 4 if cfg.peft is not None else dtype_of(cfg.model.dtype).itemsize
     counts = [p.numel() for p in trained]
-    own = size * sum(counts)
+    trained_bytes = size * sum(counts)
     return Need(
         trainable=sum(counts),
-        saved=own if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
-        weights=held if cfg.peft is None else held + own,
-        gradients=own,
+        saved=trained_bytes if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
+        weights=frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes,
+        gradients=trained_bytes,
         optimizer=sum(state_bytes(count, cfg.train.optim, size) for count in counts),
         activations=step_bytes(config, _step(cfg, config)),
     )
 
 
-def _unstarted(cfg: DictConfig) -> DictConfig:
-    """Return the config with an adapter that begins as any: its start would need weights."""
+def _without_initialization(cfg: DictConfig) -> DictConfig:
+    """Return the config with default initialization of the adapter: others may need the weights."""
     values = plain(cfg) | {"adapter": None}
     if "init_lora_weights" in (values["peft"] or {}):
         values["peft"]["init_lora_weights"] = True
@@ -183,39 +184,39 @@ def _unstarted(cfg: DictConfig) -> DictConfig:
 
 
 def _adapter_bytes(model: Any, cfg: DictConfig) -> int:
-    if hasattr(model, "prompt_encoder"):  # its output is saved, and so computed
+    if hasattr(model, "prompt_encoder"):  # its output is saved, so it is computed
         model.prompt_encoder.to_empty(device="cpu")
     embeds = any("embed" in name for name in cfg.peft.get("target_modules") or ())
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=embeds)
     count = int(sum(value.numel() for value in tensors.values()))
-    return 4 * count * (2 if saved_as_plain_lora(cfg.peft) else 1)  # of twice the rank
+    return 4 * count * (2 if saved_as_plain_lora(cfg.peft) else 1)  # saved with twice the rank
 
 
 def base_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:
-    """Return what a model's weights take, quantised as bitsandbytes would.
+    """Return the bytes of a model's weights, quantised as by bitsandbytes.
 
     Args:
-        model: its weights may be on no device.
-        quant: the config's section; None: the weights stay as they are.
+        model: its weights may be on the meta device.
+        quant: the section of the config; None: the weights are not quantised.
     """
     tensors = (*model.parameters(), *model.buffers())
-    held = int(sum(t.numel() * t.element_size() for t in tensors))
+    total = int(sum(t.numel() * t.element_size() for t in tensors))
     if quant is None:
-        return held
-    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+        return total
+    not_quantised = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear or isinstance(module, Conv1D)
-        if linear and should_convert_module(name, kept):
+        if linear and should_convert_module(name, not_quantised):
             weight = module.weight
-            held += _packed(weight, quant) - weight.numel() * weight.element_size()
-    return held
+            total += _quantised_bytes(weight, quant) - weight.numel() * weight.element_size()
+    return total
 
 
-def _packed(weight_OI: Any, quant: Mapping[str, Any]) -> int:
-    """Return a quantised layer's bytes: its weights, and the scales that give them back."""
+def _quantised_bytes(weight_OI: Any, quant: Mapping[str, Any]) -> int:
+    """Return the bytes of a quantised layer: its weights, and their scales."""
     count = int(weight_OI.numel())
     if "quant_type" not in quant:
-        return count + 4 * len(weight_OI)  # int8, and a scale to each row
+        return count + 4 * len(weight_OI)  # int8, and a scale for each row
     scales = math.ceil(count / BLOCK)
     if quant["double_quant"]:
         return count // 2 + scales + 4 * math.ceil(scales / OUTER_BLOCK)
@@ -223,11 +224,11 @@ def _packed(weight_OI: Any, quant: Mapping[str, Any]) -> int:
 
 
 def tokens(cfg: DictConfig, config: Any) -> int:
-    """Return how many tokens a step has at most, all its rows together."""
+    """Return how many tokens a step has at most, in all its rows together."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
     longest = min(cfg.algorithm.args.get("max_length") or 1024, context)
-    answers = 2 if cfg.algorithm.shape == "preference" else 1
-    return int(longest * answers * cfg.train.per_device_train_batch_size)
+    sequences = 2 if cfg.algorithm.shape == "preference" else 1  # to a row
+    return int(longest * sequences * cfg.train.per_device_train_batch_size)
 
 
 def _step(cfg: DictConfig, config: Any) -> Step:
@@ -235,28 +236,28 @@ def _step(cfg: DictConfig, config: Any) -> Step:
     rows, count = train.per_device_train_batch_size, tokens(cfg, config)
     smoothing = train.get("label_smoothing_factor") or args.get("label_smoothing_factor")
     tiled = is_tiled(cfg.algorithm.trainer._target_, smoothing)
-    answer = args.get("max_completion_length")
-    evaluated = max(rows, train.per_device_eval_batch_size)
-    parts = args.get("steps_per_generation") or train.gradient_accumulation_steps
-    asked = args.get("generation_batch_size") or rows * parts * (args.get("num_minibatches") or 1)
-    classifies = cfg.algorithm.task_type == "SEQ_CLS"
+    max_answer = args.get("max_completion_length")
+    eval_rows = max(rows, train.per_device_eval_batch_size)
+    steps = args.get("steps_per_generation") or train.gradient_accumulation_steps
+    prompts = args.get("generation_batch_size") or rows * steps * (args.get("num_minibatches") or 1)
+    is_classifier = cfg.algorithm.task_type == "SEQ_CLS"
     return Step(
         tokens=count,
-        scored=0 if classifies else scored_tokens(count, tiled, answer, evaluated),
+        scored=0 if is_classifier else scored_tokens(count, tiled, max_answer, eval_rows),
         tiled=tiled,
-        sampled=asked * count // rows if answer is not None else 0,
+        sampled=prompts * count // rows if max_answer is not None else 0,
         checkpointing=train.gradient_checkpointing,
     )
 
 
 def _measured(cfg: DictConfig) -> dict[str, Any]:
-    """Return the peak of the newest run that computed the same, alone in its process."""
-    wanted = fingerprint(cfg)
+    """Return the peak memory of the newest run with this fingerprint, alone in its process."""
+    own_fingerprint = fingerprint(cfg)
     files = [*Path("outputs").glob("*/*/run.json"), *Path("multirun").glob("*/*/*/run.json")]
     for path in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        with suppress(ValueError, KeyError):  # a record that was cut off, or has no peak yet
+        with suppress(ValueError, KeyError):  # an incomplete record
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["fingerprint"] == wanted and record["place"] == "alone":
+            if record["fingerprint"] == own_fingerprint and record["place"] == "alone":
                 peak = int(record["metrics"]["peak_bytes"])
                 return {"measured": peak, "run": str(path.parent)}
     return {"measured": None, "run": None}

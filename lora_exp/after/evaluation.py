@@ -1,6 +1,6 @@
-"""How well a saved model does on held-out rows, beside its bare base: loss, answers, preferences.
+"""Evaluation of a saved model and its base on held-out rows: loss, answers, preferences.
 
-A loss is of the tokens that count, by the labels that training takes (`lora_exp.data.tokens`).
+The loss counts the same tokens as in training (`lora_exp.data.tokens`).
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
-from lora_exp.training.answers import Answer, answer, exact_match, room
+from lora_exp.training.answers import Answer, answer, exact_match_rates, room
 from lora_exp.training.measure import encoded
 
 Measure = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Held:
-    """Held-out rows: what is learnt from them, and those that ask what is known."""
+class HeldOut:
+    """Held-out rows: their tokens and labels, and the rows that also have a prompt."""
 
     ids: list[list[int]]
     labels: list[list[int]]
     truncated: int  # rows cut to the model's context
-    asking: list[Row]
+    with_prompt: list[Row]
 
 
 def evaluate(
@@ -59,28 +59,28 @@ def evaluate(
     out: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Measure an adapter and its bare base, or a whole model, on rows with known answers.
+    """Measure an adapter and its base alone, or a whole model, on rows with known answers.
 
     Args:
         path: a run, an adapter or a whole model; a reward model is measured on pairs.
-        data: JSON Lines, or a glob, of any format that training takes; None: the rows that its
-            run held out.
-        base: where the base lies, if not where the adapter says.
-        quant: how to hold the base; None: as its run did.
+        data: JSON Lines, or a glob, of any format that training takes; None: the held-out rows
+            of its run.
+        base: the location of the base, if not the one that the adapter names.
+        quant: how to quantise the base; None: as in its run.
         max_new_tokens: of each greedy answer.
         batch_size: rows at a time.
-        out: a JSON file to write what is returned to.
+        out: a JSON file to write the report to.
         force: replace `out` if it is there.
 
     Returns:
-        What was measured, and `results`: `base` and `adapter`, or `model`, each with its metrics:
+        What was measured, and `results`: of `base` and `adapter`, or of `model`, the metrics
         `loss` in nats a token, `perplexity`, `exact_match` (by `task` too), `rouge_l` (0 to 1) and
         `bleu` (0 to 100); of a reward model `accuracy` and `margin`.
 
     Raises:
         ExtraError: the extra `eval` is not installed.
         SavedError: there is nothing to measure, or `out` is taken.
-        DataError: rows that cannot be used, or none that tells what is right.
+        DataError: rows cannot be used, or none has a known answer.
     """
     if missing := [name for name in ("rouge_score", "sacrebleu") if find_spec(name) is None]:
         raise ExtraError(f'{" and ".join(missing)} missing: pip install "lora-exp[eval]"')
@@ -89,34 +89,46 @@ def evaluate(
         check_file(Path(out).expanduser(), force, str(data or ""))
     saved = find(path)
     rows = _held_out(saved) if data is None else _read(str(data))
+    report = _report(saved, rows, base, quant, max_new_tokens, batch_size)
+    if out is not None:
+        write_whole(Path(out).expanduser(), dumps(report, indent=1) + "\n")
+    return report
+
+
+def _report(
+    saved: Saved,
+    rows: Rows,
+    base: str | None,
+    quant: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Load the model, and measure it on the rows; see `evaluate`."""
     check_apart(saved)
     is_reward = saved.task_type == "SEQ_CLS"
     if is_reward:
         rows = rows.shaped("preference")
     loaded = load(saved, load_base(saved, base, quant), apart=True)
-    told: dict[str, Any]
-    told, measure = (_preferring if is_reward else _answering)(
+    counts: dict[str, Any]
+    counts, measure = (_preference_measure if is_reward else _answer_measure)(
         loaded, rows, max_new_tokens, batch_size
     )
     results = {}
     with loaded.answering():
-        if saved.adapter is not None and not is_reward:  # a bare base has no head
+        if saved.adapter is not None and not is_reward:  # the base alone has no trained head
             with loaded.model.disable_adapter():
                 results["base"] = measure("of the base")
         name = "model" if saved.adapter is None else "adapter"
         results[name] = measure(f"of the {name}")
-    found = {
+    return {
         "path": str(saved.folder),
         "base": saved.base,
         "quant": quant or saved.quant,
         "data": rows.source,
-        **told,
+        **counts,
         "max_new_tokens": max_new_tokens,
         "results": results,
     }
-    if out is not None:
-        write_whole(Path(out).expanduser(), dumps(found, indent=1) + "\n")
-    return found
 
 
 def _read(data: str) -> Rows:
@@ -127,73 +139,73 @@ def _read(data: str) -> Rows:
 
 
 def _held_out(saved: Saved) -> Rows:
-    """Return the rows that a run held out, as those to measure on.
+    """Return the held-out rows of a run, as the rows to measure on.
 
     Raises:
-        SavedError: there is no run beside it, or it held nothing out, or its rows have changed.
+        SavedError: its run is missing, had no held-out rows, or its rows have changed.
     """
     if not saved.settings:
-        raise SavedError(f"{saved.folder} has no run beside it; name rows with --data")
-    # what a file trusts is not trusted
+        raise SavedError(f"{saved.folder} has no run beside it; give rows with --data")
+    # the config may come from anybody, so its trusted_targets do not count
     cfg = OmegaConf.create(saved.settings | {"trusted_targets": []})
     rows: Rows = build(cfg, "data")
     if not rows.eval:
-        raise SavedError(f"{saved.run} held no rows out; name some with --data")
-    known = saved.record.get("data") or {}
-    if changed := [name for name, now in rows.source.items() if known.get(name, now) != now]:
+        raise SavedError(f"{saved.run} has no held-out rows; give rows with --data")
+    recorded = saved.record.get("data") or {}
+    if changed := [name for name, now in rows.source.items() if recorded.get(name, now) != now]:
         text = f"{', '.join(changed)} changed since {saved.run} was trained"
-        raise SavedError(f"{text}; name rows with --data")
+        raise SavedError(f"{text}; give rows with --data")
     return replace(rows, train=rows.eval, eval=[])
 
 
-def _answering(
+def _answer_measure(
     loaded: Loaded, rows: Rows, max_new_tokens: int, batch_size: int
 ) -> tuple[dict[str, int], Measure]:
-    """Return how many rows tell what, and how to measure on them."""
-    held = _held(loaded, rows.train)
-    first = 0 if loaded.model.config.is_encoder_decoder else 1  # nothing comes before the first
+    """Return the numbers of rows and tokens, and a function that measures on them."""
+    held_out = _tokenised(loaded, rows.train)
+    first = 0 if loaded.model.config.is_encoder_decoder else 1  # nothing predicts the first token
     settings = SimpleNamespace(rows=None, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    told = {
+    counts = {
         "rows": len(rows.train),
-        "with_loss": len(held.ids),
-        "with_answer": len(held.asking),
-        "truncated": held.truncated,
-        "tokens": sum(label != IGNORED for row in held.labels for label in row[first:]),
+        "with_loss": len(held_out.ids),
+        "with_answer": len(held_out.with_prompt),
+        "truncated": held_out.truncated,
+        "tokens": sum(label != IGNORED for row in held_out.labels for label in row[first:]),
     }
 
     def measure(what: str) -> dict[str, float]:
-        loss = _loss(loaded, held, batch_size, what)
+        loss = _loss(loaded, held_out, batch_size, what)
         if not math.isfinite(loss):
-            raise SavedError(f"the loss {what} is {loss}: lora-exp check or inspect tells why")
-        found = {"loss": loss, "perplexity": math.exp(loss)}
-        if not held.asking:
-            return found
-        answers = answer(loaded.model, loaded.tokenizer, held.asking, settings, what)
-        return found | exact_match(answers) | _overlap(answers)
+            raise SavedError(f"the loss {what} is {loss}: lora-exp check or inspect shows why")
+        metrics = {"loss": loss, "perplexity": math.exp(loss)}
+        if not held_out.with_prompt:
+            return metrics
+        answers = answer(loaded.model, loaded.tokenizer, held_out.with_prompt, settings, what)
+        return metrics | exact_match_rates(answers) | _overlap(answers)
 
-    return told, measure
+    return counts, measure
 
 
-def _held(loaded: Loaded, rows: list[Row]) -> Held:
-    learnt = [(row, own) for row in rows if (own := _learnt(row)) is not None]
-    if not learnt:
-        text = "no row tells what is right (completion, chosen, answer, turns that end with one)"
+def _tokenised(loaded: Loaded, rows: list[Row]) -> HeldOut:
+    known = [(row, shaped) for row in rows if (shaped := _training_row(row)) is not None]
+    if not known:
+        text = "no row has a known answer (completion, chosen, answer, turns that end with one)"
         raise DataError(f"{text}, and none is plain text")
     tokens = tokenise(
-        [own for _, own in learnt],
+        [shaped for _, shaped in known],
         loaded.tokenizer,
         max_length=room(loaded.model, 0),
         completion_only=True,
         separate=bool(loaded.model.config.is_encoder_decoder),
         what="eval",
     )
-    asking = [row for row, _ in learnt if prompt_of(row, loaded.tokenizer) is not None]
+    with_prompt = [row for row, _ in known if prompt_of(row, loaded.tokenizer) is not None]
     ids, labels = list(tokens.dataset["input_ids"]), list(tokens.dataset["labels"])
-    return Held(ids, labels, tokens.counts.truncated, asking)
+    return HeldOut(ids, labels, tokens.counts.truncated, with_prompt)
 
 
-def _learnt(row: Row) -> Row | None:
-    """Return a row with its known answer as training would learn it; None: nobody knows it."""
+def _training_row(row: Row) -> Row | None:
+    """Return a row with its known answer in the shape that training takes; None if it has none."""
     if "messages" in row or "text" in row:
         return row
     known = row.get("chosen", row.get("completion", row.get("answer")))
@@ -201,33 +213,35 @@ def _learnt(row: Row) -> Row | None:
         return None
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": known}
-    said = [{"role": "assistant", "content": known}] if isinstance(known, str) else known
-    return {"messages": row["prompt"] + said, "tools": row.get("tools")}
+    turns = [{"role": "assistant", "content": known}] if isinstance(known, str) else known
+    return {"messages": row["prompt"] + turns, "tools": row.get("tools")}
 
 
-def _loss(loaded: Loaded, held: Held, batch_size: int, what: str) -> float:
-    """Return the mean of -ln p over all tokens that count, each token alike."""
-    order = sorted(range(len(held.ids)), key=lambda i: len(held.ids[i]))
+def _loss(loaded: Loaded, held_out: HeldOut, batch_size: int, what: str) -> float:
+    """Return the mean of -ln p over all tokens that count, each with the same weight."""
+    order = sorted(range(len(held_out.ids)), key=lambda i: len(held_out.ids[i]))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     total, count = 0.0, 0
     for group in tracked(groups, f"loss {what}"):
-        labels_BT = _padded([held.labels[i] for i in group], IGNORED, loaded)
-        logits_BTV, wanted_BT = _predicted(loaded, [held.ids[i] for i in group], labels_BT)
-        for logits_TV, wanted_T in zip(logits_BTV, wanted_BT, strict=True):
-            own = cross_entropy(logits_TV.float(), wanted_T, ignore_index=IGNORED, reduction="sum")
-            total += float(own)
-        count += int((wanted_BT != IGNORED).sum())
+        labels_BT = _padded([held_out.labels[i] for i in group], IGNORED, loaded)
+        logits_BTV, targets_BT = _predicted(loaded, [held_out.ids[i] for i in group], labels_BT)
+        for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
+            row_loss = cross_entropy(
+                logits_TV.float(), targets_T, ignore_index=IGNORED, reduction="sum"
+            )
+            total += float(row_loss)
+        count += int((targets_BT != IGNORED).sum())
     return total / count
 
 
 def _predicted(loaded: Loaded, ids: list[list[int]], labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and, place by place, the labels that they predict."""
+    """Return the logits, and at each position the label that they predict."""
     inputs = _inputs(loaded, ids)
     if loaded.model.config.is_encoder_decoder:
         return loaded.model(**inputs, labels=labels_BT).logits, labels_BT
     logits = loaded.model(**inputs, use_cache=False).logits
-    own = logits[:, -labels_BT.shape[1] :]  # behind those of virtual tokens
-    return own[:, :-1], labels_BT[:, 1:]
+    logits = logits[:, -labels_BT.shape[1] :]  # without those of virtual tokens
+    return logits[:, :-1], labels_BT[:, 1:]
 
 
 def _inputs(loaded: Loaded, ids: list[list[int]]) -> dict[str, Tensor]:
@@ -249,18 +263,18 @@ def _overlap(answers: list[Answer]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
     from sacrebleu import corpus_bleu
 
-    known = [found.expected or "" for found in answers]
-    said = [found.said for found in answers]
+    expected = [answer.expected or "" for answer in answers]
+    actual = [answer.text for answer in answers]
     scorer = RougeScorer(["rougeL"])
-    pairs = zip(known, said, strict=True)
-    rouge = fmean(scorer.score(right, own)["rougeL"].fmeasure for right, own in pairs)
-    return {"rouge_l": rouge, "bleu": corpus_bleu(said, [known]).score}
+    pairs = zip(expected, actual, strict=True)
+    rouge = fmean(scorer.score(*pair)["rougeL"].fmeasure for pair in pairs)
+    return {"rouge_l": rouge, "bleu": corpus_bleu(actual, [expected]).score}
 
 
-def _preferring(
+def _preference_measure(
     loaded: Loaded, rows: Rows, _: int, batch_size: int
 ) -> tuple[dict[str, int], Measure]:
-    """Return how many pairs there are, and how to measure a reward model on them."""
+    """Return the number of pairs, and a function that measures a reward model on them."""
     pairs = rows.train
     groups = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
 

@@ -1,4 +1,4 @@
-"""What a saved adapter, model, run or sweep is: read from its files, no base is loaded."""
+"""Description of a saved adapter, model, run or sweep, read from its files without the base."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_exp.adapter.untrusted import Search, read_weights
-from lora_exp.after.saved import RECORD, Saved, find, jobs, read_json
+from lora_exp.after.saved import MERGE_RECORD, Saved, find, jobs, read_json
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.paths import asset
-from lora_exp.record.standing import described
-from lora_exp.record.sweep import best, read_rows
+from lora_exp.record.standing import status_text
+from lora_exp.record.sweep import best_job, read_rows
 
 PART = re.compile(r"\.(lora_[A-Za-z_]+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|weight|bias)\b.*$")
 SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")
@@ -26,23 +26,30 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Describe what lies at a path.
 
     Returns:
-        `kind` (adapter, model or sweep) and what is known of it, fit for JSON. An adapter's
+        `kind` (adapter, model or sweep) and its properties, fit for JSON. An adapter's
         `modules` have their `norm`: of a LoRA the Frobenius norm of the update, scaling * B A; of
         other methods that of the saved tensors.
 
     Raises:
-        SavedError: nothing of the kind, or damaged.
-        AdapterError: the weights are no numbers.
+        SavedError: nothing of this kind is there, or it is damaged.
+        AdapterError: the weights are not numbers.
     """
     folder = asset(str(path))
     if jobs(folder) and not (folder / "run.json").is_file():
-        winner, found = best(folder), [_job(folder / row["job"]) for row in read_rows(folder)]
+        winner = best_job(folder)
         return {
-            "kind": "sweep", "path": str(folder), "best": winner and str(winner), "jobs": found,
-        }  # fmt: skip
+            "kind": "sweep",
+            "path": str(folder),
+            "best": winner and str(winner),
+            "jobs": [_job(folder / row["job"]) for row in read_rows(folder)],
+        }
     saved = find(folder)
-    facts = _adapter(saved) if saved.adapter is not None else _model(saved)
-    return {"path": str(saved.folder), **facts, "run": _run(saved), "files": _files(saved.folder)}
+    return {
+        "path": str(saved.folder),
+        **(_adapter(saved) if saved.adapter is not None else _model(saved)),
+        "run": _run(saved),
+        "files": _files(saved.folder),
+    }
 
 
 def _adapter(saved: Saved) -> dict[str, Any]:
@@ -70,35 +77,35 @@ def _adapter(saved: Saved) -> dict[str, Any]:
 def modules(
     weights: Mapping[str, Tensor], config: Mapping[str, Any], path: str = ""
 ) -> list[dict[str, Any]]:
-    """Return each adapted module's name, the norm of its update and, of LoRA, rank and alpha.
+    """Return each adapted module's name and the norm of its update; for LoRA also rank and alpha.
 
     Args:
         weights: as saved, by name.
-        config: the adapter's.
-        path: its folder, for errors.
+        config: of the adapter.
+        path: the adapter's folder, for errors.
 
     Raises:
-        AdapterError: a pattern among its names takes too long, or a module's A and B do not fit.
+        AdapterError: a name pattern takes too long to match, or a module's A and B do not fit.
     """
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
-        full = key.removeprefix("base_model.model.")
-        name = PART.sub("", full)
-        groups.setdefault(name, {})[full.removeprefix(f"{name}.")] = value.double()
+        full_name = key.removeprefix("base_model.model.")
+        name = PART.sub("", full_name)
+        groups.setdefault(name, {})[full_name.removeprefix(f"{name}.")] = value.double()
     alphas = dict(config.get("alpha_pattern") or {})
     if alphas:
         search = Search(sorted(groups), path)
-        fitting = {k: set(search.found(rf"(.*\.)?({k})", "alpha_pattern", True)) for k in alphas}
+        fitting = {k: set(search.matches(rf"(.*\.)?({k})", "alpha_pattern", True)) for k in alphas}
         alphas = {n: alphas[k] for k in reversed(list(alphas)) for n in fitting[k]}
-    found = []
+    entries = []
     for name, parts in sorted(groups.items(), key=lambda item: _natural(item[0])):
         alpha = float(alphas.get(name, config.get("lora_alpha") or 0))
         try:
-            found.append({"name": name} | _update(parts, alpha, config))
+            entries.append({"name": name} | _update(parts, alpha, config))
         except RuntimeError as error:
             shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in parts.items())
             raise AdapterError(f"{path}: weights of {name} do not fit: {shapes}") from error
-    return found
+    return entries
 
 
 def _update(parts: dict[str, Tensor], alpha: float, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,21 +115,22 @@ def _update(parts: dict[str, Tensor], alpha: float, config: Mapping[str, Any]) -
     if first is None or second is None:
         norm = math.sqrt(sum(_square(key, value) for key, value in parts.items()))
         return {"norm": norm if math.isfinite(norm) else None}
-    rank = made = len(first)
-    if "lora_E" in parts:  # AdaLoRA scales by the rank that it began with
-        first, made = first * parts["lora_E"], int(config["init_r"])
-    scaling = alpha / (math.sqrt(made) if config.get("use_rslora") else made) if made else 0.0
+    rank = initial_rank = len(first)
+    if "lora_E" in parts:  # AdaLoRA scales by its initial rank
+        first, initial_rank = first * parts["lora_E"], int(config["init_r"])
+    divisor = math.sqrt(initial_rank) if config.get("use_rslora") else initial_rank
+    scaling = alpha / divisor if initial_rank else 0.0
     norm = scaling * _norm_of_product(second, first)
     return {"r": rank, "lora_alpha": alpha, "norm": norm if math.isfinite(norm) else None}
 
 
 def _square(key: str, value: Tensor) -> float:
-    """Return a tensor's squared norm; IA3 multiplies, so that 1 changes nothing."""
+    """Return a tensor's squared norm; of IA3, which multiplies, that of its difference to 1."""
     return float((value - 1 if key.startswith("ia3_l") else value).square().sum())
 
 
 def _norm_of_product(second_OR: Tensor, first_RI: Tensor) -> float:
-    """Return the Frobenius norm of B A without making it: tr((B'B)(AA')), [R, R] each."""
+    """Return the Frobenius norm of B A without computing B A: tr((B'B)(AA')), [R, R] each."""
     second, first = second_OR.flatten(1), first_RI.flatten(1)
     return float(((second.T @ second) * (first @ first.T)).sum().clamp(min=0).sqrt())
 
@@ -133,18 +141,18 @@ def _natural(name: str) -> list[Any]:
 
 def _model(saved: Saved) -> dict[str, Any]:
     config = read_json(saved.folder / "config.json")
-    parameters, dtypes, sizes = 0, set(), 0
+    parameters, dtypes, total_bytes = 0, set(), 0
     for file in sorted(saved.folder.glob("*.safetensors")):
-        sizes += file.stat().st_size
+        total_bytes += file.stat().st_size
         try:
             with safe_open(str(file), "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (a file, not a dict)
-                    shape = tensors.get_slice(key)
-                    parameters += math.prod(shape.get_shape())
-                    dtypes.add(shape.get_dtype())
+                    tensor = tensors.get_slice(key)
+                    parameters += math.prod(tensor.get_shape())
+                    dtypes.add(tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             raise SavedError(f"{file} is damaged: {error}") from error
-    merge = saved.folder / RECORD
+    merge = saved.folder / MERGE_RECORD
     return {
         "kind": "model",
         "architecture": (config.get("architectures") or ["?"])[0],
@@ -152,19 +160,19 @@ def _model(saved: Saved) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "vocabulary": config.get("vocab_size"),
         "parameters": parameters,
-        "bytes": sizes,
+        "bytes": total_bytes,
         "dtypes": sorted(dtypes),
         "merged_from": read_json(merge) if merge.is_file() else None,
     }
 
 
 def _run(saved: Saved) -> dict[str, Any] | None:
-    """Return the training record, as far as it says how the weights came to be."""
+    """Return the parts of the run's record that describe how the weights were trained."""
     if saved.run is None:
         return None
     keys = ("name", "status", "choices", "objective", "metrics", "counts", "data", "versions")
-    known = {k: saved.record[k] for k in keys if k in saved.record}
-    return {"path": str(saved.run)} | known | {"standing": described(saved.run)}
+    recorded = {k: saved.record[k] for k in keys if k in saved.record}
+    return {"path": str(saved.run)} | recorded | {"standing": status_text(saved.run)}
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -173,6 +181,6 @@ def _files(folder: Path) -> dict[str, int]:
 
 def _job(run: Path) -> dict[str, Any]:
     record = read_json(run / "run.json")
-    told = {key: record.get(key) for key in ("name", "status", "objective", "error")}
-    value = record.get("metrics", {}).get(told["objective"])
-    return {"path": str(run), **told, "value": value}
+    recorded = {key: record.get(key) for key in ("name", "status", "objective", "error")}
+    value = record.get("metrics", {}).get(recorded["objective"])
+    return {"path": str(run), **recorded, "value": value}

@@ -15,8 +15,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoTokenizer
 
-from lora_exp.adapter.mounting import put, read_config
-from lora_exp.after.saved import Saved, base_config, claim, find
+from lora_exp.adapter.mounting import mount, read_config
+from lora_exp.after.base_config import base_config, parse_base
+from lora_exp.after.saved import NO_BIAS, Saved, find
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
@@ -38,7 +39,7 @@ class Loaded:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Compute without gradients, in the precision that runs on such a base train in."""
+        """Compute without gradients, in the precision in which such a base is trained."""
         with torch.no_grad(), autocast(self.model):
             yield
 
@@ -55,9 +56,9 @@ def load_adapter(
     Args:
         path: an adapter, a run, a checkpoint or a whole model.
         merge: true: return the base with the adapter merged in; a quantised base is dequantised.
-        quant: `nf4`, `fp4`, `int8` or `none`; None: as its run held the base.
-        base: where the base lies, if not where the adapter says; `NAME=PLACE` if its name there is
-            another.
+        quant: `nf4`, `fp4`, `int8` or `none`; None: as in its run.
+        base: the location of the base, if not the one that the adapter names; `NAME=PLACE` if the
+            base has another name there.
         trainable: true: the adapter's weights take gradients, or all of a merged model's.
 
     Returns:
@@ -70,47 +71,48 @@ def load_adapter(
     """
     quiet()
     saved = find(path)
-    found = load_base(saved, base, quant)
+    loaded_base = load_base(saved, base, quant)
     if merge and saved.adapter is not None:
-        loaded = load(saved, in_floats(found))
+        loaded = load(saved, in_floats(loaded_base))
         return merged(loaded.model).train(trainable).requires_grad_(trainable), loaded.tokenizer
-    loaded = load(saved, found, trainable)
+    loaded = load(saved, loaded_base, trainable)
     return loaded.model, loaded.tokenizer
 
 
 def load_base(
     saved: Saved, base: str | None = None, quant: str | None = None, dtype: str | None = None
 ) -> Base:
-    """Load the base of what was saved, as `base_config` says; `dtype` None: as its run did.
+    """Load the base of what was saved, with `base_config`; `dtype` None: as in its run.
 
     Raises:
-        AdapterError: it has other weights than the one that the adapter was trained on.
+        AdapterError: its weights are not those that the adapter was trained on.
     """
     cfg = base_config(saved, base, quant)
     check_name(saved, base)
     cfg.model.dtype = dtype or cfg.model.dtype
-    with console.status(f"loading {cfg.model.path}"):  # a Hub out of reach takes half a minute
-        found = base_of(cfg)
+    # without a connection to the Hub this takes half a minute
+    with console.status(f"loading {cfg.model.path}"):
+        loaded = base_of(cfg)
     if saved.adapter is not None:
-        check_base(saved, found.revision, base)
-    return found
+        check_base(saved, loaded.revision, base)
+    return loaded
 
 
 def in_floats(base: Base) -> Base:
-    """Return a base as what was trained on it saw it: a quantised one's weights as float32."""
+    """Return the base with float32 weights; those of a quantised base are dequantised."""
     if not is_quantised(base.model):
         return base
     return replace(base, model=dequantise(base.model, torch.float32))
 
 
 def check_name(saved: Saved, base: str | None) -> None:
-    """Refuse a base of another name, before it is loaded, where no record tells its weights.
+    """Refuse a base of another name, before it is loaded, if no record has its hash.
 
     Raises:
         AdapterError: it has another name.
     """
     if not saved.record.get("base"):
-        _check_called(saved, base)
+        _check_same_name(saved, base)
 
 
 def check_base(saved: Saved, revision: str | None, base: str | None = None) -> None:
@@ -119,38 +121,39 @@ def check_base(saved: Saved, revision: str | None, base: str | None = None) -> N
     Args:
         saved: the adapter.
         revision: the base's commit or hash.
-        base: what it is called, if not as the adapter says.
+        base: its name or location, if not the one that the adapter names.
 
     Raises:
-        AdapterError: the run's record knows another commit or hash; or the two cannot be compared,
-            and it has another name.
+        AdapterError: the run's record has another commit or hash; or the two cannot be compared,
+            and the base has another name.
     """
-    known = saved.record.get("base")
-    if not comparable(known, revision):
-        _check_called(saved, base)
-    elif known != revision:
-        text = f"was trained on a base of other weights ({known}, not {revision})"
+    recorded = saved.record.get("base")
+    if not comparable(recorded, revision):
+        _check_same_name(saved, base)
+    elif recorded != revision:
+        text = f"was trained on a base of other weights ({recorded}, not {revision})"
         raise AdapterError(f"{saved.folder} {text}")
 
 
-def _check_called(saved: Saved, base: str | None) -> None:
+def _check_same_name(saved: Saved, base: str | None) -> None:
     if base is None or saved.adapter is None or not saved.base:
         return
-    name, place = claim(base)
-    known = named(saved.base)
-    if known not in (named(name), named(base_config(saved, place, "none").model.path)):
+    name, location = parse_base(base)
+    expected = named(saved.base)
+    if expected not in (named(name), named(base_config(saved, location, "none").model.path)):
         text = f"was trained on {saved.base}, not on {name}"
-        raise AdapterError(f"{saved.folder} {text}; if it is the same: --base {known}={place}")
+        cure = f"if they are the same, give --base {expected}={location}"
+        raise AdapterError(f"{saved.folder} {text}; {cure}")
 
 
 def load(saved: Saved, base: Base, trainable: bool = False, apart: bool = False) -> Loaded:
-    """Put what was saved on a base; a whole model is its own.
+    """Put what was saved on a base; a whole model is its own base.
 
     Args:
         saved: what to put on it.
-        base: whose weights it was trained on.
+        base: with the weights that it was trained on.
         trainable: whether the adapter's weights take gradients.
-        apart: refuse an adapter that changes the base, which others compute with too.
+        apart: refuse an adapter that changes the base, since others share it.
 
     Raises:
         AdapterError: it does not fit, its weights are not finite, or its tokenizer has tokens
@@ -160,20 +163,20 @@ def load(saved: Saved, base: Base, trainable: bool = False, apart: bool = False)
     if saved.adapter is not None:
         config = read_config(str(saved.folder), model)
         config.inference_mode = not trainable
-        model = put(model, config, str(saved.folder), trainable, apart)
+        model = mount(model, config, str(saved.folder), trainable, apart)
     if not trainable:
         model.eval()
     tokenizer = tokenizer_of(saved, base)
-    if lost := missing_embeddings(model, tokenizer):
+    if missing := missing_embeddings(model, tokenizer):
         cure = "save it with them (peft: save_embedding_layers=True), or with its base's tokenizer"
         if saved.adapter is None:
             cure = "add them with resize_token_embeddings, and save the model again"
-        raise AdapterError(f"{saved.folder}: {lost}; {cure}")
+        raise AdapterError(f"{saved.folder}: {missing}; {cure}")
     return Loaded(saved.name, model, tokenizer)
 
 
 def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
-    """Put several adapters on one base: each has a tree of modules, all share its weights.
+    """Put several adapters on one base: each has its own modules, and all share the weights.
 
     Raises:
         AdapterError: one does not fit, belongs to another base, or would change it.
@@ -182,25 +185,22 @@ def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
     for saved in several:
         check_base(saved, base.revision)
         check_apart(saved)
-        own = replace(base, model=sharing_copy(base.model))
-        loaded.append(load(saved, own, apart=True))
+        shared = replace(base, model=sharing_copy(base.model))
+        loaded.append(load(saved, shared, apart=True))
     return loaded
 
 
 def check_apart(saved: Saved) -> None:
-    """Refuse an adapter that changes its base, where the base is needed beside it.
+    """Refuse an adapter that changes its base, where the base itself is also needed.
 
     Raises:
         AdapterError: it carries the base's biases, or starts by rewriting the base's weights.
     """
-    config = saved.adapter or {}
-    rewriting, bias = rewrites_base(config), config.get("bias", "none")
-    if bias != "none" or rewriting:
-        why = f"bias={bias}" if bias != "none" else rewriting
-        text = (
-            f"{saved.folder} changes the base itself ({why}); merge it first, then take the model"
-        )
-        raise AdapterError(text)
+    rewriting = rewrites_base(saved.adapter or {})
+    if saved.bias != NO_BIAS or rewriting:
+        reason = f"bias={saved.bias}" if saved.bias != NO_BIAS else rewriting
+        text = f"changes the base itself ({reason}); merge it first, then use the merged model"
+        raise AdapterError(f"{saved.folder} {text}")
 
 
 def tokenizer_of(saved: Saved, base: Base) -> Any:
@@ -227,26 +227,26 @@ def merged(model: Any) -> Any:
     try:
         return model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        kind = model.peft_config[model.active_adapter].peft_type.value
-        raise AdapterError(f"{kind} cannot be merged: {error}") from error
+        method = model.peft_config[model.active_adapter].peft_type.value
+        raise AdapterError(f"{method} cannot be merged: {error}") from error
 
 
 def _check_biases(model: Any) -> None:
-    """Refuse trained biases of layers that have none: a merged model has no place for them."""
+    """Refuse trained biases of layers without a bias: a merged model cannot hold them."""
     for name, module in model.get_base_model().named_modules():
         trained = isinstance(module, LoraLayer) and any(module.lora_bias.values())
         if trained and getattr(module.get_base_layer(), "bias", None) is None:
             text = f"lora_bias=true trained a bias for {name}, which has none in this base"
-            raise AdapterError(f"{text}: it cannot be merged, serve the adapter itself")
+            raise AdapterError(f"{text}; it cannot be merged, so serve the adapter itself")
 
 
 def _untie(model: Any) -> None:
-    """Part tied embeddings if one of the two was adapted: a merge would change the other too."""
+    """Untie embeddings if one of the two was adapted, since a merge would change both."""
     base = model.get_base_model()
     first, last = base.get_input_embeddings(), base.get_output_embeddings()
     if last is None or not base.config.tie_word_embeddings:
         return
-    if any(isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper) for each in (first, last)):
-        plain = getattr(last, "base_layer", getattr(last, "original_module", last))
-        plain.weight = nn.Parameter(plain.weight.detach().clone())
+    if any(isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in (first, last)):
+        layer = getattr(last, "base_layer", getattr(last, "original_module", last))
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
         base.config.tie_word_embeddings = False

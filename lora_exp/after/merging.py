@@ -1,10 +1,11 @@
-"""Adapters merged into their base: a model like any other, for engines that know no adapters."""
+"""Adapters merged into their base: a whole model, for engines without support for adapters."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import set_seed
 
-from lora_exp.adapter.mounting import add
+from lora_exp.adapter.mounting import mount_beside
+from lora_exp.after.base_config import base_config, parse_base
 from lora_exp.after.loading import (
     check_base,
     check_name,
@@ -22,8 +24,8 @@ from lora_exp.after.loading import (
     merged,
     tokenizer_of,
 )
-from lora_exp.after.output import check_free, written
-from lora_exp.after.saved import RECORD, Saved, base_config, check_same_base, claim, find
+from lora_exp.after.output import check_free, output_folder
+from lora_exp.after.saved import MERGE_RECORD, Saved, check_same_base, find
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.strict import dumps
@@ -38,13 +40,24 @@ METHODS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
     "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+ALIASES = {"dare": "dare_linear"}  # of methods
 SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
-ONLY_ALONE = (
+# settings of an adapter that peft ignores when it combines several
+NOT_COMBINED = (
     "use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias",
     "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
     "alora_invocation_tokens", "monteclora_config", "velora_config",
 )  # fmt: skip
 SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's weights
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How several adapters become one; unused for a single adapter."""
+
+    method: str  # by peft's name
+    weights: Sequence[float] | None  # of each adapter; None: 1 each
+    density: float  # the share of each adapter's weights that ties, dare and magnitude_prune keep
 
 
 def merge(
@@ -65,11 +78,11 @@ def merge(
     Args:
         adapters: adapters or runs of one base; several are combined before they are merged.
         out: the folder to make.
-        base: where the base lies, if not where the adapter says.
+        base: the location of the base, if not the one that the adapter names.
         dtype: of the saved weights: `float32`, `bfloat16`, `float16`; None: the base's own.
-        into: `original`: the unquantised base; `dequantised`: what an adapter that was trained on
-            a quantised base saw of it.
-        method: how several LoRAs become one, in peft's words; `cat` is their weighted sum exactly.
+        into: `original`: the unquantised base; `dequantised`: the quantised base of the training,
+            dequantised.
+        method: how several LoRAs become one, by peft's name; `cat` is exactly their weighted sum.
         weights: of each adapter; None: 1 each.
         density: the share of each adapter's weights that ties, dare and magnitude_prune keep.
         max_shard_size: of a weight file.
@@ -80,77 +93,107 @@ def merge(
 
     Raises:
         SavedError: an adapter is missing or damaged, or `out` is there already.
-        AdapterError: an adapter belongs to another base, cannot be merged, or makes weights that
+        AdapterError: an adapter belongs to another base or cannot be merged, or the merged weights
             are not finite.
     """
     quiet()
-    folder = Path(out).expanduser()
-    several = [find(path) for path in adapters]
-    method = {"dare": "dare_linear"}.get(method, method)
-    _check(several, into, method, weights)
-    if not 0 < density <= 1:
-        raise AdapterError(f"density {density:g} is no share to keep; give above 0 and at most 1")
-    if not SIZE.fullmatch(max_shard_size):
-        raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
-    place = claim(base)[1] if base else several[0].base
-    sources: list[str | Path] = [*(saved.folder for saved in several), place]
+    folder, several = Path(out).expanduser(), [find(path) for path in adapters]
+    combination = Combination(ALIASES.get(method, method), weights, density)
+    _check(several, into, combination, max_shard_size)
+    location = parse_base(base)[1] if base else several[0].base
+    sources: list[str | Path] = [*(saved.folder for saved in several), location]
     check_free(folder, force, sources)
+    merged_model = _merge(several, base, dtype, into, combination)
+    with output_folder(folder, force, sources) as staging:
+        merged_model.save(staging, several[0], max_shard_size)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """A merged model, before it is saved."""
+
+    model: Any
+    tokenizer: Any
+    record: dict[str, Any]  # what it was made from
+
+    def save(self, folder: Path, first: Saved, max_shard_size: str) -> None:
+        """Write weights, tokenizer, record and model card; the card of `first` is extended."""
+        self.model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+        self.tokenizer.save_pretrained(str(folder))
+        (folder / MERGE_RECORD).write_text(dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        card = first.folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        text = merged_card(self.record, first.task_type, text)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _merge(
+    several: list[Saved],
+    base: str | None,
+    dtype: str | None,
+    into: Into,
+    combination: Combination,
+) -> _Merged:
+    """Load the base with the adapters, and merge them; see `merge`."""
     for saved in several:
         check_name(saved, base)
     first = several[0]
     dtype = dtype or stored_dtype(base_config(first, base, "none").model)
     if into == "original":
-        found = load_base(first, base, "none", dtype)
+        loaded_base = load_base(first, base, "none", dtype)
     else:
-        found = in_floats(load_base(first, base))
+        loaded_base = in_floats(load_base(first, base))
     for saved in several:
-        check_base(saved, found.revision, base)
-    model = load(first, found, apart=len(several) > 1).model
+        check_base(saved, loaded_base.revision, base)
+    model = load(first, loaded_base, apart=len(several) > 1).model
+    shares = list(combination.weights or [1.0] * len(several))
     if len(several) > 1:
-        shares = list(weights or [1.0] * len(several))
-        combine(model, several, shares, method, density)
+        combine(model, several, shares, combination.method, combination.density)
     model = merged(model)
     model = model.to(getattr(torch, dtype)) if dtype else model
     _check_finite(model)
-    tokenizer = tokenizer_of(first, found)
-    _settle_ends(model, tokenizer)
-    told = {
+    tokenizer = tokenizer_of(first, loaded_base)
+    _set_stop_tokens(model, tokenizer)
+    record: dict[str, Any] = {
         "adapters": [identity(saved) for saved in several],
-        "base": {"path": found.path, "revision": found.revision},
+        "base": {"path": loaded_base.path, "revision": loaded_base.revision},
         "dtype": str(model.dtype).removeprefix("torch."),
         "into": into,
         "quant": first.settings.get("quant") if into == "dequantised" else None,
     }
     if len(several) > 1:
-        told |= {"method": method, "weights": shares, "density": density}
-    with written(folder, force, sources) as made:
-        model.save_pretrained(str(made), max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(str(made))
-        _describe(made, told, first)
-    return folder
+        record |= {
+            "method": combination.method, "weights": shares, "density": combination.density,
+        }  # fmt: skip
+    return _Merged(model, tokenizer, record)
 
 
-def _settle_ends(model: Any, tokenizer: Any) -> None:
-    """Let what is saved stop where its training ended turns, or score a row at its end.
+def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """Set the end tokens with which it was trained; a classifier scores the last token of a row.
 
-    transformers would score the token before an end token that pads, too; without a pad token it
-    takes the last, and refuses a batch.
+    With the end token as the pad token, transformers would score the token before it. Without a
+    pad token it scores the last token, but refuses batches.
     """
     set_end_tokens(model, tokenizer)
     if not model.can_generate() and tokenizer.pad_token_id == tokenizer.eos_token_id:
         model.config.pad_token_id = None
 
 
-def _describe(made: Path, told: dict[str, Any], first: Saved) -> None:
-    """Write the record of a merge, and the model card."""
-    (made / RECORD).write_text(dumps(told, indent=1) + "\n", encoding="utf-8")
-    card = first.folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    text = merged_card(told, first.task_type, text)
-    (made / "README.md").write_text(text, encoding="utf-8")
+def _check(several: list[Saved], into: Into, combination: Combination, max_shard_size: str) -> None:
+    _check_adapters(several, combination)
+    if into == "dequantised" and several[0].quant == "none":
+        text = "was not trained on a quantised base, or its run is missing; use into=original"
+        raise AdapterError(f"{several[0].folder} {text}")
+    if not 0 < combination.density <= 1:
+        text = "is no share; give a number above 0 and at most 1"
+        raise AdapterError(f"density {combination.density:g} {text}")
+    if not SIZE.fullmatch(max_shard_size):
+        raise SavedError(f"--max-shard-size {max_shard_size}: give a size such as 5GB or 500MB")
 
 
-def _check(several: list[Saved], into: Into, method: str, weights: Sequence[float] | None) -> None:
+def _check_adapters(several: list[Saved], combination: Combination) -> None:
+    weights = combination.weights
     whole_models = [saved for saved in several if saved.adapter is None]
     if whole_models:
         text = "is a whole model already; only adapters are merged"
@@ -160,52 +203,49 @@ def _check(several: list[Saved], into: Into, method: str, weights: Sequence[floa
     if weights is not None and not (all(map(math.isfinite, weights)) and any(weights)):
         raise AdapterError(f"weights {list(weights)}: give finite numbers, not all of them 0")
     if weights is not None and len(several) == 1:
-        raise AdapterError("weights share several adapters out; here is one")
+        raise AdapterError("weights are for several adapters; this is only one")
     if len(several) > 1:
         check_same_base(several)
-        if method not in METHODS:
-            raise AdapterError(f"method {method!r} is none of {', '.join(METHODS)}")
+        if combination.method not in METHODS:
+            raise AdapterError(f"method {combination.method!r} is none of {', '.join(METHODS)}")
         for saved in several:
             _check_plain(saved)
-    if into == "dequantised" and several[0].quant == "none":
-        text = "was not trained on a quantised base, or its run is not known; into=original"
-        raise AdapterError(f"{several[0].folder} {text}")
 
 
 def _check_plain(saved: Saved) -> None:
-    """Refuse what peft would lose of an adapter, without a word, when it combines several."""
+    """Refuse an adapter of which peft would silently drop something when it combines several."""
     config = saved.adapter or {}
-    lost = [key for key in ONLY_ALONE if config.get(key) not in (None, False, "none", [], {})]
+    dropped = [key for key in NOT_COMBINED if config.get(key) not in (None, False, "none", [], {})]
     rewriting = rewrites_base(config)
-    if config["peft_type"] != "LORA" or lost or rewriting:
-        other = rewriting if config["peft_type"] == "LORA" else config["peft_type"]
-        what = ", ".join(lost) or other
-        raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {what}")
+    if config["peft_type"] != "LORA" or dropped or rewriting:
+        reason = rewriting if config["peft_type"] == "LORA" else config["peft_type"]
+        reason = ", ".join(dropped) or reason
+        raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {reason}")
 
 
 def combine(
     model: Any, several: list[Saved], weights: list[float], method: str, density: float
 ) -> None:
-    """Make one adapter of several, the active one.
+    """Combine several adapters into one, and make it the active one.
 
     Args:
         model: a PeftModel with the first of them.
         several: all of them.
         weights: of each.
-        method: in peft's words.
-        density: the share that the methods keep which keep one.
+        method: by peft's name.
+        density: the share of each adapter's weights that ties, dare and magnitude_prune keep.
 
     Raises:
         AdapterError: one does not fit, or the method cannot combine them.
     """
     names = ["default"]
     for i, saved in enumerate(several[1:], 1):
-        add(model, str(saved.folder), f"adapter{i}")
+        mount_beside(model, str(saved.folder), f"adapter{i}")
         names.append(f"adapter{i}")
     set_seed(0)  # dare drops weights at random
     sparse = {"density": density} if method.startswith(SPARSE) else {}
     _place_by_name(model, names)
-    model.peft_config["default"].use_rslora = False  # the made one's scaling is to be 1
+    model.peft_config["default"].use_rslora = False  # or peft would scale the combined adapter
     try:
         model.add_weighted_adapter(names, weights, "merged", combination_type=method, **sparse)
     except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
@@ -216,7 +256,7 @@ def combine(
 def _place_by_name(model: Any, names: list[str]) -> None:
     """Name the modules of each adapter one by one.
 
-    peft gives the combined adapter the first one's layers_to_transform and exclude_modules, which
+    peft gives the combined adapter layers_to_transform and exclude_modules of the first, which
     would leave out modules of the others.
     """
     for name in names:
@@ -232,11 +272,11 @@ def _place_by_name(model: Any, names: list[str]) -> None:
 def _check_finite(model: Any) -> None:
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
-        text = "take --dtype float32 or bfloat16" if model.dtype == torch.float16 else "not saved"
+        text = "give --dtype float32 or bfloat16" if model.dtype == torch.float16 else "not saved"
         raise AdapterError(f"{len(bad)} merged weights are not finite ({bad[0]}); {text}")
 
 
 def identity(saved: Saved) -> dict[str, str]:
-    """Return what a merged model's record says of an adapter."""
+    """Return an adapter's entry in the record of a merge."""
     files = sorted(saved.folder.glob("adapter_model.*"))
     return {"name": saved.name, "sha256": sha256(files[0])}

@@ -1,4 +1,4 @@
-"""Whether a command may write where it was told to: a folder, or a file."""
+"""Whether a command may write to a path: a folder, or a file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ SUFFIXES = (".safetensors", ".json", ".jinja", ".md", ".txt", ".model", ".yaml")
 
 
 def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> None:
-    """Refuse to write over what is there; with `force` only over a model or adapter, no source.
+    """Refuse to overwrite what is there.
+
+    With `force` a model or an adapter may be overwritten, unless it is one of the sources.
 
     Raises:
-        SavedError: the path is taken, or can be no folder.
+        SavedError: the path is taken, or no folder can be made there.
     """
     if not path.exists():
         above = next(parent for parent in path.absolute().parents if parent.exists())
@@ -33,50 +35,50 @@ def check_free(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> N
     if not force:
         raise SavedError(f"{path} exists; --force replaces it")
     here = path.resolve()
-    read = [Path(source).expanduser().resolve() for source in sources]
-    if any(here == source or here in source.parents for source in read):
-        raise SavedError(f"{path} is what is read; name another place")
-    there = list(path.iterdir()) if path.is_dir() else [path]
-    ours = all(entry.is_file() and entry.suffix in SUFFIXES for entry in there)
-    if there and not (ours and any(entry.suffix == ".safetensors" for entry in there)):
-        raise SavedError(f"{path} holds something else than a model or adapter; name another place")
+    source_paths = [Path(source).expanduser().resolve() for source in sources]
+    if any(here == source or here in source.parents for source in source_paths):
+        raise SavedError(f"{path} is also the input; give another path")
+    entries = list(path.iterdir()) if path.is_dir() else [path]
+    ours = all(entry.is_file() and entry.suffix in SUFFIXES for entry in entries)
+    if entries and not (ours and any(entry.suffix == ".safetensors" for entry in entries)):
+        raise SavedError(f"{path} does not hold only a model or adapter; give another path")
 
 
 @contextmanager
-def written(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> Iterator[Path]:
+def output_folder(path: Path, force: bool, sources: Sequence[str | Path] = ()) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`; one process at a time writes it.
 
     Raises:
-        SavedError: another process writes it, or `check_free` refuses it by now.
+        SavedError: another process writes it, or `check_free` now refuses it.
         CheckpointError: the disk refuses the write.
     """
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    file = cache_dir() / "locks" / name  # beside the folder it would stay behind
+    file = cache_dir() / "locks" / name  # a lock file beside the folder would stay there
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = hold(file)
     except Timeout as error:
-        text = f"{path} is being written by another process; wait for it, or name another place"
+        text = f"{path} is being written by another process; wait for it, or give another path"
         raise SavedError(text) from error
     try:
         check_free(path, force, sources)
-        with whole(path) as made:
-            yield made
+        with whole(path) as staging:
+            yield staging
     finally:
         lock.release()
 
 
 def check_file(path: Path, force: bool, source: str | None = None) -> None:
-    """Refuse to write a file over another, or where there can be none; never over its source.
+    """Refuse to write a file that exists or cannot be made; its source is never overwritten.
 
     Raises:
-        SavedError: the path is taken, or its folder is missing or closed.
+        SavedError: the path is taken, or its folder is missing or not writable.
     """
     if path.is_dir():
-        raise SavedError(f"{path} is a folder; name a file")
+        raise SavedError(f"{path} is a folder; give a file")
     if path.exists() and not force:
         raise SavedError(f"{path} exists; --force replaces it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise SavedError(f"{path.parent} is no folder that can be written to")
     if source and path.resolve() in (file.resolve() for file in files(source)):
-        raise SavedError(f"{path} is what is read; name another place")
+        raise SavedError(f"{path} is also the input; give another path")

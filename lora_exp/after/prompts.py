@@ -1,4 +1,4 @@
-"""Rows that ask something: read from files of any format that training takes."""
+"""Prompts, read from files of any format that training takes."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from lora_exp.errors import DataError
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A row that asks something."""
+class PromptRow:
+    """A row with a prompt."""
 
     where: str  # file and line
-    written: Row  # as it stands there
-    row: Row  # in the shape that its format has
+    original: Row  # as in the file
+    row: Row  # converted
 
 
-def read(path: str | Path, as_chat: bool = False) -> list[Asking]:
-    """Read rows, each by its own format; a chat may end with a question.
+def read(path: str | Path, as_chat: bool = False) -> list[PromptRow]:
+    """Read prompts; each row may have its own format, and a chat may end with a user's turn.
 
     Args:
         path: JSON Lines, or a glob.
-        as_chat: a `prompt` that is text is a user's turn.
+        as_chat: treat a `prompt` that is text as a user's turn.
 
     Raises:
-        DataError: by file, line and field, what cannot be used; or there are no rows.
+        DataError: a row cannot be used (with file, line and field), or there are no rows.
     """
     numbered: list[tuple[str, Any]] = [row for file in files(str(path)) for row in lines(file)]
     if not numbered:
         raise DataError(f"{path}: no rows")
     rows = []
-    for where, written in numbered:
-        asked = _question(validate(written, where), as_chat)
-        read = convert([(where, asked)], "auto", where, "raise")
-        rows.append(Asking(where, written, read.rows[0]))
+    for where, original in numbered:
+        prompt = _prompt_only(validate(original, where), as_chat)
+        converted = convert([(where, prompt)], "auto", where, "raise")
+        rows.append(PromptRow(where, original, converted.rows[0]))
     return rows
 
 
-def _question(row: Row, as_chat: bool) -> Row:
-    """Return only what a row asks, where it says that outright; others as they are."""
+def _prompt_only(row: Row, as_chat: bool) -> Row:
+    """Return only the prompt of a row, if the row shows where it ends; else the row itself."""
     turns, prompt = row.get("messages"), row.get("prompt")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
         if ROLES.get(str(turns[-1].get("role"))) == "assistant":
@@ -57,24 +57,25 @@ def _question(row: Row, as_chat: bool) -> Row:
     return {"prompt": prompt} | {key: row[key] for key in ("tools", "system") if key in row}
 
 
-def prompts_of(rows: list[Asking], tokenizer: Any) -> list[Prompt]:
-    """Return what each row asks, as text: turns by the chat template, texts as they are.
+def prompts_of(rows: list[PromptRow], tokenizer: Any) -> list[Prompt]:
+    """Return the rows' prompts as text: turns are rendered with the chat template.
 
     Raises:
-        DataError: a row asks nothing, or is a chat and there is no template that takes it.
+        DataError: a row has no prompt, or is a chat that no template can render.
     """
     prompts = []
-    for each in rows:
-        chat = "messages" in each.row or isinstance(each.row.get("prompt"), list)
-        if chat and not tokenizer.chat_template:
+    for prompt_row in rows:
+        where, row = prompt_row.where, prompt_row.row
+        is_chat = "messages" in row or isinstance(row.get("prompt"), list)
+        if is_chat and not tokenizer.chat_template:
             text = "a chat, but the tokenizer has no chat template; give the prompt as text"
-            raise DataError(f"{each.where}: {text}")
+            raise DataError(f"{where}: {text}")
         try:
-            prompt = prompt_of(each.row, tokenizer)
+            prompt = prompt_of(row, tokenizer)
         except DataError as error:
-            raise DataError(f"{each.where}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
         if prompt is None:
-            text = "asks nothing; give a prompt, or turns that end with a question"
-            raise DataError(f"{each.where}: {text}")
+            text = "has no prompt; give a prompt, or turns that end with a user's turn"
+            raise DataError(f"{where}: {text}")
         prompts.append(prompt)
     return prompts

@@ -1,4 +1,4 @@
-"""The numeric proof of a merge: base and adapter on one side, the merged model on the other."""
+"""The numeric proof of a merge: the merged model, compared with the adapter on its base."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lora_exp.after.difference import Apart, Bare, Seen, apart, seen
+from lora_exp.after.difference import AdapterOff, Difference, Response, compare, respond
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, tokenizer_of
 from lora_exp.after.merging import combine, identity
 from lora_exp.after.prompts import prompts_of, read
-from lora_exp.after.saved import RECORD, Saved, find, read_json
+from lora_exp.after.saved import MERGE_RECORD, Saved, find, read_json
 from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
@@ -26,11 +26,11 @@ from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room
 
-# what rounding the merged weights explains: the largest difference of a logit, in float32 as it
-# is and else as a share of the largest logit, and the least share of equal next tokens
+# what rounding the merged weights explains: the largest difference of a logit, absolute in float32
+# and else as a share of the largest logit; and the smallest share of equal next tokens
 TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (2e-2, 0.95), "float16": (5e-3, 0.98)}
-SUMS = 1e-3  # in float32 beside 4-bit layers, which cannot compute in float64
-SHARE = 0.2  # of what the adapter itself changes: more, and the bare base might pass
+SUMS = 1e-3  # of float32 sums, since 4-bit layers cannot compute in float64
+SHARE = 0.2  # of the adapter's own effect: with more, the base alone might pass
 PROMPTS = (
     "Who are you, and who made you?",
     "Name three colours of the rainbow.",
@@ -41,7 +41,7 @@ PROMPTS = (
     "Explain in a sentence what a matrix is.",
     "Continue: once upon a time",
 )
-ROWS = 16  # prompts taken at most of a run's own
+ROWS = 16  # prompts of a run's samples that are used at most
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Proof:
     """How far a merged model is from the adapter on its base, in logits."""
 
     prompts: int
-    tokens: int  # places compared: every prompt's, and the adapter's own answer's
+    tokens: int  # positions compared: of the prompts, and of the adapter's answers
     max_difference: float
     mean_difference: float
     kl: float  # nats a token, of the merged model from the adapter
@@ -58,12 +58,12 @@ class Proof:
     largest_logit: float
     effect: float  # the largest difference that the adapter makes
     dtype: str  # of the merged weights
-    computed_in: str  # float64 where both sides can: then only the merge differs, not the sums
+    computed_in: str  # float64 if both models can: then only the merge differs, not the sums
     reference: str
 
     @property
     def tolerance(self) -> float:
-        """The difference that is let pass."""
+        """The largest difference that passes."""
         if self.dtype == "float32":
             share = TOLERANCE["float32"][0] if self.computed_in == "float64" else SUMS
         else:
@@ -72,12 +72,12 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether the merged model is the adapter on its base."""
-        agree = TOLERANCE[self.dtype][1]
-        return self.max_difference <= self.tolerance and self.top1_agreement >= agree
+        """Whether the merged model equals the adapter on its base."""
+        top1_agreement = TOLERANCE[self.dtype][1]
+        return self.max_difference <= self.tolerance and self.top1_agreement >= top1_agreement
 
     def values(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """All values, for JSON."""
         return asdict(self) | {"tolerance": self.tolerance, "holds": self.holds}
 
 
@@ -89,134 +89,147 @@ def prove(
     prompts: str | Path | None = None,
     max_new_tokens: int = 32,
 ) -> Proof:
-    """Hold a merged model against the adapter on its base: the same prompts through both.
+    """Compare a merged model with the adapter on its base, on the same prompts.
 
     Args:
         merged: the merged model's folder.
         adapters: the adapter, or its run; if several were merged, all of them, in their order.
-        base: where the base lies, if not where the adapter says.
-        quant: how the reference holds the base; None: as the merge says that it took it.
-        prompts: a JSON Lines file with a `prompt` in each row; None: those that the run answered,
-            or a few of our own.
+        base: the location of the base, if not the one that the adapter names.
+        quant: how the reference's base is quantised; None: as the record of the merge says.
+        prompts: a JSON Lines file with a `prompt` in each row; None: those of the run's samples,
+            or a few built-in ones.
         max_new_tokens: of each greedy answer.
 
     Raises:
         SavedError: one of them is missing.
-        AdapterError: the merged model has another vocabulary than the base, or was made of another
-            number of adapters.
+        AdapterError: the merged model has another vocabulary than the base, or was made from other
+            adapters.
     """
     quiet()
-    whole_model, several = find(merged), [find(path) for path in adapters]
-    saved = several[0]
-    for each in several:
-        if each.adapter is None:
-            text = "is a whole model; --adapter takes an adapter or its run"
-            raise SavedError(f"{each.folder} {text}")
-    if whole_model.adapter is not None:
-        raise SavedError(f"{whole_model.folder} is an adapter; the first is the merged model")
-    made = _made(whole_model, several)
-    dtype = _stored(whole_model)
-    reference, told = _reference(made, several, base, quant)
-    exact = dtype == "float32" and not is_quantised(reference.model)
+    merged_model, several = find(merged), [find(path) for path in adapters]
+    _check_paths(merged_model, several)
+    record = _merge_record(merged_model, several)
+    dtype = _stored_dtype(merged_model)
+    base_model, reference = _reference(record, several, base, quant)
+    exact = dtype == "float32" and not is_quantised(base_model.model)
     precision = torch.float64 if exact else torch.float32
-    loaded, bare = _adapted(made, several, reference, precision)
-    texts = _prompts(saved, loaded.tokenizer, prompts)
-    asked = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    asked = [ids[-room(loaded.model, max_new_tokens) :] for ids in asked]
+    loaded, adapter_off = _adapted(record, several, base_model, precision)
+    prompt_ids = _prompt_ids(several[0], loaded, prompts, max_new_tokens)
     expected = [
-        seen(loaded.model, ids, max_new_tokens, bare=bare)
-        for ids in tracked(asked, "adapter on its base")
+        respond(loaded.model, ids, max_new_tokens, adapter_off=adapter_off)
+        for ids in tracked(prompt_ids, "adapter on its base")
     ]
-    del loaded, reference, bare
+    del loaded, base_model, adapter_off
     gc.collect()
     give_back()
-    model = load_base(whole_model, None, "none", "float32").model.eval().to(precision)
+    model = load_base(merged_model, None, "none", "float32").model.eval().to(precision)
     _check_vocabulary(model, expected)
-    found = []
-    for want in tracked(expected, "merged model"):
-        got = seen(model, want.ids[: want.asked], max_new_tokens, want)
-        found.append(apart(want, got))
-    return _proof(expected, found, dtype, str(precision).removeprefix("torch."), told)
+    differences = []
+    for response in tracked(expected, "merged model"):
+        prompt = response.ids[: response.prompt_length]
+        differences.append(compare(response, respond(model, prompt, max_new_tokens, response)))
+    computed_in = str(precision).removeprefix("torch.")
+    return _proof(expected, differences, dtype, computed_in, reference)
 
 
-def _made(merged: Saved, several: list[Saved]) -> dict[str, Any]:
-    """Return a merged model's record, or nothing: others merge too.
+def _check_paths(merged_model: Saved, several: list[Saved]) -> None:
+    for saved in several:
+        if saved.adapter is None:
+            text = "is a whole model; --adapter takes an adapter or its run"
+            raise SavedError(f"{saved.folder} {text}")
+    if merged_model.adapter is not None:
+        text = "is an adapter; the first path must be the merged model"
+        raise SavedError(f"{merged_model.folder} {text}")
+
+
+def _merge_record(merged: Saved, several: list[Saved]) -> dict[str, Any]:
+    """Return the record of a merge; empty for merges by other programs, which write none.
 
     Raises:
-        AdapterError: it was made of other adapters than several, or of more than one.
+        AdapterError: the model was merged from other adapters.
     """
-    path = merged.folder / RECORD
-    made = read_json(path) if path.is_file() else {}
-    theirs = made.get("adapters", [{}])
-    if len(several) != len(theirs) or (
+    path = merged.folder / MERGE_RECORD
+    record = read_json(path) if path.is_file() else {}
+    recorded = record.get("adapters", [{}])
+    if len(several) != len(recorded) or (
         len(several) > 1
         and [identity(saved)["sha256"] for saved in several]
-        != [each.get("sha256") for each in theirs]
+        != [adapter.get("sha256") for adapter in recorded]
     ):
-        names = ", ".join(str(each.get("name", "one adapter")) for each in theirs)
+        names = ", ".join(str(adapter.get("name", "one adapter")) for adapter in recorded)
         text = f"was merged from {names}: give --adapter for each, in this order"
         raise AdapterError(f"{merged.folder} {text}")
-    return made
+    return record
 
 
 def _reference(
-    made: dict[str, Any], several: list[Saved], base: str | None, quant: str | None
+    record: dict[str, Any], several: list[Saved], base: str | None, quant: str | None
 ) -> tuple[Base, str]:
-    """Load the base as the merge took it, its products as exact as can be, and say how it is held.
+    """Load the base that was merged into, with exact products, and describe the reference.
 
-    That of 8-bit layers is dequantised: they round what flows through them too. So is that of
-    several adapters, whose updates are added to its weights.
+    A base with 8-bit layers is dequantised, since these round activations too. So is the base of
+    several adapters, since their updates are added to its weights.
     """
-    saved = several[0]
-    if quant is None and made.get("into") == "dequantised":  # as the run held it
-        found, held = load_base(saved, base), saved.quant
+    first = several[0]
+    if quant is None and record.get("into") == "dequantised":  # as in the run
+        loaded_base, quant = load_base(first, base), first.quant
     else:
-        held = quant or "none"
-        found = load_base(saved, base, held, "float32")
-    if getattr(found.model, "is_loaded_in_8bit", False) or len(several) > 1:
-        found = in_floats(found)
-    exact_products(found.model, torch.float32)
-    for parameter in found.model.parameters():
+        quant = quant or "none"
+        loaded_base = load_base(first, base, quant, "float32")
+    if getattr(loaded_base.model, "is_loaded_in_8bit", False) or len(several) > 1:
+        loaded_base = in_floats(loaded_base)
+    exact_products(loaded_base.model, torch.float32)
+    for parameter in loaded_base.model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.float()
-    names = " and ".join(each.name for each in several)
-    if (method := made.get("method", "cat")) != "cat":
+    names = " and ".join(saved.name for saved in several)
+    if (method := record.get("method", "cat")) != "cat":
         names += f", combined again by {method}"
-    return found, f"{names} on {saved.base}" + ("" if held == "none" else f" in {held}")
+    description = f"{names} on {first.base}" + ("" if quant == "none" else f" in {quant}")
+    return loaded_base, description
 
 
 def _adapted(
-    made: dict[str, Any], several: list[Saved], reference: Base, precision: torch.dtype
-) -> tuple[Loaded, Bare | None]:
-    """Put what was merged on the reference's base, and say how to compute without it.
+    record: dict[str, Any], several: list[Saved], base: Base, precision: torch.dtype
+) -> tuple[Loaded, AdapterOff | None]:
+    """Put the merged adapters on the base, and return a context that switches them off.
 
-    A weighted sum is computed here from the adapters' files, by none of the merge's code. The
-    other methods approximate it, some at random: they are combined again as the merge does it.
+    A weighted sum is computed from the adapters' files, without the merge's code. The other methods
+    approximate it, some at random, so the adapters are combined again with the merge's code.
     """
     first = several[0]
-    if len(several) > 1 and made["method"] == "cat":
-        model = reference.model.eval().to(precision)
-        added = WeightedSum(model, several, made["weights"])
-        return Loaded(first.name, model, tokenizer_of(first, reference)), added.left_out
-    loaded = load(first, reference)
+    if len(several) > 1 and record["method"] == "cat":
+        model = base.model.eval().to(precision)
+        updates = WeightedSum(model, several, record["weights"])
+        return Loaded(first.name, model, tokenizer_of(first, base)), updates.left_out
+    loaded = load(first, base)
     if len(several) > 1:
-        combine(loaded.model, several, made["weights"], made["method"], made["density"])
+        combine(loaded.model, several, record["weights"], record["method"], record["density"])
     if precision == torch.float64:
         loaded.model.to(precision)
     return loaded, None
 
 
-def _stored(saved: Saved) -> str:
+def _stored_dtype(saved: Saved) -> str:
     """Return the dtype of a model's weights on disk.
 
     Raises:
-        SavedError: it is none that is proven.
+        SavedError: there is no tolerance for this dtype.
     """
     config = read_json(saved.folder / "config.json")
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in TOLERANCE:
-        raise SavedError(f"{saved.folder} is {dtype}; proven are {', '.join(TOLERANCE)}")
+        raise SavedError(f"{saved.folder} is {dtype}; only {', '.join(TOLERANCE)} can be proven")
     return dtype
+
+
+def _prompt_ids(
+    saved: Saved, loaded: Loaded, path: str | Path | None, max_new_tokens: int
+) -> list[list[int]]:
+    """Return the prompts' tokens, without the first ones where the context is too short."""
+    texts = _prompts(saved, loaded.tokenizer, path)
+    prompts = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [ids[-room(loaded.model, max_new_tokens) :] for ids in prompts]
 
 
 def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]:
@@ -229,34 +242,38 @@ def _prompts(saved: Saved, tokenizer: Any, path: str | Path | None) -> list[str]
             return texts[:ROWS]
     if tokenizer.chat_template is None:
         return list(PROMPTS)
-    turns = [[{"role": "user", "content": text}] for text in PROMPTS]
-    return [render_chat(turn, tokenizer, answer=True) for turn in turns]
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    return [render_chat(chat, tokenizer, answer=True) for chat in chats]
 
 
-def _check_vocabulary(model: Any, expected: list[Seen]) -> None:
-    words = expected[0].logits_TV.shape[1]
+def _check_vocabulary(model: Any, expected: list[Response]) -> None:
+    expected_size = expected[0].logits_TV.shape[1]
     head = model.get_output_embeddings()
-    own = model.config.num_labels if head is None else len(head.weight)
-    if own != words:
-        text = f"it tells {own} tokens apart, the adapter on its base {words}"
+    size = model.config.num_labels if head is None else len(head.weight)
+    if size != expected_size:
+        text = f"it has {size} outputs, the adapter on its base {expected_size}"
         raise AdapterError(f"the merged model is another one: {text}")
 
 
 def _proof(
-    expected: list[Seen], found: list[Apart], dtype: str, computed_in: str, reference: str
+    expected: list[Response],
+    differences: list[Difference],
+    dtype: str,
+    computed_in: str,
+    reference: str,
 ) -> Proof:
-    tokens = sum(len(want.logits_TV) for want in expected)
-    width = expected[0].logits_TV.shape[1]
+    tokens = sum(len(response.logits_TV) for response in expected)
+    vocabulary = expected[0].logits_TV.shape[1]
     return Proof(
         prompts=len(expected),
         tokens=tokens,
-        max_difference=max(each.largest for each in found),
-        mean_difference=sum(each.total for each in found) / (tokens * width),
-        kl=max(0.0, sum(each.kl for each in found) / tokens),
-        top1_agreement=sum(each.agree for each in found) / tokens,
-        same_text=sum(each.same_text for each in found) / len(found),
-        largest_logit=max(float(want.logits_TV.abs().max()) for want in expected),
-        effect=max(want.effect for want in expected),
+        max_difference=max(difference.largest for difference in differences),
+        mean_difference=sum(difference.total for difference in differences) / (tokens * vocabulary),
+        kl=max(0.0, sum(difference.kl for difference in differences) / tokens),
+        top1_agreement=sum(difference.same_top1 for difference in differences) / tokens,
+        same_text=sum(difference.same_text for difference in differences) / len(differences),
+        largest_logit=max(float(response.logits_TV.abs().max()) for response in expected),
+        effect=max(response.effect for response in expected),
         dtype=dtype,
         computed_in=computed_in,
         reference=reference,

@@ -1,6 +1,6 @@
 """A base plus the weighted sum of several LoRAs' updates, computed from each adapter's own file.
 
-It checks merges, so it uses none of their code: formula, ranks and scaling are written out here.
+It checks merges, so it shares no code with them: formula, ranks and scaling are written out here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PART = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weig
 
 
 class WeightedSum:
-    """Updates that are added to a model's weights, and can be left out again."""
+    """Updates that are added to a model's weights, and can be left out."""
 
     def __init__(self, model: Any, several: Sequence[Saved], weights: Sequence[float]) -> None:
         """Add the updates.
@@ -39,22 +39,23 @@ class WeightedSum:
             AdapterError: an adapter has weights that are not LoRA's, or for modules that the base
                 does not have.
         """
-        self._plain: dict[nn.Parameter, Tensor] = {}
-        adapters = [_read(model, saved) for saved in several]  # all of them fit the base as it is
+        self._original: dict[nn.Parameter, Tensor] = {}
+        # all are read before the first update, so that they are compared with the original base
+        adapters = [_read(model, saved) for saved in several]
         for (config, parts), weight in zip(adapters, weights, strict=True):
             for module, update in _updates(model, config, parts):
                 _untie(model, module)
                 parameter: Any = module.weight
-                self._plain.setdefault(parameter, parameter.data)
+                self._original.setdefault(parameter, parameter.data)
                 parameter.data = parameter.data + weight * update.to(parameter)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Compute with the base alone."""
-        changed = {parameter: parameter.data for parameter in self._plain}
+        changed = {parameter: parameter.data for parameter in self._original}
         try:
-            for parameter, plain in self._plain.items():
-                parameter.data = plain
+            for parameter, original in self._original.items():
+                parameter.data = original
             yield
         finally:
             for parameter, data in changed.items():
@@ -66,15 +67,15 @@ def _read(model: Any, saved: Saved) -> tuple[Any, Parts]:
     path = str(saved.folder)
     config, modules = read_config(path, model), dict(model.named_modules())
     weights = read_weights(path)
-    own = check_embeddings(model, config, weights, path)
+    embeddings = check_embeddings(model, config, weights, path)
     parts: Parts = defaultdict(dict)
-    for key in weights.keys() - own:
+    for key in weights.keys() - embeddings:
         match = PART.fullmatch(key)
         if match is None or match[1] not in modules:
             raise AdapterError(f"{path}: {key} is no LoRA weight of a module of this base")
         parts[match[1]][match[2]] = weights[key].double()
-    for name, each in parts.items():
-        if each.keys() != {"A", "B"}:
+    for name, matrices in parts.items():
+        if matrices.keys() != {"A", "B"}:
             raise AdapterError(f"{path}: {name} has only one of the matrices A and B")
     return config, parts
 
@@ -84,13 +85,13 @@ def _updates(model: Any, config: Any, parts: Parts) -> Iterator[tuple[nn.Module,
 
     The scaling is lora_alpha / r, with rsLoRA lora_alpha / √r (arXiv 2312.03732).
     """
-    for name, each in parts.items():
+    for name, matrices in parts.items():
         module: Any = model.get_submodule(name)
-        rank = len(each["A"])
+        rank = len(matrices["A"])
         alpha = (config.alpha_pattern or {}).get(name, config.lora_alpha)
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        update = scaling * each["B"].flatten(1) @ each["A"].flatten(1)
-        if isinstance(module, Conv1D | nn.Embedding):  # these hold the transposed matrix
+        update = scaling * matrices["B"].flatten(1) @ matrices["A"].flatten(1)
+        if isinstance(module, Conv1D | nn.Embedding):  # their weight is the transposed matrix
             update = update.T
         yield module, update.reshape(module.weight.shape)  # a convolution's has four dimensions
 

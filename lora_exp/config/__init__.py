@@ -1,25 +1,25 @@
-"""A config: composed, settled, judged; it never imports torch.
+"""A config: composed, completed, validated; it never imports torch.
 
 signature       what a target takes, from source
-door            the one door to `_target_`
+door            imports and calls of `_target_`
 initialization  how LoRA's weights begin
 overrides       an override's key and value
-deletions       what `~key` leaves to defaults
-words           other tools' words, and ours
+deletions       defaults of keys that `~key` deletes
+words           other tools' names, and ours
 start           the adapter a run starts from
 resume          what may change on resume
 keep            the weights that a run saves
-settled         plain values, a name, a fingerprint
+settled         plain values, name, fingerprint
 ranges          numbers that train nothing
-learning        settings that learn nothing
+learning        settings under which nothing is learnt
 arguments       mistakes inside arguments, missing packages
 owned           arguments that a run sets itself
-pairs           what does not work together
+pairs           settings that do not work together
 sweeping        Hydra's section of a sweep
-mistakes        wrong overrides in our words
+mistakes        Hydra's errors as our own
 validation      every fault of a config
-completion      what a shell completes
-composition     groups and overrides to a config
+completion      shell completion of overrides
+composition     a config from groups and overrides
 """
 
-from lora_exp.files.paths import asset as asset  # model cards say so
+from lora_exp.files.paths import asset as asset  # model cards import it from here

@@ -1,7 +1,7 @@
-"""Mistakes inside arguments: those of a scheduler or optimizer, and packages that they need.
+"""Mistakes inside the arguments of schedulers and optimizers, and packages that are missing.
 
-As read in transformers 5.23, `optimization.py` and `trainer_optimizer.py`; a test holds the tables
-against their source. Needs no torch.
+The tables are those of transformers 5.23, `optimization.py` and `trainer_optimizer.py`; a test
+compares them with that source. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lora_exp.config.ranges import Fault, is_number
-from lora_exp.config.signature import fits, signature, texts
+from lora_exp.config.signature import fits, signature, texts_in
 from lora_exp.errors import did_you_mean
 
 OPTIMIZATION = "transformers.optimization."
-# scheduler -> the function or class that takes `lr_scheduler_kwargs`; None: it takes none
+# scheduler -> the function or class that gets `lr_scheduler_kwargs`; None: it has no arguments
 SCHEDULERS = {
     "constant": None,
     "constant_with_warmup": None,
@@ -36,14 +36,14 @@ SCHEDULERS = {
     "reduce_lr_on_plateau": "torch.optim.lr_scheduler.ReduceLROnPlateau",
     "greedy": f"{OPTIMIZATION}GreedyLR",
 }
-ITS_OWN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self")
-NEEDED = {  # one of these has to be there
+SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self")
+NEEDED = {  # exactly one of these is required
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
-JUDGING = ("reduce_lr_on_plateau", "greedy")  # they follow evaluations
-# how an optimizer's name begins -> what its `optim_args` may say
+FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+# beginning of an optimizer's name -> the arguments that its `optim_args` may set
 OPTIM_ARGS = {
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
     "adagrad": ("lr_decay", "weight_decay", "eps"),
@@ -64,12 +64,12 @@ OPTIM_ARGS = {
     "adamw_torch_4bit": ("block_size", "bf16_stochastic_round"),
     "adamw_torch_8bit": ("block_size", "bf16_stochastic_round"),
 }  # fmt: skip
-WORDS = {
+NOT_NUMBERS = {  # arguments of optimizers whose values are not numbers
     "nesterov", "centered", "use_kahan_summation", "momentum_dtype", "variance_dtype",
     "compensation_buffer_dtype", "proj_type", "proj", "scale_type", "kahan_sum", "decouple_lr",
     "bf16_stochastic_round",
 }  # fmt: skip
-CHOICES = {  # words that a scheduler's argument may be
+SCHEDULER_CHOICES = {  # the values that a scheduler's argument may have
     "warmup_type": ("linear", "cosine", "1-sqrt"),
     "decay_type": ("linear", "cosine", "1-sqrt"),
     "mode": ("min", "max"),
@@ -81,8 +81,8 @@ NOT_NEGATIVE = (
     "dataloader_num_workers",
 )  # fmt: skip
 ABOVE_ZERO = ("adam_epsilon", "eval_steps")
-LOW_RANK = ("galore", "apollo")  # they alone read `optim_target_modules`
-# how an optimizer's name begins -> the module that it needs, and the package that has it
+LOW_RANK = ("galore", "apollo")  # only these read `optim_target_modules`
+# beginning of an optimizer's name -> the module that it needs, and the package that has it
 OPTIMIZER_PACKAGES = {
     "galore": ("galore_torch", "galore-torch"),
     "apollo": ("apollo_torch", "apollo-torch"),
@@ -97,82 +97,92 @@ OPTIMIZER_PACKAGES = {
     "adamw_torch_npu_fused": ("torch_npu", "torch-npu"),
     "adamw_anyprecision": ("torchdistx", "torchdistx"),
 }
-# key -> the module that it needs where it is on, and the package that has it
+# setting -> the module that it needs if it is on, and the package that has it
 PACKAGES = {
     "use_liger_kernel": ("liger_kernel", "liger-kernel"),
     "use_vllm": ("vllm", "vllm"),
 }
 
 
-def arguments(cfg: DictConfig) -> Iterator[Fault]:
+def argument_faults(cfg: DictConfig) -> Iterator[Fault]:
     """Yield a fault for each mistake inside an argument, and each package that is missing."""
-    settings = {f"algorithm.args.{key}": value for key, value in cfg.algorithm.args.items()}
-    settings |= {f"train.{key}": value for key, value in cfg.train.items()}
-    named = {key.rpartition(".")[2]: (key, value) for key, value in settings.items()}
-    yield from _numbers(named)
-    yield from _scheduler(named)
-    yield from _optimizer(named)
-    yield from _packages(cfg, named)
-    yield from _best(cfg, named)
+    by_key = {f"algorithm.args.{key}": value for key, value in cfg.algorithm.args.items()}
+    by_key |= {f"train.{key}": value for key, value in cfg.train.items()}
+    settings = {key.rpartition(".")[2]: (key, value) for key, value in by_key.items()}
+    yield from _numbers(settings)
+    yield from _scheduler(settings)
+    yield from _optimizer(settings)
+    yield from _packages(cfg, settings)
+    yield from _best_metric(cfg, settings)
 
 
-def _scheduler(named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
-    _, kind = named.get("lr_scheduler_type", ("", None))
-    key, given = named.get("lr_scheduler_kwargs", ("train.lr_scheduler_kwargs", None))
-    if kind not in SCHEDULERS:
+def _scheduler(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+    _, scheduler = settings.get("lr_scheduler_type", ("", None))
+    key, kwargs = settings.get("lr_scheduler_kwargs", ("train.lr_scheduler_kwargs", None))
+    if scheduler not in SCHEDULERS:
         return
-    if kind in JUDGING and named.get("eval_strategy", ("", "no"))[1] == "no":
-        yield "train.lr_scheduler_type", f"{kind} follows evaluations; give train.eval_strategy"
-    if given is not None and not isinstance(given, DictConfig):
-        if isinstance(given, str):
+    if scheduler in FOLLOWS_EVALUATIONS and settings.get("eval_strategy", ("", "no"))[1] == "no":
+        text = f"{scheduler} follows evaluations; give train.eval_strategy"
+        yield "train.lr_scheduler_type", text
+    if kwargs is not None and not isinstance(kwargs, DictConfig):
+        if isinstance(kwargs, str):
             yield key, f"is not a section; give {key}={{name: value}}"
         return
-    given = {str(name): value for name, value in (given or {}).items()}
-    target = SCHEDULERS[kind]
-    known = signature(target) if target else None
-    takes = {k: v for k, v in known.arguments.items() if k not in ITS_OWN} if known else {}
-    for name, value in given.items():
-        if name not in takes:
-            near = did_you_mean(str(name), takes) or f"; it takes {', '.join(takes) or 'none'}"
-            yield f"{key}.{name}", f"{kind} has no such argument{near}"
-        elif not fits(value, takes[str(name)]) or value not in CHOICES.get(str(name), [value]):
-            words = CHOICES.get(str(name)) or [ast.unparse(takes[str(name)] or ast.Constant(None))]
-            yield f"{key}.{name}", f"{value!r} is not {' or '.join(words)}"
-    if is_number(given.get("factor")) and not 0 < given["factor"] < 1:
-        yield f"{key}.factor", f"{given['factor']} is not above 0 and below 1"
-    rate = named.get("learning_rate", ("", None))[1]
-    if is_number(given.get("lr_end")) and is_number(rate) and not given["lr_end"] < rate:
-        yield f"{key}.lr_end", f"{given['lr_end']} is not below the learning rate, {rate}"
-    needed = NEEDED.get(str(kind), ())
-    count = sum(given.get(name) is not None for name in needed)
+    kwargs = {str(name): value for name, value in (kwargs or {}).items()}
+    accepted = _scheduler_arguments(scheduler)
+    for name, value in kwargs.items():
+        if name not in accepted:
+            near = did_you_mean(name, accepted) or f"; it takes {', '.join(accepted) or 'none'}"
+            yield f"{key}.{name}", f"{scheduler} has no such argument{near}"
+            continue
+        choices, annotation = SCHEDULER_CHOICES.get(name), accepted[name]
+        if not fits(value, annotation) or (choices is not None and value not in choices):
+            allowed = choices or [ast.unparse(annotation or ast.Constant(None))]
+            yield f"{key}.{name}", f"{value!r} is not {' or '.join(allowed)}"
+    if is_number(kwargs.get("factor")) and not 0 < kwargs["factor"] < 1:
+        yield f"{key}.factor", f"{kwargs['factor']} is not above 0 and below 1"
+    rate = settings.get("learning_rate", ("", None))[1]
+    if is_number(kwargs.get("lr_end")) and is_number(rate) and not kwargs["lr_end"] < rate:
+        yield f"{key}.lr_end", f"{kwargs['lr_end']} is not below the learning rate, {rate}"
+    needed = NEEDED.get(str(scheduler), ())
+    count = sum(kwargs.get(name) is not None for name in needed)
     if needed and count != 1:
-        text = f"{kind} needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"
+        text = f"{scheduler} needs {'one of ' if len(needed) > 1 else ''}{', '.join(needed)}"
         yield key, f"{text}: '+{key}={{{needed[-1]}: ...}}'"
 
 
-def _optimizer(named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
-    kind = str(named.get("optim", ("", ""))[1])
-    key, given = named.get("optim_args", ("", None))
-    takes = _of(kind, OPTIM_ARGS) or ()
-    for part in str(given).replace(" ", "").split(",") if given else ():
+def _scheduler_arguments(scheduler: Any) -> dict[str, ast.expr | None]:
+    """Return the arguments that `lr_scheduler_kwargs` may set, with their annotations."""
+    target = SCHEDULERS[scheduler]
+    target_signature = signature(target) if target else None
+    if target_signature is None:
+        return {}
+    return {k: v for k, v in target_signature.arguments.items() if k not in SET_BY_TRAINER}
+
+
+def _optimizer(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+    optimizer = str(settings.get("optim", ("", ""))[1])
+    key, optim_args = settings.get("optim_args", ("", None))
+    accepted = _by_prefix(optimizer, OPTIM_ARGS) or ()
+    for part in str(optim_args).replace(" ", "").split(",") if optim_args else ():
         name, equals, value = part.partition("=")
         if not equals or "=" in value:
             yield key, 'is not a text of name=value, like "momentum=0.9,nesterov=true"'
-        elif name not in takes:
-            near = did_you_mean(name, takes) or f"; it takes {', '.join(takes) or 'none'}"
-            yield key, f"{kind} has no argument {name}{near}"
-        elif name not in WORDS and not _is_numeral(value):
+        elif name not in accepted:
+            near = did_you_mean(name, accepted) or f"; it takes {', '.join(accepted) or 'none'}"
+            yield key, f"{optimizer} has no argument {name}{near}"
+        elif name not in NOT_NUMBERS and not _is_numeral(value):
             yield key, f"{name} is no number"
-    key, modules = named.get("optim_target_modules", ("train.optim_target_modules", None))
-    low_rank = kind.startswith(LOW_RANK)
+    key, modules = settings.get("optim_target_modules", ("train.optim_target_modules", None))
+    low_rank = optimizer.startswith(LOW_RANK)
     if modules and not low_rank:
-        yield key, f"{kind} does not read it; {' and '.join(LOW_RANK)} do"
+        yield key, f"{optimizer} does not read it; {' and '.join(LOW_RANK)} do"
     if low_rank and not modules:
-        yield key, f"is required by {kind}; give +{key}=all-linear, or a list"
+        yield key, f"is required by {optimizer}; give +{key}=all-linear, or a list"
 
 
-def _of(kind: str, table: Mapping[str, Any]) -> Any:
-    return next((value for start, value in table.items() if kind.startswith(start)), None)
+def _by_prefix(name: str, table: Mapping[str, Any]) -> Any:
+    return next((value for start, value in table.items() if name.startswith(start)), None)
 
 
 def _is_numeral(text: str) -> bool:
@@ -183,39 +193,39 @@ def _is_numeral(text: str) -> bool:
     return True
 
 
-def _packages(cfg: DictConfig, named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
-    """Refuse what needs a package that is not installed; nothing is imported to look for it."""
-    on = ((name, key) for name, (key, value) in named.items() if value)
-    wanted = {key: PACKAGES[name] for name, key in on if name in PACKAGES}
-    if package := _of(str(named.get("optim", ("", ""))[1]), OPTIMIZER_PACKAGES):
-        wanted["train.optim"] = package
+def _packages(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+    """Yield a fault for each setting whose package is not installed; nothing is imported."""
+    enabled = ((name, key) for name, (key, value) in settings.items() if value)
+    required = {key: PACKAGES[name] for name, key in enabled if name in PACKAGES}
+    if package := _by_prefix(str(settings.get("optim", ("", ""))[1]), OPTIMIZER_PACKAGES):
+        required["train.optim"] = package
     if str(cfg.model.get("attn_implementation")) in ("flash_attention_2", "flash_attention_3"):
-        newer = cfg.model.attn_implementation.endswith("3")
-        attention = ("flash_attn_interface", "flash-attn-3") if newer else ("flash_attn",) * 2
-        if find_spec("kernels") is None:  # transformers takes a compiled one from there
-            wanted["model.attn_implementation"] = attention
-    for key, (module, package) in wanted.items():
+        version_3 = cfg.model.attn_implementation.endswith("3")
+        attention = ("flash_attn_interface", "flash-attn-3") if version_3 else ("flash_attn",) * 2
+        if find_spec("kernels") is None:  # else transformers takes compiled attention from it
+            required["model.attn_implementation"] = attention
+    for key, (module, package) in required.items():
         if find_spec(module) is None:
             yield key, f"needs the package {package.replace('_', '-')}, which is not installed"
 
 
-def _best(cfg: DictConfig, named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
-    """Check what chooses the best checkpoint, which trainers look up after training has begun."""
-    key, metric = named.get("metric_for_best_model", ("", None))
+def _best_metric(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+    """Check the metric of the best checkpoint, which trainers read only after training began."""
+    key, metric = settings.get("metric_for_best_model", ("", None))
     if not key or metric is None:
         return
     name = str(metric).removeprefix("eval_")
-    known = {"loss", *map(str, cfg.algorithm.get("metrics") or ())}
-    known -= {"loss"} if cfg.algorithm.trainer._target_.endswith("PPOTrainer") else set()
-    written = texts(str(cfg.algorithm.trainer.get("_target_")))
-    if name not in known and not (name in written or name.startswith("rewards/")):
-        near = did_you_mean(f"eval_{name.removeprefix('eval/')}", {f"eval_{k}" for k in known})
-        text = f"{metric!r} is not measured; there are {', '.join(f'eval_{k}' for k in known)}"
+    measured = {"loss", *map(str, cfg.algorithm.get("metrics") or ())}
+    measured -= {"loss"} if cfg.algorithm.trainer._target_.endswith("PPOTrainer") else set()
+    source_texts = texts_in(str(cfg.algorithm.trainer.get("_target_")))
+    if name not in measured and not (name in source_texts or name.startswith("rewards/")):
+        near = did_you_mean(f"eval_{name.removeprefix('eval/')}", {f"eval_{k}" for k in measured})
+        text = f"{metric!r} is not measured; there are {', '.join(f'eval_{k}' for k in measured)}"
         yield key, f"{text}{near}"
 
 
-def _numbers(named: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
-    for name, (key, value) in named.items():
+def _numbers(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+    for name, (key, value) in settings.items():
         if not is_number(value):
             continue
         if name in BELOW_ONE and not 0 <= value < 1:

@@ -1,4 +1,4 @@
-"""What may follow `lora-exp run` in a shell: groups, their options, keys."""
+"""Shell completion of `lora-exp run`: groups, their options, keys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 
 
 def completions(incomplete: str, before: list[str]) -> list[str]:
-    """Return the words that begin so.
+    """Return the completions of a word.
 
     Args:
         incomplete: the word as far as it is typed.
-        before: the words before it; a shell that parts words at `=` has the key and the `=` there.
+        before: the words before it; if a shell splits words at `=`, the key and the `=` are there.
     """
     if incomplete == "=" and before:
         before, incomplete = [*before, "="], ""
@@ -27,9 +27,9 @@ def completions(incomplete: str, before: list[str]) -> list[str]:
     group, equals, typed = incomplete.partition("=")
     if equals:
         return [f"{group}={o}" for o in _options(group) if o.startswith(typed)]
-    plus = incomplete[: len(incomplete) - len(incomplete.lstrip("+~"))]
+    signs = incomplete[: len(incomplete) - len(incomplete.lstrip("+~"))]
     words = [f"{word}=" for word in (*GROUPS, *_keys())]
-    return [plus + word for word in words if word.startswith(incomplete.lstrip("+~"))]
+    return [signs + word for word in words if word.startswith(incomplete.lstrip("+~"))]
 
 
 def _options(group: str) -> list[str]:
@@ -43,9 +43,9 @@ def _keys() -> list[str]:
     return sorted(set(_leaves(values)) - set(GROUPS))
 
 
-def _leaves(values: Any, above: str = "") -> Iterator[str]:
+def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{above}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         elif key != "_target_":
-            yield f"{above}{key}"
+            yield f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Keys that `~key` takes out of a config: left to the trainer's own default, or required."""
+"""Keys that `~key` deletes from a config get their class's default; required keys are refused."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.overrides import parted
+from lora_exp.config.overrides import split_override
 from lora_exp.config.signature import signature
 from lora_exp.errors import ConfigError
 
 
-def restored(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
-    """Return a config in which each deleted key has the default of the class that takes it.
+def restore_defaults(
+    cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
+) -> DictConfig:
+    """Return a config in which each deleted key has the default of the class that reads it.
 
     Args:
         cfg: as Hydra composed it.
-        choices: the options that it composed.
-        overrides: the command line's.
+        choices: the option of each group.
+        overrides: those of the command line.
 
     Raises:
-        ConfigError: a key without which there is no run.
+        ConfigError: a deleted key is required.
     """
-    deleted = [parted(override)[0] for override in overrides if override.startswith("~")]
+    deleted = [split_override(override)[0] for override in overrides if override.startswith("~")]
     keys = [k for k in deleted if not (k in choices or "/" in k or "@" in k)]
     if not keys:
         return cfg
-    made, faults = copy.deepcopy(cfg), list[tuple[str, str]]()
-    OmegaConf.set_readonly(made, False)
+    restored, faults = copy.deepcopy(cfg), list[tuple[str, str]]()
+    OmegaConf.set_readonly(restored, False)
     for key in keys:
-        if _holds(made, key):
-            continue  # another override has put it back
-        default = _default(made, key)
+        if _holds(restored, key):
+            continue  # another override has set it again
+        default = _default(restored, key)
         if default is None:
-            faults.append((key, f"is required; give {key}=..., or leave it as it is"))
+            faults.append((key, f"is required; give {key}=..., or do not delete it"))
         else:
-            OmegaConf.update(made, key, ast.literal_eval(default), force_add=True)
+            OmegaConf.update(restored, key, ast.literal_eval(default), force_add=True)
     if faults:
         raise ConfigError(faults)
-    return made
+    return restored
 
 
 def _holds(cfg: DictConfig, key: str) -> bool:
@@ -51,11 +53,12 @@ def _holds(cfg: DictConfig, key: str) -> bool:
 
 
 def _default(cfg: DictConfig, key: str) -> ast.expr | None:
-    """Return the default of an argument, where its class or function writes one down."""
-    section, _, name = key.rpartition(".")
+    """Return the default of an argument, if the source of its class or function has one."""
+    section, _, argument = key.rpartition(".")
     node = OmegaConf.select(cfg, "algorithm.args" if section == "train" else section or "_")
-    known = signature(str(node.get("_target_"))) if isinstance(node, DictConfig) else None
-    default = known.defaults.get(name) if known else None
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    target_signature = signature(str(target))
+    default = target_signature.defaults.get(argument) if target_signature else None
     try:
         ast.literal_eval(default or "")
     except (ValueError, SyntaxError):

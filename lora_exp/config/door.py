@@ -1,6 +1,6 @@
-"""The one door to `_target_`: what may be imported, what it was called before, and the call.
+"""Everything about `_target_`: what may be imported, its former names, and the call.
 
-Only this module knows `instantiate`.
+Only this module uses `instantiate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_exp.files.paths import PACKAGE, is_path
 
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
-# what configs of runs before the rooms call our own -> what it is called now
+# names in configs of runs from before the rooms -> names now
 RENAMED = {
     "lora_exp.model.load": "lora_exp.model.loading.load",
     "lora_exp.model.bnb_4bit": "lora_exp.model.loading.bnb_4bit",
@@ -36,7 +36,7 @@ RENAMED = {
 
 
 def renamed(values: Any, names: Mapping[str, str] = RENAMED) -> Any:
-    """Return nested dicts and lists with every `_target_` of an old name under its new one.
+    """Return nested dicts and lists in which each `_target_` with an old name has its new one.
 
     Args:
         values: a config, or a part of one.
@@ -52,10 +52,10 @@ def renamed(values: Any, names: Mapping[str, str] = RENAMED) -> Any:
     return [renamed(item, names) for item in values] if isinstance(values, list) else values
 
 
-def first_named(values: Any) -> Any:
-    """Return nested dicts and lists with every `_target_` under the name that it had first.
+def with_oldest_names(values: Any) -> Any:
+    """Return nested dicts and lists in which each `_target_` has its oldest name.
 
-    A run is known again by the hash of its config, whatever its parts are called meanwhile.
+    A run is recognised by the hash of its config, also after targets were renamed.
     """
     return renamed(values, {new: old for old, new in RENAMED.items()})
 
@@ -68,23 +68,24 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 @cache
 def shipped_targets() -> frozenset[str]:
     """Return every `_target_` of our own conf/."""
-    found = re.compile(r"_target_:\s*([\w.]+)")
-    return frozenset(t for path in CONF.rglob("*.yaml") for t in found.findall(path.read_text()))
+    pattern = re.compile(r"_target_:\s*([\w.]+)")
+    return frozenset(t for path in CONF.rglob("*.yaml") for t in pattern.findall(path.read_text()))
 
 
 def is_trusted(target: str, trusted: Iterable[str] = ()) -> bool:
-    """Say whether a `_target_` may be imported: shipped, defined in lora_exp, or named by the user.
+    """Return whether a `_target_` may be imported.
 
-    Names that lora_exp merely imports (`lora_exp.config.settled.json.loads`) are not its own.
+    It may be if it is shipped, defined in lora_exp, or trusted by the user. Names that lora_exp
+    only imports (`lora_exp.config.settled.json.loads`) are not its own.
     """
     if target in shipped_targets() or target in set(trusted):
         return True
-    found = signature(target) if target.startswith("lora_exp.") else None
-    return found is not None and found.module.split(".")[0] == "lora_exp"
+    definition = signature(target) if target.startswith("lora_exp.") else None
+    return definition is not None and definition.module.split(".")[0] == "lora_exp"
 
 
 def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the key and value of every `_target_` in a config, however deep."""
+    """Yield the key and value of every `_target_` in a config, at any depth."""
     children = node.items() if isinstance(node, Mapping) else enumerate(node)
     for name, child in children:
         if name == "_target_":
@@ -95,47 +96,49 @@ def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
     """Return a fault for each `_target_` that may not be imported."""
-    named = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
-    listed = OmegaConf.select(cfg, "algorithm.rewards", throw_on_missing=False) or ()
-    if isinstance(listed, str):
-        return [("algorithm.rewards", f"is a list; algorithm.rewards=[{listed}]")]
-    rewards = [(f"algorithm.rewards.{i}", r) for i, r in enumerate(listed) if isinstance(r, str)]
-    named += [(key, name) for key, name in rewards if not is_path(name)]
+    targets = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
+    rewards = OmegaConf.select(cfg, "algorithm.rewards", throw_on_missing=False) or ()
+    if isinstance(rewards, str):
+        return [("algorithm.rewards", f"is a list; algorithm.rewards=[{rewards}]")]
+    reward_names = [
+        (f"algorithm.rewards.{i}", r) for i, r in enumerate(rewards) if isinstance(r, str)
+    ]
+    targets += [(key, name) for key, name in reward_names if not is_path(name)]
     return [
-        (key, _distrust(target) + (_near_reward(target) if "rewards" in key else ""))
-        for key, target in named
+        (key, _distrust_text(target) + (_reward_hint(target) if "rewards" in key else ""))
+        for key, target in targets
         if not (isinstance(target, str) and is_trusted(target, cfg.trusted_targets))
     ]
 
 
-def _distrust(target: Any) -> str:
+def _distrust_text(target: Any) -> str:
     if str(target).startswith("lora_exp."):
-        return f"{target!r} is not trusted: nothing of that name is lora_exp's own"
+        return f"{target!r} is not trusted: lora_exp defines nothing of that name"
     return f"{target!r} is not trusted; to run it, add trusted_targets=[{target}]"
 
 
-def _near_reward(name: Any) -> str:
+def _reward_hint(name: Any) -> str:
     if "." in str(name) and not str(name).startswith("lora_exp."):
         return ""
-    own = functions("lora_exp.rewards")
-    return did_you_mean(f"lora_exp.rewards.{str(name).rpartition('.')[2]}", own, 1)
+    known = functions("lora_exp.rewards")
+    return did_you_mean(f"lora_exp.rewards.{str(name).rpartition('.')[2]}", known, 1)
 
 
 def build(
     cfg: DictConfig, key: str, through: Callable[[Any], Any] | None = None, **runtime: Any
 ) -> Any:
-    """Call the `_target_` at a key with the YAML's values and Python's objects.
+    """Call the `_target_` at a key with the arguments from YAML and objects made at run time.
 
-    Two steps, since `instantiate` would copy keyword objects into an OmegaConf tree.
+    Done in two steps, since `instantiate` would copy keyword objects into an OmegaConf tree.
 
     Args:
-        cfg: the run's.
-        key: of the node.
-        through: makes of the target what is called in its place.
-        runtime: the objects.
+        cfg: the run's config.
+        key: the key of the node.
+        through: wraps the target; the result is called in its place.
+        runtime: the objects, as keyword arguments.
 
     Returns:
-        What the target returns, or None where the key holds null (`quant=none`).
+        What the target returns, or None if the key holds null (`quant=none`).
 
     Raises:
         ConfigError: the target may not be imported.
@@ -148,6 +151,6 @@ def build(
     faults = [fault for fault in untrusted(cfg) if fault[0].startswith(key)]
     if faults:
         raise ConfigError(faults)
-    made = instantiate(node, _partial_=True, _convert_="all")
-    call = partial(through(made.func), *made.args, **made.keywords) if through else made
+    target = instantiate(node, _partial_=True, _convert_="all")
+    call = partial(through(target.func), *target.args, **target.keywords) if through else target
     return call(**runtime)

@@ -1,4 +1,4 @@
-"""Runs that cannot learn: they make no step, or their loss is a constant. Needs no torch."""
+"""Find runs that cannot learn: they make no step, or their loss is constant. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lora_exp.config.ranges import Fault, is_number, number
 from lora_exp.errors import ConfigError
 
 GROUPED = ("trl.GRPOTrainer", "trl.RLOOTrainer")  # they compare answers to one prompt
-ROLLING = "lora_exp.algorithm.ppo.PPOTrainer"  # it learns from whole rollouts
-REFERENCED = ("trl.DPOTrainer", "trl.KTOTrainer")  # beta scales all that their losses see
+PPO = "lora_exp.algorithm.ppo.PPOTrainer"  # its steps take whole rollouts
+REFERENCED = ("trl.DPOTrainer", "trl.KTOTrainer")  # beta scales everything in their losses
 
 
-def learning(cfg: DictConfig) -> Iterator[Fault]:
+def learning_faults(cfg: DictConfig) -> Iterator[Fault]:
     """Yield a fault for each setting under which nothing can be learnt."""
     args, trainer = cfg.algorithm.args, cfg.algorithm.trainer.get("_target_")
     if trainer in REFERENCED and args.get("beta") == 0 and "sft" not in _losses(args):
@@ -40,12 +40,12 @@ def _losses(args: DictConfig) -> list[str]:
 
 
 def check_rows(cfg: DictConfig, count: int, packed: bool = False) -> None:
-    """Check that rows are enough for one step.
+    """Check that there are enough rows for one step.
 
     Args:
-        cfg: the run's.
-        count: rows to train on.
-        packed: whether they are packed already, where the run packs them.
+        cfg: the run's config.
+        count: the number of rows to train on.
+        packed: whether they are packed already, if the run packs them.
 
     Raises:
         ConfigError: training would end without a step.
@@ -54,18 +54,19 @@ def check_rows(cfg: DictConfig, count: int, packed: bool = False) -> None:
     if cfg.algorithm.trainer._target_ in GROUPED:
         steps = args.get("steps_per_generation") or cfg.train.gradient_accumulation_steps
         answers = args.get("generation_batch_size") or batch * number(steps, 1)
-        least = math.ceil(answers / number(args.get("num_generations"), 8))
+        required = math.ceil(answers / number(args.get("num_generations"), 8))
         cause = f"{answers:g} answers, {args.get('num_generations', 8)} to a prompt,"
-        fewer = "a smaller train.per_device_train_batch_size"
-    elif cfg.algorithm.trainer._target_ == ROLLING:
-        parts = number(args.get("num_minibatches"), 1) * cfg.train.gradient_accumulation_steps
-        least, cause, fewer = int(batch * parts), "rollouts", "smaller ones"
+        remedy = "a smaller train.per_device_train_batch_size"
+    elif cfg.algorithm.trainer._target_ == PPO:
+        minibatches = number(args.get("num_minibatches"), 1)
+        required = int(batch * (minibatches * cfg.train.gradient_accumulation_steps))
+        cause, remedy = "rollouts", "smaller ones"
     elif cfg.train.get("dataloader_drop_last") and not (args.get("packing") and not packed):
-        least, cause = int(batch), f"train.dataloader_drop_last and batches of {batch:g}"
-        fewer = "train.dataloader_drop_last=false, or smaller batches"
+        required, cause = int(batch), f"train.dataloader_drop_last and batches of {batch:g}"
+        remedy = "train.dataloader_drop_last=false, or smaller batches"
     else:
-        least, cause, fewer = 1, "training", "more rows"
-    if count < least:
+        required, cause, remedy = 1, "training", "more rows"
+    if count < required:
         unit = "prompts" if cfg.algorithm.shape == "prompt" else "rows"
-        text = f"{cause} take {least} {unit} for a step, and there are {count}; give {fewer}"
+        text = f"{cause} take {required} {unit} for a step, and there are {count}; give {remedy}"
         raise ConfigError([("data", text)])

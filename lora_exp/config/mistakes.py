@@ -1,6 +1,6 @@
-"""A mistake in overrides, told in our words: the key, what is wrong, what would be right.
+"""Translates errors of Hydra into our own: the key, what is wrong, what would be right.
 
-Values are not repeated: one of them may be a secret.
+Messages contain no values: one of them may be a secret.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lora_exp.config.words import key_hint, option_hint
 from lora_exp.errors import ConfigError, LoraExpError, did_you_mean
 
 
-def mistake(error: Exception) -> LoraExpError | None:
-    """Return an error as one of ours, or None: it is neither ours, Hydra's nor of a YAML file."""
+def translate_error(error: Exception) -> LoraExpError | None:
+    """Return an error of Hydra or of a YAML file as one of ours; None: it is another error."""
     if isinstance(error, LoraExpError):
         return error
     text = str(error).strip()
@@ -36,19 +36,20 @@ def mistake(error: Exception) -> LoraExpError | None:
         return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    if ours := re.search(r"ConfigError raised while resolving interpolation: (\S+?): (.*)", text):
-        return ConfigError([(ours[1], ours[2])])
-    if wrong := re.search(r"Could not override '([^']+)'", text):
-        return ConfigError([(wrong[1], _no_such_key(wrong[1]))])
-    if lost := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
-        return ConfigError([(lost[1], _nothing_to_delete(lost[1]))])
-    if several := re.search(r"Ambiguous value for argument '([^=]+)=", text):
-        key = several[1]
-        listed = f", {key}=[A,B] is a list" if "." in key else ""
-        return ConfigError([(key, f"has several values; -m {key}=A,B sweeps over them{listed}")])
-    there = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
-    if twice := re.search(there, text):
-        key = twice[1] or twice[2]
+    resolving = r"ConfigError raised while resolving interpolation: (\S+?): (.*)"
+    if in_resolver := re.search(resolving, text):
+        return ConfigError([(in_resolver[1], in_resolver[2])])
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return ConfigError([(unknown[1], _no_such_key(unknown[1]))])
+    if not_deleted := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        return ConfigError([(not_deleted[1], _nothing_to_delete(not_deleted[1]))])
+    if ambiguous := re.search(r"Ambiguous value for argument '([^=]+)=", text):
+        key = ambiguous[1]
+        list_hint = f", {key}=[A,B] is a list" if "." in key else ""
+        return ConfigError([(key, f"has several values; -m {key}=A,B sweeps over them{list_hint}")])
+    duplicate = r"Multiple values for ([\w/@.]+)\.|An item is already at '([^']+)'"
+    if existing := re.search(duplicate, text):
+        key = existing[1] or existing[2]
         return ConfigError([(key, f"is there already; give {key}=... without the +")])
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return ConfigError([(str(error.full_key), text.splitlines()[0])])
@@ -72,7 +73,7 @@ def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
 
 
 def _no_such_key(key: str) -> str:
-    """Compare a key, part by part, with what the default config has at the same place."""
+    """Compare a key, part by part, with the default config, and return what is wrong with it."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("config")
     node: Any = cfg
@@ -84,23 +85,24 @@ def _no_such_key(key: str) -> str:
                 return f"no such key; give {hint}"
             arguments = _arguments(cfg, key.rpartition(".")[0])
             if part in arguments:
-                return f"an argument that the config does not name yet: +{key}=..."
+                return f"is not in the config, but can be added: give +{key}=..."
             return f"no such key{did_you_mean(part, [*map(str, node), *arguments])}"
         node = OmegaConf.select(node, part)
     return f"exists with another option of {key.partition('.')[0]}"
 
 
 def _nothing_to_delete(key: str) -> str:
-    """Hydra says of a key that is null that it does not exist."""
+    """Return why a key cannot be deleted: of a null key Hydra reports that it does not exist."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         node = OmegaConf.select(hydra.compose("config"), key.rpartition(".")[0] or "_")
     if isinstance(node, DictConfig) and key.rpartition(".")[2] in node:
-        return "is null already, which leaves it to the run; leave the ~ out"
-    return "no such key, so there is nothing to take out"
+        return "is null already, so the run chooses the value; leave the override out"
+    return "no such key, so there is nothing to delete"
 
 
 def _arguments(cfg: DictConfig, section: str) -> list[str]:
-    """Return what the class or function of a section takes."""
+    """Return the arguments of the class or function of a section."""
     node = OmegaConf.select(cfg, "algorithm.args" if section == "train" else section or "_")
-    known = signature(str(node.get("_target_"))) if isinstance(node, DictConfig) else None
-    return list(known.arguments) if known else []
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    target_signature = signature(str(target))
+    return list(target_signature.arguments) if target_signature else []

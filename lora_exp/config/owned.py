@@ -1,4 +1,4 @@
-"""Arguments that a run sets itself, or that would have no effect, and words that they may be."""
+"""Arguments that a run sets itself or that have no effect, and enumerated values of others."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from lora_exp.config.ranges import Fault
 from lora_exp.config.signature import members
 from lora_exp.errors import did_you_mean
 
-ONE_DEVICE = "nothing: a run trains on one device"
-PUBLISHED = "lora-exp push, which publishes what a run saved"
-OWNED = {
-    "output_dir": "hydra.run.dir=<directory>",
-    "seed": "seed=<number>",
-    "report_to": "tracking=wandb or tracking=none",
-    "disable_tqdm": "nothing: the run has its own progress bar",
-    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
-    "dataloader_pin_memory": "nothing: it is on where there is a GPU",
-    "logging_nan_inf_filter": "nothing: a run stops at the first number that is not finite",
-    "save_only_model": "nothing: a run goes on bit for bit, and needs all of a checkpoint for that",
-    "ignore_data_skip": "nothing: a run that goes on sees the rows that it has not seen",
-    "enable_jit_checkpoint": "nothing: SIGTERM saves at the end of a step",
-    "dataset_kwargs": "nothing: rows are tokenised before the trainer sees them",
-    "resume_from_checkpoint": "resume=<the run's directory>",
-    "restore_callback_states_from_checkpoint": "nothing: a run that resumes restores what it needs",
-    "run_name": "name=<name>",
-    "logging_dir": "hydra.run.dir=<directory>",
-    "project": "tracking.project=<name>",
-    "bf16_full_eval": "model.dtype=bfloat16: evaluating would change the base's weights",
-    "fp16_full_eval": "model.dtype=float16: evaluating would change the base's weights",
-    "do_train": "nothing: a run trains",
-    "do_eval": "train.eval_strategy=no, steps or epoch",
-    "do_predict": "lora-exp generate",
-    "batch_eval_metrics": "nothing: no function of one's own computes metrics",
-    "include_for_metrics": "nothing: no function of one's own computes metrics",
+ONE_DEVICE = "leave it out: a run trains on one device"
+PUBLISHED = "use lora-exp push, which publishes what a run saved"
+OWNED = {  # argument -> what to do instead
+    "output_dir": "give hydra.run.dir=<directory>",
+    "seed": "give seed=<number>",
+    "report_to": "give tracking=wandb or tracking=none",
+    "disable_tqdm": "leave it out: the run has its own progress bar",
+    "use_cpu": "set CUDA_VISIBLE_DEVICES= in the environment",
+    "dataloader_pin_memory": "leave it out: it is on where there is a GPU",
+    "logging_nan_inf_filter": "leave it out: a run stops at the first number that is not finite",
+    "save_only_model": "leave it out: to resume bit for bit a run needs the whole checkpoint",
+    "ignore_data_skip": "leave it out: a resumed run continues with the rows that it has not seen",
+    "enable_jit_checkpoint": "leave it out: on SIGTERM a run saves at the end of the step",
+    "dataset_kwargs": "leave it out: rows are tokenised before the trainer sees them",
+    "resume_from_checkpoint": "give resume=<the run's directory>",
+    "restore_callback_states_from_checkpoint": "leave it out: a resumed run restores what it needs",
+    "run_name": "give name=<name>",
+    "logging_dir": "give hydra.run.dir=<directory>",
+    "project": "give tracking.project=<name>",
+    "bf16_full_eval": "give model.dtype=bfloat16: evaluating would change the base's weights",
+    "fp16_full_eval": "give model.dtype=float16: evaluating would change the base's weights",
+    "do_train": "leave it out: a run trains",
+    "do_eval": "give train.eval_strategy=no, steps or epoch",
+    "do_predict": "use lora-exp generate",
+    "batch_eval_metrics": "leave it out: no function of yours computes metrics",
+    "include_for_metrics": "leave it out: no function of yours computes metrics",
     "local_rank": ONE_DEVICE,
     "fsdp": ONE_DEVICE,
     "fsdp_config": ONE_DEVICE,
@@ -56,27 +56,27 @@ OWNED = {
     ),
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "tracking=wandb or tracking=none",
+        "give tracking=wandb or tracking=none",
     ),
 }  # fmt: skip
-TOKENISED = "nothing: rows are tokenised before the trainer sees them"
-# by the trainer's arguments: what only its own tokenising, or its own loading, would read
+TOKENISED = "leave it out: rows are tokenised before the trainer sees them"
+# class of the trainer's arguments -> those that only its own tokenising or loading would read
 UNREAD = {
     "trl.SFTConfig": {
-        "model_init_kwargs": "model.<argument>",
-        "chat_template_path": "data.chat_template=<file.jinja>",
-        "assistant_only_loss": "algorithm.args.completion_only_loss=true: answers alone count",
-        "dataset_text_field": "data.columns={text: <column>}",
+        "model_init_kwargs": "give model.<argument>",
+        "chat_template_path": "give data.chat_template=<file.jinja>",
+        "assistant_only_loss": "give algorithm.args.completion_only_loss=true: answers alone count",
+        "dataset_text_field": "give data.columns={text: <column>}",
         "dataset_num_proc": TOKENISED,
-        "truncation_mode": "nothing: rows are cut at their end",
-        "eos_token": "data.chat_template=<file.jinja> with the token that ends an answer",
-        "pad_token": "nothing: the tokenizer's own, or its end token",
+        "truncation_mode": "leave it out: rows are cut at their end",
+        "eos_token": "give data.chat_template=<file.jinja> with the token that ends an answer",
+        "pad_token": "leave it out: the tokenizer's own, or its end token",
     }
 }
 OWNED_IN_TRACKING = (
     "directory", "run_id", "run_name", "sweep", "job_type", "choices", "config",
 )  # fmt: skip
-CHOICES = {
+ENUMERATIONS = {  # argument -> the enumeration of its values
     "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
     "optim": "transformers.training_args.OptimizerNames",
     "eval_strategy": "transformers.trainer_utils.IntervalStrategy",
@@ -85,21 +85,21 @@ CHOICES = {
 }
 
 
-def owned(target: str, given: dict[str, Any]) -> Iterator[Fault]:
-    """Yield a fault for each argument that belongs to the run, has no effect or is no known word.
+def owned_faults(target: str, arguments: dict[str, Any]) -> Iterator[Fault]:
+    """Yield a fault for each argument that the run sets, has no effect or has an unknown value.
 
     Args:
         target: the class of the arguments.
-        given: the trainer's, by their full keys.
+        arguments: the values by full key.
     """
-    for full, value in given.items():
+    for full, value in arguments.items():
         name = full.rpartition(".")[2]
         if name in OWNED:
-            yield full, f"belongs to the run; say {OWNED[name]}"
-        known = members(CHOICES[name]) if name in CHOICES else frozenset()
+            yield full, f"belongs to the run; {OWNED[name]}"
+        known = members(ENUMERATIONS[name]) if name in ENUMERATIONS else frozenset()
         if known and value not in known:
             near = did_you_mean(str(value), known)
             yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
-        why = UNREAD.get(target, {}).get(name)
-        if why is not None:
-            yield full, f"would have no effect; say {why}"
+        alternative = UNREAD.get(target, {}).get(name)
+        if alternative is not None:
+            yield full, f"would have no effect; {alternative}"

@@ -1,4 +1,4 @@
-"""What is known not to work together: methods, quantisations, algorithms. Needs no torch."""
+"""Methods, quantisations and algorithms that do not work together. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lora_exp.config.initialization import (
 from lora_exp.config.ranges import Fault
 from lora_exp.files.paths import is_path
 
-FLOAT_BASE = "begins in the base's float weights, and a quantised base has none; quant=none"
-# kind of adapter -> quantisation -> why the pair is refused; seen by running them
+FLOAT_BASE = "is initialised from float weights, and a quantised base has none; quant=none"
+# kind of adapter -> quantisation -> why the pair is refused; found by running them
 REFUSED: dict[str, dict[str, str]] = {
     "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
     **{kind: dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE) for kind in NEEDS_FLOATS},
@@ -25,8 +25,8 @@ REFUSED: dict[str, dict[str, str]] = {
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 
 
-def pairs(cfg: DictConfig) -> Iterator[Fault]:
-    """Refuse what is known not to work together, by the values and not by the options' names."""
+def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
+    """Yield a fault for each combination that does not work, by values, not by options' names."""
     quant = _quantisation(cfg)
     if cfg.quant is not None and cfg.peft is None:
         yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
@@ -36,31 +36,31 @@ def pairs(cfg: DictConfig) -> Iterator[Fault]:
     if cfg.peft is None:
         return
     if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):
-        text = "adalora moves its ranks, and its checkpoints do not hold all that takes; give false"
+        text = "adalora moves its ranks, and its checkpoints lack a part of that state; give false"
         yield "train.load_best_model_at_end", text
-    start = initialization(cfg.peft)
-    for kind in ("dora", start) if cfg.peft.get("use_dora") else (start,):
+    init = initialization(cfg.peft)
+    for kind in ("dora", init) if cfg.peft.get("use_dora") else (init,):
         if quant in REFUSED.get(kind, {}):
             yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
-    if start in NEEDS_PREPARATION:
-        yield "peft.init_lora_weights", f"{start} needs a preparation that a run does not make"
+    if init in NEEDS_PREPARATION:
+        yield "peft.init_lora_weights", f"{init} needs a preparation that a run does not make"
     patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
     if saved_as_plain_lora(cfg.peft) and cfg.peft.get("use_rslora") and patterns:
         text = "with rank or alpha patterns cannot be saved as plain LoRA"
-        yield "peft.use_rslora", f"{start} {text}"
-    prompts = cfg.peft._target_ in PROMPTS
-    if _several(cfg):
-        if rewriting := rewrites_base(cfg.peft):
-            text = f"{rewriting} rewrites the base, which reference, value or reward need as it was"
+        yield "peft.use_rslora", f"{init} {text}"
+    is_prompt_method = cfg.peft._target_ in PROMPTS
+    if _shares_base(cfg):
+        if rewriter := rewrites_base(cfg.peft):
+            text = f"{rewriter} rewrites the base, but reference, value or reward need the original"
             yield "peft", f"{text}; peft=lora"
-        if prompts or cfg.peft._target_ == "peft.AdaLoraConfig":
+        if is_prompt_method or cfg.peft._target_ == "peft.AdaLoraConfig":
             text = f"{cfg.choices.peft} allows one adapter on a base; reference, value or reward"
-            text += " would be another"
+            text += " would be a second"
             yield "peft", f"{text}; peft=lora"
     if cfg.peft._target_ == "peft.PrefixTuningConfig" and cfg.train.gradient_checkpointing:
         yield "train.gradient_checkpointing", "prefix_tuning's keys do not survive it; give false"
-    if prompts and cfg.algorithm.args.get("packing"):
-        text = "behind trained virtual tokens packed rows would see each other; give false"
+    if is_prompt_method and cfg.algorithm.args.get("packing"):
+        text = "after trained virtual tokens, packed rows would attend to each other; give false"
         yield "algorithm.args.packing", text
 
 
@@ -76,12 +76,12 @@ def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:
         yield key, "with beta 0 there is no reference"
 
 
-def _several(cfg: DictConfig) -> bool:
-    """Say whether a run puts more than its own adapter on the base, or needs it bare."""
-    args, named = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
-    reward = any(isinstance(name, str) and is_path(name) for name in named)
+def _shares_base(cfg: DictConfig) -> bool:
+    """Return whether a run uses the base with other adapters, or without an adapter, too."""
+    args, rewards = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    reward_adapter = any(isinstance(name, str) and is_path(name) for name in rewards)
     ppo = cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer"
-    return bool("beta" in args and args.beta) or ppo or reward
+    return bool("beta" in args and args.beta) or ppo or reward_adapter
 
 
 def _quantisation(cfg: DictConfig) -> str:

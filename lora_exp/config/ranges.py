@@ -1,4 +1,4 @@
-"""Numbers of a config that are none, or that train nothing. Needs no torch."""
+"""Numbers of a config that are out of range. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 Fault = tuple[str, str]  # the key, and what is wrong with it
 
 
-def ranges(cfg: DictConfig) -> Iterator[Fault]:
-    """Yield a fault for each number that is none, or trains nothing."""
+def range_faults(cfg: DictConfig) -> Iterator[Fault]:
+    """Yield a fault for each number that is out of range."""
     train, peft = cfg.train, cfg.peft or {}
     for name in ("r", "init_r", "target_r", "num_virtual_tokens"):
         least = 0 if name == "r" and "oft_block_size" in peft else 1
@@ -48,13 +48,9 @@ def ranges(cfg: DictConfig) -> Iterator[Fault]:
             yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
     if cfg.goal not in ("minimize", "maximize"):
         yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
-    yield from _algorithm(cfg)
-    yield from _lockstep(cfg.lockstep)
-    for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
-        if name in cfg.data and cfg.data[name] is not None and number(cfg.data[name]) < 1:
-            yield f"data.{name}", f"{cfg.data[name]!r} is not 1 or more; null takes all"
-    if "eval_share" in cfg.data and not 0 <= number(cfg.data.eval_share, -1) < 1:
-        yield "data.eval_share", f"{cfg.data.eval_share!r} is no share; give 0 or more and below 1"
+    yield from _algorithm_ranges(cfg)
+    yield from _lockstep_ranges(cfg.lockstep)
+    yield from _data_ranges(cfg.data)
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
     if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
@@ -64,18 +60,26 @@ def ranges(cfg: DictConfig) -> Iterator[Fault]:
         yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"
 
 
-def _lockstep(chosen: DictConfig) -> Iterator[Fault]:
-    jobs, share = chosen.max_jobs, chosen.verify
+def _data_ranges(data: DictConfig) -> Iterator[Fault]:
+    for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
+        if name in data and data[name] is not None and number(data[name]) < 1:
+            yield f"data.{name}", f"{data[name]!r} is not 1 or more; null takes all"
+    if "eval_share" in data and not 0 <= number(data.eval_share, -1) < 1:
+        yield "data.eval_share", f"{data.eval_share!r} is no share; give 0 or more and below 1"
+
+
+def _lockstep_ranges(lockstep: DictConfig) -> Iterator[Fault]:
+    jobs, share = lockstep.max_jobs, lockstep.verify
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
     if not is_number(share) or not 0 <= share <= 1:
         yield "lockstep.verify", f"{share!r} is no share; give 0 to 1"
-    for key, one, other in (("mode", "exact", "bmm"), ("on_difference", "retrain", "keep")):
-        if chosen[key] not in (one, other):
-            yield f"lockstep.{key}", f"{chosen[key]!r} is neither {one} nor {other}"
+    for key, first, second in (("mode", "exact", "bmm"), ("on_difference", "retrain", "keep")):
+        if lockstep[key] not in (first, second):
+            yield f"lockstep.{key}", f"{lockstep[key]!r} is neither {first} nor {second}"
 
 
-def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
+def _algorithm_ranges(cfg: DictConfig) -> Iterator[Fault]:
     args = cfg.algorithm.args
     for name in ("num_generations", "max_completion_length", "num_iterations", "num_minibatches"):
         if name in args and args[name] is not None and number(args[name]) < 1:
@@ -104,14 +108,15 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
         text = f"{group} answers to a prompt do not divide a step's {batch:g} rows"
         yield "algorithm.args.num_generations", f"{text}; train.per_device_train_batch_size={group}"
     if "temperature" in args and args.temperature == 0:
-        yield "algorithm.args.temperature", "0 always says the same, so there is nothing to compare"
+        text = "0 gives the same answer each time, so there is nothing to compare"
+        yield "algorithm.args.temperature", text
 
 
 def is_number(value: Any) -> bool:
-    """Tell a number from a truth value, which Python counts among them."""
+    """Return whether a value is a number; True and False, which Python counts as ints, are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def number(value: Any, otherwise: float = 0) -> float:
-    """Return a number, or another where the value is none."""
-    return value if is_number(value) and not math.isnan(value) else otherwise
+def number(value: Any, default: float = 0) -> float:
+    """Return a value if it is a number, else the default."""
+    return value if is_number(value) and not math.isnan(value) else default

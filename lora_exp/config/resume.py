@@ -1,6 +1,6 @@
-"""What a run may be told when it goes on: to train longer, and to report otherwise.
+"""What may change when a run is resumed: a longer training, and how it reports.
 
-Everything else shapes the result, which would then be no run's. Needs no torch.
+Everything else affects the result, which would then belong to neither config. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,91 +11,94 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.overrides import parted
+from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
-ITSELF = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
+NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
 REPORTS = re.compile(r"tracking\b|lockstep\.(max_jobs|verify|on_difference)$|train\.logging_\w+$")
-SAVING = re.compile(r"train\.(save|eval)_\w+$")  # shapes the result where the best is loaded
-LONGER = ("train.max_steps", "train.num_train_epochs")
+# these affect the result if the best checkpoint is loaded
+SAVING = re.compile(r"train\.(save|eval)_\w+$")
+LIMITS = ("train.max_steps", "train.num_train_epochs")
 ABSENT = object()
 
 
-def continued(
+def resumed_config(
     saved: dict[str, Any],
-    asked: DictConfig,
+    requested: DictConfig,
     choices: Mapping[str, Any],
     overrides: Iterable[str],
 ) -> dict[str, Any]:
-    """Return a saved run's config with what it may be told anew.
+    """Return a saved run's config with the overrides that may change on resume.
 
     Args:
         saved: the run's config.yaml.
-        asked: what the command line composed, its defaults included.
-        choices: the options that it composed.
-        overrides: the command line's own words; only they count.
+        requested: the config composed from the command line, with its defaults.
+        choices: the option of each group in it.
+        overrides: those of the command line; only these keys are compared.
 
     Raises:
-        ConfigError: every difference that would shape the result.
+        ConfigError: overrides would affect the result (all are listed).
     """
     values = OmegaConf.create(saved)
     faults = []
     best = bool(saved["train"].get("load_best_model_at_end"))
     for override in overrides:
-        key = parted(override)[0].replace("/", ".")
-        if ITSELF.match(key):
+        key = split_override(override)[0].replace("/", ".")
+        if NOT_SAVED.match(key):
             continue
         if override.startswith("~"):
-            faults.append((key, "is the run's, and cannot be taken out of it; leave it out"))
+            faults.append((key, "cannot be deleted from the config of a run; leave it out"))
             continue
         if "@" in key:
-            faults.append((key, "puts an option where the run has its own; leave it out"))
+            faults.append((key, "would replace an option of the run; leave it out"))
             continue
         group = key in choices
-        was = saved["choices"].get(key, ABSENT) if group else OmegaConf.select(values, key)
-        wanted = choices[key] if group else _resolved(asked, key)
-        if wanted == was or (group and wanted is None and was is ABSENT):
+        saved_value = saved["choices"].get(key, ABSENT) if group else OmegaConf.select(values, key)
+        new_value = choices[key] if group else _resolved(requested, key)
+        if new_value == saved_value or (group and new_value is None and saved_value is ABSENT):
             continue
         if REPORTS.match(key) or (SAVING.match(key) and not best):
-            OmegaConf.update(values, key, _resolved(asked, key), force_add=True, merge=False)
+            OmegaConf.update(values, key, _resolved(requested, key), force_add=True, merge=False)
             if group:
-                values.choices[key] = wanted
-        elif key in LONGER and _longer(was, wanted):
-            OmegaConf.update(values, key, wanted)
+                values.choices[key] = new_value
+        elif key in LIMITS and _is_raised(saved_value, new_value):
+            OmegaConf.update(values, key, new_value)
         else:
-            faults.append((key, _told(key, wanted, was)))
+            faults.append((key, _difference_text(key, new_value, saved_value)))
     if faults:
         raise ConfigError(faults)
-    found: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
-    return found
+    resumed: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
+    return resumed
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], key: str = "") -> dict[str, list[Any]]:
     """Return what differs between two configs: key -> [before, after]."""
-    found: dict[str, list[Any]] = {}
+    differences: dict[str, list[Any]] = {}
     for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name), new.get(name)
-        full = f"{key}.{name}".lstrip(".")
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found |= changes(was, now, full)
-        elif was != now:
-            found[full] = [was, now]
-    return found
+        before, after = old.get(name), new.get(name)
+        full_key = f"{key}.{name}".lstrip(".")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences |= changes(before, after, full_key)
+        elif before != after:
+            differences[full_key] = [before, after]
+    return differences
 
 
-def _resolved(asked: DictConfig, key: str) -> Any:
-    value = OmegaConf.select(asked, key)
+def _resolved(requested: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(requested, key)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _longer(was: Any, wanted: Any) -> bool:
-    """Say whether a limit is raised; -1 steps are no limit, but epochs."""
-    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in (was, wanted))
-    return numbers and 0 < was < wanted
+def _is_raised(saved_value: Any, new_value: Any) -> bool:
+    """Return whether a limit is raised; max_steps=-1 is not a limit, epochs limit the run then."""
+    limits = saved_value, new_value
+    are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in limits)
+    return are_numbers and 0 < saved_value < new_value
 
 
-def _told(key: str, wanted: Any, was: Any) -> str:
-    was = "nothing" if was is ABSENT else was
-    if key in LONGER:
-        return f"{wanted}, but the run was started with {was}; it can only be raised"
-    return f"{wanted}, but the run was started with {was}; leave it out, or start a new run"
+def _difference_text(key: str, new_value: Any, saved_value: Any) -> str:
+    saved_text = "nothing" if saved_value is ABSENT else saved_value
+    text = f"{new_value}, but the run was started with {saved_text}"
+    if key in LIMITS:
+        return f"{text}; it can only be raised"
+    return f"{text}; leave it out, or start a new run"

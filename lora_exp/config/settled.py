@@ -1,4 +1,4 @@
-"""A run's config settled: plain read-only values with a directory, a name and a fingerprint."""
+"""Completes a run's config: plain read-only values with a directory, a name and a fingerprint."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp.config.deletions import restored
-from lora_exp.config.door import first_named, plain, renamed
-from lora_exp.config.keep import LOADED, kept
-from lora_exp.config.overrides import parted
-from lora_exp.config.resume import continued
-from lora_exp.config.start import started
+from lora_exp.config.deletions import restore_defaults
+from lora_exp.config.door import plain, renamed, with_oldest_names
+from lora_exp.config.keep import LOAD_BEST, apply_keep
+from lora_exp.config.overrides import split_override
+from lora_exp.config.resume import resumed_config
+from lora_exp.config.start import with_start_adapter
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import near_names
 from lora_exp.files.redaction import redact_text
 
 GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
-# what a run is called, where it reports and what it may import does not change what it computes
+# keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
     "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
-    "lockstep", "keep",  # train.load_best_model_at_end says the same
+    "lockstep", "keep",  # train.load_best_model_at_end has the same meaning
 )  # fmt: skip
-NAME_LENGTH = 48  # a column of a table
-UNNAMED = re.compile(
+NAME_LENGTH = 48  # fits a column of a table
+NOT_IN_NAME = re.compile(
     r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
@@ -39,10 +39,10 @@ UNNAMED = re.compile(
 
 
 def product(*factors: float) -> float:
-    """Multiply numbers; rounded so that 2e-5 * 10 reads 0.0002 in every file.
+    """Multiply numbers, rounded so that 2e-5 * 10 is written as 0.0002.
 
     Returns:
-        A whole number where all factors are: `${product:2,${peft.r}}` is an alpha.
+        A whole number if all factors are: `${product:2,${peft.r}}` is an alpha.
     """
     if all(isinstance(factor, int) for factor in factors):
         return math.prod(factors)
@@ -50,15 +50,15 @@ def product(*factors: float) -> float:
 
 
 def run_dir(resume: str | None) -> str:
-    """Return the directory of a run: a new one, or the one it continues.
+    """Return the directory of a run: a new one, or that of the run to resume.
 
     Raises:
-        ConfigError: there is no run to continue.
+        ConfigError: there is no run to resume.
     """
     if resume and not (Path(resume) / "config.yaml").is_file():
-        own = Path(resume).resolve().parent.parent
-        if Path(resume).is_dir() and (own / "config.yaml").is_file():
-            text = f"{resume} is a checkpoint; resume={own} goes on from the run's newest"
+        run = Path(resume).resolve().parent.parent
+        if Path(resume).is_dir() and (run / "config.yaml").is_file():
+            text = f"{resume} is a checkpoint; resume={run} goes on from the run's newest"
             raise ConfigError([("resume", text)])
         near = near_names(Path(resume))
         raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
@@ -83,11 +83,11 @@ def settle(
     Args:
         cfg: as Hydra composed it, without Hydra's own section.
         choices: the option of each group.
-        overrides: the command line's.
-        common: keys that all jobs of its sweep share, which are left out of the name.
+        overrides: those of the command line.
+        common: keys that all jobs of the sweep share; they are left out of the name.
 
     Raises:
-        ConfigError: a required value is missing, or an interpolation finds nothing.
+        ConfigError: a required value is missing, or an interpolation has no target.
     """
     overrides = list(overrides)
     if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
@@ -96,11 +96,11 @@ def settle(
         )
     if cfg.resume:
         return _freeze(_resumed(cfg, choices, overrides))
-    if apart := [group for group in GROUPS if group not in choices]:
+    if missing_groups := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
-        raise ConfigError((group, text.format(group)) for group in apart)
+        raise ConfigError((group, text.format(group)) for group in missing_groups)
     _check_demo(choices, overrides)
-    cfg = restored(cfg, choices, overrides)
+    cfg = restore_defaults(cfg, choices, overrides)
     try:
         missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -110,63 +110,63 @@ def settle(
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
     values = renamed(values)
     _check_consent(values, overrides)
-    values = kept(started(values, overrides), overrides)
+    values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or _name(values, overrides, set(common))
     return _freeze(values)
 
 
 def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:
-    """Refuse rows of one's own beside the demo's: its held-out rows would measure them."""
-    keys = {parted(override)[0] for override in overrides}
+    """Refuse `data.path` with data=demo: the demo's held-out rows would evaluate other data."""
+    keys = {split_override(override)[0] for override in overrides}
     if "data.path" in keys and "data.eval_path" not in keys and choices["data"] == "demo":
         text = "data=demo holds out its own rows; give data=jsonl data.path=..., or data.eval_path"
         raise ConfigError([("data.path", f"{text}, too")])
 
 
 def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
-    """Let only the command line, never a file, allow code that came with a model."""
+    """Refuse code that came with a model, unless the command line (not a file) allows it."""
     model = values.get("model") or {}
     if model.get("trust_remote_code") and "model.trust_remote_code=true" not in overrides:
-        text = "runs code that came with the model; only the command line may say so"
+        text = "runs code that came with the model; only the command line may allow it"
         raise ConfigError([("model.trust_remote_code", text)])
 
 
 def _resumed(
     cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]
 ) -> dict[str, Any]:
-    """Take the config that a run was started with, and what it may be told anew."""
+    """Return the config that a run was started with, with the overrides that may change."""
     saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
-    values = continued(renamed(values), cfg, choices, overrides)
+    values = resumed_config(renamed(values), cfg, choices, overrides)
     _check_consent(values, overrides)
-    here = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
-    # keys that came after the run was saved
-    here["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
-    here["keep"] = "best" if values["train"].get(LOADED) else "last"
-    return values | here | {"trusted_targets": list(cfg.trusted_targets)}
+    current = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
+    # keys that did not exist when the run was saved
+    current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
+    return values | current | {"trusted_targets": list(cfg.trusted_targets)}
 
 
 def _freeze(values: dict[str, Any]) -> DictConfig:
-    settled = OmegaConf.create(values)
-    OmegaConf.set_struct(settled, True)
-    OmegaConf.set_readonly(settled, True)
-    return settled
+    frozen = OmegaConf.create(values)
+    OmegaConf.set_struct(frozen, True)
+    OmegaConf.set_readonly(frozen, True)
+    return frozen
 
 
 def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str]) -> str:
-    """Tell a run from its siblings: method, rank, quantisation, targets, then the overrides.
+    """Return a name of method, rank, quantisation, targets and overrides.
 
-    The overrides that make it longer than a column are left out.
+    Overrides that would make it longer than `NAME_LENGTH` are left out.
     """
-    chosen, peft = values["choices"], values["peft"] or {}
+    choices, peft = values["choices"], values["peft"] or {}
     rank = f"r{peft['r']}" if peft.get("r") else ""
-    targets = chosen["targets"] if peft.get("target_modules") == values["targets"] else ""
-    method = {"lora": "", "none": "full"}.get(chosen["peft"], chosen["peft"])
-    parts = [method, rank, chosen["quant"], targets]
+    targets = choices["targets"] if peft.get("target_modules") == values["targets"] else ""
+    method = {"lora": "", "none": "full"}.get(choices["peft"], choices["peft"])
+    parts = [method, rank, choices["quant"], targets]
     for override in overrides:
-        key, value = parted(override)
-        if key in ("peft", "quant", "targets", "peft.r") or UNNAMED.match(key):
+        key, value = split_override(override)
+        if key in ("peft", "quant", "targets", "peft.r") or NOT_IN_NAME.match(key):
             continue
         if key in common:
             continue
@@ -176,13 +176,13 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str])
             parts.append(f"without_{key.rpartition('.')[2]}")
             continue
         value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
-        parts.append(value if key in chosen else f"{key.rpartition('.')[2]}={value}")
+        parts.append(value if key in choices else f"{key.rpartition('.')[2]}={value}")
     name = ""
     for part in (part for part in parts if part and part != "none"):
-        longer = re.sub(r"[^\w.=,+-]+", "_", f"{name}-{part}" if name else part)
-        if name and len(longer) > NAME_LENGTH:
+        extended = re.sub(r"[^\w.=,+-]+", "_", f"{name}-{part}" if name else part)
+        if name and len(extended) > NAME_LENGTH:
             continue
-        name = longer
+        name = extended
     return name[:NAME_LENGTH]
 
 
@@ -195,28 +195,29 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     """Return a config's fingerprint, and the one that earlier versions wrote for it.
 
     Args:
-        cfg: the run's.
-        limits: other values of `train`, such as the limit of a run that was trained longer.
+        cfg: the run's config.
+        limits: replace values of `train`, such as the limit of a run that was trained longer.
 
     Returns:
-        The fingerprint, in which 0 and 0.0 are one; then the one in which they were two.
+        The fingerprint, for which 0 and 0.0 are equal; then the one for which they differed.
     """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
     values["train"] |= limits or {}
     if not values["train"].get("load_best_model_at_end"):
-        told = re.compile(r"(logging|save|eval)_")  # reports shape nothing
-        values["train"] = {k: v for k, v in values["train"].items() if not told.match(k)}
-    values = first_named(values)
-    texts = (json.dumps(each, sort_keys=True) for each in (_whole(values), values))
-    now, before = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
-    return now, before
+        reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
+        values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}
+    values = with_oldest_names(values)
+    versions = _with_whole_numbers(values), values
+    texts = (json.dumps(version, sort_keys=True) for version in versions)
+    current, earlier = (hashlib.sha256(text.encode()).hexdigest() for text in texts)
+    return current, earlier
 
 
-def _whole(values: Any) -> Any:
-    """Return nested dicts and lists with whole numbers as such, also where they end in .0."""
+def _with_whole_numbers(values: Any) -> Any:
+    """Return nested dicts and lists in which floats that are whole numbers become ints."""
     if isinstance(values, Mapping):
-        return {key: _whole(value) for key, value in values.items()}
+        return {key: _with_whole_numbers(value) for key, value in values.items()}
     if isinstance(values, list):
-        return [_whole(value) for value in values]
+        return [_with_whole_numbers(value) for value in values]
     return int(values) if isinstance(values, float) and values.is_integer() else values

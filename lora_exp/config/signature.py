@@ -1,6 +1,6 @@
-"""What a `_target_` takes, read from its source: nothing is imported, so torch is not paid for.
+"""The arguments of a `_target_`, read from its source: nothing, not even torch, is imported.
 
-Knows nothing of configs; `validation.py` compares them with what is found here.
+Knows nothing of configs; `validation.py` compares them with the signatures.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class Signature:
 
     module: str
     arguments: dict[str, ast.expr | None]  # name -> annotation
-    open: bool  # takes **kwargs: a misspelt argument would vanish
+    open: bool  # takes **kwargs: a misspelt argument would go unnoticed
     defaults: dict[str, ast.expr] = field(default_factory=dict)  # those that have one
 
 
 @cache
 def signature(target: str) -> Signature | None:
-    """Find a dotted target's arguments, or None where no class or function has that name."""
+    """Return the signature of a dotted name; None: no class or function has that name."""
     parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:cut])
+    for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length])
         if _file(module) is not None:
-            found = _find(module, parts[cut]) if cut == len(parts) - 1 else None
-            return _signature(*found) if found else None
+            definition = _find(module, parts[length]) if length == len(parts) - 1 else None
+            return _signature(*definition) if definition else None
     return None
 
 
 @cache
 def _file(module: str) -> Path | None:
-    """Return the source of a module by walking folders: find_spec would import the parents."""
+    """Return a module's source file, found by walking folders: find_spec would import parents."""
     top, *rest = module.split(".")
     try:
         spec = find_spec(top)
@@ -74,9 +74,9 @@ def _find(module: str, name: str) -> tuple[str, Definition] | None:
         ):
             original = next(a.name for a in node.names if (a.asname or a.name) == name)
             source = _absolute(module, node)
-            found = _find(source, original) if source != module and _file(source) else None
-            if found:
-                return found
+            definition = _find(source, original) if source != module and _file(source) else None
+            if definition:
+                return definition
     return None
 
 
@@ -100,26 +100,26 @@ def _signature(module: str, node: Definition) -> Signature:
     arguments: dict[str, ast.expr | None] = {}
     defaults: dict[str, ast.expr] = {}
     for base in node.bases:
-        found = _find(module, base.id) if isinstance(base, ast.Name) else None
-        if found:
-            inherited = _signature(*found)
+        definition = _find(module, base.id) if isinstance(base, ast.Name) else None
+        if definition:
+            inherited = _signature(*definition)
             arguments |= inherited.arguments
             defaults |= inherited.defaults
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            if "ClassVar" in ast.unparse(line.annotation) or _not_init(line.value):
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if "ClassVar" in ast.unparse(statement.annotation) or _not_init(statement.value):
                 continue
-            arguments[line.target.id] = line.annotation
-            defaults |= _default(line.target.id, line.value)
+            arguments[statement.target.id] = statement.annotation
+            defaults |= _default(statement.target.id, statement.value)
     return Signature(module, arguments, open=False, defaults=defaults)
 
 
 def _default(name: str, value: ast.expr | None) -> dict[str, ast.expr]:
-    """Return the default of a dataclass's field, where it is written down."""
+    """Return the default of a dataclass's field, if the source has one."""
     if not isinstance(value, ast.Call):
         return {name: value} if value is not None else {}
-    written = [k.value for k in value.keywords if k.arg == "default"]
-    return {name: written[0]} if written else {}
+    defaults = [k.value for k in value.keywords if k.arg == "default"]
+    return {name: defaults[0]} if defaults else {}
 
 
 def _not_init(value: ast.expr | None) -> bool:
@@ -130,77 +130,78 @@ def _not_init(value: ast.expr | None) -> bool:
 
 
 def _from_function(module: str, node: ast.FunctionDef, skip: int) -> Signature:
-    spec = node.args
-    positional = [*spec.posonlyargs, *spec.args][skip:]
-    every = [*positional, *spec.kwonlyargs]
-    arguments = {a.arg: _unaliased(module, a.annotation) for a in every}
-    last = positional[len(positional) - len(spec.defaults) :]
-    defaults = dict(zip((a.arg for a in last), spec.defaults, strict=True))
-    keywords = zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+    parameters = node.args
+    positional = [*parameters.posonlyargs, *parameters.args][skip:]
+    accepted = [*positional, *parameters.kwonlyargs]
+    arguments = {a.arg: _unaliased(module, a.annotation) for a in accepted}
+    with_default = positional[len(positional) - len(parameters.defaults) :]
+    defaults = dict(zip((a.arg for a in with_default), parameters.defaults, strict=True))
+    keywords = zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True)
     defaults |= {a.arg: value for a, value in keywords if value is not None}
-    return Signature(module, arguments, open=spec.kwarg is not None, defaults=defaults)
+    return Signature(module, arguments, open=parameters.kwarg is not None, defaults=defaults)
 
 
 def _unaliased(module: str, annotation: ast.expr | None) -> ast.expr | None:
-    """Return what a name stands for, where the module assigns it a type of several texts."""
+    """Return the `Literal` that an annotation's name stands for, if the module assigns one."""
     if not isinstance(annotation, ast.Name):
         return annotation
-    assigned = (n for n in _tree(module).body if isinstance(n, ast.Assign))
-    found = (n.value for n in assigned if ast.unparse(n.targets[0]) == annotation.id)
-    return next((v for v in found if ast.unparse(v).startswith("Literal[")), annotation)
+    assignments = (n for n in _tree(module).body if isinstance(n, ast.Assign))
+    values = (n.value for n in assignments if ast.unparse(n.targets[0]) == annotation.id)
+    return next((v for v in values if ast.unparse(v).startswith("Literal[")), annotation)
 
 
 @cache
 def members(target: str) -> frozenset[str]:
-    """Return the values of an enumeration of texts, read from its source."""
+    """Return the values of an enumeration of strings, read from its source."""
     module, _, name = target.rpartition(".")
-    found = _find(module, name)
-    assigned = [n.value for n in found[1].body if isinstance(n, ast.Assign)] if found else []
-    return frozenset(str(v.value) for v in assigned if isinstance(v, ast.Constant))
+    definition = _find(module, name)
+    body = definition[1].body if definition else []
+    values = [n.value for n in body if isinstance(n, ast.Assign)]
+    return frozenset(str(v.value) for v in values if isinstance(v, ast.Constant))
 
 
 @cache
-def compared(target: str, name: str) -> frozenset[str]:
-    """Return the texts that a class, or one it stands on, compares a variable or attribute with."""
-    module, _, own = target.rpartition(".")
-    found = _find(module, own)
-    if found is None:
+def texts_compared_with(target: str, name: str) -> frozenset[str]:
+    """Return the strings that a class or its bases compare a variable or attribute with."""
+    module, _, class_name = target.rpartition(".")
+    definition = _find(module, class_name)
+    if definition is None:
         return frozenset()
     texts: set[Any] = set()
-    for base in found[1].bases if isinstance(found[1], ast.ClassDef) else ():
-        if isinstance(base, ast.Name) and base.id != own:
-            texts |= compared(f"{found[0]}.{base.id}", name)
-    for node in ast.walk(found[1]):
+    for base in definition[1].bases if isinstance(definition[1], ast.ClassDef) else ():
+        if isinstance(base, ast.Name) and base.id != class_name:
+            texts |= texts_compared_with(f"{definition[0]}.{base.id}", name)
+    for node in ast.walk(definition[1]):
         if isinstance(node, ast.Compare) and ast.unparse(node.left).rpartition(".")[2] == name:
-            inside = [n for side in node.comparators for n in ast.walk(side)]
-            texts |= {n.value for n in inside if isinstance(n, ast.Constant)}
+            nodes = [n for side in node.comparators for n in ast.walk(side)]
+            texts |= {n.value for n in nodes if isinstance(n, ast.Constant)}
     return frozenset(text for text in texts if isinstance(text, str))
 
 
 @cache
-def texts(target: str) -> frozenset[str]:
-    """Return every text written in the source of a class, and of those that it stands on."""
-    module, _, own = target.rpartition(".")
-    found = _find(module, own)
-    if found is None:
+def texts_in(target: str) -> frozenset[str]:
+    """Return every string in the source of a class and of its bases."""
+    module, _, class_name = target.rpartition(".")
+    definition = _find(module, class_name)
+    if definition is None:
         return frozenset()
-    nodes = ast.walk(found[1])
-    inside = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for base in found[1].bases if isinstance(found[1], ast.ClassDef) else ():
-        if isinstance(base, ast.Name) and base.id != own:
-            inside |= texts(f"{found[0]}.{base.id}")
-    return frozenset(inside)
+    nodes = ast.walk(definition[1])
+    strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for base in definition[1].bases if isinstance(definition[1], ast.ClassDef) else ():
+        if isinstance(base, ast.Name) and base.id != class_name:
+            strings |= texts_in(f"{definition[0]}.{base.id}")
+    return frozenset(strings)
 
 
 @cache
 def functions(module: str) -> tuple[str, ...]:
     """Return the public functions of a module, as dotted names."""
-    found = (n.name for n in _tree(module).body if isinstance(n, ast.FunctionDef))
-    return tuple(f"{module}.{name}" for name in found if not name.startswith("_"))
+    names = (n.name for n in _tree(module).body if isinstance(n, ast.FunctionDef))
+    return tuple(f"{module}.{name}" for name in names if not name.startswith("_"))
 
 
 def fits(value: Any, annotation: ast.expr | None) -> bool:
-    """Say whether a value may have this annotation; what is not plainly wrong fits."""
+    """Return whether a value fits an annotation; in doubt it does."""
     match annotation:
         case ast.Constant(value=None):
             return value is None

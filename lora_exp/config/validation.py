@@ -1,7 +1,7 @@
-"""Every fault of a config at once, in about a second and without importing torch.
+"""Finds all faults of a config at once, in about a second and without importing torch.
 
-Knows arguments and files, and asks `ranges` and `pairs`; what only the loaded base can tell (module
-names) is checked when the adapter is attached.
+Checks arguments and files, and calls the other checks of this room; what needs the loaded base
+(module names) is checked when the adapter is attached.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lora_exp.config.arguments import arguments
+from lora_exp.config.arguments import argument_faults
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
-from lora_exp.config.learning import learning
-from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned
-from lora_exp.config.pairs import pairs
-from lora_exp.config.ranges import Fault, is_number, ranges
+from lora_exp.config.learning import learning_faults
+from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned_faults
+from lora_exp.config.pairs import pair_faults
+from lora_exp.config.ranges import Fault, is_number, range_faults
 from lora_exp.config.settled import settle
-from lora_exp.config.signature import compared, fits, signature
+from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
-from lora_exp.config.sweeping import sweeping
+from lora_exp.config.sweeping import sweep_faults
 from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
@@ -51,31 +51,31 @@ KEYS = {
     ),
 }  # fmt: skip
 LISTS = ("trusted_targets", "algorithm.metrics", "tracking.tags")
-NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: decided when it runs
+NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: the run decides
 
 
-def settled(cfg: DictConfig, about: DictConfig, master: DictConfig | None = None) -> DictConfig:
-    """Return the settled config of a job that Hydra composed, or say all that is wrong with it.
+def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = None) -> DictConfig:
+    """Return the settled and validated config of a job that Hydra composed.
 
     Args:
-        cfg: the job's, without Hydra's own section.
-        about: that section.
+        cfg: the job's config, without the `hydra` section.
+        hydra: the `hydra` section.
         master: that section of the whole sweep, in a sweep.
 
     Raises:
-        ConfigError: every fault of the config at once.
+        ConfigError: the config has faults (all are listed).
     """
-    choices = OmegaConf.to_container(about.runtime.choices)
-    common = list(about.job.config.override_dirname.exclude_keys)  # a sweep's launcher knows them
-    overrides = list(about.overrides.task)
-    ready = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
-    if faults := list(sweeping(about, master, ready.goal)):
+    choices = OmegaConf.to_container(hydra.runtime.choices)
+    common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
+    overrides = list(hydra.overrides.task)
+    settled = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
+    if faults := list(sweep_faults(hydra, master, settled.goal)):
         raise ConfigError(faults)
-    return ready
+    return settled
 
 
 def validate(cfg: DictConfig) -> DictConfig:
-    """Return a settled config unchanged, or say all that is wrong with it.
+    """Return a settled config unchanged if it has no faults.
 
     Raises:
         ConfigError: one `(key, text)` for each fault.
@@ -84,8 +84,8 @@ def validate(cfg: DictConfig) -> DictConfig:
     faults = list(_shape(cfg))
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*ranges(cfg), *learning(cfg), *arguments(cfg), *_algorithm(cfg)]
-        faults += [*pairs(cfg), *_files(cfg)]
+        faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
+        faults += [*_algorithm(cfg), *pair_faults(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -93,14 +93,14 @@ def validate(cfg: DictConfig) -> DictConfig:
 
 
 def _shape(cfg: DictConfig) -> Iterator[Fault]:
-    """Check that there is something to check."""
+    """Check that sections and lists exist, as the other checks require."""
     for key in LISTS:
         value = OmegaConf.select(cfg, key)
         if value is not None and not isinstance(value, ListConfig):
             yield key, f"is a list; give {key}=[...]"
     for key in SECTIONS:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
-            yield key, "is not a section; choose an option of its group, or leave it"
+            yield key, "is not a section; choose an option of its group, or leave it as it is"
             return
     for key in ("model", "quant", "peft", "data", "tracking"):
         node = cfg[key]
@@ -110,67 +110,69 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
 
 
 def _keys(cfg: DictConfig) -> Iterator[Fault]:
-    """Refuse keys that nothing reads; those of targets are held against their signatures."""
-    for section, known in KEYS.items():
+    """Yield a fault for each key that nothing reads; `_arguments` checks those of targets."""
+    for section, readable in KEYS.items():
         for key in map(str, OmegaConf.select(cfg, section) if section else cfg):
-            if key not in known:
-                full = f"{section}.{key}".lstrip(".")
-                hint = key_hint(full)
-                near = f"; give {hint}" if hint else did_you_mean(key, known)
-                yield full, f"nothing reads this key{near}"
+            if key not in readable:
+                full_key = f"{section}.{key}".lstrip(".")
+                hint = key_hint(full_key)
+                near = f"; give {hint}" if hint else did_you_mean(key, readable)
+                yield full_key, f"nothing reads this key{near}"
 
 
 def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
-    """Compare each node with its target's signature."""
+    """Yield a fault for each argument that does not fit its target's signature."""
     for key, target in every_target(values):
         if not isinstance(target, str):
             yield f"{key}._target_", f"{target!r} is not a dotted name"
             continue
         node = _select(values, key)
-        given = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
+        arguments = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
         if key == "tracking":
-            own = [name for name in given if name.rpartition(".")[2] in OWNED_IN_TRACKING]
-            yield from ((name, "belongs to the run; leave it out") for name in own)
+            set_by_run = (k for k in arguments if k.rpartition(".")[2] in OWNED_IN_TRACKING)
+            yield from ((k, "belongs to the run; leave it out") for k in set_by_run)
         if key == "algorithm.args":
-            twice = sorted(node.keys() & values["train"].keys())
-            yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in twice)
-            given |= {f"train.{k}": v for k, v in values["train"].items()}
-            yield from owned(target, given)
-            given = {k: v for k, v in given.items() if k.rpartition(".")[2] not in OWNED}
-        yield from _against(target, key, given)
+            duplicates = sorted(node.keys() & values["train"].keys())
+            yield from ((f"{key}.{k}", f"is also train.{k}; keep one of them") for k in duplicates)
+            arguments |= {f"train.{k}": v for k, v in values["train"].items()}
+            yield from owned_faults(target, arguments)
+            arguments = {k: v for k, v in arguments.items() if k.rpartition(".")[2] not in OWNED}
+        yield from _unfit_arguments(target, key, arguments)
 
 
-def _against(target: str, key: str, given: dict[str, Any]) -> Iterator[Fault]:
-    found = signature(target)
-    if found is None:
+def _unfit_arguments(target: str, key: str, arguments: dict[str, Any]) -> Iterator[Fault]:
+    target_signature = signature(target)
+    if target_signature is None:
         yield f"{key}._target_", f"no class or function is called {target}"
         return
-    if found.open:
-        text = f"{target} takes any argument, so a misspelt one would vanish; wrap it in a function"
-        yield f"{key}._target_", text
-    for full, value in given.items():
-        name = full.rpartition(".")[2]
-        if name not in found.arguments:
-            hint = key_hint(full) or ""
-            other = hint.startswith("peft.") and hint[5:].rstrip("=.") not in found.arguments
-            near = f"; give {hint}" if hint and not other else did_you_mean(name, found.arguments)
-            yield full, f"{target} has no such argument{near}"
-        elif (value is not None or full not in NULLS) and not fits(value, found.arguments[name]):
-            yield full, f"{value!r} {_not(value, found.arguments[name])}"
+    if target_signature.open:
+        text = f"{target} takes any argument, so a misspelt one would go unnoticed"
+        yield f"{key}._target_", f"{text}; wrap it in a function"
+    accepted = target_signature.arguments
+    for full_key, value in arguments.items():
+        name = full_key.rpartition(".")[2]
+        if name not in accepted:
+            hint = key_hint(full_key) or ""
+            of_other_method = hint.startswith("peft.") and hint[5:].rstrip("=.") not in accepted
+            use_hint = hint and not of_other_method
+            near = f"; give {hint}" if use_hint else did_you_mean(name, accepted)
+            yield full_key, f"{target} has no such argument{near}"
+        elif (value is not None or full_key not in NULLS) and not fits(value, accepted[name]):
+            yield full_key, f"{value!r} {_type_text(value, accepted[name])}"
 
 
-def _not(value: Any, annotation: ast.expr | None) -> str:
-    """Say what an annotation would have taken."""
-    wanted = ast.unparse(annotation) if annotation else ""
-    if wanted.startswith("Literal["):
-        options = [str(o) for o in ast.literal_eval(wanted.removeprefix("Literal"))]
+def _type_text(value: Any, annotation: ast.expr | None) -> str:
+    """Return why a value does not fit an annotation."""
+    type_name = ast.unparse(annotation) if annotation else ""
+    if type_name.startswith("Literal["):
+        options = [str(o) for o in ast.literal_eval(type_name.removeprefix("Literal"))]
         return f"is none of {', '.join(options)}{did_you_mean(str(value), options)}"
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    return f"is not {words.get(wanted, wanted)}"
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return f"is not {names.get(type_name, type_name)}"
 
 
 def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
-    """Check what an algorithm says of its rows and rewards."""
+    """Check an algorithm's shape of rows, task type, rewards and losses."""
     node = cfg.algorithm
     if node.shape not in SHAPES:
         yield "algorithm.shape", f"{node.shape!r} is none of {', '.join(SHAPES)}"
@@ -178,9 +180,10 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.task_type", f"{node.task_type!r} is none of {', '.join(TASKS)}"
     if "rewards" in node:
         yield from _rewards(cfg)
-    asked = node.args.get("loss_type") or []
-    losses = compared(str(node.trainer.get("_target_")), "loss_type") if asked else ()
-    for loss in asked if isinstance(asked, ListConfig) else [asked]:
+    requested = node.args.get("loss_type") or []
+    trainer = str(node.trainer.get("_target_"))
+    losses = texts_compared_with(trainer, "loss_type") if requested else ()
+    for loss in requested if isinstance(requested, ListConfig) else [requested]:
         if losses and loss not in losses:
             near = did_you_mean(str(loss), losses)
             text = f"{loss!r} is none of {', '.join(sorted(losses))}{near}"
@@ -188,15 +191,15 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
 
 
 def _rewards(cfg: DictConfig) -> Iterator[Fault]:
-    named = cfg.algorithm.rewards
-    if not isinstance(named, ListConfig) or not named:
+    rewards = cfg.algorithm.rewards
+    if not isinstance(rewards, ListConfig) or not rewards:
         text = "name at least one: algorithm.rewards=[lora_exp.rewards.exact_match], or a reward"
         yield "algorithm.rewards", f"{text} adapter's folder"
         return
-    known = signature(cfg.algorithm.trainer._target_)
-    if known is not None and "reward_funcs" not in known.arguments:
+    trainer_signature = signature(cfg.algorithm.trainer._target_)
+    if trainer_signature is not None and "reward_funcs" not in trainer_signature.arguments:
         yield "algorithm.rewards", f"{cfg.algorithm.trainer._target_} takes no rewards"
-    for i, name in enumerate(named):
+    for i, name in enumerate(rewards):
         key = f"algorithm.rewards.{i}"
         if isinstance(name, str) and is_path(name):
             try:
@@ -207,16 +210,17 @@ def _rewards(cfg: DictConfig) -> Iterator[Fault]:
             if is_trusted(name, cfg.trusted_targets) and signature(name) is None:
                 yield key, f"no function is called {name}"
         elif not isinstance(name, DictConfig) or "_target_" not in name:
-            yield key, "is no dotted name, no folder and nothing with a _target_"
+            yield key, "is no dotted name, no folder and no section with a _target_"
     weights = cfg.algorithm.args.get("reward_weights")
-    if weights is not None and (not isinstance(weights, ListConfig) or len(weights) != len(named)):
-        count = len(weights) if isinstance(weights, ListConfig) else 1
-        text = f"{count} weights for {len(named)} rewards; a list has one for each"
+    is_list = isinstance(weights, ListConfig)
+    if weights is not None and (not is_list or len(weights) != len(rewards)):
+        count = len(weights) if is_list else 1
+        text = f"{count} weights for {len(rewards)} rewards; a list has one for each"
         yield "algorithm.args.reward_weights", text
 
 
 def _files(cfg: DictConfig) -> Iterator[Fault]:
-    """Check what lies on this machine; what lies on a hub is checked when it is loaded."""
+    """Check local files; those on a hub are checked when they are loaded."""
     yield from _model_files(cfg)
     if cfg.strict:
         yield from _unpinned(cfg)
@@ -237,7 +241,7 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
 
 
 def _unpinned(cfg: DictConfig) -> Iterator[Fault]:
-    """Refuse what may be something else tomorrow; local files are known by their hashes."""
+    """Refuse hub revisions that may change; local files are recorded with their hashes."""
     for key in ("model", "data"):
         node = cfg[key]
         hub = key == "model" or node._target_ == "lora_exp.data.rows.hub"
@@ -271,12 +275,12 @@ def _model_files(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.args.max_length", "packing fills sequences of this length; give a number"
 
 
-def _secrets(values: Any, clean: Any, key: str = "") -> Iterator[Fault]:
-    """Refuse secrets: trainers pickle their arguments beside every checkpoint."""
+def _secrets(values: Any, redacted: Any, key: str = "") -> Iterator[Fault]:
+    """Refuse secrets: trainers pickle their arguments into every checkpoint."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _secrets(value, clean[name], f"{key}.{name}".lstrip("."))
-    elif values != clean:
+            yield from _secrets(value, redacted[name], f"{key}.{name}".lstrip("."))
+    elif values != redacted:
         yield key, "is a secret, and configs are saved; export it instead (HF_TOKEN, WANDB_API_KEY)"
 
 

@@ -1,10 +1,10 @@
-"""Words of other tools, and what they are called here: for those who type what they know."""
+"""Names that other tools use for our keys and options, for hints in errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-KEYS = {
+OTHER_KEYS = {  # our key -> names of other tools
     "train.learning_rate": ("lr", "learning_rate", "learningrate"),
     "train.num_train_epochs": ("epochs", "epoch", "num_epochs", "num_train_epochs", "n_epochs"),
     "train.max_steps": ("steps", "max_steps", "num_steps", "iters", "max_iters"),
@@ -50,7 +50,7 @@ KEYS = {
     "name": ("run_name", "experiment_name"),
     "samples.max_new_tokens": ("max_new_tokens",),
 }  # fmt: skip
-SAID = {
+OVERRIDES = {  # name of another tool -> our override
     "load_in_4bit": "quant=nf4", "4bit": "quant=nf4", "load_in_8bit": "quant=int8",
     "8bit": "quant=int8", "qlora": "quant=nf4", "lora": "peft=lora", "method": "peft=lora",
     "task": "algorithm=sft", "stage": "algorithm=sft", "wandb": "tracking=wandb",
@@ -58,7 +58,7 @@ SAID = {
     "val_size": "data.eval_share=0.1", "checkpoint": "resume=RUN",
     "resume_from_checkpoint": "resume=RUN",
 }  # fmt: skip
-OPTIONS = {
+OTHER_OPTIONS = {  # group -> name of another tool -> our option
     "quant": {
         "4bit": "nf4", "4": "nf4", "int4": "nf4", "bnb": "nf4", "qlora": "nf4", "8bit": "int8",
         "8": "int8", "bf16": "none", "fp16": "none", "16bit": "none",
@@ -74,7 +74,7 @@ SECTIONS = ("train", "algorithm", "algorithm.args", "peft", "model", "samples", 
 
 
 def key_hint(key: str) -> str | None:
-    """Return the override that a key of another tool stands for, with `...` for its value.
+    """Return the override for a key of another tool, with `...` for its value.
 
     Args:
         key: as typed, without signs: `lr`, `train.epochs`, `peft.rank`.
@@ -82,19 +82,19 @@ def key_hint(key: str) -> str | None:
     section, _, word = key.lower().replace("-", "_").rpartition(".")
     if section and section not in SECTIONS:
         return None
-    if word in SAID:
-        return SAID[word]
-    right = next((ours for ours, theirs in KEYS.items() if word in theirs), None)
-    return f"{right}=..." if right is not None and right != key else None
+    if word in OVERRIDES:
+        return OVERRIDES[word]
+    our_key = next((ours for ours, theirs in OTHER_KEYS.items() if word in theirs), None)
+    return f"{our_key}=..." if our_key is not None and our_key != key else None
 
 
 def option_hint(group: str, name: str, options: Sequence[str]) -> str | None:
-    """Return the overrides that an option's name of another tool stands for.
+    """Return the overrides for another tool's name of an option.
 
     Args:
         group: such as `quant`.
         name: as typed.
-        options: what the group has.
+        options: those of the group.
     """
     plain = name.lower().replace("-", "_")
     if (group, plain) in (("peft", "qlora"), ("algorithm", "qlora")):
@@ -105,5 +105,5 @@ def option_hint(group: str, name: str, options: Sequence[str]) -> str | None:
         return f"data=jsonl data.path={name}"
     if group == "data" and "/" in name:
         return f"data=hub data.path={name}"
-    known = OPTIONS.get(group, {}).get(plain) or (plain if plain in options else None)
-    return f"{group}={known}" if known else None
+    option = OTHER_OPTIONS.get(group, {}).get(plain) or (plain if plain in options else None)
+    return f"{group}={option}" if option else None

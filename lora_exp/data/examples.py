@@ -75,21 +75,26 @@ def prepared(
             if rows_of_split
         }
     else:
-        strategies = ("wrapped", "bfd_split")  # these split long rows instead of cutting them
-        is_split = args.get("packing") and args.get("packing_strategy") in strategies
-        room = min(args.max_length or math.inf, context)
-        options: dict[str, Any] = {
-            "max_length": None if is_split or room == math.inf else int(room),
-            "completion_only": bool(args.get("completion_only_loss")),
-            "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
-            "on_error": rows.on_error,
-        }
+        options = _token_options(cfg, context) | {"on_error": rows.on_error}
         tokens = {
             what: tokenise(rows_of_split, tokenizer, what=what, **options)
             for what, rows_of_split in splits.items()
             if rows_of_split
         }
     return tokens["train"], tokens.get("eval")
+
+
+def _token_options(cfg: DictConfig, context: float) -> dict[str, Any]:
+    """Return the options of `tokenise` for rows with a completion."""
+    args = cfg.algorithm.args
+    strategies = ("wrapped", "bfd_split")  # these split long rows instead of cutting them
+    is_split = args.get("packing") and args.get("packing_strategy") in strategies
+    room = min(args.max_length or math.inf, context)
+    return {
+        "max_length": None if is_split or room == math.inf else int(room),
+        "completion_only": bool(args.get("completion_only_loss")),
+        "separate": cfg.algorithm.task_type == "SEQ_2_SEQ_LM",
+    }
 
 
 def unending(rows: Rows, tokenizer: Any) -> str | None:

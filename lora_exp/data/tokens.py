@@ -56,7 +56,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: list[int]) -> Lengths:
-        """Return what is told of the lengths of at least one row."""
+        """Return the summary of the lengths of at least one row."""
         ordered = sorted(lengths)
         last = len(ordered) - 1
         return cls(ordered[last // 2], ordered[-(-last * 99 // 100)], ordered[last])
@@ -106,11 +106,7 @@ def tokenise(
     key = _key(rows, tokenizer, max_length, completion_only, separate)
     folder = cache_dir() / "tokens" / key
     if (folder / "counts.json").is_file():
-        saved = json.loads((folder / "counts.json").read_text())
-        refused = _by_location(saved.pop("refused"), rows)
-        lengths = Lengths(**saved.pop("lengths"))
-        dataset = load_from_disk(str(folder))
-        tokens = Tokens(dataset, Counts(**saved), True, refused, lengths)
+        tokens = _read_stored(folder, rows)
     else:
         encoder = (
             _encode_separately if separate else partial(encode, completion_only=completion_only)
@@ -124,6 +120,14 @@ def tokenise(
             f" (max_length {max_length}): raise algorithm.args.max_length or shorten the prompts"
         )
     return tokens
+
+
+def _read_stored(folder: Path, rows: list[Row]) -> Tokens:
+    saved = json.loads((folder / "counts.json").read_text())
+    refused = _by_location(saved.pop("refused"), rows)
+    lengths = Lengths(**saved.pop("lengths"))
+    dataset = load_from_disk(str(folder))
+    return Tokens(dataset, Counts(**saved), True, refused, lengths)
 
 
 def _key(rows: list[Row], tokenizer: Any, *options: Any) -> str:

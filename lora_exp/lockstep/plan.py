@@ -18,8 +18,8 @@ from lora_exp.config.door import plain
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
-from lora_exp.record.contents import changed
-from lora_exp.record.standing import FAILED, doubted, standing
+from lora_exp.record.contents import changed_files
+from lora_exp.record.standing import FAILED, is_unproven, run_status
 
 PROCESS = "sets what a process has only one of"
 # arguments of trainers that change more than their own job, or the job's own modules
@@ -76,9 +76,9 @@ def plan(jobs: Iterable[Job]) -> Plan:
         job = replace(job, error=job.error or _directory_conflict(job))
         if job.error or job.settled is None:
             at_once.append((job, "refused, not run"))
-        elif doubted(job.directory) and job.settled.lockstep.on_difference == "retrain":
+        elif is_unproven(job.directory) and job.settled.lockstep.on_difference == "retrain":
             alone.append((job, "not proven equal before, trained again"))
-        elif (status := standing(job.directory, job.settled)) == "finished" and not changed(
+        elif (status := run_status(job.directory, job.settled)) == "finished" and not changed_files(
             job.directory, job.settled
         ):
             at_once.append((job, "finished before, not run again"))
@@ -99,7 +99,7 @@ def _directory_conflict(job: Job) -> ConfigError | None:
     """Return the error of a directory that has another run, if it does."""
     try:
         if job.settled is not None:
-            standing(job.directory, job.settled)
+            run_status(job.directory, job.settled)
     except ConfigError as error:
         return error
     return None

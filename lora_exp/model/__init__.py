@@ -1,6 +1,7 @@
 """The base: frozen weights and their tokenizer.
 
 loading         the base, quantised while it loads
+weights         all read, or drawn at random
 identity        what identifies a base's weights
 precision       what it computes in
 special_tokens  tokens that end and pad
@@ -8,6 +9,6 @@ packing         whether packed rows stay apart
 scoring         scores at a row's last token
 vocabulary      tokens without an embedding
 memory          peak and free
-requirement     what training takes, from above
-processor       what decides how products are computed
+requirement     upper bound of training's memory
+processor       features that decide how it computes
 """

@@ -13,24 +13,24 @@ from lora_exp.files.revision import is_commit
 def identity_of(
     model: Any, path: str, revision: str | None, gguf_file: str | None
 ) -> tuple[str | None, str | None]:
-    """Return what identifies a base's weights, and what makes them hard to find again.
+    """Return what identifies a base's weights, and a warning if they are hard to find again.
 
     Args:
         model: the base.
-        path: as the config names it.
-        revision: as the config asks for it.
-        gguf_file: the file in it, where it is GGUF.
+        path: `model.path` of the config.
+        revision: `model.revision` of the config.
+        gguf_file: the GGUF file in it, if the weights are GGUF.
 
     Returns:
-        The hub's commit or a hash of the local files, and a warning; None for what there is not.
+        The hub's commit or a hash of the local files, or None; a warning, or None.
     """
     if not asset(path).exists():
         commit = getattr(model.config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
         return commit, None if is_commit(revision) else text
-    found = files_hash(asset(path), gguf_file)
-    text = f"model.path: {path} holds no weights that could be told apart by a hash"
-    return found, None if found else text
+    digest = files_hash(asset(path), gguf_file)
+    text = f"model.path: {path} holds no weights that a hash could identify"
+    return digest, None if digest else text
 
 
 def files_hash(folder: Path, gguf_file: str | None) -> str | None:

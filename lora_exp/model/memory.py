@@ -1,4 +1,4 @@
-"""Memory that a run held or finds free: the GPU's where there is one, else the process's."""
+"""Peak and free memory: the GPU's where there is one, else the process's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEMORY = Path("/proc/meminfo")
 
 
 def reset_peak() -> None:
-    """Forget the peaks of the runs before in this process, as far as the system lets us."""
+    """Reset the peak, which earlier runs in this process may have raised, where the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR.exists():
@@ -21,17 +21,17 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """Return the peak since `reset_peak`, in bytes; 0 where the system does not tell."""
+    """Return the peak since `reset_peak`, in bytes; 0 where the system does not report it."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    return int(match[1]) * 1024 if match else 0
 
 
 def keep_freed() -> None:
-    """Keep freed memory for the next pass, where the C library lets us (glibc, mallopt(3)).
+    """Keep freed memory for the next pass, where the C library can (glibc, mallopt(3)).
 
-    It would give every large block back to the system, and take it again page by page.
+    By default every large block goes back to the system, and comes again page by page.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and mallopt(-3, 2**30):  # M_MMAP_THRESHOLD
@@ -39,7 +39,7 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Give freed memory back to the system, where the C library lets us (glibc, malloc_trim(3))."""
+    """Give freed memory back to the system, where the C library can (glibc, malloc_trim(3))."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -47,8 +47,8 @@ def give_back() -> None:
 
 
 def free_bytes() -> int:
-    """Return how much memory can still be taken: the GPU's where there is one."""
+    """Return how much memory is still available: the GPU's where there is one."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    found = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
-    return int(found[1]) * 1024 if found else 2**33
+    match = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
+    return int(match[1]) * 1024 if match else 2**33

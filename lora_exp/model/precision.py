@@ -1,4 +1,4 @@
-"""In what numbers a base is held, and in what it computes."""
+"""The dtypes in which a base is stored, held and computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from lora_exp.files.paths import asset
 
-STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # in safetensors' words
+STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -22,7 +22,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def stored_dtype(model: Any) -> str | None:
-    """Return the dtype of a base's weights as they lie there; None: that is not known.
+    """Return the dtype of a base's stored weights; None: unknown.
 
     Args:
         model: a config's `model` section.
@@ -33,34 +33,34 @@ def stored_dtype(model: Any) -> str | None:
     try:
         for file in sorted(folder.glob("*.safetensors"))[:1]:
             with safe_open(str(file), "pt") as tensors:
-                kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
-            return next((name for stored, name in STORED.items() if stored in kinds), None)
+                dtypes = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+            return next((name for stored, name in STORED.items() if stored in dtypes), None)
         config = AutoConfig.from_pretrained(str(folder), revision=model.revision)
     except (OSError, ValueError, SafetensorError):
-        return None  # whoever loads it tells why it cannot be loaded
+        return None  # the error comes when it is loaded
     name = str(config.dtype).removeprefix("torch.")
     return name if name in STORED.values() else None
 
 
 def has_bfloat16() -> bool:
-    """Say whether there is a GPU with bfloat16 of its own: older ones only emulate it, slowly."""
+    """Return whether there is a GPU with native bfloat16: older ones emulate it, slowly."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def lacks_bfloat16() -> bool:
-    """Say whether there is a GPU that would have to emulate bfloat16."""
+    """Return whether there is a GPU that would have to emulate bfloat16."""
     return torch.cuda.is_available() and not has_bfloat16()
 
 
 def is_quantised(model: Any) -> bool:
-    """Say whether a model's weights are bitsandbytes' integers."""
+    """Return whether a model's weights are bitsandbytes' integers."""
     return getattr(model, "quantization_method", None) is not None
 
 
 def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None:
     """Return the 16-bit dtype that products on a base are computed in.
 
-    A quantised base computes in bfloat16, or in float16 where its config or the GPU wants it;
+    A quantised base computes in bfloat16, or in float16 where its config or the GPU requires it;
     bfloat16 weights in bfloat16; float32 weights as they are, unless all of them train on a GPU
     that has bfloat16.
 
@@ -72,8 +72,8 @@ def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None
         The dtype for autocast; None: products are computed in the dtype of the weights.
     """
     if is_quantised(model):
-        chosen = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
-        half = chosen == torch.float16 or lacks_bfloat16()
+        configured = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
+        half = configured == torch.float16 or lacks_bfloat16()
         return torch.float16 if half else torch.bfloat16
     if model.dtype == torch.bfloat16 or (trains_whole and has_bfloat16()):
         return torch.bfloat16
@@ -81,6 +81,6 @@ def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None
 
 
 def autocast(model: Any) -> torch.autocast:
-    """Return a block in which a base computes as in the runs that train an adapter on it."""
+    """Return a context in which a base computes as in the runs that train an adapter on it."""
     dtype = autocast_dtype(model)
     return torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

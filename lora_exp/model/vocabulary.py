@@ -1,4 +1,4 @@
-"""Whether a model has an embedding for each token that its tokenizer writes."""
+"""Whether a model has an embedding for each token of its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Any
 
 
 def missing_embeddings(model: Any, tokenizer: Any) -> str | None:
-    """Say which tokens have no embedding; None: each has one.
+    """Return a text that names the tokens without an embedding; None: each has one.
 
-    Tokens that were added to a tokenizer alone end in an index error at their first use.
+    A token that was added only to the tokenizer causes an index error when it is first used.
 
     Args:
         model: with or without an adapter.
-        tokenizer: the one that it is used with.
+        tokenizer: the one that is used with it.
     """
     rows = len(model.get_input_embeddings().weight)
-    lost = sorted((at, token) for token, at in tokenizer.get_vocab().items() if at >= rows)
-    if not lost:
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted((index, token) for token, index in vocabulary.items() if index >= rows)
+    if not missing:
         return None
-    names = ", ".join(repr(token) for _, token in lost[:3]) + (", ..." if lost[3:] else "")
-    return f"the tokenizer has tokens without an embedding ({names}): {len(lost)} beyond {rows}"
+    names = ", ".join(repr(token) for _, token in missing[:3]) + (", ..." if missing[3:] else "")
+    return f"the tokenizer has tokens without an embedding ({names}): {len(missing)} beyond {rows}"

@@ -1,4 +1,4 @@
-"""The model card saved with an adapter or model; the same run writes the same card."""
+"""The model card saved with an adapter or model; equal runs write equal cards."""
 
 from __future__ import annotations
 
@@ -21,45 +21,29 @@ LOADING = re.compile(r"^To load it:\n\n```python\n.*?```\n\n", re.S | re.M)
 
 
 def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
-    """Return the card: base, data, method, numbers, and how to load it.
+    """Return the card: base, data, method, metrics, and how to load it.
 
     It has no times, and no local paths except the base's path from the config.
 
     Args:
-        cfg: the run's.
+        cfg: the run's config.
         record: its run.json.
     """
-    head = {"library_name": "peft" if cfg.peft else "transformers", "tags": ["lora-exp"]}
-    base = cfg.model.path
-    if not asset(base).exists() and base.count("/") == 1:
-        head["base_model"] = base
-    values = redact(plain(cfg))
-    if "rewards" in values["algorithm"]:
-        named = values["algorithm"]["rewards"]
-        values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in named]
-    settings = OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
-    sources = "\n".join(f"- `{_short(name)}`: {known}" for name, known in record["data"].items())
-    # after a resume it is the mean of the steps since: only where nothing else says anything
-    alone = "" if any(k.startswith("eval/") for k in record["metrics"]) else "train/loss"
-    numbers = "\n".join(
-        f"| {key} | {value:.4f} |"
-        for key, value in sorted(record["metrics"].items())
-        if key.startswith(("before/", "eval/")) or key == alone
-    )
+    sources = "\n".join(f"- `{_short(name)}`: {digest}" for name, digest in record["data"].items())
     return f"""---
-{OmegaConf.to_yaml(head)}---
+{OmegaConf.to_yaml(_metadata(cfg))}---
 
 # {cfg.name}
 
-Trained with lora-exp. Base: `{base}` at `{record["base"]}`.{_start(cfg)}
+Trained with lora-exp. Base: `{cfg.model.path}` at `{record["base"]}`.{_start(cfg)}
 
-Data, {_counted(record)}:
+Data, {_row_counts(record)}:
 
 {sources}
 
 | metric | value |
 |---|---|
-{numbers}
+{_metric_rows(record["metrics"])}
 
 To load it:
 
@@ -70,8 +54,40 @@ To load it:
 ## Settings
 
 ```yaml
-{settings}```
+{_settings(cfg)}```
 """
+
+
+def _metadata(cfg: DictConfig) -> dict[str, Any]:
+    """Return what the Hub reads at the head of a card."""
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if cfg.peft else "transformers",
+        "tags": ["lora-exp"],
+    }
+    base = cfg.model.path
+    if not asset(base).exists() and base.count("/") == 1:
+        metadata["base_model"] = base
+    return metadata
+
+
+def _settings(cfg: DictConfig) -> str:
+    """Return the method's sections of the config as YAML."""
+    values = redact(plain(cfg))
+    if "rewards" in values["algorithm"]:
+        rewards = values["algorithm"]["rewards"]
+        values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in rewards]
+    return OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
+
+
+def _metric_rows(metrics: Mapping[str, float]) -> str:
+    """Return the rows of the table of metrics."""
+    # after a resume, train/loss is only the mean since then: shown if there is no evaluation
+    fallback = "" if any(key.startswith("eval/") for key in metrics) else "train/loss"
+    return "\n".join(
+        f"| {key} | {value:.4f} |"
+        for key, value in sorted(metrics.items())
+        if key.startswith(("before/", "eval/")) or key == fallback
+    )
 
 
 def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
@@ -85,8 +101,8 @@ def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
     adapters = ", ".join(f"`{a['name']}` (sha256 {a['sha256'][:12]})" for a in merge["adapters"])
     combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""
     quant = merge["quant"] or {}
-    held = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
-    kind = CLASSES[task_type].__name__
+    form = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
+    model_class = CLASSES[task_type].__name__
     training = LOADING.sub("", HEAD.sub("", card))
     return f"""---
 library_name: transformers
@@ -98,14 +114,14 @@ tags:
 # {" + ".join(a["name"] for a in merge["adapters"])}, merged
 
 A whole model in {merge["dtype"]}: {adapters}{combined} merged with lora-exp into
-`{merge["base"]["path"]}` at `{merge["base"]["revision"]}`{held}. It needs no adapter and no peft.
+`{merge["base"]["path"]}` at `{merge["base"]["revision"]}`{form}. It needs no adapter and no peft.
 
 To load it:
 
 ```python
-from transformers import {kind}
+from transformers import {model_class}
 
-model = {kind}.from_pretrained("{HERE}", dtype="auto")
+model = {model_class}.from_pretrained("{HERE}", dtype="auto")
 ```
 
 ## What was merged
@@ -113,7 +129,7 @@ model = {kind}.from_pretrained("{HERE}", dtype="auto")
 {training}"""
 
 
-def _counted(record: Mapping[str, Any]) -> str:
+def _row_counts(record: Mapping[str, Any]) -> str:
     counts = record["counts"]
     held_out = counts.get("eval_rows", 0)
     return f"{counts['train_rows']:,} rows to train on and {held_out:,} held out"
@@ -124,39 +140,40 @@ def _start(cfg: DictConfig) -> str:
 
 
 def _tail(path: str) -> str:
-    """Leave out of a folder what only this machine knows; a dotted name stays."""
+    """Return the last two parts of a path; a dotted name is returned unchanged."""
     return "/".join(Path(path).parts[-2:])
 
 
 def _short(source: str) -> str:
-    """Leave out the folders of a local file."""
+    """Return a source without the folders of a local file."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
 def _loading(cfg: DictConfig) -> str:
-    kind = CLASSES[cfg.algorithm.task_type].__name__
+    model_class = CLASSES[cfg.algorithm.task_type].__name__
     if cfg.peft is None:
         return (
-            f"from transformers import {kind}\n\n"
-            f'model = {kind}.from_pretrained("{HERE}"{_attention(cfg)})'
+            f"from transformers import {model_class}\n\n"
+            f'model = {model_class}.from_pretrained("{HERE}"{_attention(cfg)})'
         )
-    packaged = cfg.model.path.startswith("pkg://")
-    path = f'asset("{cfg.model.path}")' if packaged else f'"{cfg.model.path}"'
+    embedded = cfg.model.path.startswith("pkg://")
+    path = f'asset("{cfg.model.path}")' if embedded else f'"{cfg.model.path}"'
     options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
-    given = "".join(f', {name}="{value}"' for name, value in options.items() if value)
-    given += _attention(cfg) + (", num_labels=1" if cfg.algorithm.task_type == "SEQ_CLS" else "")
-    lines = ["from peft import PeftModel", f"from transformers import {kind}", ""]
-    lines[:0] = ["from lora_exp.config import asset"] if packaged else []
+    arguments = "".join(f', {name}="{value}"' for name, value in options.items() if value)
+    arguments += _attention(cfg)
+    arguments += ", num_labels=1" if cfg.algorithm.task_type == "SEQ_CLS" else ""
+    lines = ["from peft import PeftModel", f"from transformers import {model_class}", ""]
+    lines[:0] = ["from lora_exp.config import asset"] if embedded else []
     return "\n".join(
         [
             *lines,
-            f"base = {kind}.from_pretrained({path}{given})",
+            f"base = {model_class}.from_pretrained({path}{arguments})",
             f'model = PeftModel.from_pretrained(base, "{HERE}")',
         ]
     )
 
 
 def _attention(cfg: DictConfig) -> str:
-    """Return the argument for an attention that transformers would not take by itself."""
-    chosen = cfg.model.attn_implementation
-    return "" if chosen in (None, "sdpa") else f', attn_implementation="{chosen}"'
+    """Return the argument for an attention other than the default of transformers."""
+    attention = cfg.model.attn_implementation
+    return "" if attention in (None, "sdpa") else f', attn_implementation="{attention}"'

@@ -1,4 +1,4 @@
-"""Seconds and tokens of a training since it began or resumed, without its evaluations."""
+"""Seconds and tokens of training since it began or resumed, evaluations excluded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Clock:
-    """A stopwatch for training that stands still while held-out rows are evaluated."""
+    """A clock of training that stops during evaluations."""
 
     def __init__(self) -> None:
-        self.count: Callable[[], int] = lambda: 0  # of the trainer's tokens so far
+        self.count: Callable[[], int] = lambda: 0  # the trainer's tokens so far
         self.begin()
 
     def begin(self) -> None:
@@ -29,13 +29,13 @@ class Clock:
         return self.count() - self._counted
 
     def without(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        """Return an evaluation whose time does not count."""
+        """Return a function for an evaluation whose time is excluded."""
 
-        def evaluated(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
             try:
                 return evaluate(*arguments, **options)
             finally:
-                self._evaluating += time.perf_counter() - began
+                self._evaluating += time.perf_counter() - start
 
-        return evaluated
+        return timed

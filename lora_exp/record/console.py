@@ -1,4 +1,4 @@
-"""Output for the terminal: text, tables and numbers, also written to run.log. Needs no torch."""
+"""Output for the terminal: text, tables and numbers. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rich.text import Text
 log = logging.getLogger("lora_exp")
 console = Console()
 if not console.is_terminal:
-    console = Console(width=140)  # a log: lines as long as its paths
+    console = Console(width=140)  # a log file: lines long enough for paths
 BARS = "▁▂▃▄▅▆▇█"
 T = TypeVar("T")
 
 
-def show(renderable: RenderableType) -> None:
+def print_and_log(renderable: RenderableType) -> None:
     """Print to the terminal, and write the same text to run.log."""
     console.print(renderable)
     plain = Console(file=io.StringIO(), width=100, no_color=True)

@@ -1,4 +1,4 @@
-"""Whether a finished run's files hold what they held when it was trained. Needs no torch."""
+"""Whether the files that a finished run was trained with have changed. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lora_exp.files.paths import asset, is_path
 from lora_exp.files.whole import sha256
 from lora_exp.model.identity import files_hash
 
-CHANGED = "other-content"  # part of the name of a directory that is kept
+CHANGED = "other-content"  # part of the name of a directory that is set aside
 
 
-def changed(directory: Path, cfg: DictConfig) -> list[str]:
-    """Return which files of data, base or adapters differ from those that a run was made of.
+def changed_files(directory: Path, cfg: DictConfig) -> list[str]:
+    """Return which files of data, base or adapters differ from those that a run was trained with.
 
-    What lies on a hub, or is not there any more, cannot be compared.
+    Files on a hub, and files that do not exist any more, are not compared.
 
     Args:
-        directory: of a finished run.
+        directory: that of a finished run.
         cfg: its config, as it would be trained again.
     """
     try:
@@ -34,24 +34,24 @@ def changed(directory: Path, cfg: DictConfig) -> list[str]:
         pairs = [*_data(cfg, data), *_base(cfg, record["base"]), *_adapters(cfg, adapters)]
     except (OSError, ValueError, KeyError, TypeError, LoraExpError):
         return []
-    return [name for name, was, now in pairs if was != now]
+    return [name for name, before, after in pairs if before != after]
 
 
 def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:
     from lora_exp.data.reading import files
 
-    now = {name: sha256(asset(name)) for name in recorded if asset(name).is_file()}
-    if cfg.data._target_ == "lora_exp.data.rows.jsonl":  # a glob may match other files than then
+    current = {name: sha256(asset(name)) for name in recorded if asset(name).is_file()}
+    if cfg.data._target_ == "lora_exp.data.rows.jsonl":  # a glob may match other files than before
         for pattern in filter(None, (cfg.data.path, cfg.data.eval_path)):
             paths = files(pattern)
-            now |= {pattern if len(paths) == 1 else str(p): sha256(p) for p in paths}
+            current |= {pattern if len(paths) == 1 else str(p): sha256(p) for p in paths}
     else:
-        recorded = {name: known for name, known in recorded.items() if name in now}
+        recorded = {name: digest for name, digest in recorded.items() if name in current}
     if cfg.data.get("chat_template"):
         text = asset(cfg.data.chat_template).read_text(encoding="utf-8")
-        now["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
-    for name in recorded.keys() | now.keys():
-        yield name, recorded.get(name), now.get(name)
+        current["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    for name in recorded.keys() | current.keys():
+        yield name, recorded.get(name), current.get(name)
 
 
 def _base(cfg: DictConfig, recorded: str | None) -> Iterator[tuple[str, Any, Any]]:
@@ -61,8 +61,8 @@ def _base(cfg: DictConfig, recorded: str | None) -> Iterator[tuple[str, Any, Any
 
 
 def _adapters(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:
-    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
-    for name in named:
+    sources = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    for name in sources:
         if isinstance(name, str) and is_path(name):
             for path in Path(name).expanduser().glob("adapter_model.*"):
                 yield name, recorded.get(str(path.parent)), f"sha256:{sha256(path)}"

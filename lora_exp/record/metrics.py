@@ -10,13 +10,13 @@ from transformers import TrainerCallback
 from lora_exp.record.clock import Clock
 from lora_exp.record.run import Record
 
-OWN_SPEED = ("_runtime", "_per_second", "_preparation_time")
+TRAINER_SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Tracker(Protocol):
     """The interface of a tracker, which gets a run's metrics in addition to its directory."""
 
-    place: str  # for people: where to look
+    place: str  # where to look, for people
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Take the metrics of a step."""
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class Nowhere:
-    """`tracking=none`: metrics go to the run's directory only."""
+    """`tracking=none`: metrics are only in the run's directory."""
 
     place = "none"
 
@@ -63,8 +63,8 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Pass one log line on; tokens per second are counted since the last line."""
         if "train_runtime" in logs:
-            return  # the trainer's closing line: the run's own summary says it
-        metrics = named(logs)
+            return  # the trainer's last line: the run's own summary has these numbers
+        metrics = grouped_metrics(logs)
         tokens, seconds = self.clock.tokens, self.clock.seconds
         if tokens > self.logged[0] and "train/loss" in metrics:
             speed = (tokens - self.logged[0]) / (seconds - self.logged[1])
@@ -74,11 +74,11 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         self.tracker.log(metrics, state.global_step)
 
 
-def named(logs: dict[str, Any]) -> dict[str, float]:
+def grouped_metrics(logs: dict[str, Any]) -> dict[str, float]:
     """Rename a trainer's metrics to `group/name`, without those about speed."""
     metrics = {}
     for key, value in logs.items():
-        if isinstance(value, int | float) and not key.endswith(OWN_SPEED):
+        if isinstance(value, int | float) and not key.endswith(TRAINER_SPEED):
             group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
             metrics[f"{group}/{name}"] = float(value)
     return metrics

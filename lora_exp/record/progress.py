@@ -1,4 +1,4 @@
-"""What the terminal shows during training: the first row's tokens, and the progress."""
+"""Shown in the terminal: the first row's tokens, and the progress of training."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from transformers import TrainerCallback
 from lora_exp.data.tokens import IGNORED
 from lora_exp.record.clock import Clock
 from lora_exp.record.console import console
-from lora_exp.record.metrics import named
+from lora_exp.record.metrics import grouped_metrics
 
 log = logging.getLogger("lora_exp")
 SHOWN_TOKENS = 160
-ANSWER_TOKENS = 60  # of them, at least for the first part that counts
+ANSWER_TOKENS = 60  # of these, reserved for the first part that counts
 CUT = "\N{REPLACEMENT CHARACTER}"
 HARMLESS = (
     "`(is_)?gradient_checkpointing` is deprecated",  # trl still takes transformers' older name
     "Position ids are not supported for parameter efficient tuning",  # prompts carry their own
-    "Unsupported layer type .*Norm",  # ln_tuning says so of the very layers it is made for
+    "Unsupported layer type .*Norm",  # ln_tuning warns of the layers that it is made for
     "(PiSSA|OLoRA) changes the base weights",  # attach.save converts them, as it asks
-    "Could not find a config file in pkg://",  # peft looks for it while it converts those two
-    "Model has `tie_word_embeddings=True`",  # a merge parts the two
-    "Setting `save_embedding_layers` to `True`",  # that of an adapted embedding, as it should
+    "Could not find a config file in pkg://",  # peft looks for it while it converts these two
+    "Model has `tie_word_embeddings=True`",  # a merge unties the two
+    "Setting `save_embedding_layers` to `True`",  # correct for an adapted embedding
     "Adapter 'default': .* invalid shape",  # AdaLoRA pruned a module to rank 0
 )
 
 
 def quiet() -> None:
-    """Silence messages of the libraries below that our users cannot act on."""
+    """Silence messages of libraries that users need not act on."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     for message in HARMLESS:
@@ -48,33 +48,33 @@ def quiet() -> None:
 def preview(ids: list[int], labels: list[int], tokenizer: Any) -> Text:
     """Return one row's text: what counts towards the loss is bright, the rest dim.
 
-    Without colours (in run.log) the parts that count are in «». Of a long row the first part that
+    Without colours (in run.log) the parts that count are in «». Of a long row, the first part that
     counts is always shown; a long text before it is shortened in its middle.
     """
-    text, left = Text(), SHOWN_TOKENS
+    text, remaining = Text(), SHOWN_TOKENS
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    for start, stop, counts in _stretches(labels):
-        style, long = "bold green" if counts else "dim", stop - start > left
+    for start, stop, counts in _parts(labels):
+        style, is_longer = "bold green" if counts else "dim", stop - start > remaining
         if stop == first < len(ids) and stop - start > SHOWN_TOKENS - ANSWER_TOKENS:
             edge = (SHOWN_TOKENS - ANSWER_TOKENS) // 2
             text.append(_decoded(ids, start, start + edge, tokenizer), style)
             text.append(f" … {stop - start - 2 * edge} tokens … ", style="dim italic")
             text.append(_decoded(ids, stop - edge, stop, tokenizer), style)
-            left -= 2 * edge
+            remaining -= 2 * edge
             continue
-        end = start + left if long else stop
-        inside = _decoded(ids, start, end, tokenizer)
-        text.append(f"«{inside}»" if counts else inside, style)
-        left -= end - start
-        if left <= 0:
+        end = start + remaining if is_longer else stop
+        part = _decoded(ids, start, end, tokenizer)
+        text.append(f"«{part}»" if counts else part, style)
+        remaining -= end - start
+        if remaining <= 0:
             if end < len(ids):
                 text.append(f" … {len(ids) - end} more tokens", style="dim")
             break
     return text
 
 
-def _stretches(labels: list[int]) -> Iterator[tuple[int, int, bool]]:
-    """Yield where tokens that count, and tokens that do not, begin and end."""
+def _parts(labels: list[int]) -> Iterator[tuple[int, int, bool]]:
+    """Yield start, stop and whether its tokens count, for each part of a row."""
     start = 0
     for counts, group in groupby(label != IGNORED for label in labels):
         stop = start + sum(1 for _ in group)
@@ -83,11 +83,11 @@ def _stretches(labels: list[int]) -> Iterator[tuple[int, int, bool]]:
 
 
 def _decoded(ids: list[int], start: int, stop: int, tokenizer: Any) -> str:
-    """Return the text of tokens in their row; a character cut off at the end is the next one's."""
-    before, through = (str(tokenizer.decode(ids[:end])).rstrip(CUT) for end in (start, stop))
-    whole = through.startswith(before)
-    inside = through[len(before) :] if whole else str(tokenizer.decode(ids[start:stop]))
-    return inside.replace("\n", "↵")
+    """Return the text of some of a row's tokens; a character cut off at the end is left out."""
+    before, text = (str(tokenizer.decode(ids[:end])).rstrip(CUT) for end in (start, stop))
+    is_prefix = text.startswith(before)
+    part = text[len(before) :] if is_prefix else str(tokenizer.decode(ids[start:stop]))
+    return part.replace("\n", "↵")
 
 
 class Board(Protocol):
@@ -100,7 +100,7 @@ class Board(Protocol):
         """Report that a step is done."""
 
     def write(self, line: str, shown: dict[str, str]) -> None:
-        """Report new metrics (loss, rate, tokens/s, evaluation), and a line with all of them."""
+        """Show new metrics (loss, rate, tokens/s, evaluation), and a line with all of them."""
 
     def close(self) -> None:
         """Report that training has ended or failed."""
@@ -149,12 +149,12 @@ class Progression(TrainerCallback):  # type: ignore[misc]
     """Callback: pass a trainer's steps and metrics to a board, and its log steps to run.log."""
 
     def __init__(self, board: Board, clock: Clock, evaluated: Sequence[str]) -> None:
-        """Make a callback.
+        """Create the callback.
 
         Args:
             board: where the numbers are shown.
-            clock: of the training.
-            evaluated: the metrics of an evaluation to show.
+            clock: that of the training.
+            evaluated: names of the evaluation's metrics to show.
         """
         self.board, self.clock, self.evaluated = board, clock, evaluated
         self.shown: dict[str, str] = {}
@@ -171,7 +171,7 @@ class Progression(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Show the newest numbers, those of an evaluation during training too."""
-        metrics = named(logs)
+        metrics = grouped_metrics(logs)
         if "train/loss" in metrics:
             words = self._trained(metrics)
         elif self.trains and any(name.startswith("eval/") for name in metrics):
@@ -201,7 +201,7 @@ class Progression(TrainerCallback):  # type: ignore[misc]
         return f"eval {', '.join(words)}"
 
     def _left(self, state: Any) -> str:
-        """Return the time that the steps to come will take, evaluations included."""
+        """Return the expected time of the remaining steps, evaluations included."""
         done, left = state.global_step - self.first, state.max_steps - state.global_step
         if done <= 0 or left <= 0:
             return ""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.door import plain, renamed
-from lora_exp.config.resume import LONGER, changes
+from lora_exp.config.resume import LIMITS, changes
 from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError
 from lora_exp.files.lock import Lock
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
-ITSELF = ("resume", "retry_failed", "strict")
+NOT_COMPARED = ("resume", "retry_failed", "strict")
 VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -48,18 +48,18 @@ class Record:
         """Start a new record, or load that of the run to resume.
 
         Raises:
-            ConfigError: the directory holds another run, or not the one to resume, or is in use.
+            ConfigError: the directory holds another run, is not that to resume, or is in use.
         """
         self.directory = directory
         path = directory / "run.json"
-        goes_on = cfg.resume is not None and Path(cfg.resume).resolve() == directory.resolve()
-        if cfg.resume is not None and not goes_on:
+        resumes = cfg.resume is not None and Path(cfg.resume).resolve() == directory.resolve()
+        if cfg.resume is not None and not resumes:
             raise ConfigError([("resume", f"{cfg.resume} goes on in place, not in {directory}")])
-        self._check_free(path, goes_on)
+        self._check_free(path, resumes)
         self.begun = False
-        self.lock = Lock(directory, "resume" if goes_on else "hydra.run.dir")
+        self.lock = Lock(directory, "resume" if resumes else "hydra.run.dir")
         try:
-            self._check_free(path, goes_on)  # another launch may have been first
+            self._check_free(path, resumes)  # another launch may have been first
             self.values = _read(path)
             self._config, self._fingerprint = redact(plain(cfg)), fingerprint(cfg)
             if self.values:
@@ -68,9 +68,9 @@ class Record:
             else:
                 self.values = {
                     "name": cfg.name,
-                    # an agent's run is this run, everywhere
+                    # a run that a W&B agent started keeps the agent's id
                     "tracking_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
-                    "date": date.today().isoformat(),  # what chat templates that write it get
+                    "date": date.today().isoformat(),  # for chat templates that contain the date
                     "choices": plain(cfg.choices),
                     "metrics": {},
                     "resumed": [],
@@ -82,70 +82,74 @@ class Record:
             self.lock.release()
             raise
 
-    def _check_free(self, path: Path, goes_on: bool) -> None:
-        if path.is_file() and not goes_on:
+    def _check_free(self, path: Path, resumes: bool) -> None:
+        if path.is_file() and not resumes:
             text = f"{path.parent} holds a run already; resume={path.parent}, or another directory"
             raise ConfigError([("hydra.run.dir", text)])
 
     def _check_changes(self) -> None:
-        """Note what a run that goes on is told anew; a finished one needs more steps."""
+        """Note the changes of a resumed run's config; a finished run needs a higher limit."""
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
-        told = changes(renamed(saved), self._config)
-        told = {key: pair for key, pair in told.items() if key not in ITSELF}
+        changed = changes(renamed(saved), self._config)
+        changed = {key: pair for key, pair in changed.items() if key not in NOT_COMPARED}
         if not self.values.get("lockstep", {}).get("proven", True) and (
             self._config["lockstep"]["on_difference"] == "retrain"
         ):
-            text = f"passes of {self.directory} were not the run alone: start it anew, or go on"
-            raise ConfigError([("resume", f"{text} all the same with lockstep.on_difference=keep")])
-        limit = LONGER[0] if self._config["train"]["max_steps"] > 0 else LONGER[1]
-        if self.values["status"] == "finished" and limit not in told:
-            text = f"{self.directory} is finished; a higher {limit} would go on"
+            text = f"passes of {self.directory} differed from the run alone: start it anew, or"
+            advice = "go on nevertheless with lockstep.on_difference=keep"
+            raise ConfigError([("resume", f"{text} {advice}")])
+        limit = LIMITS[0] if self._config["train"]["max_steps"] > 0 else LIMITS[1]
+        if self.values["status"] == "finished" and limit not in changed:
+            text = f"{self.directory} is finished; to go on, give a higher {limit}"
             raise ConfigError([("resume", text)])
-        self._told = {"status": self.values["status"], "changes": told}
+        self._resume_entry = {"status": self.values["status"], "changes": changed}
 
-    def same(self, key: str, found: Any) -> None:
-        """Check on resume that data, base or adapters are those that the run started with.
+    def check_unchanged(self, key: str, current: Any) -> None:
+        """Check on resume that data, base or adapters are those of the run's start.
 
         Raises:
             ConfigError: one of them has changed.
         """
-        known = self.values.get(key, found)
-        both = isinstance(known, dict) and isinstance(found, dict)
-        pairs = changes(known, found) if both else {key: [known, found]}
-        told = [
-            f"{name}: {now}, was {was}"
-            for name, (was, now) in pairs.items()
-            if was != now and UNKNOWN not in f"{was} {now}"
+        recorded = self.values.get(key, current)
+        are_mappings = isinstance(recorded, dict) and isinstance(current, dict)
+        pairs = changes(recorded, current) if are_mappings else {key: [recorded, current]}
+        texts = [
+            f"{name}: {after}, was {before}"
+            for name, (before, after) in pairs.items()
+            if before != after and UNKNOWN not in f"{before} {after}"
         ]
-        if told:
-            text = f"the run was started with another {key}: {'; '.join(told)}"
+        if texts:
+            text = f"the run was started with another {key}: {'; '.join(texts)}"
             raise ConfigError([("resume", text)])
 
     def begin(self) -> None:
-        """Write that the run starts or resumes; a run refused before this is left unchanged."""
+        """Record that the run starts or resumes; a run refused before this is left unchanged."""
         if self.begun:
             return
         self.begun = True
         if "versions" in self.values:
-            self.values["resumed"].append(self._told)
+            self.values["resumed"].append(self._resume_entry)
             self._compare_versions()
         write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
         self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
         self.update(status="running", error=None)
 
     def _compare_versions(self) -> None:
-        now, then = versions(), self.values["versions"]
-        others = [name for name in now if then.get(name) != now[name]]
-        if others:
-            told = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in others)
-            log.warning("resume: other versions than the run began with: %s", told)
+        current, earlier = versions(), self.values["versions"]
+        changed = [
+            f"{name} {earlier.get(name)} -> {current[name]}"
+            for name in current
+            if earlier.get(name) != current[name]
+        ]
+        if changed:
+            log.warning("resume: other versions than at the run's start: %s", ", ".join(changed))
 
     def update(self, **values: Any) -> None:
-        """Set fields and write the file; `metrics` are merged, and a doubt stays."""
+        """Set fields and write the file; `metrics` are merged, and `proven: false` stays."""
         metrics = self.values["metrics"] | values.pop("metrics", {})
-        doubtful = not self.values.get("lockstep", {}).get("proven", True)
+        unproven = not self.values.get("lockstep", {}).get("proven", True)
         self.values |= {**values, "metrics": metrics}
-        if doubtful:
+        if unproven:
             self.values["lockstep"]["proven"] = False
         write_whole(self.directory / "run.json", dumps(redact(self.values), indent=1) + "\n")
 
@@ -170,7 +174,7 @@ class Record:
         """Return the training losses logged so far, also those before a resume."""
         return [line["train/loss"] for line in self._lines() if line.get("train/loss") is not None]
 
-    def keep_samples(self, samples: list[dict[str, Any]]) -> None:
+    def write_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, expected answers, answers before and after training."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         write_whole(self.directory / "samples.jsonl", "".join(lines))
@@ -191,11 +195,12 @@ class Record:
         try:
             yield
         except BaseException as error:
-            if not self.begun:  # refused: the record is that of the last time
+            if not self.begun:  # refused: the record stays as it was
                 raise
             self._fail(error)
-            if not isinstance(error, LoraExpError) and (told := refusal(error, self.directory)):
-                raise told from error
+            is_ours = isinstance(error, LoraExpError)
+            if not is_ours and (refused := refusal(error, self.directory)):
+                raise refused from error
             raise
         else:
             self.update(status="finished")
@@ -203,25 +208,25 @@ class Record:
             self.lock.release()
 
     def _fail(self, error: BaseException) -> None:
-        """Write what ended the run."""
+        """Record the error that ended the run."""
         status = "diverged" if isinstance(error, DivergedError) else "failed"
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
-        known = isinstance(error, LoraExpError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
+        is_ours = isinstance(error, LoraExpError)
+        text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         try:
             self.update(status=status, error=redact_text(text))
-        except OSError as full:
-            log.error("%s: its status %s cannot be written: %s", self.directory, status, full)
+        except OSError as disk:
+            log.error("%s: its status %s cannot be written: %s", self.directory, status, disk)
 
 
-def stands_on(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
-    """Return commits and hashes of data, base and adapters, which must not change on resume."""
+def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
+    """Return hashes or commits of data, base and adapters, which must not change on resume."""
     data = dict(rows.source)
     if rows.chat_template is not None:
         template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
         data["chat_template"] = f"sha256:{template}"
-    named = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
-    folders = [Path(n).expanduser() for n in named if isinstance(n, str) and is_path(n)]
+    sources = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    folders = [Path(n).expanduser() for n in sources if isinstance(n, str) and is_path(n)]
     files = [path for folder in folders for path in folder.glob("adapter_model.*")]
     adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
     return {"data": data, "base": base.revision, "adapters": adapters}
@@ -233,7 +238,7 @@ def versions() -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a run's record, nothing where there is none yet."""
+    """Return a run's record; empty: there is none yet."""
     try:
         values = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
         metrics = {k: math.nan if v is None else v for k, v in values.get("metrics", {}).items()}

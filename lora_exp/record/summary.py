@@ -14,7 +14,7 @@ from lora_exp.data.examples import first
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Counts, Tokens
 from lora_exp.model.loading import Base
-from lora_exp.record.console import curve, facts, show, size
+from lora_exp.record.console import curve, facts, print_and_log, size
 from lora_exp.record.progress import preview
 from lora_exp.record.run import Record
 
@@ -41,7 +41,7 @@ def announce(
     train: Tokens,
     held_out: Tokens | None,
 ) -> None:
-    """Print what will be trained on what, and the first row with the tokens that count."""
+    """Print the base, adapter and rows, and the first row with the tokens that count."""
     lines: dict[str, str | Text] = {
         "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
             "torch.", ""
@@ -59,20 +59,20 @@ def announce(
         "not used": ", ".join(unused(rows)) if "rewards" not in cfg.algorithm else "",
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }
-    show(facts(cfg.name, {key: line for key, line in lines.items() if line}))
+    print_and_log(facts(cfg.name, {key: line for key, line in lines.items() if line}))
     for warning in (base.warning, *rows.warnings):
         if warning:
-            show(f"[yellow]{warning}[/]")
-    show("\nfirst row; what counts towards the loss stands in «»:")
+            print_and_log(f"[yellow]{warning}[/]")
+    print_and_log("\nfirst row; what counts towards the loss is in «»:")
     for name, ids, labels in first(train, base.tokenizer):
         if name:
-            show(f"[dim]{name}:[/]")
-        show(preview(ids, labels, base.tokenizer))
-    show("")
+            print_and_log(f"[dim]{name}:[/]")
+        print_and_log(preview(ids, labels, base.tokenizer))
+    print_and_log("")
 
 
 def _reference(cfg: DictConfig) -> str:
-    """Say what the KL divergence is held against, where there is one."""
+    """Return the reference of the KL divergence; empty: there is none."""
     args = cfg.algorithm.args
     if "beta" not in args or not args.beta:
         return ""
@@ -82,41 +82,42 @@ def _reference(cfg: DictConfig) -> str:
 
 
 def _rewards(cfg: DictConfig) -> str:
-    named = cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
-    return ", ".join(r if isinstance(r, str) else r["_target_"] for r in named)
+    rewards = cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    return ", ".join(r if isinstance(r, str) else r["_target_"] for r in rewards)
 
 
 def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
     if adapted.method is None:
         return "none: every weight trains"
-    known = {"r": "rank", "init_r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "tokens"}
-    parts = [f"{word} {cfg.peft[key]}" for key, word in known.items() if cfg.peft.get(key)]
+    labels = {"r": "rank", "init_r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "tokens"}
+    parts = [f"{label} {cfg.peft[key]}" for key, label in labels.items() if cfg.peft.get(key)]
     start = f", starts from {cfg.adapter}" if cfg.adapter is not None else ""
     return ", ".join([adapted.method, *parts]) + start
 
 
-def _rows(counts: Counts, more: str = "") -> Text:
-    learnt = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
-    text = Text(f"{counts.rows:,} with {counts.tokens:,} tokens{learnt}; ")
+def _rows(counts: Counts, suffix: str = "") -> Text:
+    in_loss = f", {counts.trained_tokens:,} in the loss" if counts.trained_tokens else ""
+    text = Text(f"{counts.rows:,} with {counts.tokens:,} tokens{in_loss}; ")
     text.append(f"{counts.truncated:,} truncated", style="yellow" if counts.truncated else "")
     text.append(", ")
     text.append(f"{counts.dropped:,} dropped", style="yellow" if counts.dropped else "")
-    return text.append(more)
+    return text.append(suffix)
 
 
 def _lengths(cfg: DictConfig, tokens: Tokens) -> Text:
-    """Write how long rows are, and the `max_length` that would cut none, or one in a hundred."""
-    about, cut = tokens.lengths, tokens.counts.truncated
-    if about is None:
+    """Return the rows' lengths, and the `max_length` that would keep all, or 99%, of them whole."""
+    lengths, truncated = tokens.lengths, tokens.counts.truncated
+    if lengths is None:
         return Text()
-    text = Text(f"median {about.median:,} tokens, longest {about.longest:,}")
+    text = Text(f"median {lengths.median:,} tokens, longest {lengths.longest:,}")
     rows = tokens.counts.rows + tokens.counts.dropped
-    if cut and rows:
-        few = about.most < about.longest // 2  # a few rows are far longer than the others
-        length = -(-(about.most if few else about.longest) // 8) * 8
-        share, kept = f"{cut / rows:.1%}", "99%" if few else "all"
+    if truncated and rows:
+        # whether a few rows are much longer than the others
+        has_outliers = lengths.most < lengths.longest // 2
+        max_length = -(-(lengths.most if has_outliers else lengths.longest) // 8) * 8
+        share, kept_share = f"{truncated / rows:.1%}", "99%" if has_outliers else "all"
         text.append(f"; {share} are truncated", style="yellow")
-        text.append(f", algorithm.args.max_length={length} takes {kept} of them whole")
+        text.append(f", algorithm.args.max_length={max_length} takes {kept_share} of them whole")
     return text
 
 
@@ -135,13 +136,14 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
     for key in metrics:
         group, _, name = key.partition("/")
         if group == "eval":
-            old, new = metrics.get(f"before/{name}"), metrics[key]
-            shares = ("exact_match", "accuracies", "accuracy")
-            write = "{:.1%}".format if any(w in name for w in shares) else "{:.4f}".format
-            words = f"eval {name}".replace("_", " ")
-            table.add_row(words, write(old) if old is not None else "-", write(new))
-    show(table)
-    shown = {
+            before, after = metrics.get(f"before/{name}"), metrics[key]
+            percentages = ("exact_match", "accuracies", "accuracy")
+            is_percentage = any(word in name for word in percentages)
+            form = "{:.1%}".format if is_percentage else "{:.4f}".format
+            label = f"eval {name}".replace("_", " ")
+            table.add_row(label, form(before) if before is not None else "-", form(after))
+    print_and_log(table)
+    lines = {
         "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
         "objective": f"{objective} {metrics[objective]:.4f}",
         "evaluations": _best(record),
@@ -152,11 +154,11 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
         saved.name: str(saved),
         "W&B": place,
     }
-    show(facts("", {key: value for key, value in shown.items() if value != "none"}))
+    print_and_log(facts("", {key: value for key, value in lines.items() if value != "none"}))
 
 
 def _best(record: Record) -> str:
-    """Write which evaluation was the best, and of which step the saved weights are."""
+    """Return which evaluation was the best, and the step of the saved weights."""
     best, saved = record.values.get("best"), record.values["saved_step"]
     if best is None:
         return "none"
@@ -171,7 +173,7 @@ def _best(record: Record) -> str:
 
 
 def _speed(metrics: dict[str, Any]) -> str:
-    """Write steps and, where the trainer has logged them, tokens per second."""
+    """Return steps and, if the trainer has logged them, tokens per second."""
     tokens = metrics["train/tokens_per_s"]
     steps = f"{metrics['train/steps_per_s']:.1f} steps/s"
     return f"{steps}, {tokens:,.0f} tokens/s" if tokens else steps

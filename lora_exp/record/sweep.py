@@ -16,19 +16,19 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.overrides import parted
+from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
-from lora_exp.record.standing import ASIDE, described
+from lora_exp.record.standing import ASIDE, status_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COMMAND, SUMMARY, HYDRAS = "sweep.json", "summary.json", "multirun.yaml"
-TRIAL = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
-HERE = "hydra_plugins.lockstep_launcher"  # a launcher whose callbacks live in this process
+COMMAND, SUMMARY, MULTIRUN = "sweep.json", "summary.json", "multirun.yaml"
+TRIAL_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+OUR_LAUNCHER = "hydra_plugins.lockstep_launcher"  # it runs callbacks in this process
 
 
 class SweepTable(Callback):
@@ -42,7 +42,7 @@ class SweepTable(Callback):
     def __init__(self) -> None:
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
-        self.elsewhere, self.began, self.before = False, 0.0, b""
+        self.elsewhere, self.began, self.earlier_multirun = False, 0.0, b""
         self.trial: dict[str, str] = {}
         self.master: DictConfig | None = None
 
@@ -50,21 +50,21 @@ class SweepTable(Callback):
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
         self.folder, self.master = Path(config.hydra.sweep.dir), config.hydra
-        self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(HERE)
+        self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(OUR_LAUNCHER)
         self.began = time.time()
-        # of an agent's trial: several runs would all have its id
-        self.trial = {name: os.environ.pop(name) for name in TRIAL if name in os.environ}
-        kept = self.folder / HYDRAS
-        self.before = kept.read_bytes() if kept.is_file() else b""
+        # those of a W&B agent's trial: else several runs would have the same id
+        self.trial = {n: os.environ.pop(n) for n in TRIAL_VARIABLES if n in os.environ}
+        multirun = self.folder / MULTIRUN
+        self.earlier_multirun = multirun.read_bytes() if multirun.is_file() else b""
 
-    def withdraw(self) -> None:
-        """Put back what Hydra has written over: the launch is refused before its first job."""
+    def restore_multirun(self) -> None:
+        """Write back the multirun.yaml that Hydra has overwritten, since the launch is refused."""
         SweepTable.current = None
-        if self.before:
-            write_whole(self.folder / HYDRAS, self.before.decode())
+        if self.earlier_multirun:
+            write_whole(self.folder / MULTIRUN, self.earlier_multirun.decode())
 
-    def gather(self) -> None:
-        """Read the jobs that a launcher has run in other processes, where no callback hears us."""
+    def read_jobs(self) -> None:
+        """Read the jobs that a launcher has run in other processes, where no callback runs."""
         folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
         folders = [folder for folder in folders if not ASIDE.search(folder.name)]
         new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
@@ -76,55 +76,55 @@ class SweepTable(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Read a job's result from its directory and rewrite the summary."""
         if SweepTable.current is not self:
-            return  # a run alone
+            return  # a single run
         directory = Path(config.hydra.runtime.output_dir)
-        self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # trained again
-        self.rows.append(row(directory, list(config.hydra.overrides.task), job_return))
+        self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # if trained again
+        self.rows.append(job_row(directory, list(config.hydra.overrides.task), job_return))
         self.rows.sort(key=rank)
         write_summary(Path(config.hydra.sweep.dir), self.rows)
 
-    def doubt(self, directory: Path) -> None:
-        """Mark a job that had ended before it was known that it is not proven equal."""
+    def mark_unproven(self, directory: Path) -> None:
+        """Mark an ended job as not proven equal to its run alone."""
         for r in self.rows:
             r["proven"] &= Path(r["directory"]) != directory.absolute()
         if self.rows:
             write_summary(self.folder, self.rows)
 
-    def show(self) -> None:
+    def print_table(self) -> None:
         """Print the jobs, the best first, and the errors below them."""
         from rich.text import Text
 
         from lora_exp.record.console import console
 
-        console.print(drawn(self.folder, self.rows))
+        console.print(sweep_table(self.folder, self.rows))
         for r in self.rows:
             if r["error"]:
                 console.print(Text(f"job {r['job']}: {r['error']}"))
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 
 
-def drawn(folder: Path, rows: list[dict[str, Any]]) -> Table:
+def sweep_table(folder: Path, rows: list[dict[str, Any]]) -> Table:
     """Return the table of a sweep's jobs, the best first."""
     from rich.table import Table
     from rich.text import Text
 
     from lora_exp.record.console import short
 
-    varying = varied(rows)
-    judged = {r["judged_by"] for r in rows if r["judged_by"]}
-    objective = judged.pop() if len(judged) == 1 else "objective"
-    shown = {"seconds": "seconds"}
+    varying = varied_keys(rows)
+    objectives = {r["judged_by"] for r in rows if r["judged_by"]}
+    objective = objectives.pop() if len(objectives) == 1 else "objective"
+    shown_metrics = {"seconds": "seconds"}
     if any("eval/exact_match" in r["metrics"] for r in rows):
-        shown = {"eval/exact_match": "exact match", **shown}
+        shown_metrics = {"eval/exact_match": "exact match", **shown_metrics}
     table = Table(title=f"{folder}", title_justify="left")
-    for column in ["job", *(varying or ["name"]), objective, *shown.values(), "status"]:
+    for column in ["job", *(varying or ["name"]), objective, *shown_metrics.values(), "status"]:
         table.add_column(column, overflow="fold")
     for r in rows:
-        chosen = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
-        numbers = [r["objective"], *(r["metrics"].get(key) for key in shown)]
-        written = [short(n) if n is not None else "-" for n in numbers]
+        values = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
+        numbers = [r["objective"], *(r["metrics"].get(key) for key in shown_metrics)]
+        number_texts = [short(n) if n is not None else "-" for n in numbers]
         status = r["status"] + ("" if r["proven"] else ", not proven equal")
-        table.add_row(r["job"], *(Text(c) for c in chosen), *written, Text(status))
+        table.add_row(r["job"], *(Text(c) for c in values), *number_texts, Text(status))
     return table
 
 
@@ -134,7 +134,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return sorted((read_row(job) for job in jobs if not ASIDE.search(job.name)), key=rank)
 
 
-def best(folder: Path) -> Path | None:
+def best_job(folder: Path) -> Path | None:
     """Return the directory of a sweep's best job; None: no job has finished."""
     rows = [r for r in read_rows(folder) if r["objective"] is not None]
     return folder / rows[0]["job"] if rows else None
@@ -146,46 +146,48 @@ def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
     Hydra's own multirun.yaml is overwritten by every command that names the directory.
 
     Args:
-        folder: the sweep's.
+        folder: that of the sweep.
         hydra: the `hydra` section of the config.
-        keep: leave an earlier command, since jobs of this one were refused.
+        keep: keep an earlier command, since jobs of this one were refused.
     """
     path = folder / COMMAND
     if keep and path.is_file():
         return
     sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    own = [word for path in sources for word in ("--config-dir", path)]
-    said = [*hydra.overrides.hydra, *hydra.overrides.task]
-    said = [o for o in said if not re.match(r"hydra\.(mode|sweep\.dir)=|retry_failed=", o)]
-    write_whole(path, json.dumps(redact(["-m", *own, *said]), indent=1) + "\n")
+    config_dirs = [word for path in sources for word in ("--config-dir", path)]
+    overrides = [*hydra.overrides.hydra, *hydra.overrides.task]
+    overrides = [
+        o for o in overrides if not re.match(r"hydra\.(mode|sweep\.dir)=|retry_failed=", o)
+    ]
+    write_whole(path, json.dumps(redact(["-m", *config_dirs, *overrides]), indent=1) + "\n")
 
 
-def command(folder: Path) -> list[str]:
+def saved_command(folder: Path) -> list[str]:
     """Return the command line that resumes a sweep.
 
     Raises:
         ConfigError: the command contained a secret, which was not saved.
     """
-    said: list[str] = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
-    if any(REDACTED in word for word in said):
+    arguments: list[str] = json.loads((folder / COMMAND).read_text(encoding="utf-8"))
+    if any(REDACTED in word for word in arguments):
         text = f"{folder} was launched with a secret; give its command again, with hydra.sweep.dir"
         raise ConfigError([("resume", text)])
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [*said, f"hydra.sweep.dir='{quoted}'"]
+    return [*arguments, f"hydra.sweep.dir='{quoted}'"]
 
 
-def row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
+def job_row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:
     """Return the table row of a finished or failed job."""
     path = directory / "run.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = job_return._return_value
-    told, known = redact_text(str(result)), str(record.get("error") or "")
-    its = known != "" and (told in known or known in told)
-    if isinstance(result, BaseException) and not its:
-        record = {}  # of another run, which has the directory; the job was refused
+    error_text, recorded = redact_text(str(result)), str(record.get("error") or "")
+    is_recorded = recorded != "" and (error_text in recorded or recorded in error_text)
+    if isinstance(result, BaseException) and not is_recorded:
+        record = {}  # that of another run in the directory: the job was refused
     error = record.get("error") or (str(result) if isinstance(result, BaseException) else None)
     objective = result if isinstance(result, float) and math.isfinite(result) else None
-    pairs = map(parted, redact(overrides))
+    pairs = map(split_override, redact(overrides))
     return {
         "job": directory.name,
         "name": record.get("name", directory.name),
@@ -212,20 +214,20 @@ def read_row(directory: Path) -> dict[str, Any]:
         result._return_value = record["metrics"][record["objective"]]
     saved = directory / ".hydra" / "overrides.yaml"
     overrides: Any = OmegaConf.load(saved) if saved.is_file() else []
-    values = row(directory.absolute(), list(map(str, overrides)), result)
-    return values | ({"status": described(directory)} if record else {})
+    values = job_row(directory.absolute(), list(map(str, overrides)), result)
+    return values | ({"status": status_text(directory)} if record else {})
 
 
-def refresh(directory: Path) -> None:
-    """Renew the row of a sweep's job that went on alone, in the sweep's summary."""
+def refresh_row(directory: Path) -> None:
+    """Update the row of a job that was resumed alone in the summary of its sweep."""
     path = directory.parent / SUMMARY
     if not path.is_file():
         return
     rows = json.loads(path.read_text(encoding="utf-8"))
-    there = [r for r in rows if r["job"] == directory.name]
-    if there and (directory / "run.json").is_file():
-        new = read_row(directory) | {"overrides": there[0]["overrides"]}
-        rows = [new if r in there else r for r in rows]
+    earlier = [r for r in rows if r["job"] == directory.name]
+    if earlier and (directory / "run.json").is_file():
+        current = read_row(directory) | {"overrides": earlier[0]["overrides"]}
+        rows = [current if r in earlier else r for r in rows]
         write_summary(directory.parent, sorted(rows, key=rank))
 
 
@@ -236,7 +238,7 @@ def rank(row: dict[str, Any]) -> float:
     return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])
 
 
-def varied(rows: list[dict[str, Any]]) -> list[str]:
+def varied_keys(rows: list[dict[str, Any]]) -> list[str]:
     """Return the overridden keys that are not the same in all jobs."""
     keys = dict.fromkeys(key for r in rows for key in r["overrides"])
     return [key for key in keys if len({r["overrides"].get(key) for r in rows}) > 1]
@@ -245,13 +247,15 @@ def varied(rows: list[dict[str, Any]]) -> list[str]:
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
     write_whole(folder / SUMMARY, dumps(rows, indent=1) + "\n")
-    kept = [key for key in rows[0] if key not in ("metrics", "overrides")]
-    keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
-    names = sorted({name for r in rows for name in r["metrics"]})
+    columns = [key for key in rows[0] if key not in ("metrics", "overrides")]
+    override_keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
+    metric_names = sorted({name for r in rows for name in r["metrics"]})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([*kept, *keys, *names])
+    table.writerow([*columns, *override_keys, *metric_names])
     for r in rows:
-        chosen = [r["overrides"].get(key) for key in keys]
-        table.writerow([*(r[k] for k in kept), *chosen, *(r["metrics"].get(n) for n in names)])
+        values = [r["overrides"].get(key) for key in override_keys]
+        table.writerow(
+            [*(r[k] for k in columns), *values, *(r["metrics"].get(n) for n in metric_names)]
+        )
     write_whole(folder / "summary.csv", text.getvalue())

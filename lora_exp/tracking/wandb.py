@@ -14,17 +14,17 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 log = logging.getLogger("lora_exp")
-PROJECT, GROUP_LENGTH, SECONDS = "lora-exp", 128, 10
-_REFUSED: list[bool] = []  # whether a server has refused a run of this process
+PROJECT, GROUP_LENGTH, TIMEOUT = "lora-exp", 128, 10
+_REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
 
 class Wandb:
     """One W&B run; in mode `auto` online if there is a key and a network, else offline.
 
-    Console lines, argv, code, git state, host and hardware facts are not sent.
+    Console output, argv, code, git state, host name and hardware are not sent.
     """
 
-    live: ClassVar[int] = 0  # runs of this process that are not finished
+    live: ClassVar[int] = 0  # number of unfinished runs in this process
 
     def __init__(
         self,
@@ -46,42 +46,42 @@ class Wandb:
     ) -> None:
         import wandb
 
-        said = os.environ.get
+        env = os.environ.get
         self.wandb, self.log_adapter = wandb, log_adapter
         self.directory, self.data_dir = directory, directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        own = [*(tags or ()), *filter(None, said("WANDB_TAGS", "").split(",")), *choices]
+        all_tags = [*(tags or ()), *filter(None, env("WANDB_TAGS", "").split(",")), *choices]
         options: dict[str, Any] = {
-            "project": project or said("WANDB_PROJECT") or PROJECT,
+            "project": project or env("WANDB_PROJECT") or PROJECT,
             "entity": entity,
             "dir": str(directory),
             "id": run_id,
             "resume": "allow",
-            "name": name or said("WANDB_NAME") or run_name,
-            "group": _fitting(group or said("WANDB_RUN_GROUP") or sweep),
+            "name": name or env("WANDB_NAME") or run_name,
+            "group": _group_name(group or env("WANDB_RUN_GROUP") or sweep),
             "job_type": job_type,
-            "tags": list(dict.fromkeys(tag.strip()[:64] for tag in own)),
+            "tags": list(dict.fromkeys(tag.strip()[:64] for tag in all_tags)),
             "config": config,
             "reinit": "create_new",
             "settings": self._settings(),
         }
         self.mode = _mode(mode, wandb)
-        self.run = self._begun(options)
+        self.run = self._init_run(options)
         Wandb.live += 1
         runs = directory / "wandb" / f"offline-run-*-{self.run.id}"  # a resumed run has several
         offline = f"offline; to send it: wandb sync {runs}"
         places = {"online": str(self.run.url), "disabled": "none", "offline": offline}
         self.place = places.get(self.mode, str(self.run.url))
 
-    def _begun(self, options: dict[str, Any]) -> Any:
-        """Begin the run; offline where the server refuses, and then all later ones, too."""
+    def _init_run(self, options: dict[str, Any]) -> Any:
+        """Start the run; if the server refuses it, it and all later ones are offline."""
         try:
             return self.wandb.init(mode=self.mode, **options)
         except self.wandb.errors.CommError as error:
             log.warning("W&B cannot be reached (%s); runs are logged offline", error)
         _REFUSED.append(True)
         self.mode = "offline"
-        if Wandb.live:  # their connection stays, and it holds the id of the run that failed
+        if Wandb.live:  # their connection stays open, and it blocks the id of the refused run
             options |= {"id": f"{options['id']}-offline"}
         else:
             self.wandb.teardown()
@@ -148,12 +148,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def report_trial(variables: dict[str, str], objective: str, values: list[float]) -> None:
-    """Give a W&B sweep's trial that trained several runs their mean objective.
+    """Log the mean objective of a W&B sweep's trial that trained several runs.
 
     Args:
-        variables: what the agent had set for the trial in the environment.
-        objective: its name, the sweep's metric.
-        values: one for each run that finished.
+        variables: environment variables that the agent had set for the trial.
+        objective: the name of the sweep's metric.
+        values: one for each finished run.
     """
     import wandb
 
@@ -164,21 +164,21 @@ def report_trial(variables: dict[str, str], objective: str, values: list[float])
     run.finish()
 
 
-def _fitting(group: str | None) -> str | None:
-    """Shorten a group's name to what W&B takes; long ones that begin alike stay apart."""
+def _group_name(group: str | None) -> str | None:
+    """Shorten a group's name to the length that W&B accepts, with a hash to keep it unique."""
     if group is None or len(group) <= GROUP_LENGTH:
         return group
     return f"{group[: GROUP_LENGTH - 9]}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
 
 
 def _mode(mode: str, wandb: Any) -> Any:  # a Literal of wandb
-    """Decide without a prompt: wandb.init would raise, or block for minutes without network."""
+    """Return the mode, without a prompt: wandb.init would raise, or wait minutes for a network."""
     if mode == "auto":
-        asked = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")
+        env_mode = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")
         if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-            asked = "disabled"
-        has_key = asked or wandb.login(prompt=False, verify=False)
-        mode = asked or ("online" if has_key else "offline")
+            env_mode = "disabled"
+        has_key = env_mode or wandb.login(prompt=False, verify=False)
+        mode = env_mode or ("online" if has_key else "offline")
     if mode == "online" and (_REFUSED or not _reachable(wandb.setup().settings.base_url)):
         return "offline"
     return mode
@@ -186,9 +186,9 @@ def _mode(mode: str, wandb: Any) -> Any:  # a Literal of wandb
 
 @cache
 def _reachable(url: str) -> bool:
-    """Ask once a process whether a server answers, through the proxies of the environment."""
+    """Return whether a server answers, asked once a process, through the environment's proxies."""
     try:
-        urlopen(url, timeout=SECONDS).close()
+        urlopen(url, timeout=TIMEOUT).close()
     except HTTPError:
         return True  # it answers
     except (OSError, ValueError) as error:

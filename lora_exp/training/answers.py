@@ -17,7 +17,7 @@ from lora_exp.data.turns import Row
 from lora_exp.model.special_tokens import end_tokens
 from lora_exp.record.console import tracked
 
-# what a base's generation config may ask for, set so that nothing but the likeliest token counts
+# settings that a base's generation config may have, with values that have no effect
 GREEDY: dict[str, Any] = {
     "num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "length_penalty": 1.0,
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
@@ -37,8 +37,8 @@ class Answer:
     """The model's answer to a prompt, and the expected answer."""
 
     prompt: str
-    expected: str | None  # None: nobody knows
-    said: str
+    expected: str | None  # None: unknown
+    text: str
     task: str | None
 
 
@@ -50,36 +50,36 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
         tokenizer: the base's.
         rows: held-out rows; plain text has no prompt and is skipped.
         settings: the config's `samples`: rows, max_new_tokens, batch_size.
-        what: whose answers they are, for the progress bar.
+        what: text for the progress bar.
     """
-    tokenizer = left(tokenizer)
-    asking = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
-    asked = list(islice(asking, settings.rows))
-    space = room(model, settings.max_new_tokens)
-    prompts = [ids_of(prompt, tokenizer)[-space:] for _, prompt in asked]
-    said: dict[int, str] = {}
+    tokenizer = left_padded(tokenizer)
+    with_prompt = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
+    selected = list(islice(with_prompt, settings.rows))
+    max_tokens = room(model, settings.max_new_tokens)
+    prompts = [ids_of(prompt, tokenizer)[-max_tokens:] for _, prompt in selected]
+    texts: dict[int, str] = {}
     with _generating(model):
         for batch in tracked(batches(prompts, model, settings.batch_size), f"answers {what}"):
-            chosen = [prompts[i] for i in batch]
-            texts = generate(model, tokenizer, chosen, settings.max_new_tokens)
-            said |= dict(zip(batch, texts, strict=True))
+            ids = [prompts[i] for i in batch]
+            generated = generate(model, tokenizer, ids, settings.max_new_tokens)
+            texts |= dict(zip(batch, generated, strict=True))
     return [
-        Answer(prompt.text, prompt.answer, said[i], row.get("task"))
-        for i, (row, prompt) in enumerate(asked)
+        Answer(prompt.text, prompt.answer, texts[i], row.get("task"))
+        for i, (row, prompt) in enumerate(selected)
     ]
 
 
-def exact_match(answers: list[Answer]) -> dict[str, float]:
+def exact_match_rates(answers: list[Answer]) -> dict[str, float]:
     """Return the share of answers equal to the expected ones, stripped; also for each task."""
-    right: dict[str, list[bool]] = {}
-    for found in answers:
-        if found.expected is None:
+    matches: dict[str, list[bool]] = {}  # by metric
+    for a in answers:
+        if a.expected is None:
             continue
-        exact = found.said.strip() == found.expected.strip()
-        right.setdefault("exact_match", []).append(exact)
-        if found.task:
-            right.setdefault(f"exact_match_{found.task}", []).append(exact)
-    return {name: sum(exact) / len(exact) for name, exact in sorted(right.items())}
+        exact = a.text.strip() == a.expected.strip()
+        matches.setdefault("exact_match", []).append(exact)
+        if a.task:
+            matches.setdefault(f"exact_match_{a.task}", []).append(exact)
+    return {name: sum(exact) / len(exact) for name, exact in sorted(matches.items())}
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _generating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def left(tokenizer: Any) -> Any:
+def left_padded(tokenizer: Any) -> Any:
     """Return a copy of a tokenizer that pads on the left.
 
     A copy, since the padding side would be saved with the adapter.
@@ -118,14 +118,14 @@ def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
 def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[int]]:
     """Group the indices of prompts into batches.
 
-    With virtual tokens only prompts of one length share a batch: padding would be between the two,
-    where training never put it.
+    With virtual tokens only prompts of one length share a batch: padding would come between the
+    virtual tokens and the prompt, where training has none.
     """
-    places = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [places]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [by_length]
     if virtual_tokens(model):
         lengths = sorted({len(prompt) for prompt in prompts})
-        groups = [[i for i in places if len(prompts[i]) == length] for length in lengths]
+        groups = [[i for i in by_length if len(prompts[i]) == length] for length in lengths]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
@@ -137,32 +137,32 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[str]:
-    """Answer a batch of prompts; a greedy answer takes the likeliest token, whatever the base asks.
+    """Answer a batch of prompts; the base's generation config does not change greedy ones.
 
     Args:
         model: in eval mode, without gradients.
         tokenizer: one that pads on the left.
         prompts: as tokens.
         max_new_tokens: of each answer.
-        temperature: 0 for greedy answers; else tokens are sampled with torch's random numbers.
+        temperature: 0 for greedy answers; else tokens are sampled with torch's random state.
         top_p: the share of the probability that is sampled from.
     """
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-    drawn = temperature > 0
+    sampled = temperature > 0
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
-        do_sample=drawn,
-        temperature=temperature if drawn else None,
-        top_p=top_p if drawn else None,
+        do_sample=sampled,
+        temperature=temperature if sampled else None,
+        top_p=top_p if sampled else None,
         top_k=None,
-        **({} if drawn else GREEDY),
+        **({} if sampled else GREEDY),
         eos_token_id=end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    # prompt learning returns the new tokens after the same prompt, so one cut fits every method
-    asked = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    new = output[:, asked:]
+    # with every method the output begins with the prompt's tokens; virtual tokens are not in it
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new = output[:, start:]
     texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts

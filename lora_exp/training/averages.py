@@ -17,15 +17,24 @@ from torch import Tensor
 
 from lora_exp.data.tokens import IGNORED, virtual_tokens
 
-Weighted = list[tuple[float, int]]  # a batch's mean, and how many tokens or rows it is of
+Weighted = list[tuple[float, int]]  # a batch's mean, and the number of its tokens or rows
 EXTREME = re.compile(r"(?:^|[/_])(min|max)(?:[/_]|$)")
 
 
 class Averages:
-    """A mixin for trainers: each batch of an evaluation weighs as much as it holds."""
+    """A mixin for trainers: each batch of an evaluation is weighted by its size."""
 
     model: Any
+    args: Any
     _batches: defaultdict[str, Weighted]
+
+    def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """Return batches of all held-out rows; `dataloader_drop_last` is for training rows only."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*arguments, **options)  # type: ignore[misc]
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """Evaluate, then replace the means over batches."""
@@ -34,43 +43,43 @@ class Averages:
         loss = f"{options.get('metric_key_prefix', 'eval')}_loss"
         if loss in output.metrics:
             output.metrics[loss] = mean(self._batches.pop("loss"))
-        metrics = self._evaluated()
+        metrics = self._eval_metrics()
         for name, batches in self._batches.items():
             metrics[name] = [combined(name, batches)]  # the trainer takes the mean of one number
-        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:  # also where no batch has
+        if "rewards/chosen" in metrics and "rewards/rejected" in metrics:  # no batch may have both
             margin = metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]
             metrics["rewards/margins"] = [margin]
         return output
 
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
-        """Evaluate a batch, and note how much each of its metrics weighs."""
-        sizes = Sizes.of(inputs, self.model)
-        before = {name: len(numbers) for name, numbers in self._evaluated().items()}
+        """Evaluate a batch, and store the weight of each of its metrics."""
+        sizes = BatchSizes.of(inputs, self.model)
+        before = {name: len(numbers) for name, numbers in self._eval_metrics().items()}
         output = super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
         if output[0] is not None:
             self._batches["loss"].append((output[0].mean().item(), sizes.of_metric("loss")))
-        for name, numbers in self._evaluated().items():
-            if len(numbers) > before.get(name, 0) and name != "num_tokens":  # a count, no mean
+        for name, numbers in self._eval_metrics().items():
+            if len(numbers) > before.get(name, 0) and name != "num_tokens":  # a count, not a mean
                 self._batches[name].append((numbers[-1], sizes.of_metric(name)))
         return output
 
-    def _evaluated(self) -> dict[str, list[float]]:
+    def _eval_metrics(self) -> dict[str, list[float]]:
         """Return the metrics that TRL's trainers and ours collect in an evaluation."""
         collected: dict[str, Any] = getattr(self, "_metrics", {})
         metrics: dict[str, list[float]] = collected.get("eval", {})
         return metrics
 
 
-class Sizes:
-    """How many tokens and rows a batch has that its metrics are means of."""
+class BatchSizes:
+    """The numbers of a batch's tokens and rows, over which its metrics are means."""
 
     def __init__(self, rows: int, tokens: int | None = None) -> None:
         self.rows, self.tokens = rows, tokens
         self.answers: Tensor | None = None  # tokens of each answer
-        self.chosen: Tensor | None = None  # which answers are wanted
+        self.chosen: Tensor | None = None  # which answers are chosen, or labelled true
 
     @classmethod
-    def of(cls, inputs: Any, model: Any) -> Sizes:
+    def of(cls, inputs: Any, model: Any) -> BatchSizes:
         """Return the sizes of a batch: of labels, pairs, labelled answers, scores or prompts."""
         if not isinstance(inputs, Mapping):
             return cls(len(inputs))
@@ -81,11 +90,11 @@ class Sizes:
         sizes = cls(rows)
         if "completion_mask" in inputs:
             sizes.answers = inputs["completion_mask"][:, 1:].sum(1).cpu()
-            wanted = inputs.get("label")
+            labels = inputs.get("label")
             sizes.chosen = (
                 torch.arange(rows) < rows // 2  # pairs: the chosen answers come first
-                if wanted is None
-                else torch.as_tensor(wanted, dtype=torch.bool).cpu()
+                if labels is None
+                else torch.as_tensor(labels, dtype=torch.bool).cpu()
             )
         return sizes
 
@@ -93,20 +102,20 @@ class Sizes:
         """Return the number of tokens or rows that a metric of the batch is the mean of."""
         if self.answers is None or self.chosen is None:
             return self.rows if self.tokens is None else self.tokens
-        kind = name.rpartition("/")[2]
-        whose = {"chosen": self.chosen, "rejected": ~self.chosen}.get(kind)
+        last_part = name.rpartition("/")[2]
+        selected = {"chosen": self.chosen, "rejected": ~self.chosen}.get(last_part)
         if name == "mean_token_accuracy":
-            whose = self.chosen
+            selected = self.chosen
         if name == "entropy":
             return int(self.answers.sum())
-        if whose is None:
+        if selected is None:
             return self.rows
         tokens = name.startswith(("logits/", "mean_token"))
-        return int(self.answers[whose].sum() if tokens else whose.sum())
+        return int(self.answers[selected].sum() if tokens else selected.sum())
 
 
 def predicts_first(model: Any) -> bool:
-    """Say whether a row's first label is predicted too: by virtual tokens, or by an encoder."""
+    """Return whether a row's first label counts too: virtual tokens or an encoder predict it."""
     if model.config.is_encoder_decoder:
         return True
     configs = getattr(model, "peft_config", {}).values()
@@ -115,8 +124,8 @@ def predicts_first(model: Any) -> bool:
 
 
 def combined(name: str, batches: Weighted) -> float:
-    """Return a metric of a whole evaluation: the mean, or the least or greatest by its name."""
-    scored = [batch for batch in batches if not math.isnan(batch[0])]  # a reward may score none
+    """Return a metric of a whole evaluation: the mean, or by its name the minimum or maximum."""
+    scored = [batch for batch in batches if not math.isnan(batch[0])]  # rewards may be None
     extreme = EXTREME.search(name)
     if not scored or extreme is None:
         return mean(scored)
@@ -124,8 +133,8 @@ def combined(name: str, batches: Weighted) -> float:
 
 
 def mean(batches: Weighted) -> float:
-    """Return the weighted mean; NaN where nothing weighs or a number is NaN."""
+    """Return the weighted mean; NaN if all weights are 0 or a number is NaN."""
     if len(batches) == 1:
-        return batches[0][0]  # to the bit
+        return batches[0][0]  # bit for bit
     total = sum(size for _, size in batches)
     return math.fsum(number * size for number, size in batches) / total if total else math.nan

@@ -1,4 +1,4 @@
-"""Which evaluation of a training was the best, and of which step the saved weights are."""
+"""Which evaluation of a training was the best, and which step's weights are saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 @dataclass(frozen=True)
 class Watched:
-    """The metric that tells which evaluation is the best."""
+    """The metric that decides which evaluation is the best."""
 
     name: str  # without eval_
     maximize: bool
@@ -24,9 +24,9 @@ class Watched:
 
         Exact match and preference accuracy are measured before and after training only.
         """
-        named = cfg.train.get("metric_for_best_model")
-        if named:
-            name = str(named).removeprefix("eval_")
+        configured = cfg.train.get("metric_for_best_model")
+        if configured:
+            name = str(configured).removeprefix("eval_")
             greater = cfg.train.get("greater_is_better")
             return cls(name, not name.endswith("loss") if greater is None else bool(greater))
         name = str(cfg.objective).removeprefix("eval/")
@@ -42,18 +42,18 @@ class Watched:
 
         Args:
             history: a trainer's log lines.
-            steps: those to choose from; None: all.
+            steps: the steps to choose from; None: all.
         """
         key = f"eval_{self.name}"
-        measured = [
+        evaluations = [
             (entry["step"], float(entry[key]))
             for entry in history
             if entry.get(key) is not None and entry["step"] and math.isfinite(entry[key])
         ]
-        chosen = [pair for pair in measured if steps is None or pair[0] in steps]
-        if not chosen:
+        candidates = [pair for pair in evaluations if steps is None or pair[0] in steps]
+        if not candidates:
             return None
-        return (max if self.maximize else min)(chosen, key=lambda pair: pair[1])
+        return (max if self.maximize else min)(candidates, key=lambda pair: pair[1])
 
 
 def saved_step(trainer: Any) -> int:
@@ -63,8 +63,8 @@ def saved_step(trainer: Any) -> int:
     return int(state.best_global_step if loaded else state.global_step)
 
 
-def best(trainer: Any) -> dict[str, Any] | None:
-    """Return the best evaluation for the run's record, and where its checkpoint lies."""
+def best_evaluation(trainer: Any) -> dict[str, Any] | None:
+    """Return the best evaluation, and where its checkpoint is, for the run's record."""
     evaluation = trainer.watched.best(trainer.state.log_history)
     if evaluation is None:
         return None

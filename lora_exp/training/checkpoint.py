@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, hashed, and marked with their run.
 
-Knows files and trainers' methods, nothing of configs. A checkpoint holds what transformers saves,
-and what it leaves out: rollouts, the encoders of trained prompts, a reference that moves.
+Knows files and trainers' methods, nothing of configs. A checkpoint has what transformers saves,
+and what it leaves out: rollouts, the encoders of trained prompts, a reference that is updated.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 PREFIX = "checkpoint-"
 
 
-def _files(folder: Path) -> list[Path]:
+def _hashed_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
 def seal(folder: Path, run: str, step: int) -> None:
     """Write a checkpoint's manifest: its run, its step and the hash of each of its files."""
-    files = {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
+    files = {str(path.relative_to(folder)): sha256(path) for path in _hashed_files(folder)}
     text = json.dumps({"run": run, "step": step, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -48,26 +48,26 @@ def flaw(folder: Path, run: str) -> str | None:
     """Return why a run cannot resume from a checkpoint, or None if it can."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, its, step = manifest["files"], manifest["run"], manifest["step"]
-        there = {str(path.relative_to(folder)): path for path in _files(folder)}
-        there = {name: path for name, path in there.items() if not name.startswith(".")}
-        if lost := sorted(files.keys() - there.keys()):
-            return f"lacks {', '.join(lost)}"
-        if more := sorted(there.keys() - files.keys()):
-            return f"has files that it was not saved with: {', '.join(more)}"
-        if changed := [name for name in files if sha256(there[name]) != files[name]]:
+        files, saved_run, step = manifest["files"], manifest["run"], manifest["step"]
+        present = {str(path.relative_to(folder)): path for path in _hashed_files(folder)}
+        present = {name: path for name, path in present.items() if not name.startswith(".")}
+        if missing := sorted(files.keys() - present.keys()):
+            return f"lacks {', '.join(missing)}"
+        if extra := sorted(present.keys() - files.keys()):
+            return f"has files that it was not saved with: {', '.join(extra)}"
+        if changed := [name for name in files if sha256(present[name]) != files[name]]:
             return f"is damaged: {', '.join(changed)} changed since it was written"
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"cannot be read ({type(error).__name__}: {error})"
-    if its != run or folder.name != f"{PREFIX}{step}":
+    if saved_run != run or folder.name != f"{PREFIX}{step}":
         return "belongs to another run"
     return None
 
 
-def numbered(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints of a folder, of any run, by their steps."""
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in a folder, of any run: step -> path."""
     names = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
     return {int(name): path for name, path in names.items() if name.isdigit()}
 
@@ -86,16 +86,16 @@ def newest(folder: Path, run: str) -> tuple[Path | None, int]:
     Newer ones that are damaged or of another run are reported once and renamed.
     """
     clear(folder)
-    found = numbered(folder)
-    for step in sorted(found, reverse=True):
-        path = found[step]
-        wrong = flaw(path, run)
-        if wrong is None:
+    checkpoints = checkpoints_by_step(folder)
+    for step in sorted(checkpoints, reverse=True):
+        path = checkpoints[step]
+        reason = flaw(path, run)
+        if reason is None:
             return path, step
         aside = path.with_name(f"unused-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        log.warning("%s %s; it is set aside as %s", path, wrong, aside.name)
+        log.warning("%s %s; it is set aside as %s", path, reason, aside.name)
     return None, 0
 
 
@@ -135,7 +135,7 @@ class Checkpoints:
             return bool(state.global_step >= self.args.max_steps)
         return bool(state.epoch is not None and state.epoch >= self.args.num_train_epochs)
 
-    def keep(self) -> None:
+    def ensure_checkpoint(self) -> None:
         """Save a checkpoint of the current step, unless there is one already."""
         step = self.state.global_step
         saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
@@ -143,13 +143,13 @@ class Checkpoints:
             self._save_checkpoint(self.model, None)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Leave at the end of a step when asked to, with a checkpoint.
+        """Stop at the end of a step if a signal has asked for it, with a checkpoint.
 
-        The loop's own way out would end the epoch, evaluate and save again.
+        The training loop's own way to stop would also end the epoch, evaluate and save again.
         """
         super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
         if stop.asked:
-            self.keep()
+            self.ensure_checkpoint()
             stop.check()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -163,32 +163,37 @@ class Checkpoints:
         check_finite(self.model.named_parameters(), step)
         folder = Path(self._get_output_dir(trial))
         self._find_best(folder)
-        with whole(folder / f"{PREFIX}{step}") as made:
-            self._stage = made.parent
+        with whole(folder / f"{PREFIX}{step}") as staged:
+            self._stage = staged.parent
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
                 self._stage = None
-            self._save_rollout(made)
-            self._save_left_out(made)
+            self._save_rollout(staged)
+            self._save_extra_weights(staged)
             if self._find_best(folder, step):
-                self.state.save_to_json(str(made / "trainer_state.json"))
-            seal(made, self.owner, step)
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+            seal(staged, self.owner, step)
         self._rotate(folder)
 
     def _rotate(self, folder: Path) -> None:
-        """Keep the newest of the run's own, and the best; transformers counts others' too."""
+        """Keep the run's newest checkpoints, and the best; transformers counts other runs' too."""
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
-        steps = {step: path for step, path in numbered(folder).items() if owner(path) == self.owner}
+        checkpoints = checkpoints_by_step(folder).items()
+        steps = {step: path for step, path in checkpoints if owner(path) == self.owner}
         best = self.watched.best(self.state.log_history, steps) or (None, 0.0)
         for step in sorted(steps)[:-limit]:
             if step not in (best[0], self.state.best_global_step):
                 shutil.rmtree(steps[step])
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
-        """Say where the best checkpoint lies: here, wherever the run's directory was then."""
+        """Point the state to the best checkpoint in this folder; the run may have been moved.
+
+        Returns:
+            Whether the best checkpoint is that of `step`.
+        """
         best = self.state.best_global_step
         path = folder / f"{PREFIX}{best}"
         if best and (best == step or path.is_dir()):
@@ -197,8 +202,8 @@ class Checkpoints:
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if wrong := flaw(best, self.owner):
-            raise CheckpointError(f"{best}, the best, {wrong}; its weights are not taken")
+        if reason := flaw(best, self.owner):
+            raise CheckpointError(f"{best}, the best, {reason}; its weights are not loaded")
         if self._trains_prompts():
             self._load_trained(best)
         else:
@@ -216,7 +221,7 @@ class Checkpoints:
         if checkpoint is not None:
             self._find_best(Path(checkpoint).parent)
             self._load_rollout(Path(checkpoint))
-            if self._moves_reference():
+            if self._updates_reference():
                 reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
                 _fill(reference.named_parameters(), Path(checkpoint) / REFERENCE)
 
@@ -225,10 +230,10 @@ class Checkpoints:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _trains_prompts(self) -> bool:
-        """Say whether prompts are trained: peft saves what their encoder gives, not the encoder."""
+        """Return whether prompts are trained: peft saves their encoder's output, not itself."""
         return hasattr(self.model, "prompt_encoder")
 
-    def _moves_reference(self) -> bool:
+    def _updates_reference(self) -> bool:
         return bool(getattr(self.args, "sync_ref_model", False))
 
     def _trained(self) -> list[tuple[str, torch.Tensor]]:
@@ -237,21 +242,21 @@ class Checkpoints:
     def _load_trained(self, folder: Path) -> None:
         _fill(self._trained(), folder / TRAINED)
 
-    def _save_left_out(self, folder: Path) -> None:
-        """Save what else the next step depends on: prompt encoders, a reference that moves."""
+    def _save_extra_weights(self, folder: Path) -> None:
+        """Save other weights that the next step uses: prompt encoders, an updated reference."""
         if self._trains_prompts():
             save_file({n: p.detach().contiguous() for n, p in self._trained()}, folder / TRAINED)
-        if self._moves_reference():
+        if self._updates_reference():
             reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
-            named = reference.named_parameters()
-            save_file({n: p.detach().contiguous() for n, p in named}, folder / REFERENCE)
+            parameters = reference.named_parameters()
+            save_file({n: p.detach().contiguous() for n, p in parameters}, folder / REFERENCE)
 
     def _save_rollout(self, folder: Path) -> None:
         """Save the answers that trl's trainers still learn from, between two rollouts."""
         inputs = getattr(self, "_buffered_inputs", None)
-        every = getattr(self.args, "steps_per_generation", None) or 1
-        every *= getattr(self, "num_iterations", 1)
-        if inputs is not None and self._step % every:
+        period = getattr(self.args, "steps_per_generation", None) or 1
+        period *= getattr(self, "num_iterations", 1)
+        if inputs is not None and self._step % period:
             torch.save({"step": self._step, "inputs": inputs}, folder / ROLLOUT)
 
     def _load_rollout(self, folder: Path) -> None:
@@ -261,14 +266,14 @@ class Checkpoints:
             self._step, self._buffered_inputs = saved["step"], saved["inputs"]
 
 
-def _fill(named: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
+def _fill(parameters: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
     """Copy saved tensors into parameters of the same names.
 
     Raises:
-        CheckpointError: the file, or one of them, is not there.
+        CheckpointError: the file, or a parameter in it, is missing.
     """
     saved = load_file(path) if path.is_file() else {}
-    for name, parameter in named:
+    for name, parameter in parameters:
         if name not in saved:
             text = f"{path.parent} does not hold {name}, which trains; start a new run"
             raise CheckpointError(text)
@@ -276,10 +281,10 @@ def _fill(named: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
 
 
 class Intervals(TrainerCallback):  # type: ignore[misc]
-    """Callback: log, save and evaluate as asked now; a trainer's saved state has the old steps."""
+    """Log, save and evaluate at the arguments' intervals; a resumed state has the old ones."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the steps between two logs, saves and evaluations from the arguments again."""
+        """Compute the steps between two logs, saves and evaluations again, from the arguments."""
         state.compute_steps(args, state.max_steps)
 
 

@@ -51,13 +51,13 @@ def check_stepped(state: Any) -> None:
         raise ConfigError([("data", f"{text}; give more rows, or smaller batches")])
 
 
-def check_finite(named: Iterable[tuple[str, Any]], step: int) -> None:
+def check_finite(named_parameters: Iterable[tuple[str, Any]], step: int) -> None:
     """Refuse to save weights that are NaN or infinite.
 
     Raises:
         DivergedError: a trained tensor is not finite; it names the step and the tensor.
     """
-    for name, parameter in named:
+    for name, parameter in named_parameters:
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
             raise DivergedError(f"{text}; the checkpoints before it are kept")
@@ -83,25 +83,25 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if state.global_step == 0:
-            lost = [name for name, p in trained.items() if p.grad is None]
-            if lost and not _sparse(model):
-                text = f"{len(lost)} of {len(trained)} trained tensors take no part in the loss"
-                more = "" if len(lost) < 6 else f" and {len(lost) - 5} more"
+            unused = [name for name, p in trained.items() if p.grad is None]
+            if unused and not _has_experts(model):
+                text = f"{len(unused)} of {len(trained)} trained tensors take no part in the loss"
+                more = "" if len(unused) < 6 else f" and {len(unused) - 5} more"
                 raise AdapterError(
-                    f"{text}: {', '.join(lost[:5])}{more}; leave them out of what is adapted"
+                    f"{text}: {', '.join(unused[:5])}{more}; leave them out of what is adapted"
                     " (peft.target_modules, peft.modules_to_save), or choose another method"
                 )
             return
-        still = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
-        if still:
+        unchanged = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
+        if unchanged:
             log.warning(
                 "%d of %d trained tensors get no gradient and stay as they are: %s",
-                len(still), len(trained), ", ".join(still[:3]),
+                len(unchanged), len(trained), ", ".join(unchanged[:3]),
             )  # fmt: skip
 
 
-def _sparse(model: Any) -> bool:
-    """Say whether rows pass through some of a model's experts only: others have to wait."""
+def _has_experts(model: Any) -> bool:
+    """Return whether a model has experts: those that got no row have no gradient."""
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return any(getattr(config, name, None) for name in names)

@@ -11,26 +11,26 @@ from functools import cache
 from typing import Any
 
 
-def spare(model: Any) -> None:
+def avoid_module_walks(model: Any) -> None:
     """Replace methods of a model about to be trained by ones that do not walk over all modules.
 
     `train` acts only if the mode changes; parameters are listed and counted once. The set of
     parameters must not change from here on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    every = list(model.parameters())
-    walk, count = model.train, base.num_parameters
-    walk(model.training)  # a base is loaded in one mode and its adapter made in the other
+    all_parameters = list(model.parameters())
+    set_mode, count = model.train, base.num_parameters
+    set_mode(model.training)  # a new adapter may be in another mode than its base
 
     def train(mode: bool = True) -> Any:
-        return model if model.training is mode else walk(mode)
+        return model if model.training is mode else set_mode(mode)
 
     def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in every:
+        for parameter in all_parameters:
             parameter.grad = None
 
     def parameters(recurse: bool = True) -> Iterator[Any]:
-        return iter(every)
+        return iter(all_parameters)
 
     model.train, model.zero_grad, model.parameters = train, zero_grad, parameters
     base.num_parameters = cache(count)

@@ -15,29 +15,29 @@ from typing import Any
 
 from lora_exp.errors import Interrupted
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same again will go on
-HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: a terminal that was closed
-SAID = "saving at the next step, then stopping; Ctrl-C again stops at once"
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a later try goes on
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
+MESSAGE = "saving at the next step, then stopping; Ctrl-C again stops at once"
 
 
 class Stop:
-    """Whether this process was asked to stop, and whether a step must end first."""
+    """Whether a signal asked this process to stop, and whether a step must end first."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.training = 0  # trainers that will come to a step's end
-        self.forward: Callable[[], None] | None = None  # to the process that trains for this one
+        self.training = 0  # trainers that stop at the end of a step
+        self.forward: Callable[[], None] | None = None  # signals the process that trains
         self.silent = False
         self._interrupts, self._process = 0, os.getpid()
 
     def __call__(self, number: int, frame: Any) -> None:
-        """Take a signal.
+        """Handle a signal.
 
         Raises:
-            Interrupted: nothing here comes to a step's end, so it stops now.
+            Interrupted: nothing trains here, so it stops at once.
             KeyboardInterrupt: at the second Ctrl-C.
         """
-        if os.getpid() != self._process:  # a loader's, forked since: its parent knows when it ends
+        if os.getpid() != self._process:  # a data loader's process: its parent decides when it ends
             if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -51,25 +51,25 @@ class Stop:
         if self.forward is None and not self.training:
             raise Interrupted
         if not self.silent:
-            os.write(2, f"\n{SAID}\n".encode())  # print is not for signal handlers
+            os.write(2, f"\n{MESSAGE}\n".encode())  # print is not for signal handlers
         if self.forward is not None:
             self.forward()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals inside this context; only the main thread can, others do nothing."""
-        if threading.current_thread() is not threading.main_thread() or self._heard():
+        if threading.current_thread() is not threading.main_thread() or self._is_installed():
             yield
             return
-        before = {number: signal.getsignal(number) for number in HEARD}
-        before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        handlers = {n: handler for n, handler in handlers.items() if handler is not signal.SIG_IGN}
         self.asked, self._interrupts, self._process = False, 0, os.getpid()
         try:
-            for number in before:
+            for number in handlers:
                 signal.signal(number, self)
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.asked = False
 
@@ -78,21 +78,21 @@ class Stop:
         self.asked, self.training, self.forward, self.silent = False, 0, None, True
         self._interrupts, self._process = 0, os.getpid()
 
-    def _heard(self) -> bool:
+    def _is_installed(self) -> bool:
         return signal.getsignal(signal.SIGTERM) is self
 
     def check(self) -> None:
-        """Stop here if that was requested.
+        """Stop here if a signal has asked for it.
 
         Raises:
-            Interrupted: a signal has requested it.
+            Interrupted: a signal has asked for it.
         """
         if self.asked:
             raise Interrupted
 
     @contextmanager
     def until_a_step_ends(self) -> Iterator[None]:
-        """Train inside this context; a signal meanwhile takes effect at the end of a step."""
+        """Train inside this context; a signal then takes effect at the end of a step."""
         self.check()
         self.training += 1
         try:

@@ -14,13 +14,13 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.model.loading import Base
-from lora_exp.record.metrics import named
+from lora_exp.record.metrics import grouped_metrics
 from lora_exp.record.run import Record
-from lora_exp.training.answers import Answer, answer, exact_match
+from lora_exp.training.answers import Answer, answer, exact_match_rates
 from lora_exp.training.best import saved_step
 from lora_exp.training.place import Place
 
-LOGITS = 2**28  # numbers that are held at a time, 1 GiB in float32
+LOGITS = 2**28  # held at a time, 1 GiB in float32
 
 if TYPE_CHECKING:
     from lora_exp.training.place import Measured
@@ -32,22 +32,22 @@ def before(
     """Measure before training; a resumed run reads the saved results."""
     if cfg.resume and any(name.startswith("before/") for name in record.values["metrics"]):
         return record.samples()
-    seen, prefers, answers = place.untrained(
+    trainer_metrics, accuracy, answers = place.untrained(
         cfg, trainer, lambda: _measure("before", cfg, trainer, base, held_out)
     )
-    metrics = _kept(cfg, seen, prefers, answers)
+    metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
     record.update(metrics={f"before/{name}": value for name, value in metrics.items()})
     samples = [
         {
             "prompt": a.prompt,
             "expected": a.expected,
             "task": a.task,
-            "before": a.said,
+            "before": a.text,
             "after": None,
         }
         for a in answers
     ]
-    record.keep_samples(samples)
+    record.write_samples(samples)
     return samples
 
 
@@ -60,16 +60,16 @@ def after(
     samples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Measure after training, and add the answers to those from before."""
-    seen, prefers, answers = _measure("after", cfg, trainer, base, held_out)
-    metrics = _kept(cfg, seen, prefers, answers)
+    trainer_metrics, accuracy, answers = _measure("after", cfg, trainer, base, held_out)
+    metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
     pairs = zip(samples, answers, strict=True)
-    samples = [sample | {"after": found.said} for sample, found in pairs]
-    record.keep_samples(samples)
+    samples = [sample | {"after": a.text} for sample, a in pairs]
+    record.write_samples(samples)
     return samples
 
 
-def objective(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:
+def objective_name(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:
     """Return the name of the run's objective; without held-out rows that is train/loss.
 
     Raises:
@@ -85,44 +85,47 @@ def objective(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -
 
 
 def _measure(when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]) -> Measured:
-    seen = _latest(trainer)
-    if seen is None:
-        seen = {}
+    metrics = _latest_evaluation(trainer)
+    if metrics is None:
+        metrics = {}
         if trainer.eval_dataset is not None:
             trainer.evaluate()
-            seen = _evaluated(trainer.state.log_history[-1])  # trainers log more than they return
+            metrics = _evaluation(trainer.state.log_history[-1])  # it logs more than it returns
     with trainer.accelerator.autocast():  # in the precision that the loss is computed in
         if not trainer.model.can_generate():
-            return seen, None, []
-        prefers = None
+            return metrics, None, []
+        accuracy = None
         if held_out and "chosen" in held_out[0]:
-            prefers = preference_accuracy(trainer.model, base.tokenizer, held_out, trainer.args)
+            accuracy = preference_accuracy(trainer.model, base.tokenizer, held_out, trainer.args)
         what = f"{when} training"
         answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, what)
-        return seen, prefers, answers
+        return metrics, accuracy, answers
 
 
-def _latest(trainer: Any) -> dict[str, float] | None:
-    """Return what was evaluated of the weights that the trainer holds now, if that was done."""
+def _latest_evaluation(trainer: Any) -> dict[str, float] | None:
+    """Return the evaluation of the trainer's present weights, or None if there was none."""
     step = saved_step(trainer)
     history = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
     entries = [entry for entry in history if step and entry["step"] == step]
-    return _evaluated(entries[-1]) if entries else None
+    return _evaluation(entries[-1]) if entries else None
 
 
-def _evaluated(entry: dict[str, Any]) -> dict[str, float]:
+def _evaluation(entry: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in entry.items() if key.startswith("eval_")}
 
 
-def _kept(
-    cfg: DictConfig, seen: dict[str, float], prefers: float | None, answers: list[Answer]
+def _all_metrics(
+    cfg: DictConfig,
+    trainer_metrics: dict[str, float],
+    accuracy: float | None,
+    answers: list[Answer],
 ) -> dict[str, float]:
-    """Return the algorithm's own metrics, the pairs preferred rightly, and exact match."""
-    numbers = named(seen)
-    kept = cfg.algorithm.metrics
-    metrics = {name: numbers[f"eval/{name}"] for name in kept if f"eval/{name}" in numbers}
-    metrics |= {} if prefers is None else {"preference_accuracy": prefers}
-    return metrics | exact_match(answers)
+    """Return the algorithm's own metrics, the preference accuracy and exact match."""
+    numbers = grouped_metrics(trainer_metrics)
+    names = cfg.algorithm.metrics
+    metrics = {name: numbers[f"eval/{name}"] for name in names if f"eval/{name}" in numbers}
+    metrics |= {} if accuracy is None else {"preference_accuracy": accuracy}
+    return metrics | exact_match_rates(answers)
 
 
 @torch.no_grad()
@@ -138,9 +141,9 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
     for i in range(0, len(pairs), size):
         batch = pairs[i : i + size]
         both = [encoded(row, key, tokenizer) for key in ("chosen", "rejected") for row in batch]
-        words = model.get_output_embeddings().weight.shape[0]
-        most = max(len(ids) for ids, _ in both) - min(start for _, start in both) + 1
-        rows = max(1, LOGITS // (words * most))
+        vocab_size = model.get_output_embeddings().weight.shape[0]
+        longest = max(len(ids) for ids, _ in both) - min(start for _, start in both) + 1
+        rows = max(1, LOGITS // (vocab_size * longest))
         parts = [both[j : j + rows] for j in range(0, len(both), rows)]
         total = torch.cat([_likelihoods(model, tokenizer, part) for part in parts])
         wins += int((total[: len(batch)] > total[len(batch) :]).sum())
@@ -150,7 +153,7 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
 
 def _likelihoods(model: Any, tokenizer: Any, encodings: list[tuple[list[int], int]]) -> Tensor:
     """Return the log-probability of each row's answer, [B]; no other logits are computed."""
-    from trl.trainer.utils import selective_log_softmax  # evaluating does without trl
+    from trl.trainer.utils import selective_log_softmax  # here: `evaluate` runs without trl
 
     ids = tokenizer.pad(
         {"input_ids": [ids for ids, _ in encodings]}, padding_side="right", return_tensors="pt"
@@ -160,11 +163,11 @@ def _likelihoods(model: Any, tokenizer: Any, encodings: list[tuple[list[int], in
     kept = min(length, length - first + 1)  # the token before an answer predicts its first one
     logits = model(**ids, use_cache=False, logits_to_keep=kept).logits[:, -kept:-1]
     chosen = ids["input_ids"][:, length - kept + 1 :]
-    place = torch.arange(length - kept + 1, length, device=model.device)
+    positions = torch.arange(length - kept + 1, length, device=model.device)
     totals = []
     for i, (_, start) in enumerate(encodings):  # one row at a time becomes float32
         logps = selective_log_softmax(logits[i : i + 1].float(), chosen[i : i + 1])[0]
-        counts = (place >= start) & ids["attention_mask"][i, length - kept + 1 :].bool()
+        counts = (positions >= start) & ids["attention_mask"][i, length - kept + 1 :].bool()
         totals.append((logps * counts).sum())
     return torch.stack(totals)
 
@@ -179,9 +182,9 @@ def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
     """
     if isinstance(row["prompt"], str):
         start, text = row["prompt"], row["prompt"] + row[key] + tokenizer.eos_token
-        asked, whole = (tokenizer(t)["input_ids"] for t in (start, text))
+        prompt, whole = (tokenizer(t)["input_ids"] for t in (start, text))
     else:
         start = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
         text = render_chat(row["prompt"] + row[key], tokenizer, row.get("tools"))
-        asked, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (start, text))
-    return whole, common_prefix(asked, whole)
+        prompt, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (start, text))
+    return whole, common_prefix(prompt, whole)

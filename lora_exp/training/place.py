@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_exp.record.progress import Board
     from lora_exp.training.answers import Answer
 
-    # the trainer's numbers, the share of pairs preferred rightly, answers
+    # the trainer's metrics, the preference accuracy, the answers
     Measured = tuple[dict[str, float], float | None, list[Answer]]
     Measure = Callable[[], Measured]
 

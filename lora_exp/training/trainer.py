@@ -1,7 +1,7 @@
 """Build the algorithm's trainer from its own arguments.
 
-It is subclassed for checkpoints; `evaluate`, the prompt sampler and the model's `train`,
-`zero_grad` and `parameters` are replaced. Loss and optimizer are its own.
+Its class is subclassed for checkpoints; `evaluate`, the prompt sampler and the model's `train`,
+`zero_grad` and `parameters` are replaced. Loss and optimizer are not changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_exp.rewards import rewards
 from lora_exp.training.best import Watched
 from lora_exp.training.checkpoint import Intervals, checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
-from lora_exp.training.housekeeping import spare
+from lora_exp.training.housekeeping import avoid_module_walks
 
 
 def trainer_of(
@@ -53,36 +53,26 @@ def trainer_of(
         rows: in the algorithm's shape; rewards read their columns.
         data: the same rows as the trainer takes them: training, held-out.
         record: the run's record; checkpoints go to its directory.
-        callbacks: added to ours and those of the adapter's method.
+        callbacks: further ones, beside ours and those of the adapter's method.
 
     Raises:
         ConfigError: the trainer refuses its arguments.
     """
     train, held_out = data
     trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
-    given: dict[str, Any] = {}
-    known = signature(cfg.algorithm.trainer._target_)
-    takes = known.arguments if known else {}
-    if "rewards" in cfg.algorithm:
-        both = [*rows.train, *rows.eval]
-        given["reward_funcs"] = rewards(cfg, base, adapted.model, both)
-    if "ref_model" in takes and adapted.method is None:
-        given["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
-    guards = (FiniteLoss(), GradientCheck(), Intervals())
-    apart = cfg.algorithm.task_type == "SEQ_2_SEQ_LM"  # its answers are tokenised apart, and end so
-    tokenizer = base.tokenizer if apart else without_end(base.tokenizer)
+    own_arguments = _rewards_and_reference(cfg, base, adapted, rows)
     try:
         trainer = build(
             cfg,
             "algorithm.trainer",
             through=checkpointed,
             model=adapted.model,
-            args=_arguments(cfg, base, held_out, record),
+            args=_training_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
-            processing_class=tokenizer,
-            callbacks=[*guards, *adapted.callbacks, *callbacks],
-            **given,
+            processing_class=_tokenizer(cfg, base),
+            callbacks=[FiniteLoss(), GradientCheck(), Intervals(), *adapted.callbacks, *callbacks],
+            **own_arguments,
         )
     except ConfigError:
         raise
@@ -92,8 +82,30 @@ def trainer_of(
         raise ConfigError([("algorithm", str(error))]) from error
     trainer.owner = record.values["tracking_id"]
     trainer.watched = Watched.of(cfg)
-    _ready(trainer, adapted, trained)
+    _correct(trainer, adapted, trained)
     return trainer
+
+
+def _rewards_and_reference(
+    cfg: DictConfig, base: Base, adapted: Adapted, rows: Rows
+) -> dict[str, Any]:
+    """Return the arguments `reward_funcs` and `ref_model`, where the algorithm takes them."""
+    arguments: dict[str, Any] = {}
+    trainer_signature = signature(cfg.algorithm.trainer._target_)
+    parameters = trainer_signature.arguments if trainer_signature else {}
+    if "rewards" in cfg.algorithm:
+        all_rows = [*rows.train, *rows.eval]
+        arguments["reward_funcs"] = rewards(cfg, base, adapted.model, all_rows)
+    if "ref_model" in parameters and adapted.method is None:
+        arguments["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    return arguments
+
+
+def _tokenizer(cfg: DictConfig, base: Base) -> Any:
+    """Return the trainer's tokenizer; for TRL's, which add the EOS token themselves, without it."""
+    if cfg.algorithm.task_type == "SEQ_2_SEQ_LM":
+        return base.tokenizer
+    return without_end(base.tokenizer)
 
 
 def tokens_trained(trainer: Any) -> int:
@@ -103,13 +115,13 @@ def tokens_trained(trainer: Any) -> int:
     return int(getattr(trainer, "_total_train_tokens", 0) or trainer.state.num_input_tokens_seen)
 
 
-def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
-    """Put right what trl does to models and samplers.
+def _correct(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> None:
+    """Correct what trl and transformers do to models, samplers and evaluations.
 
     Args:
         trainer: just built.
         adapted: what trains.
-        trained: its parameters, and their data before trl had them.
+        trained: its parameters, and their values before trl cast them.
     """
     if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
         # trl loads it anew, without a revision
@@ -117,29 +129,30 @@ def _ready(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> No
     if hasattr(trainer, "_get_train_sampler"):
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
     trainer.remove_callback(transformers.PrinterCallback)
-    spare(trainer.model)
-    trainer.evaluate = _unnoticed(trainer.evaluate)
+    avoid_module_walks(trainer.model)
+    trainer.evaluate = _with_own_random_state(trainer.evaluate)
     if adapted.method is not None:
         # trl casts to bfloat16 on quantised bases: docs/decisions/0003
         for parameter in adapted.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        for parameter, data_before in trained:  # a start's own bits, not those of the cast
+        for parameter, data_before in trained:  # the exact initial values, without the cast
             parameter.data = data_before.float()
-        if "ref" in adapted.model.peft_config:  # trl copies before the cast, and not all methods
+        if "ref" in adapted.model.peft_config:
+            # trl copies it before the cast, and only for some methods
             copy_to(adapted.model, "ref")
 
 
-def _resumable(sampler: Any) -> Any:
-    """Let a sampler of prompts, whose every epoch has an order of its own, begin at any epoch."""
+def _resumable(make_sampler: Any) -> Any:
+    """Let a prompt sampler, which has another order in each epoch, start at any epoch."""
 
-    def sampled(*arguments: Any) -> Any:
-        made = sampler(*arguments)
-        if isinstance(made, RepeatSampler) and made.shuffle:
-            made.set_epoch = partial(_advance, made)
-        return made
+    def make_resumable(*arguments: Any) -> Any:
+        sampler = make_sampler(*arguments)
+        if isinstance(sampler, RepeatSampler) and sampler.shuffle:
+            sampler.set_epoch = partial(_advance, sampler)
+        return sampler
 
-    return sampled
+    return make_resumable
 
 
 def _advance(sampler: Any, epoch: int) -> None:
@@ -148,17 +161,19 @@ def _advance(sampler: Any, epoch: int) -> None:
         torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
-def _unnoticed(evaluate: Any) -> Any:
-    """Evaluate without moving the random streams: loaders draw a seed that they never use."""
+def _with_own_random_state(evaluate: Any) -> Any:
+    """Evaluate without changing the random state: data loaders draw a seed that they never use."""
 
-    def unnoticed(*arguments: Any, **options: Any) -> Any:
+    def evaluate_apart(*arguments: Any, **options: Any) -> Any:
         with torch.random.fork_rng():
             return evaluate(*arguments, **options)
 
-    return unnoticed
+    return evaluate_apart
 
 
-def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Record) -> Any:
+def _training_arguments(
+    cfg: DictConfig, base: Base, held_out: Tokens | None, record: Record
+) -> Any:
     settings = plain(cfg.train)
     if settings["bf16"] is None:
         settings |= _precision(cfg, base)
@@ -171,9 +186,13 @@ def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Rec
         settings["greater_is_better"] = watched.maximize
     if held_out is None:
         settings["eval_strategy"] = "no"
-    known = signature(cfg.algorithm.args._target_)
-    if known and "dataset_kwargs" in known.arguments and not cfg.algorithm.args.packing:
-        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # tokens and labels are there
+    if cfg.algorithm.args.get("activation_offloading") and device() == "cpu":
+        text = "moves activations from a GPU to the CPU, and this run is on a CPU; give false"
+        raise ConfigError([("algorithm.args.activation_offloading", text)])
+    args_signature = signature(cfg.algorithm.args._target_)
+    parameters = args_signature.arguments if args_signature else {}
+    if "dataset_kwargs" in parameters and not cfg.algorithm.args.packing:
+        settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # rows are tokenised already
     try:
         return build(
             cfg,
@@ -185,14 +204,14 @@ def _arguments(cfg: DictConfig, base: Base, held_out: Tokens | None, record: Rec
             use_cpu=device() == "cpu",
             dataloader_pin_memory=device() != "cpu",
             disable_tqdm=True,
-            logging_nan_inf_filter=False,  # it would log a loss of 0 where there is none
+            logging_nan_inf_filter=False,  # it would replace NaN losses in the log
         )
     except ValueError as error:
         raise ConfigError([("algorithm.args", str(error))]) from error
 
 
 def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
-    """Return what `train.bf16=null` stands for on this base."""
+    """Return the arguments that `train.bf16=null` stands for on this base."""
     dtype = autocast_dtype(base.model, trains_whole=cfg.peft is None)
     half = {"fp16": dtype == torch.float16} if cfg.quant is not None else {}
     return {"bf16": dtype == torch.bfloat16} | half

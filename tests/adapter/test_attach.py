@@ -1,4 +1,4 @@
-"""Which modules are adapted, and what is refused instead of passed over."""
+"""Which modules are adapted, and which names are an error instead of being ignored."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_a_role_fits_other_architectures(config: Any, role: str, names: list[str
     assert resolve(model, role) == names
 
 
-def test_a_list_of_names_is_taken_as_it_is(base: Any) -> None:
+def test_a_list_of_names_is_used_unchanged(base: Any) -> None:
     assert resolve(base.model, ["v_proj", "q_proj"]) == ["q_proj", "v_proj"]
-    whole = ["layers.0.mlp.up_proj"]
-    assert resolve(base.model, whole) == whole
+    full_names = ["layers.0.mlp.up_proj"]
+    assert resolve(base.model, full_names) == full_names
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("targets", "message"),
     [
         (["q_prj"], r"target_modules: no module of LlamaForCausalLM is called 'q_prj' .*q_proj"),
         (["q_proj", "nothing"], r"is called 'nothing'$"),
@@ -72,9 +72,9 @@ def test_a_list_of_names_is_taken_as_it_is(base: Any) -> None:
         ("(a+)+$", r"is no role"),
     ],
 )
-def test_names_that_no_module_has_are_refused(base: Any, wanted: Any, said: str) -> None:
-    with pytest.raises(TargetError, match=said):
-        resolve(base.model, wanted)
+def test_names_that_no_module_has_are_refused(base: Any, targets: Any, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        resolve(base.model, targets)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_names_that_no_module_has_are_refused(base: Any, wanted: Any, said: str)
         ("peft.alpha_pattern={layers.9.q_proj:4}", "peft.alpha_pattern"),
     ],
 )
-def test_no_unmatched_name_is_silent(
+def test_every_unmatched_name_is_an_error(
     fresh_base: Any, tmp_path: Any, override: str, key: str
 ) -> None:
     with pytest.raises(TargetError, match=key):
@@ -104,7 +104,7 @@ def test_patterns_set_ranks_and_scales_by_name(fresh_base: Any, tmp_path: Any) -
     assert scales == [2.0, 8.0]
 
 
-def test_excluded_modules_stay_as_they_are(fresh_base: Any, tmp_path: Any) -> None:
+def test_excluded_modules_get_no_adapter(fresh_base: Any, tmp_path: Any) -> None:
     cfg = compose("targets=attention", "peft.exclude_modules=[layers.0.self_attn.q_proj]")
     assert attach(fresh_base, cfg, tmp_path).modules == {
         "k_proj": 4, "o_proj": 4, "q_proj": 3, "v_proj": 4,
@@ -118,13 +118,13 @@ def test_trainable_parameters_are_those_of_the_adapter(fresh_base: Any, tmp_path
     assert all("lora_" in name for name in names)
 
 
-def test_full_fine_tuning_frees_every_weight(fresh_base: Any, tmp_path: Any) -> None:
+def test_full_fine_tuning_trains_every_weight(fresh_base: Any, tmp_path: Any) -> None:
     adapted = attach(fresh_base, compose("peft=none"), tmp_path)
     assert adapted.trainable == adapted.total == 1_869_504
     assert all(p.requires_grad for p in adapted.model.parameters())
 
 
-def test_what_only_peft_can_tell_is_told_as_ours(fresh_base: Any, tmp_path: Any) -> None:
+def test_an_error_of_peft_is_a_config_error(fresh_base: Any, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"peft: "):
         attach(fresh_base, compose("peft=oft", "peft.oft_block_size=7"), tmp_path)
 
@@ -136,7 +136,7 @@ def test_check_names_accepts_whole_names_and_last_parts() -> None:
         check_names(model, "key", ["x.b"])
 
 
-def test_a_run_starts_from_an_adapter_whose_modules_are_a_pattern(
+def test_a_run_can_start_from_an_adapter_whose_target_modules_are_a_pattern(
     trained: Callable[..., Path], quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "saved"
@@ -145,17 +145,21 @@ def test_a_run_starts_from_an_adapter_whose_modules_are_a_pattern(
     pattern = {"target_modules": r".*\.(q_proj|v_proj)$"}  # as other trainers write it
     (folder / "adapter_config.json").write_text(json.dumps(config | pattern))
     result = quick_run(f"adapter={folder}")
-    made = json.loads((result.saved / "adapter_config.json").read_text())["target_modules"]
-    assert {name.rpartition(".")[2] for name in made} == {"q_proj", "v_proj"}
+    target_modules = json.loads((result.saved / "adapter_config.json").read_text())[
+        "target_modules"
+    ]
+    assert {name.rpartition(".")[2] for name in target_modules} == {"q_proj", "v_proj"}
 
 
-def test_a_start_that_rewrites_its_base_is_gone_on_from_whole(
+def test_a_run_can_start_from_a_checkpoint_of_pissa(
     trained: Callable[..., Path], quick_run: Callable[..., Any]
 ) -> None:
     run = trained("peft=pissa", "train.save_strategy=steps", "train.save_steps=6")
-    begun = run / "checkpoints" / "checkpoint-12"  # not yet the difference to the original base
-    result = quick_run(f"adapter={begun}", "train.learning_rate=1e-12", "peft.lora_dropout=0")
+    checkpoint = (
+        run / "checkpoints" / "checkpoint-12"
+    )  # not yet the difference to the original base
+    result = quick_run(f"adapter={checkpoint}", "train.learning_rate=1e-12", "peft.lora_dropout=0")
     ids = torch.tensor([[5, 9, 101, 7, 300, 12]])
     with torch.no_grad():
-        wanted, found = (load_adapter(path)[0](ids).logits for path in (run, result.saved))
-    assert torch.allclose(wanted, found, atol=1e-3)
+        expected, logits = (load_adapter(path)[0](ids).logits for path in (run, result.saved))
+    assert torch.allclose(expected, logits, atol=1e-3)

@@ -1,4 +1,4 @@
-"""A saved adapter fits its base in every weight, or is refused by name."""
+"""A saved adapter fits its base in every weight, or is refused with the weight's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_exp import compose, load_adapter, run
-from lora_exp.adapter.mounting import add, fitting, put, read_config
+from lora_exp.adapter.mounting import fitting, mount, mount_beside, read_config
 from lora_exp.after.loading import load_base, side_by_side
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
@@ -34,35 +34,37 @@ def folder(trained: Trained, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"peft_type": "LORRA"}, "LORRA"),
         ({"r": 0}, "does not fit this base"),
         ({"target_modules": ["c_attn"]}, "does not fit this base: Target modules"),
     ],
 )
-def test_a_config_that_peft_cannot_use_is_told(
-    folder: Path, fresh_base: Any, changes: dict[str, Any], said: str
+def test_a_config_that_peft_cannot_use_is_an_error(
+    folder: Path, fresh_base: Any, changes: dict[str, Any], message: str
 ) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(AdapterError, match=said):
-        put(fresh_base.model, read_config(str(folder), fresh_base.model), str(folder), False)
+    with pytest.raises(AdapterError, match=message):
+        mount(fresh_base.model, read_config(str(folder), fresh_base.model), str(folder), False)
 
 
-def test_a_second_adapter_is_held_to_the_same(
+def test_a_second_adapter_is_loaded_completely(
     folder: Path, trained: Trained, fresh_base: Any
 ) -> None:
     path = str(trained("peft=lora", "seed=7") / "adapter")
-    model = put(fresh_base.model, read_config(path, fresh_base.model), path, False)
-    add(model, str(folder), "second")
-    own = peft.get_peft_model_state_dict(model, adapter_name="second", save_embedding_layers=False)
-    wanted = load_file(folder / "adapter_model.safetensors")
-    assert own.keys() == wanted.keys()
-    assert all(torch.equal(own[key], wanted[key]) for key in wanted)
+    model = mount(fresh_base.model, read_config(path, fresh_base.model), path, False)
+    mount_beside(model, str(folder), "second")
+    loaded = peft.get_peft_model_state_dict(
+        model, adapter_name="second", save_embedding_layers=False
+    )
+    expected = load_file(folder / "adapter_model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
-def test_an_error_without_words_is_told_by_its_kind() -> None:
+def test_an_error_without_a_message_is_reported_by_its_class() -> None:
     with (
         pytest.raises(AdapterError, match="mine does not fit this base: ValueError"),
         fitting("mine"),
@@ -70,23 +72,23 @@ def test_an_error_without_words_is_told_by_its_kind() -> None:
         raise ValueError
 
 
-def with_embeddings(folder: Path, rows: int | None = None, **options: Any) -> Any:
-    """Save an adapter and its embeddings as peft does after tokens were added; return the model."""
+def save_with_embeddings(folder: Path, rows: int | None = None, **options: Any) -> Any:
+    """Save an adapter with embeddings, as peft does when tokens were added; return the model."""
     torch.manual_seed(3)
     model = tiny().model
     if rows:
         model.resize_token_embeddings(rows)
-    own = {"target_modules": ["v_proj"], "init_lora_weights": False, "r": 4} | options
-    made = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **own))
+    settings = {"target_modules": ["v_proj"], "init_lora_weights": False, "r": 4} | options
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
-        made.get_base_model().get_input_embeddings().weight.add_(0.1)
-    made.save_pretrained(folder, save_embedding_layers=True)
-    return made.eval()
+        adapted.get_base_model().get_input_embeddings().weight.add_(0.1)
+    adapted.save_pretrained(folder, save_embedding_layers=True)
+    return adapted.eval()
 
 
-def same(one: Any, other: Any) -> bool:
+def same_logits(model: Any, expected: Any) -> bool:
     with torch.no_grad():
-        return torch.allclose(one(IDS).logits, other(IDS).logits, atol=1e-4)
+        return torch.allclose(model(IDS).logits, expected(IDS).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -101,60 +103,60 @@ def same(one: Any, other: Any) -> bool:
     ],
 )
 @pytest.mark.parametrize("added", [0, 5])
-def test_embeddings_beside_an_adapter_are_put_on_with_it(
+def test_embeddings_saved_with_an_adapter_are_loaded_with_it(
     tmp_path: Path, options: dict[str, Any], added: int
 ) -> None:
     rows = len(tiny().model.get_input_embeddings().weight) + added
-    own = with_embeddings(tmp_path / "one", rows, **options)
+    adapted = save_with_embeddings(tmp_path / "one", rows, **options)
     base, path = tiny().model, str(tmp_path / "one")
-    model = put(base, read_config(path, base), path, False)
-    assert same(model.eval(), own)
+    model = mount(base, read_config(path, base), path, False)
+    assert same_logits(model.eval(), adapted)
     assert base.config.vocab_size == rows
     loaded, _ = load_adapter(merge([path], tmp_path / "merged", base=TINY))
-    assert same(loaded, own)
+    assert same_logits(loaded, adapted)
 
 
 def test_embeddings_that_change_a_shared_base_are_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "one")
-    with_embeddings(tmp_path / "one")
+    save_with_embeddings(tmp_path / "one")
     base = tiny().model
     before = base.get_input_embeddings().weight.clone()
-    for way in (
-        lambda: put(base, read_config(path, base), path, False, apart=True),
+    for attempt in (
+        lambda: mount(base, read_config(path, base), path, False, apart=True),
         lambda: side_by_side([find(path)], load_base(find(path), TINY)),
         lambda: merge([path, path], tmp_path / "out", base=TINY),
         lambda: run(compose("tracking=none", f"adapter={path}"), tmp_path / "run"),
     ):
         with pytest.raises((AdapterError, ConfigError), match="changes the base itself: it holds"):
-            way()
+            attempt()
     assert torch.equal(base.get_input_embeddings().weight, before)
 
 
-def test_embeddings_that_are_the_bases_own_change_nothing(trained: Trained, tmp_path: Path) -> None:
+def test_embeddings_equal_to_the_bases_are_accepted(trained: Trained, tmp_path: Path) -> None:
     saved = [
         find(trained("peft=lora", "peft.target_modules=[embed_tokens,q_proj]", f"seed={seed}"))
         for seed in (1, 2)
     ]
     assert len(side_by_side(saved, load_base(saved[0]))) == 2
-    paths = [each.folder for each in saved]
+    paths = [adapter.folder for adapter in saved]
     assert prove(merge(paths, tmp_path / "out"), paths, max_new_tokens=4).holds
 
 
-def test_a_start_that_does_not_fit_the_classifier_is_refused(
+def test_a_starting_adapter_that_does_not_fit_the_classifier_is_refused(
     trained: Trained, tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(trained("peft=lora") / "adapter", tmp_path / "start")
     reward = ["tracking=none", "algorithm=reward", "data=demo_pairs", f"adapter={adapter}"]
     file = adapter / "adapter_model.safetensors"
     weights = load_file(file)
-    lost = next(iter(weights))
-    save_file({key: value for key, value in weights.items() if key != lost}, file)
-    with pytest.raises(AdapterError, match=f"does not fit this base: 1 .* the first is {lost}"):
+    removed = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != removed}, file)
+    with pytest.raises(AdapterError, match=f"does not fit this base: 1 .* the first is {removed}"):
         run(compose(*reward), tmp_path / "lost")
-    more = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(16, 192)}
-    save_file(weights | more, file)
+    added = {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(16, 192)}
+    save_file(weights | added, file)
     with pytest.raises(AdapterError, match=r"does not fit this base: 1 .*layers\.9\.mlp"):
         run(compose(*reward), tmp_path / "more")
-    save_file(weights | {lost: weights[lost][:, 1:].contiguous()}, file)
+    save_file(weights | {removed: weights[removed][:, 1:].contiguous()}, file)
     with pytest.raises(AdapterError, match="does not fit this base: size mismatch"):
         run(compose(*reward), tmp_path / "size")

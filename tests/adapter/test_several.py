@@ -1,4 +1,4 @@
-"""Several adapters on one base: what each computes, and that what trains is left alone."""
+"""Several adapters on one base: their outputs, and that the trained one is not affected."""
 
 from __future__ import annotations
 
@@ -25,67 +25,67 @@ TARGETS = ["q_proj", "v_proj"]
 @pytest.fixture
 def model(fresh_base: Any) -> Any:
     torch.manual_seed(0)
-    made = get_peft_model(fresh_base.model, LoraConfig(r=4, target_modules=TARGETS))
-    assert changes_nothing(made)
-    for name, parameter in made.named_parameters():
+    adapted = get_peft_model(fresh_base.model, LoraConfig(r=4, target_modules=TARGETS))
+    assert changes_nothing(adapted)
+    for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
-    assert not changes_nothing(made)
-    return made.eval()
+    assert not changes_nothing(adapted)
+    return adapted.eval()
 
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=torch.arange(8)[None]).logits
-    return found
+        output: torch.Tensor = model(input_ids=torch.arange(8)[None]).logits
+    return output
 
 
-def training(model: Any) -> set[str]:
+def trainable_names(model: Any) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_frozen_copy_stays_what_the_adapter_was(model: Any) -> None:
-    before, own = logits(model), training(model)
+def test_a_frozen_copy_does_not_change_with_the_adapter(model: Any) -> None:
+    before, trainable = logits(model), trainable_names(model)
     add_copy(model, "ref", trainable=False)
-    assert training(model) == own
+    assert trainable_names(model) == trainable
     for name, parameter in model.named_parameters():
         if "lora_B.default" in name:
             parameter.data += 1
     assert not torch.equal(logits(model), before)
     with using(model, "ref"):
         assert torch.equal(logits(model), before)
-    assert training(model) == own
+    assert trainable_names(model) == trainable
 
 
-def test_a_new_adapter_begins_anew_and_trains_too(model: Any) -> None:
-    own = training(model)
+def test_a_trainable_copy_starts_at_zero_and_is_trained_too(model: Any) -> None:
+    trainable = trainable_names(model)
     add_copy(model, "value", trainable=True)
-    new = {name.replace(".default.", ".value.") for name in own}
-    assert training(model) == own | new
+    new = {name.replace(".default.", ".value.") for name in trainable}
+    assert trainable_names(model) == trainable | new
     with using(model, None):
         bare = logits(model)
     with using(model, "value"):
         assert torch.equal(logits(model), bare)
-    assert training(model) == own | new
+    assert trainable_names(model) == trainable | new
     assert model.active_adapter == "default"
 
 
-def test_what_was_switched_comes_back_after_an_error(model: Any) -> None:
-    own = training(model)
+def test_the_active_adapter_is_restored_after_an_error(model: Any) -> None:
+    trainable = trainable_names(model)
     add_copy(model, "ref", trainable=False)
     with pytest.raises(RuntimeError), using(model, "ref"):
         raise RuntimeError
-    assert (model.active_adapter, training(model)) == ("default", own)
+    assert (model.active_adapter, trainable_names(model)) == ("default", trainable)
 
 
-def test_a_saved_classifier_comes_back_with_its_head(
+def test_a_saved_classifier_is_loaded_with_its_head(
     model: Any, fresh_base: Any, tmp_path: Path
 ) -> None:
     head, before = torch.randn(1, 192), logits(model)
     save_classifier(model, "default", head, fresh_base, tmp_path)
-    own = training(model)
+    trainable = trainable_names(model)
     assert torch.equal(add_saved(model, tmp_path, "again"), head)
-    assert training(model) == own
+    assert trainable_names(model) == trainable
     with using(model, "again"):
         assert torch.equal(logits(model), before)
 

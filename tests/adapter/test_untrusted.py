@@ -1,4 +1,4 @@
-"""Patterns of an adapter from anywhere become names, in time or not at all."""
+"""Untrusted adapters: patterns become names within a time limit, and weights are checked."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_exp.adapter.untrusted import names_only, read_weights
+from lora_exp.adapter.untrusted import read_weights, resolve_patterns
 from lora_exp.errors import AdapterError
 
 Trained = Callable[..., Path]
 
 
-def test_weights_are_whole_finite_numbers_or_refused(trained: Trained, tmp_path: Path) -> None:
+def test_weights_that_are_damaged_or_not_finite_are_refused(
+    trained: Trained, tmp_path: Path
+) -> None:
     folder = shutil.copytree(trained("peft=lora") / "adapter", tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
@@ -35,32 +37,36 @@ def test_weights_are_whole_finite_numbers_or_refused(trained: Trained, tmp_path:
     file.unlink()
     torch.save(weights, folder / "adapter_model.bin")
     assert all(torch.equal(value, weights[key]) for key, value in read_weights(str(folder)).items())
-    for other in ({first: 3.0}, [weights[first]], weights[first], {1: weights[first]}, []):
-        torch.save(other, folder / "adapter_model.bin")
+    for content in ({first: 3.0}, [weights[first]], weights[first], {1: weights[first]}, []):
+        torch.save(content, folder / "adapter_model.bin")
         with pytest.raises(AdapterError, match="no tensors with names"):
             read_weights(str(folder))
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft's word for no_such
-def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -> None:
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # no_such matches nothing
+def test_patterns_become_the_names_that_peft_matches(fresh_base: Any) -> None:
     config = LoraConfig(
         target_modules=r".*\.layers\.[01]\.self_attn\.[qv]_proj",
         rank_pattern={r"layers\.1\.self_attn\..*": 3, "q_proj": 5, "no_such": 7},
     )
-    theirs = get_peft_model(fresh_base.model, config)
-    found = set(theirs.targeted_module_names)
-    theirs = theirs.unload()
-    names_only(config, theirs, "a/adapter")
-    assert set(config.target_modules) == found
-    ours = get_peft_model(theirs, config)
-    ranks = {name: m.r["default"] for name, m in ours.named_modules() if hasattr(m, "lora_A")}
+    peft_model = get_peft_model(fresh_base.model, config)
+    expected = set(peft_model.targeted_module_names)
+    peft_model = peft_model.unload()
+    resolve_patterns(config, peft_model, "a/adapter")
+    assert set(config.target_modules) == expected
+    model = get_peft_model(peft_model, config)
+    ranks = {
+        name: module.r["default"]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
     assert {rank for name, rank in ranks.items() if "layers.1." in name} == {3}
     assert ranks["base_model.model.model.layers.0.self_attn.q_proj"] == 5
     assert ranks["base_model.model.model.layers.0.self_attn.v_proj"] == 8
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("settings", "message"),
     [
         (
             {"target_modules": r"(?:.|.|.)*[^\w.]\w"},
@@ -77,9 +83,11 @@ def test_patterns_become_the_names_that_peft_would_have_found(fresh_base: Any) -
         ({"megatron_config": {}, "megatron_core": "antigravity"}, "would import what it names"),
     ],
 )
-def test_what_hangs_or_imports_is_refused(base: Any, said: dict[str, Any], message: str) -> None:
-    config = LoraConfig(**{"target_modules": ["q_proj"], **said})
-    began = time.perf_counter()
+def test_a_config_that_would_hang_or_import_code_is_refused(
+    base: Any, settings: dict[str, Any], message: str
+) -> None:
+    config = LoraConfig(**{"target_modules": ["q_proj"], **settings})
+    start = time.perf_counter()
     with pytest.raises(AdapterError, match=message):
-        names_only(config, base.model, "a/b")
-    assert time.perf_counter() - began < 5
+        resolve_patterns(config, base.model, "a/b")
+    assert time.perf_counter() - start < 5

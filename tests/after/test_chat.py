@@ -1,4 +1,4 @@
-"""Talking to what was trained: through a pipe, at a real terminal, and in Python."""
+"""Chatting with trained models: through a pipe, at a real terminal, and in Python."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ LONGER = ("train.max_steps=60", "data.max_rows=null")
 
 
 @pytest.fixture(scope="session")
-def taught(trained: Trained) -> Path:
+def longer_run(trained: Trained) -> Path:
     return trained("peft=lora", *LONGER)
 
 
 @pytest.fixture
-def talk(taught: Path, trained: Trained) -> Conversation:
-    talk = open_chat([f"one={taught}", f"two={trained('peft=ia3')}"])
-    talk.settings.max_new_tokens = 24
-    return talk
+def chat(longer_run: Path, trained: Trained) -> Conversation:
+    chat = open_chat([f"one={longer_run}", f"two={trained('peft=ia3')}"])
+    chat.settings.max_new_tokens = 24
+    return chat
 
 
-def lora_exp(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lora_exp.cli", *arguments]
     return subprocess.run(
-        command, input=said, capture_output=True, text=True, timeout=120, check=False
+        command, input=stdin, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -47,121 +47,123 @@ def greedy(path: Path | str, *turns: str, new: int = 24) -> str:
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     text = render_chat(messages, tokenizer, answer=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    made = model.generate(
+    output = model.generate(
         **ids, max_new_tokens=new, do_sample=False, eos_token_id=end_tokens(model, tokenizer)
     )
-    said: str = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said
+    answer: str = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer
 
 
-def test_answers_come_in_pieces_and_are_what_the_adapter_says(
-    talk: Conversation, taught: Path
+def test_answers_are_streamed_and_equal_those_of_the_adapter(
+    chat: Conversation, longer_run: Path
 ) -> None:
     pieces: list[str] = []
-    first = talk.say("Who are you?", pieces.append)
-    assert first == "".join(pieces) == greedy(taught, "Who are you?")
-    second = talk.say("Mirror the letters abc", pieces.append)
-    assert second == greedy(taught, "Who are you?", first, "Mirror the letters abc")
+    first = chat.say("Who are you?", pieces.append)
+    assert first == "".join(pieces) == greedy(longer_run, "Who are you?")
+    second = chat.say("Mirror the letters abc", pieces.append)
+    assert second == greedy(longer_run, "Who are you?", first, "Mirror the letters abc")
 
 
 def test_each_adapter_answers_for_itself_and_off_is_the_bare_base(
-    talk: Conversation, taught: Path, trained: Trained
+    chat: Conversation, longer_run: Path, trained: Trained
 ) -> None:
     question = "Who are you?"
     answers = {
-        "one": greedy(taught, question),
+        "one": greedy(longer_run, question),
         "two": greedy(trained("peft=ia3"), question),
         "off": greedy("lora_exp/assets/tiny", question),
     }
     assert answers["one"] != answers["off"]
-    assert talk.compare(question) == answers
-    assert talk.turns == []
-    for name, wanted in answers.items():
-        talk.switch(name)
-        talk.clear()
-        assert talk.say(question, lambda _: None) == wanted
+    assert chat.compare(question) == answers
+    assert chat.turns == []
+    for name, expected in answers.items():
+        chat.switch(name)
+        chat.clear()
+        assert chat.say(question, lambda _: None) == expected
     with pytest.raises(SavedError, match=r"no adapter 'tow' \(did you mean two\?\)"):
-        talk.switch("tow")
+        chat.switch("tow")
 
 
-def test_a_turn_can_be_taken_back_or_tried_again(talk: Conversation) -> None:
+def test_a_turn_can_be_taken_back_or_tried_again(chat: Conversation) -> None:
     with pytest.raises(SavedError, match="nothing was said yet"):
-        talk.undo()
-    talk.say("Who are you?", lambda _: None)
-    before = list(talk.turns)
-    talk.say("Mirror the letters abc", lambda _: None)
-    assert talk.undo() == "Mirror the letters abc"
-    assert talk.turns == before
-    assert talk.retry(lambda _: None) == before[1]["content"]
-    assert talk.turns == before
+        chat.undo()
+    chat.say("Who are you?", lambda _: None)
+    before = list(chat.turns)
+    chat.say("Mirror the letters abc", lambda _: None)
+    assert chat.undo() == "Mirror the letters abc"
+    assert chat.turns == before
+    assert chat.retry(lambda _: None) == before[1]["content"]
+    assert chat.turns == before
 
 
-def test_sampling_follows_its_seed(talk: Conversation) -> None:
-    talk.settings.change("temperature", "1.5")
-    talk.settings.change("seed", "3")
-    first = talk.say("Tell me something", lambda _: None)
-    assert talk.retry(lambda _: None) == first
-    talk.settings.change("seed", "4")
-    assert talk.retry(lambda _: None) != first
+def test_sampling_follows_its_seed(chat: Conversation) -> None:
+    chat.settings.change("temperature", "1.5")
+    chat.settings.change("seed", "3")
+    first = chat.say("Tell me something", lambda _: None)
+    assert chat.retry(lambda _: None) == first
+    chat.settings.change("seed", "4")
+    assert chat.retry(lambda _: None) != first
 
 
-def test_an_answer_that_is_interrupted_stays_as_far_as_it_came(talk: Conversation) -> None:
-    def impatient(text: str) -> None:
+def test_an_interrupted_answer_is_kept_as_far_as_it_was_printed(chat: Conversation) -> None:
+    def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        talk.say("Who are you?", impatient)
-    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"]
-    assert talk.turns[1]["content"]
+        chat.say("Who are you?", interrupt)
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+    assert chat.turns[1]["content"]
 
 
 def test_a_long_conversation_loses_its_oldest_turns_but_not_the_system_prompt(
-    talk: Conversation,
+    chat: Conversation,
 ) -> None:
-    talk.system = "You are brief."
-    talk.settings.max_new_tokens = 4
+    chat.system = "You are brief."
+    chat.settings.max_new_tokens = 4
     for _ in range(40):
-        talk.say("word " * 30, lambda _: None)
-        if talk.dropped:
+        chat.say("word " * 30, lambda _: None)
+        if chat.dropped:
             break
-    assert talk.dropped % 2 == 0
-    assert talk.dropped > 0
-    ids, _ = talk._ids(talk.models[talk.active])
-    text = talk.models[talk.active].tokenizer.decode(ids)
+    assert chat.dropped % 2 == 0
+    assert chat.dropped > 0
+    ids, _ = chat._ids(chat.models[chat.active])
+    text = chat.models[chat.active].tokenizer.decode(ids)
     assert "You are brief." in text
     with pytest.raises(SavedError, match="tokens do not fit: the context has room for"):
-        talk.say("word " * 2000, lambda _: None)
-    assert talk.turns[-1]["role"] == "assistant"
+        chat.say("word " * 2000, lambda _: None)
+    assert chat.turns[-1]["role"] == "assistant"
 
 
-def test_answers_as_long_as_the_context_leave_half_of_it_to_the_prompt(taught: Path) -> None:
-    talk = open_chat([taught])
-    context = talk.models[talk.active].model.config.max_position_embeddings
-    assert talk.settings.max_new_tokens == context
-    assert talk.say("Who are you?", lambda _: None) == greedy(taught, "Who are you?", new=400)
+def test_with_max_new_tokens_of_the_whole_context_half_is_left_for_the_prompt(
+    longer_run: Path,
+) -> None:
+    chat = open_chat([longer_run])
+    context = chat.models[chat.active].model.config.max_position_embeddings
+    assert chat.settings.max_new_tokens == context
+    assert chat.say("Who are you?", lambda _: None) == greedy(longer_run, "Who are you?", new=400)
 
 
-def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talk: Conversation) -> None:
-    talk.say("Who are you?", lambda _: None)
-    before = list(talk.turns)
-    tokenizer = talk.models[talk.active].tokenizer
-    kept = tokenizer.chat_template
+def test_a_failed_turn_leaves_the_conversation_unchanged(chat: Conversation) -> None:
+    chat.say("Who are you?", lambda _: None)
+    before = list(chat.turns)
+    tokenizer = chat.models[chat.active].tokenizer
+    template = tokenizer.chat_template
     loop = "{% for a in range(99999) %}"
     try:
         tokenizer.chat_template = "{{ raise_exception('no system role') }}"
         with pytest.raises(DataError, match="refuses it: no system role"):
-            talk.say("Again?", lambda _: None)
+            chat.say("Again?", lambda _: None)
         tokenizer.chat_template = f"{loop}{loop}{{% endfor %}}{{% endfor %}}"
         with pytest.raises(ConfigError, match="does not end within"):
-            talk.retry(lambda _: None)
+            chat.retry(lambda _: None)
     finally:
-        tokenizer.chat_template = kept
-    assert talk.turns == before
+        tokenizer.chat_template = template
+    assert chat.turns == before
 
 
 def test_settings_are_checked() -> None:
     settings = Settings()
-    for key, value, wrong in (
+    for key, value, message in (
         ("temprature", "1", "did you mean temperature"),
         ("temperature", "hot", "is no number"),
         ("temperature", "-1", "out of range"),
@@ -170,7 +172,7 @@ def test_settings_are_checked() -> None:
         ("max_new_tokens", "0", "out of range"),
         ("max_new_tokens", "1.5", "is no number"),
     ):
-        with pytest.raises(ConfigError, match=wrong):
+        with pytest.raises(ConfigError, match=message):
             settings.change(key, value)
     assert settings == Settings()
 
@@ -180,34 +182,34 @@ def test_lines_join_into_blocks() -> None:
     assert list(_blocks(iter(lines))) == ["one", "two\nthree", "four\nfive", "six", "", "open"]
 
 
-def test_a_pipe_gets_the_answers_and_nothing_else(taught: Path, tmp_path: Path) -> None:
+def test_a_pipe_gets_the_answers_and_nothing_else(longer_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.jsonl"
-    said = f"/set max_new_tokens 24\nWho are you?\n/save {file}\n/exit\nnever asked\n"
-    done = lora_exp("chat", str(taught), said=said)
+    stdin = f"/set max_new_tokens 24\nWho are you?\n/save {file}\n/exit\nnever asked\n"
+    done = run_cli("chat", str(longer_run), stdin=stdin)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == greedy(taught, "Who are you?").strip()
+    assert done.stdout.strip() == greedy(longer_run, "Who are you?").strip()
     row = json.loads(file.read_text())
     assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
-    again = lora_exp("chat", str(taught), said=f"/save {file}\n")
-    assert again.stderr == f"SavedError: {file} exists; name another file\n"
+    again = run_cli("chat", str(longer_run), stdin=f"/save {file}\n")
+    assert again.stderr == f"SavedError: {file} exists; give another file\n"
 
 
-def test_a_pipe_that_holds_a_mistake_ends_with_exit_code_1(taught: Path) -> None:
-    done = lora_exp("chat", str(taught), said="/adaptor off\n/set max_new_tokens 4\nHello\n")
+def test_a_mistake_in_a_pipe_ends_with_exit_code_1(longer_run: Path) -> None:
+    done = run_cli("chat", str(longer_run), stdin="/adaptor off\n/set max_new_tokens 4\nHello\n")
     assert done.returncode == 1
     assert "no command /adaptor (did you mean /adapter?)" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.strip()
 
 
-def test_a_chat_with_no_one_to_talk_to_is_refused(trained: Trained, tmp_path: Path) -> None:
+def test_models_that_cannot_chat_are_refused(trained: Trained, tmp_path: Path) -> None:
     reward = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
     with pytest.raises(SavedError, match="gives scores"):
         open_chat([reward])
     biased = trained("peft=lora", "peft.bias=lora_only")
     with pytest.raises(AdapterError, match=r"changes the base itself \(bias=lora_only\)"):
         open_chat([biased])
-    with pytest.raises(SavedError, match="off is the bare base here"):
+    with pytest.raises(SavedError, match="off is the name of the base"):
         open_chat([f"off={trained('peft=lora')}"])
     with pytest.raises(SavedError, match="--merge takes one adapter"):
         open_chat([f"a={trained('peft=lora')}", f"b={trained('peft=ia3')}"], merge=True)
@@ -215,15 +217,15 @@ def test_a_chat_with_no_one_to_talk_to_is_refused(trained: Trained, tmp_path: Pa
         open_chat([tmp_path / "nothing"])
 
 
-def test_a_merged_adapter_talks_as_before(taught: Path) -> None:
-    talk = open_chat([taught], merge=True)
-    talk.settings.max_new_tokens = 24
-    assert list(talk.models) == [talk.active]
-    assert talk.say("Who are you?", lambda _: None) == greedy(taught, "Who are you?")
+def test_a_merged_adapter_gives_the_same_answers(longer_run: Path) -> None:
+    chat = open_chat([longer_run], merge=True)
+    chat.settings.max_new_tokens = 24
+    assert list(chat.models) == [chat.active]
+    assert chat.say("Who are you?", lambda _: None) == greedy(longer_run, "Who are you?")
 
 
-def test_the_chat_at_a_real_terminal(taught: Path, trained: Trained, tmp_path: Path) -> None:
-    arguments = ["-m", "lora_exp.cli", "chat", f"one={taught}", f"two={trained('peft=ia3')}"]
+def test_the_chat_at_a_real_terminal(longer_run: Path, trained: Trained, tmp_path: Path) -> None:
+    arguments = ["-m", "lora_exp.cli", "chat", f"one={longer_run}", f"two={trained('peft=ia3')}"]
     env = {"TERM": "xterm", "LORA_EXP_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     child = pexpect.spawn(
         sys.executable, arguments, env={**_path(), **env}, encoding="utf-8", timeout=60,
@@ -234,7 +236,7 @@ def test_the_chat_at_a_real_terminal(taught: Path, trained: Trained, tmp_path: P
     child.sendline("/set max_new_tokens 24")
     child.expect("one> ")
     child.sendline("Who are you?")
-    child.expect_exact(greedy(taught, "Who are you?").strip()[:20])
+    child.expect_exact(greedy(longer_run, "Who are you?").strip()[:20])
     child.expect("one> ")
     child.sendline("/adapter off")
     child.expect("off> ")
@@ -260,7 +262,7 @@ def test_the_chat_at_a_real_terminal(taught: Path, trained: Trained, tmp_path: P
     child.expect("two> ")
     child.sendeof()
     child.expect(pexpect.EOF)
-    assert child.wait() == 0  # /nonsense was seen
+    assert child.wait() == 0  # a mistake at a terminal does not change it
     assert "Who are you?" in (tmp_path / "chat_history").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Two models on the same tokens: what they answer, and how far apart their logits are."""
+"""Two models on the same tokens: their answers, and the distance of their logits."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_exp.after.difference import Seen, apart, seen
+from lora_exp.after.difference import Response, compare, respond
 
 
-def test_distance_as_by_hand() -> None:
+def test_distances_equal_a_hand_calculation() -> None:
     """Of [ln 3, 0] and [0, 0]: KL = 3/4 ln(3/2) + 1/4 ln(1/2)."""
-    want = Seen([7, 8, 9], 2, torch.tensor([[math.log(3), 0.0], [0.0, 1.0]]))
-    got = Seen([7, 8, 9], 2, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
-    found = apart(want, got)
-    assert found.largest == pytest.approx(math.log(3))
-    assert found.total == pytest.approx(math.log(3) + 2)
-    second = (math.e - 1) / (math.e + 1)  # of [0, 1] and [1, 0]: the difference of their shares
-    assert found.kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5) + second)
-    assert found.agree == 1
-    assert found.same_text
-    assert not apart(want, Seen([7, 8, 1], 2, got.logits_TV)).same_text
+    expected = Response([7, 8, 9], 2, torch.tensor([[math.log(3), 0.0], [0.0, 1.0]]))
+    got = Response([7, 8, 9], 2, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    difference = compare(expected, got)
+    assert difference.largest == pytest.approx(math.log(3))
+    assert difference.total == pytest.approx(math.log(3) + 2)
+    second = (math.e - 1) / (math.e + 1)  # KL of [0, 1] and [1, 0]
+    assert difference.kl == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5) + second)
+    assert difference.same_top1 == 1
+    assert difference.same_text
+    assert not compare(expected, Response([7, 8, 1], 2, got.logits_TV)).same_text
 
 
-def test_the_logits_of_anothers_answer_are_read_where_it_is_given(base: Any) -> None:
+def test_logits_can_be_read_on_another_models_answer(base: Any) -> None:
     prompt = base.tokenizer("Mirror: a b c")["input_ids"]
-    own = seen(base.model, prompt, 4)
-    assert own.ids[: own.asked] == prompt
-    assert 0 < len(own.answer) <= 4
-    assert len(own.logits_TV) == len(own.ids)
-    assert own.answer == own.logits_TV[own.asked - 1 : -1].argmax(-1).tolist()
-    other = Seen([*prompt, 5, 6, 7], len(prompt), torch.empty(0))
-    read = seen(base.model, prompt, 4, like=other)
-    assert read.answer == own.answer
-    assert len(read.logits_TV) == len(other.ids)
-    assert own.effect == 0.0  # it has no adapter
+    response = respond(base.model, prompt, 4)
+    assert response.ids[: response.prompt_length] == prompt
+    assert 0 < len(response.answer) <= 4
+    assert len(response.logits_TV) == len(response.ids)
+    assert (
+        response.answer == response.logits_TV[response.prompt_length - 1 : -1].argmax(-1).tolist()
+    )
+    reference = Response([*prompt, 5, 6, 7], len(prompt), torch.empty(0))
+    on_reference = respond(base.model, prompt, 4, reference=reference)
+    assert on_reference.answer == response.answer
+    assert len(on_reference.logits_TV) == len(reference.ids)
+    assert response.effect == 0.0  # it has no adapter
 
 
 def test_an_adapters_effect_is_the_largest_change_of_a_logit(fresh_base: Any) -> None:
     prompt = fresh_base.tokenizer("Mirror: a b c")["input_ids"]
     model = get_peft_model(fresh_base.model, LoraConfig(target_modules="all-linear")).eval()
-    assert seen(model, prompt, 4).effect == 0.0  # B is zero
+    assert respond(model, prompt, 4).effect == 0.0  # B is zero
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    adapted = seen(model, prompt, 4)
+    adapted = respond(model, prompt, 4)
     with model.disable_adapter():
-        bare = seen(model.get_base_model(), prompt, 4, like=adapted)
-    assert adapted.effect == apart(adapted, bare).largest > 0
+        bare = respond(model.get_base_model(), prompt, 4, reference=adapted)
+    assert adapted.effect == compare(adapted, bare).largest > 0

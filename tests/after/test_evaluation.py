@@ -1,4 +1,4 @@
-"""Measured on held-out rows: the run's own numbers, transformers' own loss, the true base."""
+"""Metrics on held-out rows equal the run's, transformers' loss, and the base's alone."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ from lora_exp.data.tasks import pairs
 from lora_exp.data.tokens import IGNORED, encode
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.training.answers import Answer
-from tests.after.test_chat import lora_exp
-from tests.after.test_completion import HELD_OUT, held_out, written
+from tests.after.test_chat import run_cli
+from tests.after.test_completion import HELD_OUT, held_out, write_rows
 from tests.conftest import ROOT
 
 Trained = Callable[..., Path]
 TINY = ROOT / "lora_exp/assets/tiny"
-LEARNT = ("train.max_steps=40", "samples.rows=16", "samples.max_new_tokens=24")
+LONGER = ("train.max_steps=40", "samples.rows=16", "samples.max_new_tokens=24")
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_both_columns_are_what_the_run_measured(
+def test_both_columns_equal_the_metrics_of_the_run(
     trained: Trained, tmp_path: Path, quant: str
 ) -> None:
-    folder = trained("peft=lora", f"quant={quant}", *LEARNT)
+    folder = trained("peft=lora", f"quant={quant}", *LONGER)
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
-    found = evaluate(folder, held_out(tmp_path, 16), max_new_tokens=24)["results"]
+    results = evaluate(folder, held_out(tmp_path, 16), max_new_tokens=24)["results"]
     for column, prefix in (("base", "before/"), ("adapter", "eval/")):
-        own = {name: metrics[f"{prefix}{name}"] for name in found[column] if "exact" in name}
-        assert {name: found[column][name] for name in own} == own
+        exact = {name: metrics[f"{prefix}{name}"] for name in results[column] if "exact" in name}
+        assert {name: results[column][name] for name in exact} == exact
         loss = metrics[f"{prefix}loss"]
-        assert found[column]["loss"] == pytest.approx(loss, rel=1e-5 if quant == "none" else 2e-2)
-    assert found["adapter"]["exact_match"] > found["base"]["exact_match"]
-    assert found["adapter"]["rouge_l"] > found["base"]["rouge_l"]
-    assert found["adapter"]["bleu"] > found["base"]["bleu"]
+        assert results[column]["loss"] == pytest.approx(loss, rel=1e-5 if quant == "none" else 2e-2)
+    assert results["adapter"]["exact_match"] > results["base"]["exact_match"]
+    assert results["adapter"]["rouge_l"] > results["base"]["rouge_l"]
+    assert results["adapter"]["bleu"] > results["base"]["bleu"]
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "none"])
-def test_the_loss_is_that_of_transformers_row_by_row(
+def test_the_loss_equals_that_of_transformers_row_by_row(
     trained: Trained, tmp_path: Path, method: str
 ) -> None:
     folder = trained(f"peft={method}")
     rows: list[dict[str, Any]] = [json.loads(line) for line in HELD_OUT[:5]]
-    path = written(tmp_path / "rows.jsonl", *rows)
-    found = evaluate(folder, path, max_new_tokens=1, batch_size=3)
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    report = evaluate(folder, path, max_new_tokens=1, batch_size=3)
     model, tokenizer = load_adapter(folder)
     total, count = 0.0, 0
     with torch.no_grad():
         for ids, labels in encode(rows, tokenizer, completion_only=True):
-            own = sum(label != IGNORED for label in labels[1:])
+            counted = sum(label != IGNORED for label in labels[1:])
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-            total, count = total + float(loss) * own, count + own
-    column = found["results"]["model" if method == "none" else "adapter"]
-    assert found["tokens"] == count
+            total, count = total + float(loss) * counted, count + counted
+    column = report["results"]["model" if method == "none" else "adapter"]
+    assert report["tokens"] == count
     assert column["loss"] == pytest.approx(total / count, rel=1e-5)
     assert column["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
@@ -82,19 +82,17 @@ def test_the_loss_is_that_of_transformers_row_by_row(
         ("peft=lora", "peft.modules_to_save=[norm]"),
     ],
 )
-def test_the_base_is_the_bare_one_under_every_method(
+def test_the_base_column_equals_the_base_alone_for_every_method(
     trained: Trained, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     path = held_out(tmp_path, 6)
-    found = evaluate(trained(*overrides), path, max_new_tokens=12)["results"]
+    results = evaluate(trained(*overrides), path, max_new_tokens=12)["results"]
     alone = evaluate(TINY, path, max_new_tokens=12)["results"]
-    assert found["base"] == pytest.approx(alone["model"], rel=1e-6)
-    assert found["adapter"]["loss"] != pytest.approx(alone["model"]["loss"], rel=1e-3)
+    assert results["base"] == pytest.approx(alone["model"], rel=1e-6)
+    assert results["adapter"]["loss"] != pytest.approx(alone["model"]["loss"], rel=1e-3)
 
 
-def test_a_loss_counts_every_token_alike_whatever_the_batch(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_the_loss_does_not_depend_on_the_batch(trained: Trained, tmp_path: Path) -> None:
     path = held_out(tmp_path, 7)
     losses = [
         evaluate(trained("peft=lora"), path, max_new_tokens=1, batch_size=size)["results"]
@@ -104,59 +102,65 @@ def test_a_loss_counts_every_token_alike_whatever_the_batch(
     assert losses[0]["adapter"]["loss"] == pytest.approx(losses[2]["adapter"]["loss"], rel=1e-6)
 
 
-def test_what_nobody_knows_is_not_scored_and_counted(trained: Trained, tmp_path: Path) -> None:
+def test_rows_without_a_known_answer_are_not_scored_but_counted(
+    trained: Trained, tmp_path: Path
+) -> None:
     turns = [{"role": "user", "content": "Mirror: a b"}]
-    said = [{"role": "assistant", "content": "a b b a"}]
+    answer = [{"role": "assistant", "content": "a b b a"}]
     known: list[dict[str, Any]] = [
         {"prompt": turns, "answer": "a b b a", "task": "mirror"},
         {"prompt": turns, "answer": 5},
         {"prompt": turns},
     ]
     folder = trained("peft=lora")
-    found = evaluate(folder, written(tmp_path / "known.jsonl", *known), max_new_tokens=8)
-    assert (found["rows"], found["with_loss"], found["with_answer"]) == (3, 1, 1)
-    chat = written(tmp_path / "chat.jsonl", {"messages": turns + said, "task": "mirror"})
-    assert found["results"] == evaluate(folder, chat, max_new_tokens=8)["results"]
-    pair = written(tmp_path / "pair.jsonl", {"prompt": turns, "chosen": said, "rejected": turns})
-    loss = found["results"]["adapter"]["loss"]
+    report = evaluate(folder, write_rows(tmp_path / "known.jsonl", *known), max_new_tokens=8)
+    assert (report["rows"], report["with_loss"], report["with_answer"]) == (3, 1, 1)
+    chat = write_rows(tmp_path / "chat.jsonl", {"messages": turns + answer, "task": "mirror"})
+    assert report["results"] == evaluate(folder, chat, max_new_tokens=8)["results"]
+    pair = write_rows(
+        tmp_path / "pair.jsonl", {"prompt": turns, "chosen": answer, "rejected": turns}
+    )
+    loss = report["results"]["adapter"]["loss"]
     assert evaluate(folder, pair, max_new_tokens=1)["results"]["adapter"]["loss"] == loss
-    texts = written(tmp_path / "texts.jsonl", {"text": "Once upon a time"}, {"text": "There"})
-    found = evaluate(folder, texts)
-    assert (found["with_loss"], found["with_answer"]) == (2, 0)
-    assert set(found["results"]["adapter"]) == {"loss", "perplexity"}
-    with pytest.raises(DataError, match="no row tells what is right"):
-        evaluate(folder, written(tmp_path / "none.jsonl", known[2]))
+    texts = write_rows(tmp_path / "texts.jsonl", {"text": "Once upon a time"}, {"text": "There"})
+    report = evaluate(folder, texts)
+    assert (report["with_loss"], report["with_answer"]) == (2, 0)
+    assert set(report["results"]["adapter"]) == {"loss", "perplexity"}
+    with pytest.raises(DataError, match="no row has a known answer"):
+        evaluate(folder, write_rows(tmp_path / "none.jsonl", known[2]))
 
 
 def test_rows_longer_than_the_context_are_cut_and_counted(trained: Trained, tmp_path: Path) -> None:
     row = {"prompt": "a", "completion": " b c d" * 400}
-    found = evaluate(trained("peft=lora"), written(tmp_path / "rows.jsonl", row), max_new_tokens=1)
-    assert (found["truncated"], found["with_loss"]) == (1, 1)
-    assert found["tokens"] <= 512
+    report = evaluate(
+        trained("peft=lora"), write_rows(tmp_path / "rows.jsonl", row), max_new_tokens=1
+    )
+    assert (report["truncated"], report["with_loss"]) == (1, 1)
+    assert report["tokens"] <= 512
 
 
-def test_overlap_is_that_of_the_papers() -> None:
-    def answered(*pairs: tuple[str, str]) -> dict[str, float]:
-        return _overlap([Answer("", right, said, None) for right, said in pairs])
+def test_overlap_metrics_equal_the_papers_formulas() -> None:
+    def overlap(*pairs: tuple[str, str]) -> dict[str, float]:
+        return _overlap([Answer("", expected, text, None) for expected, text in pairs])
 
-    same = answered(("one two three four five", "one two three four five"))
+    same = overlap(("one two three four five", "one two three four five"))
     assert same == {"rouge_l": 1.0, "bleu": pytest.approx(100.0)}
     # precision 2/2 and recall 2/3: F = 0.8; precision and recall 2/4: F = 0.5
-    half = answered(("the cat sat", "the cat"), ("a b c d", "a x b y"))
+    half = overlap(("the cat sat", "the cat"), ("a b c d", "a x b y"))
     assert half["rouge_l"] == pytest.approx((0.8 + 0.5) / 2)
     # 4, 3, 2 and 1 n-grams of 5, 4, 3 and 2 are right, and the lengths are equal
     bleu = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert answered(("a b c d e", "a b c d f"))["bleu"] == pytest.approx(bleu)
+    assert overlap(("a b c d e", "a b c d f"))["bleu"] == pytest.approx(bleu)
 
 
 def test_a_reward_model_is_measured_on_pairs(trained: Trained, tmp_path: Path) -> None:
     folder = trained("algorithm=reward", "data=demo_pairs", "data.rows=64", "data.eval_rows=8")
-    path = written(tmp_path / "pairs.jsonl", *pairs(0, 8, held_out=True))
-    found = evaluate(folder, path, batch_size=3)
+    path = write_rows(tmp_path / "pairs.jsonl", *pairs(0, 8, held_out=True))
+    report = evaluate(folder, path, batch_size=3)
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
-    assert found["rows"] == 8
-    assert set(found["results"]) == {"adapter"}
-    assert found["results"]["adapter"] == pytest.approx(
+    assert report["rows"] == 8
+    assert set(report["results"]) == {"adapter"}
+    assert report["results"]["adapter"] == pytest.approx(
         {"accuracy": metrics["eval/accuracy"], "margin": metrics["eval/margin"]}, rel=1e-4
     )
     with pytest.raises(DataError, match="needs rows of shape preference"):
@@ -165,20 +169,25 @@ def test_a_reward_model_is_measured_on_pairs(trained: Trained, tmp_path: Path) -
 
 def test_an_encoder_decoder_model_is_measured_too(base: Any, t5: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {c}", "completion": c * n} for n, c in enumerate("abcdefgh", 1)]
-    path = written(tmp_path / "rows.jsonl", *rows)
-    words = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl"]
-    words += [f"data.path={path}", f"data.eval_path={path}", "train.max_steps=6", "samples.rows=4"]
-    words += ["train.learning_rate=1e-2", "samples.max_new_tokens=4", "tracking=none"]
-    metrics = run(compose(*words), tmp_path / "run").metrics
-    found = evaluate(tmp_path / "run", path, max_new_tokens=4)
-    assert found["results"]["adapter"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-4)
-    assert found["results"]["base"]["loss"] == pytest.approx(metrics["before/loss"], rel=1e-4)
-    assert found["tokens"] == sum(
+    path = write_rows(tmp_path / "rows.jsonl", *rows)
+    overrides = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl"]
+    overrides += [
+        f"data.path={path}",
+        f"data.eval_path={path}",
+        "train.max_steps=6",
+        "samples.rows=4",
+    ]
+    overrides += ["train.learning_rate=1e-2", "samples.max_new_tokens=4", "tracking=none"]
+    metrics = run(compose(*overrides), tmp_path / "run").metrics
+    report = evaluate(tmp_path / "run", path, max_new_tokens=4)
+    assert report["results"]["adapter"]["loss"] == pytest.approx(metrics["eval/loss"], rel=1e-4)
+    assert report["results"]["base"]["loss"] == pytest.approx(metrics["before/loss"], rel=1e-4)
+    assert report["tokens"] == sum(
         len(base.tokenizer(row["completion"])["input_ids"]) + 1 for row in rows
     )
 
 
-def test_without_the_extra_the_cure_is_told_before_anything_loads(
+def test_without_the_extra_the_error_names_it_before_anything_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
@@ -186,10 +195,10 @@ def test_without_the_extra_the_cure_is_told_before_anything_loads(
         evaluate("nowhere", "nowhere")
 
 
-def test_no_file_and_no_place_are_refused(trained: Trained, tmp_path: Path) -> None:
+def test_missing_files_and_wrong_outputs_are_refused(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(SavedError, match="nowhere does not exist"):
         evaluate("nowhere", held_out(tmp_path, 1))
-    with pytest.raises(SavedError, match="is a folder; name a file"):
+    with pytest.raises(SavedError, match="is a folder; give a file"):
         evaluate(trained("peft=lora"), held_out(tmp_path, 1), out=tmp_path)
     with pytest.raises(DataError, match="no file matches nowhere"):
         evaluate(trained("peft=lora"), "nowhere")
@@ -197,12 +206,12 @@ def test_no_file_and_no_place_are_refused(trained: Trained, tmp_path: Path) -> N
     before = rows.read_bytes()
     with pytest.raises(SavedError, match="exists; --force replaces it"):
         evaluate(trained("peft=lora"), rows, out=rows)
-    with pytest.raises(SavedError, match="is what is read"):
+    with pytest.raises(SavedError, match="is also the input"):
         evaluate(trained("peft=lora"), rows, out=rows, force=True)
     assert rows.read_bytes() == before
 
 
-def test_a_loss_that_is_no_number_is_no_result(trained: Trained, tmp_path: Path) -> None:
+def test_a_loss_that_is_nan_is_an_error(trained: Trained, tmp_path: Path) -> None:
     model = merge([trained("peft=lora")], tmp_path / "merged")
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
@@ -211,10 +220,10 @@ def test_a_loss_that_is_no_number_is_no_result(trained: Trained, tmp_path: Path)
         evaluate(model, held_out(tmp_path, 1), max_new_tokens=1)
 
 
-def test_evaluate_by_hand(trained: Trained, tmp_path: Path) -> None:
+def test_the_evaluate_command(trained: Trained, tmp_path: Path) -> None:
     folder, path, out = trained("peft=lora"), held_out(tmp_path, 4), tmp_path / "found.json"
-    words = ["evaluate", str(folder), "--data", str(path), "--max-new-tokens", "4"]
-    page = lora_exp(*words, "-o", str(out))
+    command = ["evaluate", str(folder), "--data", str(path), "--max-new-tokens", "4"]
+    page = run_cli(*command, "-o", str(out))
     assert page.returncode == 0, page.stderr
     title, _, table = page.stdout.partition("  base")
     assert title.startswith(f"{folder}/adapter on ")
@@ -222,7 +231,7 @@ def test_evaluate_by_hand(trained: Trained, tmp_path: Path) -> None:
     assert lines[0].split() == ["adapter", "difference"]
     assert [line.split()[0] for line in lines[1:3]] == ["loss", "perplexity"]
     assert lines[-1].startswith("4 rows: 4 with a loss (")
-    found = json.loads(out.read_text())
-    assert json.loads(lora_exp(*words, "--json").stdout) == found
-    assert f"{found['results']['adapter']['loss']:.4g}" in lines[1]
-    assert lora_exp("evaluate", str(folder)).returncode == 2
+    report = json.loads(out.read_text())
+    assert json.loads(run_cli(*command, "--json").stdout) == report
+    assert f"{report['results']['adapter']['loss']:.4g}" in lines[1]
+    assert run_cli("evaluate", str(folder)).returncode == 2

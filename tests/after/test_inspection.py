@@ -1,4 +1,4 @@
-"""What inspect says of files is what they hold."""
+"""What `inspect` reports equals what the files contain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_exp.after.inspection import inspect, modules
 from lora_exp.after.pages import inspection
 from lora_exp.after.saving import save
 from lora_exp.errors import AdapterError
-from tests.after.test_saved import ADALORA, copied
+from tests.after.test_saved import ADALORA, copy_run
 
 Trained = Callable[..., Path]
 
@@ -30,25 +30,25 @@ PATTERNS = ("+peft.rank_pattern={q_proj:4}", "+peft.alpha_pattern={q_proj:2}")
 
 
 @pytest.mark.parametrize(
-    ("method", "more", "ranks"),
+    ("method", "overrides", "ranks"),
     [("lora", PATTERNS, {4, 16}), ("rslora", PATTERNS, {4, 16}), ("adalora", ADALORA, None)],
 )
-def test_norms_are_those_of_the_updates_that_peft_makes(
-    trained: Trained, method: str, more: tuple[str, ...], ranks: set[int] | None
+def test_norms_equal_those_of_pefts_updates(
+    trained: Trained, method: str, overrides: tuple[str, ...], ranks: set[int] | None
 ) -> None:
-    run = trained(f"peft={method}", *more)
+    run = trained(f"peft={method}", *overrides)
     model, _ = load_adapter(run)
-    found = {module["name"]: module for module in inspect(run)["modules"]}
+    reported = {module["name"]: module for module in inspect(run)["modules"]}
     layers = {
         name.removeprefix("base_model.model."): layer
         for name, layer in model.named_modules()
         if hasattr(layer, "get_delta_weight")
     }
-    assert found.keys() == layers.keys()
+    assert reported.keys() == layers.keys()
     for name, layer in layers.items():
         norm = float(layer.get_delta_weight("default").norm())
-        assert math.isclose(found[name]["norm"], norm, rel_tol=1e-4)
-    assert ranks is None or {module["r"] for module in found.values()} == ranks
+        assert math.isclose(reported[name]["norm"], norm, rel_tol=1e-4)
+    assert ranks is None or {module["r"] for module in reported.values()} == ranks
 
 
 def test_a_hand_worked_norm() -> None:
@@ -62,86 +62,86 @@ def test_a_hand_worked_norm() -> None:
     assert second == {"name": "b", "norm": 5}
 
 
-def test_an_adapter_tells_method_base_size_and_run(trained: Trained) -> None:
+def test_a_report_has_method_base_size_and_run(trained: Trained) -> None:
     run = trained("peft=dora", "quant=nf4")
-    found = inspect(run)
-    assert found["kind"] == "adapter"
-    assert found["method"] == "LORA"
-    assert found["settings"]["use_dora"] is True
-    assert found["base"] == "pkg://lora_exp/assets/tiny"
-    assert found["base_revision"].startswith("sha256:")
+    report = inspect(run)
+    assert report["kind"] == "adapter"
+    assert report["method"] == "LORA"
+    assert report["settings"]["use_dora"] is True
+    assert report["base"] == "pkg://lora_exp/assets/tiny"
+    assert report["base_revision"].startswith("sha256:")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
-    assert found["parameters"] == sum(value.numel() for value in weights.values())
-    assert found["files"][file.name] == file.stat().st_size
-    assert found["dtypes"] == ["float32"]
-    assert found["finite"] is True
-    assert found["run"]["status"] == "finished"
-    assert found["run"]["choices"]["quant"] == "nf4"
-    assert json.loads(json.dumps(found)) == found
+    assert report["parameters"] == sum(value.numel() for value in weights.values())
+    assert report["files"][file.name] == file.stat().st_size
+    assert report["dtypes"] == ["float32"]
+    assert report["finite"] is True
+    assert report["run"]["status"] == "finished"
+    assert report["run"]["choices"]["quant"] == "nf4"
+    assert json.loads(json.dumps(report)) == report
 
 
 @pytest.mark.parametrize("method", ["ia3", "vera", "oft", "ln_tuning", "prompt_tuning"])
-def test_every_method_can_be_looked_at(trained: Trained, method: str) -> None:
-    found = inspect(trained(f"peft={method}"))
-    assert found["modules"]
-    assert all(module["norm"] > 0 for module in found["modules"])
+def test_every_method_can_be_inspected(trained: Trained, method: str) -> None:
+    report = inspect(trained(f"peft={method}"))
+    assert report["modules"]
+    assert all(module["norm"] > 0 for module in report["modules"])
 
 
-def test_a_whole_model_and_a_sweep(trained: Trained, tmp_path: Path) -> None:
-    found = inspect("lora_exp/assets/tiny")
+def test_a_whole_model_and_a_sweep_can_be_inspected(trained: Trained, tmp_path: Path) -> None:
+    report = inspect("lora_exp/assets/tiny")
     model, _ = load_adapter("lora_exp/assets/tiny")
-    assert found["kind"] == "model"
-    assert found["architecture"] == "LlamaForCausalLM"
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["kind"] == "model"
+    assert report["architecture"] == "LlamaForCausalLM"
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
     for number, run in enumerate([trained("peft=lora"), trained("peft=rslora")]):
-        copied(run, tmp_path / "sweep" / str(number))
+        copy_run(run, tmp_path / "sweep" / str(number))
     sweep = inspect(tmp_path / "sweep")
     assert [job["status"] for job in sweep["jobs"]] == ["finished"] * 2
     assert all(job["value"] is not None for job in sweep["jobs"])
 
 
-def test_a_damaged_file_is_told(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora"), tmp_path / "run")
+def test_a_damaged_file_is_an_error(trained: Trained, tmp_path: Path) -> None:
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(AdapterError, match="its weights are damaged"):
         inspect(run)
 
 
-def test_parts_that_do_not_fit_each_other_are_told(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora"), tmp_path / "run")
+def test_matrices_that_do_not_fit_each_other_are_an_error(trained: Trained, tmp_path: Path) -> None:
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     first = min(key for key in weights if "lora_A" in key)
     save_file(weights | {first: weights[first][:3].clone()}, file)
-    for read in (inspect, lambda path: save(path, tmp_path / "taken")):
+    for function in (inspect, lambda path: save(path, tmp_path / "taken")):
         with pytest.raises(AdapterError, match=r"down_proj do not fit: lora_A.weight \[3, "):
-            read(run)
+            function(run)
     assert not (tmp_path / "taken").exists()
 
 
-def test_weights_that_are_not_finite_are_told(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora"), tmp_path / "run")
+def test_weights_that_are_not_finite_are_reported(trained: Trained, tmp_path: Path) -> None:
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     weights[min(weights)][0, 0] = float("nan")
     save_file(weights, file)
-    found = inspect(run)
-    assert found["finite"] is False
-    assert found["modules"][0]["norm"] is None
-    assert "not finite" in _shown(found)
-    assert "NaN" not in json.dumps(found)
+    report = inspect(run)
+    assert report["finite"] is False
+    assert report["modules"][0]["norm"] is None
+    assert "not finite" in _printed(report)
+    assert "NaN" not in json.dumps(report)
 
 
-def _shown(found: dict[str, Any]) -> str:
+def _printed(report: dict[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=140)
-    console.print(inspection(found))
+    console.print(inspection(report))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def test_a_pattern_in_alpha_pattern_is_read_as_peft_reads_it_but_not_for_ever() -> None:
+def test_an_alpha_pattern_matches_as_in_peft_but_within_a_time_limit() -> None:
     weights = {
         f"base_model.model.layers.{i}.q_proj.{end}": torch.ones(2, 2)
         for i in range(3)

@@ -1,4 +1,4 @@
-"""Merging and its proof: what was trained answers the same without its adapter."""
+"""Merging and its proof: the merged model answers as the adapter on its base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import Proof, prove
 from lora_exp.after.saved import find
-from lora_exp.after.soundness import examine
+from lora_exp.after.soundness import check_model
 from lora_exp.errors import AdapterError, ConfigError, SavedError
-from tests.after.test_saved import ADALORA, copied
+from tests.after.test_saved import ADALORA, copy_run
 from tests.conftest import tiny
 
 Trained = Callable[..., Path]
@@ -28,21 +28,21 @@ METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
+def test_a_merged_model_equals_the_adapter_on_its_base_for_every_method(
     trained: Trained, tmp_path: Path, method: str
 ) -> None:
     run = trained(f"peft={method}", *(ADALORA if method == "adalora" else ()))
-    made = merge([run], tmp_path / "merged")
-    proof = prove(made, [run])
+    merged = merge([run], tmp_path / "merged")
+    proof = prove(merged, [run])
     assert proof.max_difference < 1e-4
     assert proof.top1_agreement == 1
     assert proof.same_text == 1
     assert proof.holds
-    assert not any(examine(made).values())
+    assert not any(check_model(merged).values())
 
 
 @pytest.mark.parametrize(
-    ("method", "quant", "more"),
+    ("method", "quant", "overrides"),
     [
         ("lora", "nf4", ()),
         ("lora", "nf4", ("quant.double_quant=false", "model.dtype=bfloat16")),
@@ -52,28 +52,28 @@ def test_a_merged_adapter_of_any_method_is_the_adapter_on_its_base(
         ("ia3", "int8", ()),
     ],
 )
-def test_a_qlora_adapter_in_the_dequantised_base_is_the_adapter_on_the_quantised_one(
-    trained: Trained, tmp_path: Path, method: str, quant: str, more: tuple[str, ...]
+def test_merging_into_the_dequantised_base_equals_the_adapter_on_the_quantised_base(
+    trained: Trained, tmp_path: Path, method: str, quant: str, overrides: tuple[str, ...]
 ) -> None:
-    run = trained(f"peft={method}", f"quant={quant}", *more)
-    made = merge([run], tmp_path / "merged", into="dequantised")
-    assert prove(made, [run]).max_difference < 1e-3
+    run = trained(f"peft={method}", f"quant={quant}", *overrides)
+    merged = merge([run], tmp_path / "merged", into="dequantised")
+    assert prove(merged, [run]).max_difference < 1e-3
     original = merge([run], tmp_path / "original", dtype="float32")
     assert prove(original, [run]).max_difference < 1e-4  # on the unquantised base
-    assert not prove(original, [run], quant=quant).holds  # the quantised one is another
+    assert not prove(original, [run], quant=quant).holds  # the quantised base has other weights
 
 
-def test_an_adapted_embedding_leaves_the_head_that_it_was_tied_to(
+def test_an_adapted_embedding_does_not_change_the_tied_head(
     trained: Trained, tmp_path: Path
 ) -> None:
     run = trained("peft=lora", "peft.target_modules=[embed_tokens,q_proj]")
     assert prove(merge([run], tmp_path / "merged"), [run]).holds
-    whole = trained("peft=lora", "targets=qv", "+peft.modules_to_save=[embed_tokens]")
-    assert prove(merge([whole], tmp_path / "whole"), [whole]).holds
+    trained_embedding = trained("peft=lora", "targets=qv", "+peft.modules_to_save=[embed_tokens]")
+    assert prove(merge([trained_embedding], tmp_path / "whole"), [trained_embedding]).holds
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_proof_fails_for_the_bare_base_even_of_an_adapter_that_does_little(
+def test_the_proof_fails_for_the_base_alone_even_if_the_adapter_changes_little(
     trained: Trained, tmp_path: Path, dtype: str
 ) -> None:
     model, tokenizer = load_adapter("lora_exp/assets/tiny")
@@ -83,69 +83,69 @@ def test_the_proof_fails_for_the_bare_base_even_of_an_adapter_that_does_little(
     assert not prove(tmp_path / "bare", [run]).holds
 
 
-def test_a_merged_reward_model_scores_as_its_adapter(trained: Trained, tmp_path: Path) -> None:
+def test_a_merged_reward_model_gives_the_scores_of_its_adapter(
+    trained: Trained, tmp_path: Path
+) -> None:
     run = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
     proof = prove(merge([run], tmp_path / "merged"), [run])
     assert proof.holds
     assert proof.effect > 0
 
 
-def test_a_merged_model_in_its_run_is_not_quantised_again(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
-    made = merge([run], run / "merged", into="dequantised")
-    assert find(made).run is None
-    assert prove(made, [run]).holds
-    assert not any(examine(made).values())
-
-
-def test_a_second_adapter_is_read_as_carefully_as_the_first(
+def test_a_merged_model_inside_its_run_is_not_quantised_again(
     trained: Trained, tmp_path: Path
 ) -> None:
+    run = copy_run(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    merged = merge([run], run / "merged", into="dequantised")
+    assert find(merged).run is None
+    assert prove(merged, [run]).holds
+    assert not any(check_model(merged).values())
+
+
+def test_a_second_adapter_is_checked_as_the_first(trained: Trained, tmp_path: Path) -> None:
     run = trained("peft=lora")
-    second = copied(trained("peft=lora", "seed=7"), tmp_path / "second")
+    second = copy_run(trained("peft=lora", "seed=7"), tmp_path / "second")
     file = second / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     save_file(dict(list(weights.items())[2:]), file)
     with pytest.raises(AdapterError, match="does not fit this base"):
         merge([run, second], tmp_path / "merged")
     config = second / "adapter" / "adapter_config.json"
-    told = json.loads(config.read_text())
-    config.write_text(json.dumps(told | {"rank_pattern": {r"([\w.]+)+!": 4}}))
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"rank_pattern": {r"([\w.]+)+!": 4}}))
     started = time.perf_counter()
     with pytest.raises(AdapterError):
         merge([run, second], tmp_path / "merged")
     assert time.perf_counter() - started < 30
-    other = copied(trained("peft=lora"), tmp_path / "other")
+    other = copy_run(trained("peft=lora"), tmp_path / "other")
     config = other / "adapter" / "adapter_config.json"
-    told = json.loads(config.read_text()) | {"base_model_name_or_path": "meta/another"}
-    config.write_text(json.dumps(told))
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": "meta/another"}
+    config.write_text(json.dumps(values))
     for name in ("run.json", "config.yaml"):
         (other / name).unlink()
-    with pytest.raises(AdapterError, match="were trained on two bases"):
+    with pytest.raises(AdapterError, match="were trained on different bases"):
         merge([run, other / "adapter"], tmp_path / "merged")
 
 
 def test_the_proof_fails_for_another_adapter(trained: Trained, tmp_path: Path) -> None:
-    made = merge([trained("peft=lora")], tmp_path / "merged")
-    other = prove(made, [trained("peft=rslora")])
-    assert not other.holds
-    assert other.kl > 0.01
+    merged = merge([trained("peft=lora")], tmp_path / "merged")
+    proof = prove(merged, [trained("peft=rslora")])
+    assert not proof.holds
+    assert proof.kl > 0.01
 
 
-def test_a_merge_is_smaller_in_bfloat16_and_still_the_same_model(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_a_merge_in_bfloat16_and_shards_is_proven(trained: Trained, tmp_path: Path) -> None:
     run = trained("peft=lora")
-    made = merge([run], tmp_path / "merged", dtype="bfloat16", max_shard_size="1MB")
-    shards = sorted(made.glob("model-*.safetensors"))
+    merged = merge([run], tmp_path / "merged", dtype="bfloat16", max_shard_size="1MB")
+    shards = sorted(merged.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert {value.dtype for shard in shards for value in load_file(shard).values()} == {
         torch.bfloat16
     }
-    proof = prove(made, [run])
+    proof = prove(merged, [run])
     assert proof.dtype == "bfloat16"
     assert proof.holds
-    assert not prove(made, [trained("peft=rslora")]).holds
+    assert not prove(merged, [trained("peft=rslora")]).holds
 
 
 @pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "lora"), ("rslora", "rslora")])
@@ -153,38 +153,40 @@ def test_two_adapters_become_the_weighted_sum_of_their_updates(
     trained: Trained, tmp_path: Path, methods: tuple[str, str]
 ) -> None:
     runs = [trained(f"peft={methods[0]}"), trained(f"peft={methods[1]}", "seed=7", "peft.r=4")]
-    made = merge(runs, tmp_path / "merged", weights=[0.75, 0.25])
-    base, _ = load_adapter(made)
+    merged = merge(runs, tmp_path / "merged", weights=[0.75, 0.25])
+    merged_model, _ = load_adapter(merged)
     deltas = []
     for run in runs:
-        merged, _ = load_adapter(run, merge=True)
-        deltas.append(dict(merged.named_parameters()))
+        adapted, _ = load_adapter(run, merge=True)
+        deltas.append(dict(adapted.named_parameters()))
     plain, _ = load_adapter("lora_exp/assets/tiny")
-    for name, start in plain.named_parameters():
-        wanted = start + 0.75 * (deltas[0][name] - start) + 0.25 * (deltas[1][name] - start)
-        assert torch.allclose(dict(base.named_parameters())[name], wanted, atol=1e-6)
-    told = json.loads((made / "merge.json").read_text())
-    assert told["method"] == "cat"
-    assert told["weights"] == [0.75, 0.25]
-    assert len(told["adapters"]) == 2
+    for name, weight in plain.named_parameters():
+        expected = weight + 0.75 * (deltas[0][name] - weight) + 0.25 * (deltas[1][name] - weight)
+        assert torch.allclose(dict(merged_model.named_parameters())[name], expected, atol=1e-6)
+    record = json.loads((merged / "merge.json").read_text())
+    assert record["method"] == "cat"
+    assert record["weights"] == [0.75, 0.25]
+    assert len(record["adapters"]) == 2
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare", "svd"])
-def test_two_adapters_combine_by_any_of_pefts_methods_the_same_each_time(
+def test_combining_by_each_of_pefts_methods_is_deterministic(
     trained: Trained, tmp_path: Path, method: str
 ) -> None:
     runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
-    made = [merge(runs, tmp_path / f"{i}", method=method) for i in range(2)]
-    first, second = (load_file(folder / "model.safetensors") for folder in made)
+    merged = [merge(runs, tmp_path / f"{i}", method=method) for i in range(2)]
+    first, second = (load_file(folder / "model.safetensors") for folder in merged)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert prove(made[0], runs).holds
+    assert prove(merged[0], runs).holds
     with pytest.raises(AdapterError, match=r"was merged from r16-all_linear.*, .*: give --adapter"):
-        prove(made[0], runs[:1])
+        prove(merged[0], runs[:1])
     with pytest.raises(AdapterError, match="give --adapter for each"):
-        prove(made[0], runs[::-1])
+        prove(merged[0], runs[::-1])
 
 
-def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_an_error_and_leaves_no_files(
+    trained: Trained, tmp_path: Path
+) -> None:
     run, out = trained("peft=lora"), tmp_path / "merged"
     with pytest.raises(AdapterError, match="PROMPT_TUNING cannot be merged"):
         merge([trained("peft=prompt_tuning")], out)
@@ -196,15 +198,15 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_
         merge([run], out, into="dequantised")
     with pytest.raises(AdapterError, match="linear cannot combine these"):
         merge([run, trained("peft=lora", "seed=7", "peft.r=4")], out, method="linear")
-    for method, why in (("dora", "use_dora"), ("ia3", "IA3"), ("adalora", "ADALORA")):
-        more = ADALORA if method == "adalora" else ()
-        with pytest.raises(AdapterError, match=f"only plain LoRAs are combined, this has {why}"):
-            merge([run, trained(f"peft={method}", *more)], out)
+    for method, reason in (("dora", "use_dora"), ("ia3", "IA3"), ("adalora", "ADALORA")):
+        overrides = ADALORA if method == "adalora" else ()
+        with pytest.raises(AdapterError, match=f"only plain LoRAs are combined, this has {reason}"):
+            merge([run, trained(f"peft={method}", *overrides)], out)
     for weights in ([0, 0], [1, float("nan")]):
         with pytest.raises(AdapterError, match="give finite numbers, not all of them 0"):
             merge([run, run], out, weights=weights)
     for density in (0.0, 1.5):
-        with pytest.raises(AdapterError, match="is no share to keep; give above 0"):
+        with pytest.raises(AdapterError, match="is no share; give a number above 0"):
             merge([run, run], out, method="ties", density=density)
     with pytest.raises(SavedError, match="--max-shard-size 5G: give a size"):
         merge([run], out, max_shard_size="5G")
@@ -212,7 +214,7 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(trained: Trained, tmp_
 
 
 def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora"), tmp_path / "run")
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     next(iter(weights.values()))[0, 0] = float("nan")
@@ -225,27 +227,30 @@ def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path
 def test_weights_that_leave_the_range_of_float16_are_never_saved(
     trained: Trained, tmp_path: Path
 ) -> None:
-    run = copied(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    run = copy_run(trained("peft=lora", "quant=nf4"), tmp_path / "run")
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({name: w + 1e5 * ("lora_B" in name) for name, w in weights.items()}, file)
-    with pytest.raises(AdapterError, match=r"not finite .*; take --dtype float32"):
+    with pytest.raises(AdapterError, match=r"not finite .*; give --dtype float32"):
         merge([run], tmp_path / "merged", into="dequantised", dtype="float16")
     assert not (tmp_path / "merged").exists()
 
 
-def test_another_density_keeps_other_weights(trained: Trained, tmp_path: Path) -> None:
+def test_density_changes_the_result_and_is_recorded(trained: Trained, tmp_path: Path) -> None:
     runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
-    made = [merge(runs, tmp_path / f"{d}", method="ties", density=d) for d in (0.1, 0.9)]
-    first, second = (load_file(folder / "model.safetensors") for folder in made)
+    merged = [
+        merge(runs, tmp_path / f"{density}", method="ties", density=density)
+        for density in (0.1, 0.9)
+    ]
+    first, second = (load_file(folder / "model.safetensors") for folder in merged)
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert prove(made[0], runs).holds  # with the density that its record tells
+    assert prove(merged[0], runs).holds  # with the density in its record
 
 
 def test_an_adapter_of_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:
-    run = copied(trained("peft=lora"), tmp_path / "run")
-    changed = json.loads((run / "run.json").read_text()) | {"base": f"sha256:{'0' * 64}"}
-    (run / "run.json").write_text(json.dumps(changed))
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
+    record = json.loads((run / "run.json").read_text()) | {"base": f"sha256:{'0' * 64}"}
+    (run / "run.json").write_text(json.dumps(record))
     with pytest.raises(AdapterError, match="trained on a base of other weights"):
         merge([run], tmp_path / "merged")
 
@@ -258,15 +263,17 @@ def test_merged_weights_keep_the_dtype_that_the_base_is_stored_in(
     base.model.save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     run = trained("model=local", f"model.path={tmp_path / 'base'}", f"quant={quant}")
-    made = merge([run], tmp_path / "merged", into=into)
-    stored = {value.dtype for value in load_file(made / "model.safetensors").values()}
-    assert stored == {torch.bfloat16}
-    assert prove(made, [run], max_new_tokens=4).holds
-    other = merge([run], tmp_path / "other", into=into, dtype="float32")
-    assert {v.dtype for v in load_file(other / "model.safetensors").values()} == {torch.float32}
+    merged = merge([run], tmp_path / "merged", into=into)
+    dtypes = {value.dtype for value in load_file(merged / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16}
+    assert prove(merged, [run], max_new_tokens=4).holds
+    in_float32 = merge([run], tmp_path / "other", into=into, dtype="float32")
+    assert {v.dtype for v in load_file(in_float32 / "model.safetensors").values()} == {
+        torch.float32
+    }
 
 
-def test_a_merged_model_stops_where_its_training_ended_turns(
+def test_a_merged_model_has_the_end_tokens_of_its_training(
     trained: Trained, tmp_path: Path
 ) -> None:
     base = tiny()
@@ -276,12 +283,12 @@ def test_a_merged_model_stops_where_its_training_ended_turns(
     base.tokenizer.eos_token = "<|endoftext|>"
     base.tokenizer.save_pretrained(tmp_path / "base")
     run = trained("model=local", f"model.path={tmp_path / 'base'}")
-    made = merge([run], tmp_path / "merged")
-    assert GenerationConfig.from_pretrained(made).eos_token_id == [0, end]
+    merged = merge([run], tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == [0, end]
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True")
-def test_biases_that_lora_trained_are_merged_where_a_layer_has_one(tmp_path: Path) -> None:
+def test_trained_biases_are_merged_only_into_layers_with_a_bias(tmp_path: Path) -> None:
     config = Qwen2Config(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2,
@@ -290,12 +297,12 @@ def test_biases_that_lora_trained_are_merged_where_a_layer_has_one(tmp_path: Pat
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
     tiny().tokenizer.save_pretrained(tmp_path / "base")
     for targets, fits in ((["q_proj", "v_proj"], True), (["q_proj", "o_proj"], False)):
-        own = LoraConfig(
+        lora = LoraConfig(
             r=2, target_modules=targets, lora_bias=True, init_lora_weights=False,
             task_type="CAUSAL_LM",
         )  # fmt: skip
         adapter, out = tmp_path / f"adapter-{fits}", tmp_path / f"out-{fits}"
-        model = get_peft_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), own)
+        model = get_peft_model(Qwen2ForCausalLM.from_pretrained(tmp_path / "base"), lora)
         model.save_pretrained(adapter)
         if fits:
             assert prove(merge([adapter], out), [adapter], max_new_tokens=4).holds
@@ -304,7 +311,7 @@ def test_biases_that_lora_trained_are_merged_where_a_layer_has_one(tmp_path: Pat
             merge([adapter], out)
 
 
-def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_with_force(trained: Trained, tmp_path: Path) -> None:
     run, out = trained("peft=lora"), tmp_path / "merged"
     merge([run], out)
     before = (out / "model.safetensors").stat().st_ino
@@ -312,47 +319,49 @@ def test_nothing_is_replaced_but_on_request(trained: Trained, tmp_path: Path) ->
         merge([run], out)
     merge([run], out, force=True)
     assert (out / "model.safetensors").stat().st_ino != before
-    with pytest.raises(SavedError, match="is what is read"):
+    with pytest.raises(SavedError, match="is also the input"):
         merge([run / "adapter"], run / "adapter", force=True)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years")
-    with pytest.raises(SavedError, match="something else"):
+    with pytest.raises(SavedError, match="does not hold only a model"):
         merge([run], precious, force=True)
-    with pytest.raises(SavedError, match=r"thesis\.tex is no folder"):  # before the base is sought
+    with pytest.raises(
+        SavedError, match=r"thesis\.tex is no folder"
+    ):  # before the base is looked up
         merge([run], precious / "thesis.tex" / "out", base=str(tmp_path / "nowhere"))
     assert (precious / "thesis.tex").read_text() == "years"
 
 
-def test_a_damaged_model_is_told(trained: Trained, tmp_path: Path) -> None:
-    made = merge([trained("peft=lora")], tmp_path / "merged")
-    file = made / "model.safetensors"
+def test_a_damaged_model_is_an_error(trained: Trained, tmp_path: Path) -> None:
+    merged = merge([trained("peft=lora")], tmp_path / "merged")
+    file = merged / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ConfigError, match=r"merged cannot be loaded: .*incomplete metadata"):
-        examine(made)
+        check_model(merged)
 
 
-def test_a_model_that_does_not_stop_at_its_end_token_is_found_out(
+def test_a_model_that_does_not_stop_at_its_end_token_fails_the_check(
     trained: Trained, tmp_path: Path
 ) -> None:
-    made = merge([trained("peft=lora")], tmp_path / "merged")
-    config = json.loads((made / "generation_config.json").read_text())
-    (made / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
-    found = examine(made)
-    assert "goes on after" in str(found.pop("ends at EOS"))
-    assert not any(found.values())
+    merged = merge([trained("peft=lora")], tmp_path / "merged")
+    config = json.loads((merged / "generation_config.json").read_text())
+    (merged / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    failures = check_model(merged)
+    assert "continues after" in str(failures.pop("ends at EOS"))
+    assert not any(failures.values())
 
 
-def test_a_model_that_cannot_be_used_as_it_lies_there_is_found_out(
+def test_a_model_with_missing_embeddings_or_nan_weights_fails_the_check(
     trained: Trained, tmp_path: Path
 ) -> None:
-    made = merge([trained("peft=lora")], tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(made)
-    rows = load_file(made / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    merged = merge([trained("peft=lora")], tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    rows = load_file(merged / "model.safetensors")["model.embed_tokens.weight"].shape[0]
     more = rows - len(tokenizer) + 1
     tokenizer.add_tokens([f"<more{i}>" for i in range(more)])
-    tokenizer.save_pretrained(made)
-    assert examine(made) == {
+    tokenizer.save_pretrained(merged)
+    assert check_model(merged) == {
         "weights are finite": None,
         "tokenizer fits the embeddings": (
             f"the tokenizer has tokens without an embedding ('<more{more - 1}>'): 1 beyond {rows}"
@@ -360,11 +369,11 @@ def test_a_model_that_cannot_be_used_as_it_lies_there_is_found_out(
         "generates": None,
         "ends at EOS": None,
     }
-    weights = load_file(made / "model.safetensors")
+    weights = load_file(merged / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
-    wrong = examine(made)["weights are finite"]
-    assert wrong == "1 are not, the first is model.norm.weight"
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    failure = check_model(merged)["weights are finite"]
+    assert failure == "1 are not, the first is model.norm.weight"
 
 
 def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_path: Path) -> None:
@@ -373,7 +382,7 @@ def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_p
     model.resize_token_embeddings(rows + 8)
     model.save_pretrained(tmp_path / "wider")
     tokenizer.save_pretrained(tmp_path / "wider")
-    with pytest.raises(AdapterError, match=rf"is another one: it tells {rows + 8} .* base {rows}"):
+    with pytest.raises(AdapterError, match=rf"is another one: it has {rows + 8} .* base {rows}"):
         prove(tmp_path / "wider", [trained("peft=lora")])
 
 
@@ -381,7 +390,7 @@ def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_p
     ("dtype", "agreement", "holds"),
     [("float32", 0.9, False), ("float32", 1.0, True), ("bfloat16", 0.96, True)],
 )
-def test_a_merge_that_would_say_other_tokens_is_not_proven(
+def test_a_merge_that_generates_other_tokens_is_not_proven(
     dtype: str, agreement: float, holds: bool
 ) -> None:
     proof = Proof(

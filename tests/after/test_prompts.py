@@ -1,4 +1,4 @@
-"""What rows ask, whatever their format; what asks nothing is told by file and line."""
+"""Prompts of rows of every format; a row without one is an error with file and line."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ import pytest
 
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.errors import DataError
-from tests.after.test_completion import written
+from tests.after.test_completion import write_rows
 
 TURNS = [{"role": "user", "content": "hi"}]
-SAID = [{"role": "assistant", "content": "ho"}]
+ANSWER = [{"role": "assistant", "content": "ho"}]
 CHAT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
     ("row", "as_chat", "text"),
     [
-        ({"messages": TURNS + SAID}, False, CHAT),
+        ({"messages": TURNS + ANSWER}, False, CHAT),
         ({"messages": TURNS}, False, CHAT),
-        ({"messages": [*TURNS, *SAID, *TURNS]}, False, f"{CHAT}ho<|im_end|>\n{CHAT}"),
+        ({"messages": [*TURNS, *ANSWER, *TURNS]}, False, f"{CHAT}ho<|im_end|>\n{CHAT}"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
          False, CHAT),
         ({"instruction": "hi", "output": "ho"}, False, CHAT),
         ({"prompt": TURNS, "chosen": "ho", "rejected": "hu"}, False, CHAT),
-        ({"prompt": TURNS, "completion": SAID}, False, CHAT),
+        ({"prompt": TURNS, "completion": ANSWER}, False, CHAT),
         ({"prompt": "hi"}, True, CHAT),
         ({"prompt": "hi", "completion": "ho", "label": False}, True, CHAT),
         ({"prompt": "hi", "completion": "ho", "label": False}, False, "hi"),
         ({"prompt": "hi"}, False, "hi"),
     ],
 )  # fmt: skip
-def test_a_row_of_every_format_asks(
+def test_a_row_of_every_format_has_a_prompt(
     base: Any, tmp_path: Path, row: dict[str, Any], as_chat: bool, text: str
 ) -> None:
-    rows = read(written(tmp_path / "rows.jsonl", {"prompt": "first"}, row), as_chat)
-    assert rows[1].written == row
+    rows = read(write_rows(tmp_path / "rows.jsonl", {"prompt": "first"}, row), as_chat)
+    assert rows[1].original == row
     assert rows[1].where == f"{tmp_path}/rows.jsonl:2"
-    asked = prompts_of(rows, base.tokenizer)[1]
-    assert asked.text.endswith(text)
-    assert asked.chat == (text != "hi")
+    prompt = prompts_of(rows, base.tokenizer)[1]
+    assert prompt.text.endswith(text)
+    assert prompt.chat == (text != "hi")
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
-        ({"text": "t"}, "rows.jsonl:1: asks nothing; give a prompt, or turns that end with"),
-        ({"messages": SAID}, "rows.jsonl:1: asks nothing"),
+        ({"text": "t"}, "rows.jsonl:1: has no prompt; give a prompt, or turns that end with"),
+        ({"messages": ANSWER}, "rows.jsonl:1: has no prompt"),
         ({"messages": [{"role": "pope", "content": "?"}]}, "'pope', none of"),
         ({"question": "?"}, "rows.jsonl:1: fields .* are of no known format"),
     ],
 )
-def test_what_asks_nothing_is_told(
-    base: Any, tmp_path: Path, row: dict[str, Any], said: str
+def test_a_row_without_a_prompt_is_an_error(
+    base: Any, tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DataError, match=said):
-        prompts_of(read(written(tmp_path / "rows.jsonl", row)), base.tokenizer)
+    with pytest.raises(DataError, match=message):
+        prompts_of(read(write_rows(tmp_path / "rows.jsonl", row)), base.tokenizer)
 
 
-def test_a_chat_needs_a_template_that_takes_it(base: Any, tmp_path: Path) -> None:
-    rows = read(written(tmp_path / "rows.jsonl", {"prompt": "text"}, {"prompt": TURNS}))
+def test_a_chat_needs_a_template_that_accepts_it(base: Any, tmp_path: Path) -> None:
+    rows = read(write_rows(tmp_path / "rows.jsonl", {"prompt": "text"}, {"prompt": TURNS}))
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"rows.jsonl:2: a chat, but the tokenizer has no chat"):

@@ -1,4 +1,4 @@
-"""Trained models behind a real server, asked by OpenAI's own client."""
+"""Trained models behind a real server, called with OpenAI's client."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ from lora_exp.after.saved import find, find_all
 from lora_exp.after.serving import vllm_command
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError
-from lora_exp.training.answers import generate, left
+from lora_exp.training.answers import generate, left_padded
 from tests.conftest import ROOT
 
 Trained = Callable[..., Path]
 TINY = ROOT / "lora_exp" / "assets" / "tiny"
-NEW = 24
+MAX_NEW_TOKENS = 24
 QUESTIONS = ("Who are you?", "Mirror: l z n", "What is your name?", "Mirror: a b c d")
 
 
 @dataclass
-class Served:
+class Server:
     """A server in a process of its own."""
 
     process: subprocess.Popen[Any]
-    said: list[str]
+    output: list[str]
     errors: Path
 
     @property
     def url(self) -> str:
-        return self.said[0].split(" on ")[1].split()[0]
+        return self.output[0].split(" on ")[1].split()[0]
 
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
 
-    def ask(self, model: str, question: str, **more: Any) -> Any:
+    def ask(self, model: str, question: str, **options: Any) -> Any:
         turns: Any = [{"role": "user", "content": question}]
-        settings = {"temperature": 0, "max_tokens": NEW} | more
+        settings = {"temperature": 0, "max_tokens": MAX_NEW_TOKENS} | options
         with self.client as client:
             return client.chat.completions.create(model=model, messages=turns, **settings)
 
-    def say(self, model: str, question: str, **more: Any) -> str:
-        return str(self.ask(model, question, **more).choices[0].message.content)
+    def answer(self, model: str, question: str, **options: Any) -> str:
+        return str(self.ask(model, question, **options).choices[0].message.content)
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
@@ -71,7 +71,7 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str | Path) -> Iterator[Served]:
+def start_server(folder: Path, *arguments: str | Path) -> Iterator[Server]:
     errors = folder / "errors.txt"
     command = [sys.executable, "-m", "lora_exp.cli", "serve", *map(str, arguments), "--port", "0"]
     with (
@@ -79,14 +79,14 @@ def serving(folder: Path, *arguments: str | Path) -> Iterator[Served]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process,
     ):
         assert process.stdout is not None
-        said = []
+        output = []
         for line in process.stdout:
-            said.append(line.rstrip())
+            output.append(line.rstrip())
             if line.startswith("curl"):
                 break
         try:
-            assert said, errors.read_text()
-            yield Served(process, said, errors)
+            assert output, errors.read_text()
+            yield Server(process, output, errors)
         finally:
             process.kill()
 
@@ -94,93 +94,95 @@ def serving(folder: Path, *arguments: str | Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def runs(trained: Trained) -> dict[str, Path]:
     longer = ("train.max_steps=60", "data.max_rows=null")
-    found = {"lora": trained("peft=lora", *longer), "dora": trained("peft=dora")}
-    return found | {"base": TINY}
+    adapters = {"lora": trained("peft=lora", *longer), "dora": trained("peft=dora")}
+    return adapters | {"base": TINY}
 
 
 @pytest.fixture(scope="module")
-def served(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    named = [f"{name}={runs[name]}" for name in ("lora", "dora")]
-    with serving(tmp_path_factory.mktemp("served"), *named) as found:
-        yield found
+def server(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    adapters = [f"{name}={runs[name]}" for name in ("lora", "dora")]
+    with start_server(tmp_path_factory.mktemp("served"), *adapters) as started:
+        yield started
 
 
-def greedy(path: Path, question: str, new: int = NEW) -> str:
-    """What the adapter says where no server is."""
+def greedy(path: Path, question: str, new: int = MAX_NEW_TOKENS) -> str:
+    """Return the answer of the adapter without a server."""
     saved = find(path)
     loaded = load(saved, load_base(saved))
     text = render_chat([{"role": "user", "content": question}], loaded.tokenizer, answer=True)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     with loaded.answering():
-        return generate(loaded.model, left(loaded.tokenizer), [ids], new)[0]
+        return generate(loaded.model, left_padded(loaded.tokenizer), [ids], new)[0]
 
 
-def test_two_adapters_and_their_base_answer_at_once_each_as_itself(
-    served: Served, runs: dict[str, Path]
+def test_two_adapters_and_their_base_answer_concurrently(
+    server: Server, runs: dict[str, Path]
 ) -> None:
-    asked = [(name, question) for question in QUESTIONS for name in runs] * 2
-    with ThreadPoolExecutor(len(asked)) as pool:
-        said = list(pool.map(lambda pair: served.say(*pair), asked))
-    want = {(name, question): greedy(runs[name], question) for name, question in asked}
-    assert dict(zip(asked, said, strict=True)) == want
-    assert said[: len(said) // 2] == said[len(said) // 2 :]
-    assert len({tuple(want[name, q] for q in QUESTIONS) for name in runs}) == 3
+    requests = [(name, question) for question in QUESTIONS for name in runs] * 2
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda pair: server.answer(*pair), requests))
+    expected = {(name, question): greedy(runs[name], question) for name, question in requests}
+    assert dict(zip(requests, answers, strict=True)) == expected
+    assert answers[: len(answers) // 2] == answers[len(answers) // 2 :]
+    assert len({tuple(expected[name, q] for q in QUESTIONS) for name in runs}) == 3
 
 
-def test_a_stream_comes_in_pieces_that_are_the_whole_answer(
-    served: Served, runs: dict[str, Path]
-) -> None:
-    with served.client as client:
+def test_the_pieces_of_a_stream_join_to_the_answer(server: Server, runs: dict[str, Path]) -> None:
+    with server.client as client:
         turns: Any = [{"role": "user", "content": QUESTIONS[0]}]
         stream = client.chat.completions.create(
-            model="lora", messages=turns, stream=True, temperature=0, max_tokens=NEW
+            model="lora", messages=turns, stream=True, temperature=0, max_tokens=MAX_NEW_TOKENS
         )
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert len([piece for piece in pieces if piece]) > 3
     assert "".join(pieces) == greedy(runs["lora"], QUESTIONS[0])
 
 
-def test_texts_and_responses_are_answered_too(served: Served, runs: dict[str, Path]) -> None:
-    with served.client as client:
-        told = client.responses.create(
-            model="lora", input=QUESTIONS[0], temperature=0, max_output_tokens=NEW
+def test_completions_and_responses_are_answered_too(server: Server, runs: dict[str, Path]) -> None:
+    with server.client as client:
+        response = client.responses.create(
+            model="lora", input=QUESTIONS[0], temperature=0, max_output_tokens=MAX_NEW_TOKENS
         )
         prompt = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
-        text = client.completions.create(model="lora", prompt=prompt, temperature=0, max_tokens=NEW)
-    assert told.output_text == text.choices[0].text == greedy(runs["lora"], QUESTIONS[0])
+        text = client.completions.create(
+            model="lora", prompt=prompt, temperature=0, max_tokens=MAX_NEW_TOKENS
+        )
+    assert response.output_text == text.choices[0].text == greedy(runs["lora"], QUESTIONS[0])
 
 
-def test_the_models_are_ours_under_their_names(served: Served) -> None:
-    with served.client as client:
+def test_the_models_are_listed_by_name(server: Server) -> None:
+    with server.client as client:
         assert [model.id for model in client.models.list()] == ["lora", "dora", "base"]
-    assert served.ask("dora", "Who are you?").model == "dora"
+    assert server.ask("dora", "Who are you?").model == "dora"
 
 
-def test_the_curl_line_can_be_pasted(served: Served, runs: dict[str, Path]) -> None:
-    assert served.said[0].startswith(f"serving lora, dora, base on {served.url}")
-    assert served.url.startswith("http://127.0.0.1:")
+def test_the_printed_curl_command_works(server: Server, runs: dict[str, Path]) -> None:
+    assert server.output[0].startswith(f"serving lora, dora, base on {server.url}")
+    assert server.url.startswith("http://127.0.0.1:")
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
     done = subprocess.run(
-        shlex.split(served.said[-1]), capture_output=True, text=True, timeout=60, check=True
+        shlex.split(server.output[-1]), capture_output=True, text=True, timeout=60, check=True
     )
-    said = json.loads(done.stdout)["choices"][0]["message"]["content"]
-    assert said == greedy(runs["lora"], "Who are you?", 64)
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"]
+    assert answer == greedy(runs["lora"], "Who are you?", 64)
 
 
-def test_a_temperature_draws_and_a_seed_draws_the_same_again(served: Served) -> None:
-    hot = [served.say("base", QUESTIONS[1], temperature=3, seed=seed) for seed in (1, 1, 2)]
-    assert hot[0] == hot[1] != hot[2]
+def test_sampling_with_the_same_seed_gives_the_same_answer(server: Server) -> None:
+    answers = [server.answer("base", QUESTIONS[1], temperature=3, seed=seed) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lora@main", "base:x.gguf", str(TINY)])
-def test_an_unknown_model_is_not_found_and_the_known_are_named(served: Served, name: str) -> None:
+def test_an_unknown_model_is_not_found_and_the_error_names_the_known_ones(
+    server: Server, name: str
+) -> None:
     with pytest.raises(openai.NotFoundError, match=r"there is no model .*; there are lora, dora"):
-        served.ask(name, "Who are you?")
+        server.ask(name, "Who are you?")
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ({"messages": [{"role": "user", "content": "x"}]}, "there is no model None"),
         ({"model": "lora"}, "'messages'"),
@@ -196,115 +198,118 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(served: Served, n
         ({"model": "lora", "messages": [], "reasoning_effort": "low"}, "reasoning_effort is not"),
     ],
 )
-def test_a_request_that_cannot_be_used_is_told_so(
-    served: Served, body: dict[str, Any], said: str
+def test_a_request_that_cannot_be_served_is_an_error(
+    server: Server, body: dict[str, Any], message: str
 ) -> None:
-    answer = httpx.post(f"{served.url}/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{server.url}/chat/completions", json=body, timeout=60)
     assert answer.status_code in (400, 404)
-    assert said in answer.json()["error"]["message"]
-    assert "Traceback" not in served.errors.read_text()
+    assert message in answer.json()["error"]["message"]
+    assert "Traceback" not in server.errors.read_text()
 
 
-def test_a_field_that_asks_for_nothing_is_no_reason_to_refuse(served: Served) -> None:
-    nothing = {"n": 1, "logprobs": False, "presence_penalty": 0, "tool_choice": "auto"}
-    nothing |= {"user": "me", "response_format": {"type": "text"}, "store": False}
-    assert served.say("lora", QUESTIONS[0], **nothing) == served.say("lora", QUESTIONS[0])
+def test_fields_with_default_values_are_accepted(server: Server) -> None:
+    defaults = {"n": 1, "logprobs": False, "presence_penalty": 0, "tool_choice": "auto"}
+    defaults |= {"user": "me", "response_format": {"type": "text"}, "store": False}
+    assert server.answer("lora", QUESTIONS[0], **defaults) == server.answer("lora", QUESTIONS[0])
 
 
-def test_no_request_loads_another_model_or_throws_ours_away(
-    served: Served, runs: dict[str, Path]
+def test_no_request_loads_another_model_or_unloads_ours(
+    server: Server, runs: dict[str, Path]
 ) -> None:
-    root = served.url.removesuffix("/v1")
+    root = server.url.removesuffix("/v1")
     for path in ("load_model", "reset", "v1/systemone", "v1/audio/transcriptions"):
-        asked = httpx.post(f"{root}/{path}", json={"model": str(TINY)}, timeout=60)
-        assert asked.status_code == 404
-    assert served.say("dora", QUESTIONS[0]) == greedy(runs["dora"], QUESTIONS[0])
+        response = httpx.post(f"{root}/{path}", json={"model": str(TINY)}, timeout=60)
+        assert response.status_code == 404
+    assert server.answer("dora", QUESTIONS[0]) == greedy(runs["dora"], QUESTIONS[0])
 
 
-def test_an_answer_ends_where_the_context_does(served: Served) -> None:
-    with served.client as client:
-        forced = json.dumps({"min_new_tokens": 5000, "max_new_tokens": 9000})
-        long = client.completions.create(
-            model="base", prompt="Mirror", extra_body={"generation_config": forced}
+def test_an_answer_ends_at_the_end_of_the_context(server: Server) -> None:
+    with server.client as client:
+        generation_config = json.dumps({"min_new_tokens": 5000, "max_new_tokens": 9000})
+        completion = client.completions.create(
+            model="base", prompt="Mirror", extra_body={"generation_config": generation_config}
         )
-    assert long.usage is not None
-    assert long.usage.total_tokens == 512
-    assert long.choices[0].finish_reason == "length"
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == 512
+    assert completion.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("held", ["quant=nf4", "model.dtype=bfloat16"])
-def test_a_base_computes_in_its_runs_precision(trained: Trained, held: str) -> None:
-    saved = find(trained("peft=lora", held))
+@pytest.mark.parametrize("override", ["quant=nf4", "model.dtype=bfloat16"])
+def test_a_base_computes_in_its_runs_precision(trained: Trained, override: str) -> None:
+    saved = find(trained("peft=lora", override))
     loaded = load(saved, load_base(saved))
-    plain = loaded.model.generate
-    asked: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 1}
-    asked |= {"return_dict_in_generate": True, "output_logits": True}
+    original_generate = loaded.model.generate
+    arguments: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 1}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True}
     with loaded.answering():
-        want = plain(**asked).logits[0]
+        expected = original_generate(**arguments).logits[0]
     Models([loaded])
     config = GenerationConfig(max_new_tokens=1)
-    got = loaded.model.generate(generation_config=config, **asked).logits[0]
-    assert got.equal(want)
-    assert not plain(**asked).logits[0].equal(want)
+    logits = loaded.model.generate(generation_config=config, **arguments).logits[0]
+    assert logits.equal(expected)
+    assert not original_generate(**arguments).logits[0].equal(expected)
 
 
 def test_an_adapter_on_a_quantised_base_answers_and_sigint_ends_a_stream(
     trained: Trained, tmp_path: Path
 ) -> None:
     run = trained("peft=lora", "quant=nf4")
-    with serving(tmp_path, f"four={run}") as found:
-        said = [found.say("four", question) for question in QUESTIONS]
-        assert said == [greedy(run, question) for question in QUESTIONS]
-        forced = json.dumps({"min_new_tokens": 400, "max_new_tokens": 450})
-        with found.client as client:
+    with start_server(tmp_path, f"four={run}") as server:
+        answers = [server.answer("four", question) for question in QUESTIONS]
+        assert answers == [greedy(run, question) for question in QUESTIONS]
+        generation_config = json.dumps({"min_new_tokens": 400, "max_new_tokens": 450})
+        with server.client as client:
             stream = client.completions.create(
-                model="four", prompt="Mirror", stream=True, extra_body={"generation_config": forced}
+                model="four",
+                prompt="Mirror",
+                stream=True,
+                extra_body={"generation_config": generation_config},
             )
             next(stream)
-            found.process.send_signal(signal.SIGINT)
-            with pytest.raises(openai.APIError) as told:
+            server.process.send_signal(signal.SIGINT)
+            with pytest.raises(openai.APIError) as error:
                 list(stream)
-            assert "the server is ending" in str(told.value.body)
-        assert found.process.wait(timeout=30) == 0
-        assert "Traceback" not in found.errors.read_text()
+            assert "the server is ending" in str(error.value.body)
+        assert server.process.wait(timeout=30) == 0
+        assert "Traceback" not in server.errors.read_text()
 
 
 def test_a_model_without_chat_template_completes_texts_and_sigterm_ends_it(tmp_path: Path) -> None:
     model = tmp_path / "plain"
     shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("chat_template*"))
-    with serving(tmp_path, model) as found:
-        assert "no chat template: of plain only /v1/completions works" in found.said[1]
-        assert "/v1/completions" in found.said[2]
+    with start_server(tmp_path, model) as server:
+        assert "no chat template: of plain only /v1/completions works" in server.output[1]
+        assert "/v1/completions" in server.output[2]
         with pytest.raises(openai.BadRequestError, match="chat_template"):
-            found.ask("plain", "Who are you?")
-        forced = json.dumps({"min_new_tokens": 480, "max_new_tokens": 500})
-        answer = {"model": "plain", "prompt": "Mirror", "generation_config": forced}
+            server.ask("plain", "Who are you?")
+        generation_config = json.dumps({"min_new_tokens": 480, "max_new_tokens": 500})
+        body = {"model": "plain", "prompt": "Mirror", "generation_config": generation_config}
         with ThreadPoolExecutor(1) as pool:
-            before = found.errors.read_text().count("Request received")
-            asked = pool.submit(httpx.post, f"{found.url}/completions", json=answer, timeout=60)
-            while found.errors.read_text().count("Request received") == before:
+            before = server.errors.read_text().count("Request received")
+            response = pool.submit(httpx.post, f"{server.url}/completions", json=body, timeout=60)
+            while server.errors.read_text().count("Request received") == before:
                 pass
-            assert found.end(signal.SIGTERM) == 0
-            assert asked.result().status_code == 503
-        assert "Traceback" not in found.errors.read_text()
+            assert server.end(signal.SIGTERM) == 0
+            assert response.result().status_code == 503
+        assert "Traceback" not in server.errors.read_text()
 
 
-def test_a_chat_template_that_loops_is_stopped_and_the_server_lives_on(tmp_path: Path) -> None:
+def test_a_looping_chat_template_is_stopped_and_the_server_continues(tmp_path: Path) -> None:
     model = tmp_path / "looping"
     shutil.copytree(TINY, model)
     loop = "{% for a in range(99999) %}"
     (model / "chat_template.jinja").write_text(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
-    with serving(tmp_path, model) as found:
+    with start_server(tmp_path, model) as server:
         turns = [{"role": "user", "content": "Who are you?"}]
         body = {"model": "looping", "messages": turns}
-        answer = httpx.post(f"{found.url}/chat/completions", json=body, timeout=10)
+        answer = httpx.post(f"{server.url}/chat/completions", json=body, timeout=10)
         assert answer.status_code == 400
         assert "does not end within" in answer.json()["error"]["message"]
-        assert httpx.get(f"{found.url.removesuffix('/v1')}/health", timeout=10).is_success
+        assert httpx.get(f"{server.url.removesuffix('/v1')}/health", timeout=10).is_success
 
 
-def refused(*arguments: str | Path, before: str = "pass") -> str:
-    script = f"import sys; {before}; from lora_exp.cli import main; main()"
+def refusal(*arguments: str | Path, setup: str = "pass") -> str:
+    script = f"import sys; {setup}; from lora_exp.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, "serve", *map(str, arguments)],
         capture_output=True, text=True, timeout=120, check=False,
@@ -315,68 +320,72 @@ def refused(*arguments: str | Path, before: str = "pass") -> str:
     return done.stderr
 
 
-def test_a_taken_port_is_one_clear_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = refused(TINY, "--port", str(port))
-    wanted = f"ServeError: cannot listen on 127.0.0.1:{port}: Address already in use; give another"
-    assert said.startswith(wanted)
+def test_an_error_about_a_port_in_use_is_one_clear_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        message = refusal(TINY, "--port", str(port))
+    expected = (
+        f"ServeError: cannot listen on 127.0.0.1:{port}: Address already in use; give another"
+    )
+    assert message.startswith(expected)
 
 
-def test_what_the_engines_need_is_named() -> None:
-    said = refused(TINY, before="sys.modules['fastapi'] = None")
-    assert 'pip install "lora-exp[serve]"' in said
+def test_an_error_names_the_packages_that_an_engine_needs() -> None:
+    message = refusal(TINY, setup="sys.modules['fastapi'] = None")
+    assert 'pip install "lora-exp[serve]"' in message
     if shutil.which("vllm") is None:
-        assert "pip install vllm, or --engine transformers" in refused(TINY, "--engine", "vllm")
+        assert "pip install vllm, or give --engine transformers" in refusal(
+            TINY, "--engine", "vllm"
+        )
 
 
-def test_what_only_scores_is_not_served(trained: Trained) -> None:
+def test_a_reward_model_is_not_served(trained: Trained) -> None:
     run = trained("algorithm=reward", "data=demo_pairs", "samples.rows=0")
-    assert "gives scores (algorithm=reward), it does not answer" in refused(run)
+    assert "gives scores (algorithm=reward), it does not answer" in refusal(run)
 
 
 def test_an_adapter_cannot_take_the_name_of_the_base(runs: dict[str, Path]) -> None:
-    assert "is called base, as the bare base is; name it: NAME=" in refused(f"base={runs['lora']}")
+    assert "has the name of the base, base; give another: NAME=" in refusal(f"base={runs['lora']}")
 
 
-def test_vllm_is_told_the_same_names_and_the_largest_rank(
+def test_vllm_gets_the_same_names_and_the_largest_rank(
     runs: dict[str, Path], trained: Trained
 ) -> None:
-    four = trained("peft=lora", "quant=nf4")
-    several = find_all([f"a={runs['lora']}", f"b={four}"])
-    command = vllm_command(several, None, None, "127.0.0.1", 8000)
+    quantized = trained("peft=lora", "quant=nf4")
+    saved = find_all([f"a={runs['lora']}", f"b={quantized}"])
+    command = vllm_command(saved, None, None, "127.0.0.1", 8000)
     assert command[:7] == ["vllm", "serve", str(TINY), "--host", "127.0.0.1", "--port", "8000"]
     assert command[7:9] == ["--dtype", "float32"]
     assert command[9:13] == ["--served-model-name", "base", "--enable-lora", "--max-lora-rank"]
     assert command[13:15] == ["16", "--lora-modules"]
-    named = [json.loads(part) for part in command[15:]]
-    places = [str(runs["lora"] / "adapter"), str(four / "adapter")]
-    assert named == [{"name": n, "path": p} for n, p in zip("ab", places, strict=True)]
-    assert "bitsandbytes" in vllm_command(several[1:], None, None, "127.0.0.1", 8000)
-    assert "bitsandbytes" not in vllm_command(several[1:], None, "none", "127.0.0.1", 8000)
+    modules = [json.loads(part) for part in command[15:]]
+    folders = [str(runs["lora"] / "adapter"), str(quantized / "adapter")]
+    assert modules == [{"name": n, "path": p} for n, p in zip("ab", folders, strict=True)]
+    assert "bitsandbytes" in vllm_command(saved[1:], None, None, "127.0.0.1", 8000)
+    assert "bitsandbytes" not in vllm_command(saved[1:], None, "none", "127.0.0.1", 8000)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern, and vLLM scales all modules alike"),
+        ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern, and vLLM scales all modules equally"),
         ({"alpha_pattern": {"q_proj": 8}}, "has alpha_pattern, and vLLM scales"),
         ({"r": 1024}, "has rank 1024, and vLLM takes 512"),
         ({"lora_bias": True}, "no plain LoRA"),
     ],
 )
 def test_vllm_gets_no_adapter_that_it_would_scale_wrongly(
-    trained: Trained, tmp_path: Path, changes: dict[str, Any], said: str
+    trained: Trained, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained("peft=lora"), run)
     file = run / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(AdapterError, match=rf"{said}.*: lora-exp merge .* -o OUT"):
+    with pytest.raises(AdapterError, match=rf"{message}.*: lora-exp merge .* -o OUT"):
         vllm_command([find(run)], None, None, "127.0.0.1", 8000)
 
 
-def test_vllm_is_told_the_commit_of_the_base(trained: Trained, tmp_path: Path) -> None:
+def test_vllm_gets_the_commit_of_the_base(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained("peft=lora"), run)
     config, commit = OmegaConf.load(run / "config.yaml"), "0123456789" * 4
@@ -397,39 +406,39 @@ def test_vllm_answers_as_the_adapters_and_the_base_do(
     runs: dict[str, Path], trained: Trained, tmp_path: Path
 ) -> None:
     other = trained("peft=rslora", "peft.r=4")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     command = [sys.executable, "-m", "lora_exp.cli", "serve", f"lora={runs['lora']}"]
     command += [f"other={other}", "--engine", "vllm", "--port", str(port)]
     with (
-        (tmp_path / "said").open("w") as said,
-        subprocess.Popen(command, stdout=said, stderr=said) as process,
+        (tmp_path / "output").open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as process,
     ):
-        found = Served(process, [f"serving on http://127.0.0.1:{port}/v1"], tmp_path / "said")
+        server = Server(process, [f"serving on http://127.0.0.1:{port}/v1"], tmp_path / "output")
         try:
-            _wait(found)
+            _wait_until_ready(server)
             for name, path in (("lora", runs["lora"]), ("other", other), ("base", TINY)):
-                answers = [found.say(name, question) for question in QUESTIONS]
+                answers = [server.answer(name, question) for question in QUESTIONS]
                 assert answers == [greedy(path, question) for question in QUESTIONS]
         finally:
             process.terminate()
 
 
-def _wait(served: Served) -> None:
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        assert served.process.poll() is None, served.errors.read_text()
+def _wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, server.errors.read_text()
         with suppress(httpx.TransportError):
-            if httpx.get(f"{served.url}/models").is_success:
+            if httpx.get(f"{server.url}/models").is_success:
                 return
         time.sleep(1)
-    raise TimeoutError(served.errors.read_text())
+    raise TimeoutError(server.errors.read_text())
 
 
 def test_vllm_gets_no_adapter_of_another_base(runs: dict[str, Path], tmp_path: Path) -> None:
     other = str(shutil.copytree(TINY, tmp_path / "other"))
     alone = shutil.copytree(runs["lora"] / "adapter", tmp_path / "alone")
-    with pytest.raises(AdapterError, match=r"tiny, not on .*: --base tiny="):
+    with pytest.raises(AdapterError, match=r"tiny, not on .* give --base tiny="):
         vllm_command(find_all([alone]), other, None, "127.0.0.1", 8000)
     vllm_command(find_all([runs["lora"]]), other, None, "127.0.0.1", 8000)  # of the same hash
     weights = load_file(tmp_path / "other" / "model.safetensors")
@@ -439,7 +448,9 @@ def test_vllm_gets_no_adapter_of_another_base(runs: dict[str, Path], tmp_path: P
         vllm_command(find_all([runs["lora"]]), other, None, "127.0.0.1", 8000)
 
 
-def test_vllm_is_spared_what_it_does_not_know(runs: dict[str, Path]) -> None:
+def test_vllm_gets_no_adapter_or_quantisation_that_it_does_not_support(
+    runs: dict[str, Path],
+) -> None:
     with pytest.raises(AdapterError, match=r"no plain LoRA.*lora-exp merge"):
         vllm_command(find_all([runs["dora"]]), None, None, "127.0.0.1", 8000)
     with pytest.raises(AdapterError, match="quantises as nf4 only, not int8"):

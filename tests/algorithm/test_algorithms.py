@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError, DataError
-from tests.lockstep.test_pack import alone, computed, packed
-from tests.test_experiment import digest, killed, rows_of
+from tests.lockstep.runs import outputs, run_alone, run_packed
+from tests.test_experiment import digest, mark_killed, rows_override
 
 REWARDS = "algorithm.rewards=[lora_exp.rewards.similarity]"
 GENERATED = [REWARDS, "algorithm.args.max_completion_length=8", "samples.rows=2"]
@@ -35,14 +35,14 @@ COMMON += ["train.per_device_train_batch_size=4", "train.per_device_eval_batch_s
 COMMON += ["samples.rows=2", "samples.max_new_tokens=8", "tracking=none"]
 
 
-def words(algorithm: str, *more: str) -> list[str]:
-    return [f"algorithm={algorithm}", *COMMON, *SETTINGS[algorithm], *more]
+def overrides_for(algorithm: str, *overrides: str) -> list[str]:
+    return [f"algorithm={algorithm}", *COMMON, *SETTINGS[algorithm], *overrides]
 
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Any]:
-    def train(algorithm: str, *more: str, name: str = "run") -> Any:
-        return run(compose(*words(algorithm, *more)), tmp_path / name)
+    def train(algorithm: str, *overrides: str, name: str = "run") -> Any:
+        return run(compose(*overrides_for(algorithm, *overrides)), tmp_path / name)
 
     return train
 
@@ -55,7 +55,7 @@ def test_every_algorithm_trains(
     train: Callable[..., Any], algorithm: str, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if (algorithm, method) == ("reward", "peft=none"):
-        pytest.skip("below, where its head is looked at")
+        pytest.skip("tested below, with its head")
     result = train(algorithm, method)
     assert "get no gradient" not in caplog.text
     expected = {"reward": "accuracy", "dpo": "rewards/accuracies", "kto": "loss"}.get(
@@ -66,12 +66,12 @@ def test_every_algorithm_trains(
     for weight in load_file(next(result.saved.glob("*.safetensors"))).values():
         assert torch.isfinite(weight).all()
     names = {p.name for p in result.saved.iterdir()}
-    assert not names & {"ref", "value", "reward_adapter"}, "only what was trained is saved"
+    assert not names & {"ref", "value", "reward_adapter"}, "only the trained adapter is saved"
 
 
 @pytest.mark.parametrize("method", ["rslora", "ia3", "oft", "vera", "ln_tuning"])
 @pytest.mark.parametrize("algorithm", ["dpo", "ppo"])
-def test_other_methods_have_a_reference_and_a_value_too(
+def test_other_methods_have_a_reference_and_a_value_adapter(
     train: Callable[..., Any], algorithm: str, method: str, tmp_path: Path
 ) -> None:
     start = train(algorithm, f"peft={method}", name="start").saved
@@ -85,41 +85,40 @@ def test_other_methods_have_a_reference_and_a_value_too(
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+def test_a_resumed_run_equals_the_uninterrupted_one(
     train: Callable[..., Any], algorithm: str
 ) -> None:
-    # step 3 of PPO lies within a rollout of four; 16 rows are less than an epoch or more than one
-    # step 5 lies in a later epoch than the first, PPO's within a rollout of four steps
+    # step 5 is after the first epoch, and within a rollout of four steps of PPO
     rows = 2 if algorithm in ("grpo", "rloo") else 8
     settings = [f"data.rows={rows}", "train.max_steps=10", "train.save_strategy=steps"]
     settings += ["train.save_steps=5"]
     settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
-    whole, cut = (train(algorithm, *settings, name=name) for name in ("whole", "cut"))
+    uninterrupted, cut = (train(algorithm, *settings, name=name) for name in ("whole", "cut"))
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-10")
-    killed(cut.directory)
+    mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
-    assert digest(resumed.saved) == digest(whole.saved)
+    assert digest(resumed.saved) == digest(uninterrupted.saved)
     if algorithm == "ppo":
-        assert digest(resumed.directory / "value") == digest(whole.directory / "value")
+        assert digest(resumed.directory / "value") == digest(uninterrupted.directory / "value")
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
-def test_a_sweep_over_it_equals_its_runs_alone(algorithm: str, tmp_path: Path) -> None:
+def test_a_sweep_over_every_algorithm_equals_its_runs_alone(algorithm: str, tmp_path: Path) -> None:
     jobs = [
         ["peft.r=4"],
         ["peft.r=8", "seed=7", "peft.lora_dropout=0.1"],
         ["train.learning_rate=1e-3" if algorithm == "reward" else "algorithm.args.beta=0.5"],
     ]
-    common = words(algorithm, "train.logging_steps=1", "train.save_strategy=no")
-    together, _ = packed(jobs, tmp_path / "packed", *common, every=[])
-    for ours, theirs in zip(
-        together, alone(jobs, tmp_path / "alone", *common, every=[]), strict=True
+    common = overrides_for(algorithm, "train.logging_steps=1", "train.save_strategy=no")
+    results, _ = run_packed(jobs, tmp_path / "packed", *common, defaults=[])
+    for packed, alone in zip(
+        results, run_alone(jobs, tmp_path / "alone", *common, defaults=[]), strict=True
     ):
-        assert computed(ours) == computed(theirs)
+        assert outputs(packed) == outputs(alone)
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "grpo", "rloo", "ppo"])
-def test_a_start_is_gone_on_from_and_is_the_reference(
+def test_a_starting_adapter_is_trained_further_and_is_the_reference(
     train: Callable[..., Any], algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = run(
@@ -138,41 +137,43 @@ def test_a_start_is_gone_on_from_and_is_the_reference(
         assert result.metrics["before/kl"] == pytest.approx(0, abs=1e-5)
 
 
-def test_ppo_goes_on_with_its_own_reference_and_reward_adapters(
+def test_ppo_resumes_with_its_reference_and_reward_adapters(
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
     start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft").saved
     scorer = train("reward", f"adapter={start}", name="reward").saved
-    words = [f"adapter={start}", f"algorithm.rewards=[{scorer}]", "train.max_steps=4"]
-    words += ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=2"]
-    words += ["train.logging_steps=1"]
-    whole, cut = (train("ppo", *words, name=name) for name in ("whole", "cut"))
+    overrides = [f"adapter={start}", f"algorithm.rewards=[{scorer}]", "train.max_steps=4"]
+    overrides += ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=2"]
+    overrides += ["train.logging_steps=1"]
+    uninterrupted, cut = (train("ppo", *overrides, name=name) for name in ("whole", "cut"))
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-4")
-    killed(cut.directory)
-    assert digest(run(compose(f"resume={cut.directory}")).saved) == digest(whole.saved)
+    mark_killed(cut.directory)
+    assert digest(run(compose(f"resume={cut.directory}")).saved) == digest(uninterrupted.saved)
 
 
-def test_an_adapter_of_other_weights_is_refused_whatever_they_are_called(
+def test_an_adapter_of_a_base_with_other_weights_is_refused(
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
     start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft")
     record = json.loads((start.directory / "run.json").read_text())
-    other = json.dumps(record | {"base": "sha256:another"})
-    (start.directory / "run.json").write_text(other)
+    changed = json.dumps(record | {"base": "sha256:another"})
+    (start.directory / "run.json").write_text(changed)
     with pytest.raises(ConfigError, match="was trained on a base of other weights"):
         train("dpo", f"adapter={start.saved}")
 
 
-def test_a_start_from_pissa_is_plain_lora(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_run_that_starts_from_pissa_saves_plain_lora(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
     start = run(compose(*COMMON, "data=demo_pairs", "peft=pissa"), tmp_path / "sft").saved
-    words = ["peft=pissa", f"adapter={start}", "train.learning_rate=1e-9"]
-    result = run(compose(*COMMON, "data=demo_pairs", *words), tmp_path / "next")
+    overrides = ["peft=pissa", f"adapter={start}", "train.learning_rate=1e-9"]
+    result = run(compose(*COMMON, "data=demo_pairs", *overrides), tmp_path / "next")
     old, new = (load_file(path / "adapter_model.safetensors") for path in (start, result.saved))
     for name, weight in old.items():
         torch.testing.assert_close(new[name], weight, atol=1e-6, rtol=0)
 
 
-def test_a_start_on_a_quantised_base_keeps_its_bits(
+def test_a_starting_adapter_on_a_quantised_base_is_the_reference(
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
     start = run(compose("data=demo_pairs", *COMMON, "quant=nf4"), tmp_path / "sft").saved
@@ -180,7 +181,7 @@ def test_a_start_on_a_quantised_base_keeps_its_bits(
     assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_reward_model_trained_whole_is_a_classifier_of_one_label(
+def test_a_fully_trained_reward_model_is_a_classifier_of_one_label(
     train: Callable[..., Any],
 ) -> None:
     saved = train("reward", "peft=none").saved
@@ -196,21 +197,23 @@ def test_a_reward_adapter_rewards_on_the_same_base(
 ) -> None:
     quant = "quant=none" if method == "peft=none" else method
     scorer = train("reward", quant, name="reward").saved
-    both = f"algorithm.rewards=[{scorer},lora_exp.rewards.similarity]"
-    result = train(algorithm, method, both, "+algorithm.args.reward_weights=[0.5,1.0]")
+    rewards = f"algorithm.rewards=[{scorer},lora_exp.rewards.similarity]"
+    result = train(algorithm, method, rewards, "+algorithm.args.reward_weights=[0.5,1.0]")
     lines = map(json.loads, (result.directory / "metrics.jsonl").read_text().splitlines())
     logged = {key for line in lines for key in line}
     assert "eval/rewards/reward_adapter/mean" in logged
     assert "eval/rewards/similarity/mean" in logged
 
 
-def test_a_text_adapter_is_no_reward(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_without_a_score_head_is_refused_as_reward(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
     saved = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "sft").saved
     with pytest.raises(ConfigError, match="has no score head; a reward adapter is made by"):
         train("grpo", f"algorithm.rewards=[{saved}]")
 
 
-def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
+def test_sft_trains_on_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
     result = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "run")
     assert 0 <= result.metrics["eval/preference_accuracy"] <= 1
 
@@ -228,7 +231,7 @@ def test_sft_takes_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
 def test_rows_of_another_shape_are_refused_with_what_is_needed(
     algorithm: str, row: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    path = rows_of(tmp_path / "rows.jsonl", row, row)
+    path = rows_override(tmp_path / "rows.jsonl", row, row)
     settings = SETTINGS.get(algorithm, [])
     cfg = compose(f"algorithm={algorithm}", "data=jsonl", path, *settings, "tracking=none")
     with pytest.raises(DataError, match=message):
@@ -242,7 +245,7 @@ def test_rows_of_another_shape_are_refused_with_what_is_needed(
         ("{_target_: lora_exp.rewards.regex}", "makes no reward: .*pattern"),
     ],
 )
-def test_a_factory_that_fails_is_named(
+def test_a_reward_factory_that_fails_is_named(
     train: Callable[..., Any], reward: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"algorithm.rewards.0: .*{message}"):
@@ -257,7 +260,7 @@ def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["algorithm=grpo"], "algorithm.rewards: is required"),
         (["algorithm=grpo", "algorithm.rewards=[]"], "algorithm.rewards: name at least one"),
@@ -279,7 +282,10 @@ def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> N
             ["algorithm=ppo", REWARDS, "+algorithm.args.reward_weights=[1,2]"],
             "2 weights for 1 rewards",
         ),
-        (["algorithm=ppo", REWARDS, "algorithm.args.temperature=0"], "always says the same"),
+        (
+            ["algorithm=ppo", REWARDS, "algorithm.args.temperature=0"],
+            "gives the same answer each time",
+        ),
         (["algorithm=ppo", REWARDS, "algorithm.args.kl_taget=1"], "did you mean kl_target"),
         (
             ["algorithm=dpo", "peft=pissa"],
@@ -303,22 +309,28 @@ def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> N
         (["goal=best"], "'best' is neither minimize nor maximize"),
     ],
 )
-def test_bad_words_get_one_clear_answer(words: list[str], message: str) -> None:
-    plus = [w if not w.startswith("algorithm.args.kl_taget") else f"+{w}" for w in words]
+def test_a_wrong_override_is_one_clear_error(overrides: list[str], message: str) -> None:
+    new_key = "algorithm.args.kl_taget"
+    arguments = [f"+{o}" if o.startswith(new_key) else o for o in overrides]
     with pytest.raises(ConfigError, match=message):
-        compose(*plus)
+        compose(*arguments)
 
 
 @pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "quant=int8", "peft=none"])
 def test_an_encoder_decoder_model_learns(t5: Path, tmp_path: Path, method: str) -> None:
     rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"] * 8
-    path = rows_of(tmp_path / "rows.jsonl", *rows)
-    words = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl", path, method]
-    words += ["train.max_steps=60", "train.learning_rate=1e-2", "tracking=none", "samples.rows=4"]
-    words += ["train.per_device_train_batch_size=16", "samples.max_new_tokens=4"]
-    result = run(compose(*words), tmp_path / "run")
+    path = rows_override(tmp_path / "rows.jsonl", *rows)
+    overrides = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl", path, method]
+    overrides += [
+        "train.max_steps=60",
+        "train.learning_rate=1e-2",
+        "tracking=none",
+        "samples.rows=4",
+    ]
+    overrides += ["train.per_device_train_batch_size=16", "samples.max_new_tokens=4"]
+    result = run(compose(*overrides), tmp_path / "run")
     assert result.metrics["eval/loss"] < 0.8 * result.metrics["before/loss"]
-    message = [
+    samples = [
         json.loads(line) for line in (result.directory / "samples.jsonl").read_text().splitlines()
     ]
-    assert {sample["expected"] for sample in message} <= {c * 3 for c in "abcdefgh"}
+    assert {sample["expected"] for sample in samples} <= {c * 3 for c in "abcdefgh"}

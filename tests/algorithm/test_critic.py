@@ -1,4 +1,4 @@
-"""The critic: values near 0 at first, and a classifier of one label when it is saved."""
+"""The critic: its first values are near 0; saved, it is a classifier of one label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
 from lora_exp.algorithm.critic import Critic
-from tests.algorithm.test_algorithms import words
+from tests.algorithm.test_algorithms import overrides_for
 
 
 def test_values_start_near_zero_and_still_pass_gradients() -> None:
@@ -24,8 +24,8 @@ def test_values_start_near_zero_and_still_pass_gradients() -> None:
     assert hidden.grad.abs().min() > 0
 
 
-def test_a_fully_trained_critic_is_usable_alone(tmp_path: Path) -> None:
-    result = run(compose(*words("ppo", "peft=none")), tmp_path / "run")
+def test_a_fully_trained_critic_can_be_used_alone(tmp_path: Path) -> None:
+    result = run(compose(*overrides_for("ppo", "peft=none")), tmp_path / "run")
     critic = AutoModelForSequenceClassification.from_pretrained(result.directory / "value")
     assert critic.config.num_labels == 1
     assert not any("ppo_value" in key for key in _keys(result.saved))

@@ -1,4 +1,4 @@
-"""PPO's formulas against numbers worked out by hand."""
+"""PPO's formulas equal numbers calculated by hand."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_score_counts_at_the_last_token_and_the_kl_at_each() -> None:
     assert_close(computed, [[-0.05, 1.9, 0.0]])
 
 
-def test_advantages_as_by_hand() -> None:
+def test_advantages_equal_a_hand_calculation() -> None:
     # deltas 0.1, 0.1, 0.3; with lambda 0.5: 0.3, then 0.1 + 0.15, then 0.1 + 0.125
     computed = gae_advantages(tensor([[0.0, 0.0, 1.0]]), tensor([[0.5, 0.6, 0.7]]), ALL, 1.0, 0.5)
     assert_close(computed, [[0.225, 0.25, 0.3]])
@@ -67,14 +67,14 @@ def test_with_lambda_one_an_advantage_is_the_return_less_the_value() -> None:
     torch.testing.assert_close(computed, rewards.flip(1).cumsum(1).flip(1) - values)
 
 
-def test_whitening_as_by_hand() -> None:
+def test_whitening_equals_a_hand_calculation() -> None:
     third = math.sqrt(1.5)
     assert_close(whiten(tensor([[1.0, 2.0, 3.0]]), ALL), [[-third, 0.0, third]])
     with_mean = whiten(tensor([[1.0, 3.0, 50.0]]), tensor([[1.0, 1.0, 0.0]]), keep_mean=True)
     assert_close(with_mean, [[1.0, 3.0, 0.0]])
 
 
-def test_a_gain_is_clipped_and_a_loss_is_not() -> None:
+def test_the_ratio_is_clipped_only_where_that_lowers_the_objective() -> None:
     new = tensor([[1.5, 1.5, 0.5]]).log().requires_grad_()
     loss, clipped = policy_loss(new, torch.zeros(1, 3), tensor([[1.0, -1.0, 1.0]]), ALL, 0.2)
     assert_close(loss.detach(), (-1.2 + 1.5 - 0.5) / 3)
@@ -85,7 +85,7 @@ def test_a_gain_is_clipped_and_a_loss_is_not() -> None:
 
 
 def test_a_values_error_is_the_larger_of_clipped_and_unclipped() -> None:
-    # 1.0 lies beyond 0.2 of 0.5, so 0.7 counts: 0.3 off; towards 0.9 from 0.5, 0.6 is unclipped
+    # 1.0 is clipped to 0.5 + 0.2 = 0.7, 0.3 from its target; 0.6 is within the range, unclipped
     loss, clipped = value_loss(
         tensor([[1.0, 0.6, 0.0]]), tensor([[0.5, 0.5, 0.0]]), tensor([[1.0, 0.9, 0.0]]), ALL, 0.2
     )

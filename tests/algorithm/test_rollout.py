@@ -41,7 +41,7 @@ def make(fresh_base: Base, tmp_path: Path) -> Callable[..., RolloutTrainer]:
     return make
 
 
-def stirred(model: Any, name: str = "default") -> None:
+def randomize_adapter(model: Any, name: str = "default") -> None:
     """Give an untrained adapter random weights."""
     torch.manual_seed(1)
     for path, parameter in model.named_parameters():
@@ -54,11 +54,11 @@ def test_log_probabilities_and_kl_equal_a_direct_computation(
     make: Callable[..., RolloutTrainer], temperature: float
 ) -> None:
     trainer = make(temperature=temperature)
-    stirred(trainer.model)
+    randomize_adapter(trainer.model)
     batch = trainer._rollout(ROWS[:4], "train")
     model, length = trainer.model.eval(), batch["mask"].shape[1]
 
-    def direct() -> torch.Tensor:
+    def logps_directly() -> torch.Tensor:
         logps = torch.zeros_like(batch["logps"])
         for b in range(4):  # each row alone, without its padding
             ids = batch["ids"][b][batch["attention"][b].bool()]
@@ -70,9 +70,9 @@ def test_log_probabilities_and_kl_equal_a_direct_computation(
 
     with torch.no_grad():
         mask = batch["mask"]
-        torch.testing.assert_close(batch["logps"] * mask, direct(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(batch["logps"] * mask, logps_directly(), atol=1e-5, rtol=1e-4)
         with model.disable_adapter():
-            reference = direct()
+            reference = logps_directly()
         torch.testing.assert_close(batch["ref_logps"] * mask, reference, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(
             batch["kl"], (batch["logps"] - reference) * mask, atol=2e-5, rtol=1e-4
@@ -81,7 +81,7 @@ def test_log_probabilities_and_kl_equal_a_direct_computation(
     assert length <= 6
 
 
-def test_a_completion_ends_with_its_first_end_token_and_one_without_is_penalised(
+def test_a_completion_ends_at_its_first_end_token_or_is_penalised(
     make: Callable[..., RolloutTrainer],
 ) -> None:
     trainer = make(missing_eos_penalty=100.0)
@@ -95,13 +95,13 @@ def test_a_completion_ends_with_its_first_end_token_and_one_without_is_penalised
     assert (batch["scores"] > -50).any()
 
 
-def test_a_score_is_the_weighted_sum_and_none_adds_nothing(
+def test_a_score_is_the_weighted_sum_without_rewards_that_are_none(
     make: Callable[..., RolloutTrainer],
 ) -> None:
-    def silent(completions: list[Any], **_: Any) -> list[None]:
+    def no_rewards(completions: list[Any], **_: Any) -> list[None]:
         return [None] * len(completions)
 
-    trainer = make(rewards=(characters, silent), reward_weights=[0.5, 9.0])
+    trainer = make(rewards=(characters, no_rewards), reward_weights=[0.5, 9.0])
     batch = trainer._rollout(ROWS[:4], "train")
     texts = [
         trainer.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
@@ -110,7 +110,7 @@ def test_a_score_is_the_weighted_sum_and_none_adds_nothing(
     assert batch["scores"].tolist() == [0.5 * len(text) for text in texts]
 
 
-def test_sampling_ignores_and_keeps_the_penalties_of_the_models_config(
+def test_sampling_ignores_the_models_penalties_without_changing_its_config(
     make: Callable[..., RolloutTrainer],
 ) -> None:
     trainer = make()
@@ -123,6 +123,6 @@ def test_sampling_ignores_and_keeps_the_penalties_of_the_models_config(
     assert "longest" in trainer._metrics["train"]
 
 
-def test_each_reward_has_its_weight(make: Callable[..., RolloutTrainer]) -> None:
+def test_weights_need_one_number_for_each_reward(make: Callable[..., RolloutTrainer]) -> None:
     with pytest.raises(ValueError, match="2 reward_weights for 1 rewards"):
         make(reward_weights=[1.0, 2.0])

@@ -1,4 +1,4 @@
-"""Encoder-decoder rows: prompt and answer are texts of their own, padded for themselves."""
+"""Encoder-decoder rows: prompt and answer are separate texts with separate padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_exp.algorithm.seq2seq import Seq2SeqConfig, Seq2SeqTrainer
 from lora_exp.data.tokens import IGNORED, tokenise
 
 
-def test_prompt_and_answer_are_encoded_apart_and_padded(base: Any, tmp_path: Path) -> None:
+def test_prompt_and_answer_are_encoded_and_padded_separately(base: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bcd"}]
     tokens = tokenise(
         rows, base.tokenizer, max_length=8, completion_only=False, separate=True, what="train"
@@ -34,8 +34,11 @@ def test_prompt_and_answer_are_encoded_apart_and_padded(base: Any, tmp_path: Pat
 
 
 def test_a_chat_without_an_answer_is_dropped_and_counted(base: Any) -> None:
-    asked = {"role": "user", "content": "ab"}
-    rows = [{"messages": [asked, {"role": "assistant", "content": "c"}]}, {"messages": [asked]}]
+    question = {"role": "user", "content": "ab"}
+    rows = [
+        {"messages": [question, {"role": "assistant", "content": "c"}]},
+        {"messages": [question]},
+    ]
     tokens = tokenise(
         rows, base.tokenizer, max_length=64, completion_only=False, separate=True, what="train"
     )

@@ -17,7 +17,7 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "key", "said"),
+    ("overrides", "key", "message"),
     [
         (["train.lr_scheduler_type=polynomial", f"+{KWARGS}={{powr: 2}}"], f"{KWARGS}.powr",
          "polynomial has no such argument (did you mean power?)"),
@@ -61,10 +61,12 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
          "is not measured"),
     ],
 )  # fmt: skip
-def test_a_mistake_inside_an_argument_is_told(overrides: list[str], key: str, said: str) -> None:
-    found = faults(*overrides)
-    assert list(found) == [key]
-    assert said in found[key]
+def test_a_mistake_inside_an_argument_is_an_error(
+    overrides: list[str], key: str, message: str
+) -> None:
+    faults_by_key = faults(*overrides)
+    assert list(faults_by_key) == [key]
+    assert message in faults_by_key[key]
 
 
 @pytest.mark.parametrize(
@@ -81,27 +83,27 @@ def test_a_mistake_inside_an_argument_is_told(overrides: list[str], key: str, sa
         ["+train.metric_for_best_model=eval_entropy"],
     ],
 )
-def test_what_is_right_inside_an_argument_is_taken(overrides: list[str]) -> None:
+def test_correct_values_inside_arguments_are_accepted(overrides: list[str]) -> None:
     compose(*overrides)
 
 
 def test_the_schedulers_are_those_of_transformers() -> None:
     assert set(SCHEDULERS) == members("transformers.trainer_utils.SchedulerType")
     functions = transformers.optimization.TYPE_TO_SCHEDULER_FUNCTION
-    for kind, target in SCHEDULERS.items():
+    for name, target in SCHEDULERS.items():
         if target is not None:
             assert signature(target) is not None, target
         if target is not None and target.startswith(f"{OPTIMIZATION}get_"):
-            assert functions[kind].__name__ == target.removeprefix(OPTIMIZATION)
-    for kind, names in NEEDED.items():
-        assert set(names) <= signature(SCHEDULERS[kind]).arguments.keys()
+            assert functions[name].__name__ == target.removeprefix(OPTIMIZATION)
+    for name, names in NEEDED.items():
+        assert set(names) <= signature(SCHEDULERS[name]).arguments.keys()
 
 
-def test_every_argument_of_an_optimizer_stands_in_its_source() -> None:
+def test_every_optimizer_argument_is_in_its_source() -> None:
     handlers = trainer_optimizer._OPTIMIZER_HANDLERS
-    for kind, handler in handlers.items():
-        names = next((v for k, v in OPTIM_ARGS.items() if str(kind.value).startswith(k)), ())
+    for optimizer, handler in handlers.items():
+        names = next((v for k, v in OPTIM_ARGS.items() if str(optimizer.value).startswith(k)), ())
         source = inspect.getsource(handler)
         for name in names:
-            assert f'"{name}"' in source, (kind, name)
-        assert names or "optim_args" not in source or "bitsandbytes" in source, kind
+            assert f'"{name}"' in source, (optimizer, name)
+        assert names or "optim_args" not in source or "bitsandbytes" in source, optimizer

@@ -13,7 +13,7 @@ def test_groups_keys_and_options_are_completed() -> None:
     assert completions("quant=n", []) == ["quant=nf4", "quant=none"]
 
 
-def test_shells_that_part_words_at_the_sign_are_understood() -> None:
+def test_completion_works_in_shells_that_split_words_at_an_equals_sign() -> None:
     assert completions("n", ["quant", "="]) == ["nf4", "none"]
     assert "dpo" in completions("=", ["algorithm"])
     assert completions("", ["peft.r", "="]) == []

@@ -1,4 +1,4 @@
-"""Every option and preset composes, and so do those of one's own."""
+"""Every option and preset composes, and so do the user's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_option_composes_and_validates(option: str) -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
-def test_every_preset_composes_validates_and_says_why_it_exists(preset: str) -> None:
+def test_every_preset_composes_and_begins_with_a_comment(preset: str) -> None:
     cfg = compose(f"experiment={preset}")
     assert cfg.choices.experiment == preset
     head = (CONF / "experiment" / f"{preset}.yaml").read_text().splitlines()
@@ -43,14 +43,14 @@ def test_an_unknown_option_lists_the_options() -> None:
         compose("peft=lroa")
 
 
-def test_options_of_ones_own_are_found_beside_the_shipped_ones(tmp_path: Path) -> None:
+def test_a_users_options_are_found_next_to_the_shipped_ones(tmp_path: Path) -> None:
     folder = tmp_path / "peft"
     folder.mkdir()
     (folder / "mine.yaml").write_text("defaults: [lora]\nr: 3\n")
     assert compose("peft=mine", config_dir=tmp_path).peft.r == 3
 
 
-def test_a_folder_of_options_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_of_options_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--config-dir: .* is no folder"):
         compose(config_dir=tmp_path / "none")
 

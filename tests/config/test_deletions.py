@@ -1,4 +1,4 @@
-"""A key that is taken out is left to the default of what takes it, or is required."""
+"""A deleted key gets the default of its function, or is an error if it is required."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_deleted_argument_has_its_own_default(key: str, default: object) -> No
     ["goal", "seed", "samples.rows", "model.path", "data.eval_share", "algorithm.shape",
      "tracking.mode", "train.optim"],
 )  # fmt: skip
-def test_what_no_run_does_without_is_required(key: str) -> None:
-    assert faults(f"~{key}") == {key: f"is required; give {key}=..., or leave it as it is"}
+def test_deleting_a_required_key_is_an_error(key: str) -> None:
+    assert faults(f"~{key}") == {key: f"is required; give {key}=..., or do not delete it"}
 
 
-def test_a_run_without_a_key_has_another_name() -> None:
+def test_a_deleted_key_is_part_of_the_runs_name() -> None:
     assert "without_weight_decay" in compose("~train.weight_decay").name
 
 
-def test_a_null_is_not_said_to_be_missing() -> None:
+def test_a_null_value_is_not_reported_as_missing() -> None:
     assert "is null already" in faults("~train.eval_steps")["train.eval_steps"]
     assert "no such key" in faults("~train.nonsense")["train.nonsense"]

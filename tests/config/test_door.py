@@ -1,4 +1,4 @@
-"""The one door: what may be imported, and what was called otherwise before."""
+"""The only place that imports targets: which are trusted, and names from earlier versions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_exp.config.door import (
     CONF,
     RENAMED,
     build,
-    first_named,
     is_trusted,
     renamed,
     shipped_targets,
+    with_oldest_names,
 )
 from lora_exp.errors import ConfigError
 
@@ -57,7 +57,7 @@ def test_a_probe_deep_inside_a_node_is_refused(tmp_path: Path) -> None:
         compose("+train.deep=[{_target_: os.system, command: x}]")
 
 
-def test_the_door_itself_refuses_what_validation_never_saw(tmp_path: Path) -> None:
+def test_building_refuses_untrusted_targets_without_validation(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     cfg = OmegaConf.create(
         {"trusted_targets": [], "x": {"_target_": "pathlib.Path.touch", "self": str(mark)}}
@@ -67,7 +67,7 @@ def test_the_door_itself_refuses_what_validation_never_saw(tmp_path: Path) -> No
     assert not mark.exists()
 
 
-def test_a_target_named_on_the_command_line_runs() -> None:
+def test_a_target_trusted_on_the_command_line_is_built() -> None:
     cfg = OmegaConf.create(
         {"trusted_targets": ["pathlib.PurePath"], "x": {"_target_": "pathlib.PurePath"}}
     )
@@ -78,27 +78,27 @@ def test_null_builds_nothing() -> None:
     assert build(compose(), "quant") is None
 
 
-def test_only_the_door_knows_instantiate() -> None:
+def test_only_door_imports_instantiate() -> None:
     sources = Path(CONF.parent / "lora_exp").rglob("*.py")
-    knowing = {path.name for path in sources if "import instantiate" in path.read_text()}
-    assert knowing == {"door.py"}
+    importing = {path.name for path in sources if "import instantiate" in path.read_text()}
+    assert importing == {"door.py"}
 
 
 def test_every_shipped_target_is_trusted() -> None:
     assert all(is_trusted(target) for target in shipped_targets())
 
 
-def test_every_name_of_before_leads_to_one_that_is_shipped_and_back() -> None:
+def test_every_earlier_name_maps_to_a_shipped_target_and_back() -> None:
     assert set(RENAMED.values()) <= shipped_targets()
     assert len(set(RENAMED.values())) == len(RENAMED)
     assert not set(RENAMED) & shipped_targets()
     deep = {"a": [{"_target_": old, "b": old} for old in RENAMED], "_target_": "peft.LoraConfig"}
     new = {"a": [{"_target_": n, "b": o} for o, n in RENAMED.items()], "_target_": deep["_target_"]}
     assert renamed(deep) == new
-    assert first_named(new) == deep
+    assert with_oldest_names(new) == deep
 
 
-def test_an_option_of_ones_own_may_say_the_name_of_before(tmp_path: Path) -> None:
+def test_a_users_option_may_use_an_earlier_name(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text(
         "defaults: [jsonl]\n_target_: lora_exp.data.jsonl\n"

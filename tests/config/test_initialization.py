@@ -1,4 +1,4 @@
-"""Each start of LoRA is held against peft: what of the base it rewrites, and what it needs."""
+"""Initializations of LoRA: our list of those that change the base equals peft's behaviour."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOFTQ = pytest.param(
 
 
 class Layer(nn.Module):
-    """A model of one layer, with what some starts read of it."""
+    """A model of one layer, with the attributes that some initializations need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,19 +52,19 @@ class Layer(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
-def lora(name: Any) -> peft.LoraConfig:
-    more: dict[str, Any] = {f"{name}_config": {}} if name in ("eva", "corda", "lora_ga") else {}
+def lora_config(name: Any) -> peft.LoraConfig:
+    settings: dict[str, Any] = {f"{name}_config": {}} if name in ("eva", "corda", "lora_ga") else {}
     if name == "loftq":
-        more["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
-    return peft.LoraConfig(r=4, target_modules=["inner"], init_lora_weights=name, **more)
+        settings["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}
+    return peft.LoraConfig(r=4, target_modules=["inner"], init_lora_weights=name, **settings)
 
 
 @pytest.mark.filterwarnings("ignore:lora with eva initialization")
 @pytest.mark.parametrize("name", [True, False, *NAMES, LOFTQ])
-def test_a_start_rewrites_the_base_exactly_if_we_say_so(name: Any) -> None:
+def test_rewrites_base_equals_what_peft_does(name: Any) -> None:
     layer = Layer()
     before = layer.inner.weight.detach().clone()
-    model = peft.get_peft_model(layer, lora(name), low_cpu_mem_usage=False)
+    model = peft.get_peft_model(layer, lora_config(name), low_cpu_mem_usage=False)
     after = model.base_model.model.inner.base_layer.weight
     assert (not torch.equal(before, after)) == bool(rewrites_base({"init_lora_weights": name}))
 
@@ -78,20 +78,20 @@ def test_kasa_rewrites_the_base_too() -> None:
     assert rewrites_base(vars(config)) == rewrites_base({"kasa_config": {}}) == "kasa"
 
 
-def test_every_start_that_peft_names_is_known_here() -> None:
-    known = signature("peft.LoraConfig")
-    assert known is not None
-    node = known.arguments["init_lora_weights"]
+def test_every_initialization_of_peft_is_known() -> None:
+    lora_signature = signature("peft.LoraConfig")
+    assert lora_signature is not None
+    node = lora_signature.arguments["init_lora_weights"]
     assert node is not None
     texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
     names = {str(text).partition("_niter")[0] for text in texts if isinstance(text, str)}
     assert names == {*map(initialization, ({"init_lora_weights": n} for n in NAMES)), "loftq"} - {
-        "lora_ga"  # peft takes it, and does not say so
+        "lora_ga"  # peft accepts it without documenting it
     }
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in NEEDS_PREPARATION])
-def test_a_start_needs_floats_exactly_if_we_say_so(name: str) -> None:
+def test_needs_floats_equals_what_peft_accepts(name: str) -> None:
     quantised = tiny(bnb_4bit("nf4", True, "auto"))
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=name)
     fails = False
@@ -99,7 +99,7 @@ def test_a_start_needs_floats_exactly_if_we_say_so(name: str) -> None:
         peft.get_peft_model(quantised.model, config)
     except (TypeError, RuntimeError):
         fails = True
-    # peft quantises anew what olora leaves; we refuse it, since it could not be taken back
+    # peft quantises the weights that olora leaves again; we refuse it: that cannot be undone
     assert fails == (config_name(name) in NEEDS_FLOATS and name != "olora")
 
 
@@ -108,7 +108,7 @@ def config_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora"])
-def test_what_a_run_can_start_and_rewrites_the_base_is_saved_as_plain_lora(name: str) -> None:
+def test_initializations_that_rewrite_the_base_are_saved_as_plain_lora(name: str) -> None:
     assert saved_as_plain_lora({"init_lora_weights": name})
     assert not saved_as_plain_lora({"init_lora_weights": True})
     assert not any(saved_as_plain_lora({"init_lora_weights": n}) for n in NEEDS_PREPARATION)
@@ -121,17 +121,15 @@ SOLITARY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("override", "why"), SOLITARY.items())
-def test_a_job_has_its_base_to_itself_only_if_it_rewrites_it(
-    override: str, why: str | None
-) -> None:
+@pytest.mark.parametrize(("override", "method"), SOLITARY.items())
+def test_a_job_trains_alone_only_if_it_rewrites_the_base(override: str, method: str | None) -> None:
     cfg = compose("tracking=none", override)
     hydra = OmegaConf.create({"hydra": {"job": {"chdir": False, "env_set": {}}}})
-    found = solitary(Job(0, hydra, cfg, Path("multirun/0")))
-    assert found == (why and f"{why} starts from weights of its own")
+    reason = solitary(Job(0, hydra, cfg, Path("multirun/0")))
+    assert reason == (method and f"{method} starts from weights of its own")
 
 
-def test_an_orthogonal_start_leaves_the_model_as_it_was(
+def test_orthogonal_initialization_does_not_change_the_models_outputs(
     fresh_base: Base, quick_run: Callable[..., Any]
 ) -> None:
     ids = torch.tensor([[1, 2, 3, 4]])

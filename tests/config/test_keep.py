@@ -1,4 +1,4 @@
-"""`keep` says which weights are saved, and the trainer's arguments agree."""
+"""`keep` sets which weights are saved, and the trainer's arguments agree."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def test_the_best_is_loaded_and_checkpoints_follow_the_evaluations() -> None:
     assert (train.load_best_model_at_end, train.save_strategy) == (True, "epoch")
     train = compose("keep=best", *STEPS).train
     assert (train.save_strategy, train.save_steps) == ("steps", 4)
-    own = compose("keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=8").train
-    assert own.save_steps == 8
+    train = compose("keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=8").train
+    assert train.save_steps == 8
 
 
-def test_transformers_own_argument_says_the_same() -> None:
+def test_load_best_model_at_end_equals_keep_best() -> None:
     cfg = compose("+train.load_best_model_at_end=true")
     assert cfg.keep == "best"
     assert fingerprint(cfg) == fingerprint(compose("keep=best"))
@@ -43,12 +43,12 @@ def test_transformers_own_argument_says_the_same() -> None:
     ],
 )
 def test_contradictions_are_refused(overrides: list[str], text: str) -> None:
-    with pytest.raises(ConfigError, match=text) as caught:
+    with pytest.raises(ConfigError, match=text) as error:
         compose(*overrides)
-    assert caught.value.faults[0][0] == "keep"
+    assert error.value.faults[0][0] == "keep"
 
 
-def test_a_run_of_before_is_what_its_trainer_kept(tmp_path: Path) -> None:
+def test_a_run_saved_without_keep_gets_it_from_load_best_model_at_end(tmp_path: Path) -> None:
     values = OmegaConf.to_container(compose("+train.load_best_model_at_end=true"))
     assert isinstance(values, dict)
     del values["keep"]

@@ -1,4 +1,4 @@
-"""What cannot learn is refused: by its settings, or by the number of its rows."""
+"""Settings that learn nothing are refused, and too few rows for a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REWARDED = ["algorithm.rewards=[lora_exp.rewards.similarity,lora_exp.rewards.exa
          "algorithm.args.num_generations"),
     ],
 )  # fmt: skip
-def test_settings_under_which_nothing_is_learnt_are_refused(overrides: list[str], key: str) -> None:
+def test_settings_that_learn_nothing_are_refused(overrides: list[str], key: str) -> None:
     assert list(faults(*overrides)) == [key]
 
 
@@ -47,12 +47,12 @@ def test_settings_under_which_nothing_is_learnt_are_refused(overrides: list[str]
         ["algorithm=ppo", *REWARDED, "+algorithm.args.reward_weights=[0,1]"],
     ],
 )
-def test_what_still_learns_is_taken(overrides: list[str]) -> None:
+def test_settings_that_still_learn_are_accepted(overrides: list[str]) -> None:
     compose(*overrides)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "least"),
+    ("overrides", "minimum"),
     [
         (["algorithm=grpo", *REWARDED, "train.per_device_train_batch_size=32"], 4),
         (["algorithm=rloo", *REWARDED, "train.gradient_accumulation_steps=3"], 6),
@@ -64,14 +64,16 @@ def test_what_still_learns_is_taken(overrides: list[str]) -> None:
         (["train.per_device_train_batch_size=5"], 1),
     ],
 )  # fmt: skip
-def test_rows_have_to_fill_a_step(overrides: list[str], least: int) -> None:
+def test_rows_have_to_fill_a_step(overrides: list[str], minimum: int) -> None:
     cfg = compose(*overrides)
-    check_rows(cfg, least)
-    with pytest.raises(ConfigError, match=f"take {least} .* for a step, and there are {least - 1}"):
-        check_rows(cfg, least - 1)
+    check_rows(cfg, minimum)
+    with pytest.raises(
+        ConfigError, match=f"take {minimum} .* for a step, and there are {minimum - 1}"
+    ):
+        check_rows(cfg, minimum - 1)
 
 
-def test_rows_that_are_to_be_packed_are_counted_once_they_are() -> None:
+def test_rows_to_be_packed_are_counted_after_packing() -> None:
     cfg = compose("+train.dataloader_drop_last=true", "algorithm.args.packing=true")
     check_rows(cfg, 3)
     with pytest.raises(ConfigError, match="for a step"):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose
-from lora_exp.config.mistakes import mistake
+from lora_exp.config.mistakes import translate_error
 from lora_exp.errors import ConfigError, SavedError
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (
             "quant=nf5",
@@ -29,8 +29,8 @@ from lora_exp.errors import ConfigError, SavedError
         ("peft.r=2,4", "peft.r: has several values; -m peft.r=A,B sweeps over them, peft.r=[A,B]"),
         ("peft.rr=3", "peft.rr: no such key (did you mean r?)"),
         ("peft.r.x=3", "peft.r.x: no such key"),
-        ("train.neftune_noise_alpha=5", "does not name yet: +train.neftune_noise_alpha=..."),
-        ("peft.init_lora_weights=true", "yet: +peft.init_lora_weights=..."),
+        ("train.neftune_noise_alpha=5", "can be added: give +train.neftune_noise_alpha=..."),
+        ("peft.init_lora_weights=true", "give +peft.init_lora_weights=..."),
         ("quant=none,nf4", "quant: has several values; -m quant=A,B sweeps over them"),
         ("peft.rank_pattern=[", 'peft.rank_pattern: cannot be read; give key=value'),
         ("a b", "a b: cannot be read; give key=value"),
@@ -39,14 +39,14 @@ from lora_exp.errors import ConfigError, SavedError
         ("resume=nowhere", "resume: no run in nowhere"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_in_a_line(override: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_mistake_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         compose(override)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_of_options_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+def test_an_option_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "mine.yaml").write_text("r: [8\nlora_alpha: 3\n")
     with pytest.raises(ConfigError, match=r"an option's file: .*mine.yaml.* line 2"):
@@ -56,19 +56,19 @@ def test_a_file_of_options_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["canary[", "canary,canary", "canary"])
 def test_a_value_that_may_be_a_secret_is_not_repeated(value: str) -> None:
     for plus in ("", "+"):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError) as error:
             compose(f"{plus}train.hub_token={value}")
-        assert "train.hub_token" in str(caught.value)
-        assert "canary" not in str(caught.value)
+        assert "train.hub_token" in str(error.value)
+        assert "canary" not in str(error.value)
 
 
-def test_a_key_of_another_option_is_told_so() -> None:
+def test_an_error_about_a_key_of_another_option_names_the_group() -> None:
     with pytest.raises(ConfigError, match=r"peft\.r: exists with another option of peft"):
         compose("peft=none", "peft.r=8")
 
 
-def test_an_error_of_ours_is_itself_and_a_strangers_is_none() -> None:
-    ours = SavedError("gone")
-    assert mistake(ours) is ours
-    assert mistake(ValueError("no number")) is None
-    assert mistake(FileNotFoundError("no file")) is None
+def test_our_errors_stay_the_same_and_other_errors_are_not_translated() -> None:
+    saved_error = SavedError("gone")
+    assert translate_error(saved_error) is saved_error
+    assert translate_error(ValueError("no number")) is None
+    assert translate_error(FileNotFoundError("no file")) is None

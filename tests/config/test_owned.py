@@ -1,4 +1,4 @@
-"""Every argument of a trainer acts, alone and in a pack alike, or is refused by name."""
+"""Every argument of a trainer has its effect, alone and in a pack, or is refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.lockstep.plan import APART
 from tests.config.test_validation import faults
 
-# what shapes one job's rows, batches, optimizer, loss or reports, and touches nothing of the base
+# arguments that affect only one job's rows, batches, optimizer, loss or reports, not the base
 OWN_JOB = {
     "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate",
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
@@ -36,37 +36,39 @@ OWN_JOB = {
 }  # fmt: skip
 
 
-def test_every_argument_is_of_one_kind() -> None:
-    known = signature("trl.SFTConfig")
-    assert known is not None
-    names = set(known.arguments)
-    sorted_out = OWNED.keys() | UNREAD["trl.SFTConfig"].keys() | APART.keys() | OWN_JOB
-    missing = "is it one job's own (OWN_JOB), alone (APART), or the run's (OWNED, UNREAD)?"
-    assert names - sorted_out == set(), missing
+def test_every_argument_is_classified() -> None:
+    sft_signature = signature("trl.SFTConfig")
+    assert sft_signature is not None
+    names = set(sft_signature.arguments)
+    classified = OWNED.keys() | UNREAD["trl.SFTConfig"].keys() | APART.keys() | OWN_JOB
+    question = "is it one job's own (OWN_JOB), alone (APART), or the run's (OWNED, UNREAD)?"
+    assert names - classified == set(), question
     assert OWN_JOB & (OWNED.keys() | APART.keys()) == set()
 
 
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("+train.push_to_hub=true", "belongs to the run; say lora-exp push"),
-        ("+train.resume_from_checkpoint=x", "say resume="),
+        ("+train.push_to_hub=true", "belongs to the run; use lora-exp push"),
+        ("+train.resume_from_checkpoint=x", "give resume="),
         ("+train.fsdp=full_shard", "a run trains on one device"),
         ("+train.deepspeed=zero3.json", "a run trains on one device"),
         ("+train.bf16_full_eval=true", "would change the base's weights"),
-        ("+train.run_name=x", "say name="),
-        ("+train.project=x", "say tracking.project="),
-        ("+train.output_dir=x", "say hydra.run.dir="),
-        ("+algorithm.args.assistant_only_loss=true", "would have no effect; say"),
+        ("+train.run_name=x", "give name="),
+        ("+train.project=x", "give tracking.project="),
+        ("+train.output_dir=x", "give hydra.run.dir="),
+        ("+algorithm.args.assistant_only_loss=true", "would have no effect; give"),
         ("+algorithm.args.truncation_mode=keep_end", "rows are cut at their end"),
     ],
 )
-def test_what_a_run_does_itself_is_refused_with_what_to_say(override: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=text) as caught:
+def test_arguments_that_the_run_sets_are_refused_with_an_alternative(
+    override: str, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text) as error:
         compose(override)
-    assert caught.value.faults[0][0] == override.lstrip("+").partition("=")[0]
+    assert error.value.faults[0][0] == override.lstrip("+").partition("=")[0]
 
 
 @pytest.mark.parametrize("key", ["run_id", "job_type", "sweep"])
-def test_what_the_run_gives_its_tracker_is_refused(key: str) -> None:
+def test_tracking_arguments_that_the_run_sets_are_refused(key: str) -> None:
     assert "belongs to the run" in faults(f"+tracking.{key}=x")[f"tracking.{key}"]

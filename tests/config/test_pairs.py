@@ -10,13 +10,13 @@ from lora_exp.config.pairs import REFUSED
 from tests.config.test_validation import faults
 
 
-def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
+def test_a_quantised_base_cannot_be_fully_trained_or_have_random_weights() -> None:
     assert "cannot be trained" in faults("quant=nf4", "peft=none")["peft"]
     assert "model.random_weights" in faults("quant=int8", "model.random_weights=true")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["+peft.use_dora=true", "quant=int8"], "dora on int8"),
         (["+peft.init_lora_weights=pissa_niter_4", "quant=nf4"], "pissa on nf4"),
@@ -25,23 +25,23 @@ def test_a_quantised_base_cannot_be_trained_whole_or_from_nothing() -> None:
         (["+peft.kasa_config={}", "algorithm=dpo", "data=demo_pairs"], "kasa rewrites the base"),
         (["quant=nf4", "quant.quant_type=nf5"], "'nf5' is none of nf4, fp4 (did you mean nf4?)"),
         (["peft=pissa", "peft.use_rslora=true", "peft.rank_pattern={q_proj:2}"], "cannot be saved"),
-        (["peft=prompt_tuning", "algorithm.args.packing=true"], "would see each other"),
+        (["peft=prompt_tuning", "algorithm.args.packing=true"], "would attend to each other"),
         (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
         (["experiment=balanced", "peft=none"], "is no option of conf/peft"),
         (["peft=prefix_tuning", "train.gradient_checkpointing=true"], "do not survive"),
     ],
 )
-def test_pairs_are_judged_by_their_values(overrides: list[str], said: str | None) -> None:
-    if said is None:
+def test_pairs_are_checked_by_their_values(overrides: list[str], message: str | None) -> None:
+    if message is None:
         assert compose(*overrides)
     else:
-        assert said in " ".join(faults(*overrides).values())
+        assert message in " ".join(faults(*overrides).values())
 
 
 @pytest.mark.parametrize(
     ("method", "quant"), [(m, q) for m, pairs in REFUSED.items() for q in pairs]
 )
-def test_a_pair_known_not_to_work_is_refused_with_the_reason(method: str, quant: str) -> None:
+def test_a_pair_that_does_not_work_is_refused_with_the_reason(method: str, quant: str) -> None:
     option = (CONF / "peft" / f"{method}.yaml").is_file()
     chosen = f"peft={method}" if option else f"+peft.init_lora_weights={method}"
     assert faults(chosen, f"quant={quant}")["peft"] == (

@@ -1,4 +1,4 @@
-"""Numbers that train nothing, and names that are none, are refused by their key, in time."""
+"""Numbers out of range and invalid names are refused by their key, within a time limit."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from tests.config.test_validation import faults
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     assert list(faults(override)) == [override.partition("=")[0]]
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - start < 2
 
 
 def test_a_name_of_300_characters_is_refused() -> None:

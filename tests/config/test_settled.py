@@ -1,4 +1,4 @@
-"""What a config is called, which run it is, and what only the command line may say."""
+"""A settled config: its name, its fingerprint, and keys that only the command line may set."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lora_exp.errors import ConfigError
         (["name=mine", "peft.r=2"], "mine"),
     ],
 )
-def test_a_run_is_named_after_what_was_chosen(overrides: list[str], name: str) -> None:
+def test_a_run_is_named_after_its_overrides(overrides: list[str], name: str) -> None:
     assert compose(*overrides).name == name
 
 
-def test_a_product_of_rates_is_free_of_binary_dust() -> None:
+def test_a_product_of_rates_has_no_rounding_error() -> None:
     assert product(2e-5, 10, 10) == 0.002
 
 
@@ -42,33 +42,33 @@ def test_a_composed_config_is_read_only() -> None:
         compose().seed = 1
 
 
-def test_the_fingerprint_sees_what_is_computed_and_nothing_else() -> None:
-    one = fingerprint(compose())
-    assert fingerprint(compose("name=other", "tracking=none")) == one
-    assert fingerprint(compose("peft.r=16")) == one
-    assert fingerprint(compose("peft.r=8")) != one
-    assert fingerprint(compose("seed=1")) != one
+def test_the_fingerprint_depends_only_on_what_is_computed() -> None:
+    default = fingerprint(compose())
+    assert fingerprint(compose("name=other", "tracking=none")) == default
+    assert fingerprint(compose("peft.r=16")) == default
+    assert fingerprint(compose("peft.r=8")) != default
+    assert fingerprint(compose("seed=1")) != default
 
 
-def test_the_fingerprint_of_a_run_of_before_is_what_it_was_then() -> None:
-    before = {
+def test_an_earlier_runs_fingerprint_does_not_change() -> None:
+    config = {
         "name": "before", "train": {"max_steps": 5, "save_steps": 2}, "lockstep": {"mode": "exact"},
         "model": {"_target_": "lora_exp.model.load", "path": "pkg://lora_exp/assets/tiny"},
         "quant": {"_target_": "lora_exp.model.bnb_4bit", "quant_type": "nf4"},
         "algorithm": {"trainer": {"_target_": "lora_exp.ppo.PPOTrainer"}, "rewards": ["a.b"]},
         "data": {"_target_": "lora_exp.data.pairs", "seed": 0},
     }  # fmt: skip
-    taken = "89d461b2ecdbc8c5c7d6c0484afea1ab783733b0b98c9c46e89a7e375acaf523"  # by 0.1.0
-    assert fingerprint(OmegaConf.create(before)) == taken
-    assert fingerprint(OmegaConf.create(renamed(before))) == taken
+    expected = "89d461b2ecdbc8c5c7d6c0484afea1ab783733b0b98c9c46e89a7e375acaf523"  # by 0.1.0
+    assert fingerprint(OmegaConf.create(config)) == expected
+    assert fingerprint(OmegaConf.create(renamed(config))) == expected
 
 
-def test_a_missing_value_is_named_with_its_cure() -> None:
+def test_a_missing_value_is_named_with_the_fix() -> None:
     with pytest.raises(ConfigError, match=r"data.path: is required; give data.path="):
         compose("data=jsonl")
 
 
-def test_an_interpolation_that_finds_nothing_is_named() -> None:
+def test_an_interpolation_of_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"peft\.r: Interpolation key 'nope' not found"):
         compose("peft.r=${nope}")
 
@@ -81,7 +81,7 @@ def test_a_run_directory_is_new_each_time_or_the_resumed_one(tmp_path: Path) -> 
         run_dir(str(tmp_path / "nothing"))
 
 
-def test_a_resumed_run_takes_its_own_config_and_no_other(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_its_saved_config(tmp_path: Path) -> None:
     cfg = compose("peft.r=3")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     resumed = compose(f"resume={tmp_path}")
@@ -91,7 +91,7 @@ def test_a_resumed_run_takes_its_own_config_and_no_other(tmp_path: Path) -> None
         compose(f"resume={tmp_path}", "peft.r=8")
 
 
-def test_trust_comes_from_the_command_line_never_from_a_file(tmp_path: Path) -> None:
+def test_trusted_targets_are_set_only_on_the_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "evil.yaml").write_text("# @package _global_\ntrusted_targets: [os.system]\n")
@@ -99,7 +99,7 @@ def test_trust_comes_from_the_command_line_never_from_a_file(tmp_path: Path) -> 
         compose("experiment=evil", config_dir=tmp_path)
 
 
-def test_code_that_came_with_a_model_needs_the_command_line(tmp_path: Path) -> None:
+def test_code_of_a_model_is_trusted_only_on_the_command_line(tmp_path: Path) -> None:
     assert compose("model.trust_remote_code=true").model.trust_remote_code
     folder = tmp_path / "experiment"
     folder.mkdir()
@@ -108,7 +108,7 @@ def test_code_that_came_with_a_model_needs_the_command_line(tmp_path: Path) -> N
         compose("experiment=evil", config_dir=tmp_path)
 
 
-def test_settling_needs_no_environment() -> None:
+def test_settling_needs_no_environment_variables() -> None:
     assert "HYDRA_FULL_ERROR" not in os.environ
     plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
     chosen = dict.fromkeys(GROUPS, "none")

@@ -12,23 +12,23 @@ import pytest
 from trl import KTOTrainer
 
 from lora_exp.config.door import shipped_targets
-from lora_exp.config.signature import compared, fits, functions, signature
+from lora_exp.config.signature import fits, functions, signature, texts_compared_with
 
 
 @pytest.mark.parametrize("target", sorted(shipped_targets()))
-def test_every_shipped_target_reads_as_python_reports_it(target: str) -> None:
+def test_the_signature_of_every_shipped_target_equals_pythons(target: str) -> None:
     module, _, name = target.rpartition(".")
-    real = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    found = signature(target)
-    assert found is not None
-    assert set(found.arguments) == set(real)
-    assert not found.open
+    expected = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    read = signature(target)
+    assert read is not None
+    assert set(read.arguments) == set(expected)
+    assert not read.open
 
 
-def test_a_target_that_swallows_arguments_is_seen() -> None:
-    found = signature("transformers.BitsAndBytesConfig")
-    assert found is not None
-    assert found.open
+def test_a_target_that_accepts_any_argument_is_detected() -> None:
+    bnb_signature = signature("transformers.BitsAndBytesConfig")
+    assert bnb_signature is not None
+    assert bnb_signature.open
 
 
 @pytest.mark.parametrize("target", ["peft.LoraConfigg", "nowhere.at.all", "json", "peft", ""])
@@ -37,13 +37,13 @@ def test_a_target_that_does_not_exist_is_none(target: str) -> None:
 
 
 def test_the_losses_that_a_trainer_knows_are_those_it_compares_with() -> None:
-    assert compared("trl.KTOTrainer", "loss_type") == {"kto", "apo_zero_unpaired"}
-    assert {"sigmoid", "ipo", "sft"} < compared("trl.DPOTrainer", "loss_type")
-    assert compared("trl.RewardTrainer", "loss_type") == frozenset()
-    assert compared("trl.NoTrainer", "loss_type") == frozenset()
-    assert compared("tests.config.test_signature.Mine", "loss_type") > compared(
-        "trl.KTOTrainer", "loss_type"
-    )
+    assert texts_compared_with("trl.KTOTrainer", "loss_type") == {"kto", "apo_zero_unpaired"}
+    assert {"sigmoid", "ipo", "sft"} < texts_compared_with("trl.DPOTrainer", "loss_type")
+    assert texts_compared_with("trl.RewardTrainer", "loss_type") == frozenset()
+    assert texts_compared_with("trl.NoTrainer", "loss_type") == frozenset()
+    assert texts_compared_with(
+        "tests.config.test_signature.OwnTrainer", "loss_type"
+    ) > texts_compared_with("trl.KTOTrainer", "loss_type")
 
 
 def test_the_functions_of_a_module_are_dotted_names() -> None:
@@ -77,14 +77,14 @@ def test_reading_a_signature_imports_neither_torch_nor_peft() -> None:
         (1, "'str'", False),
     ],
 )
-def test_values_are_held_against_annotations(
+def test_values_are_checked_against_annotations(
     value: object, annotation: str, expected: bool
 ) -> None:
     assert fits(value, ast.parse(annotation, mode="eval").body) is expected
 
 
-class Mine(KTOTrainer):  # type: ignore[misc]
-    """A trainer of one's own knows its base's losses, and another."""
+class OwnTrainer(KTOTrainer):  # type: ignore[misc]
+    """A user's trainer with the losses of its base class, and one more."""
 
     def knows(self) -> bool:
         return bool(self.loss_type == "mine")

@@ -1,4 +1,4 @@
-"""Starting from a saved adapter: what it decides, and what is refused without torch."""
+"""Starting from a saved adapter: the settings it determines, and errors without torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LORA = {
 }  # fmt: skip
 
 
-def saved(folder: Path, **changes: Any) -> str:
+def save_adapter(folder: Path, **changes: Any) -> str:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(LORA | changes))
     (folder / "adapter_model.safetensors").touch()
     return f"adapter={folder}"
 
 
-def test_the_start_decides_what_the_adapter_is(tmp_path: Path) -> None:
-    cfg = compose(saved(tmp_path / "a"))
+def test_the_starting_adapter_sets_rank_targets_and_scaling(tmp_path: Path) -> None:
+    cfg = compose(save_adapter(tmp_path / "a"))
     assert (cfg.peft.r, cfg.peft.lora_alpha, cfg.peft.use_rslora) == (4, 64, True)
     assert list(cfg.peft.target_modules) == ["q_proj", "v_proj"]
     assert compose(f"adapter={tmp_path / 'a'}", "peft=pissa").peft.init_lora_weights is True
@@ -37,7 +37,7 @@ def test_the_start_decides_what_the_adapter_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words", "said"),
+    ("changes", "overrides", "message"),
     [
         ({}, ["peft.r=8"], "peft.r: 8, but the adapter that the run starts from has 4"),
         ({}, ["peft=none"], "adapter: peft=none trains every weight"),
@@ -48,23 +48,23 @@ def test_the_start_decides_what_the_adapter_is(tmp_path: Path) -> None:
         ({"task_type": "SEQ_CLS"}, [], "was trained for SEQ_CLS; this algorithm trains for CAUSAL"),
     ],
 )
-def test_what_does_not_go_with_the_start_is_refused(
-    changes: dict[str, Any], words: list[str], said: str, tmp_path: Path
+def test_overrides_that_contradict_the_starting_adapter_are_refused(
+    changes: dict[str, Any], overrides: list[str], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=said):
-        compose(saved(tmp_path / "a", **changes), *words)
+    with pytest.raises(ConfigError, match=message):
+        compose(save_adapter(tmp_path / "a", **changes), *overrides)
 
 
 def test_a_text_adapter_may_become_a_reward(tmp_path: Path) -> None:
-    assert compose(saved(tmp_path / "a"), "algorithm=reward").peft.r == 4
+    assert compose(save_adapter(tmp_path / "a"), "algorithm=reward").peft.r == 4
 
 
-def test_a_copy_of_the_base_elsewhere_is_the_same_base(tmp_path: Path) -> None:
-    assert compose(saved(tmp_path / "a", base_model_name_or_path="/models/tiny")).peft.r == 4
+def test_a_base_of_the_same_name_at_another_path_is_accepted(tmp_path: Path) -> None:
+    assert compose(save_adapter(tmp_path / "a", base_model_name_or_path="/models/tiny")).peft.r == 4
 
 
-def test_a_folder_that_is_no_adapter_is_said_so(tmp_path: Path) -> None:
-    saved(tmp_path / "run" / "adapter")
+def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path) -> None:
+    save_adapter(tmp_path / "run" / "adapter")
     with pytest.raises(ConfigError, match=f"that is a run, its adapter is {tmp_path}/run/adapter"):
         compose(f"adapter={tmp_path / 'run'}")
     with pytest.raises(ConfigError, match=r"no adapter in .*rum: .* \(did you mean run\?\)"):
@@ -77,18 +77,18 @@ def test_a_folder_that_is_no_adapter_is_said_so(tmp_path: Path) -> None:
         compose(f"adapter={tmp_path / 'run/adapter'}")
 
 
-def test_a_start_is_read_without_torch(tmp_path: Path) -> None:
+def test_a_starting_adapter_is_read_without_torch(tmp_path: Path) -> None:
     code = "import sys; from lora_exp import compose; compose(sys.argv[1])\n"
     code += "assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, saved(tmp_path / "a")], check=True)
+    subprocess.run([sys.executable, "-c", code, save_adapter(tmp_path / "a")], check=True)
 
 
-def test_a_base_is_another_one_only_where_the_two_can_be_compared(tmp_path: Path) -> None:
+def test_bases_are_compared_only_by_hashes_of_the_same_kind(tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "adapter"
-    saved(adapter)
-    check_base("adapter", str(adapter), "sha256:1")  # no record says anything
+    save_adapter(adapter)
+    check_base("adapter", str(adapter), "sha256:1")  # there is no record
     (tmp_path / "run" / "run.json").write_text('{"base": "sha256:1"}')
     check_base("adapter", str(adapter), "sha256:1")
-    check_base("adapter", str(adapter), "a" * 40)  # the hub's own of the same name
+    check_base("adapter", str(adapter), "a" * 40)  # a commit of the hub, not comparable
     with pytest.raises(ConfigError, match="base of other weights"):
         check_base("adapter", str(adapter), "sha256:2")

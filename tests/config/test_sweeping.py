@@ -1,4 +1,4 @@
-"""What Hydra's own section says of a sweep acts, or is refused."""
+"""Settings of a sweep in Hydra's section have their effect, or are refused."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.sweeping import sweeping, too_long
+from lora_exp.config.sweeping import sweep_faults, too_long
 
 
-def about(mode: RunMode = RunMode.MULTIRUN, task: tuple[str, ...] = (), **own: Any) -> DictConfig:
+def hydra_config(
+    mode: RunMode = RunMode.MULTIRUN, task: tuple[str, ...] = (), **sections: Any
+) -> DictConfig:
     values = {"mode": mode, "overrides": {"task": list(task)}, "sweeper": {}, "launcher": {}}
-    return OmegaConf.create(values | own)
+    return OmegaConf.create(values | sections)
 
 
-def test_a_presets_sweep_that_does_not_act_is_refused() -> None:
+def test_a_sweep_of_a_preset_without_effect_is_refused() -> None:
     sweeper = {"params": {"peft.r": "4,8"}}
-    (fault,) = sweeping(about(task=("experiment=a",), sweeper=sweeper), None, "minimize")
+    (fault,) = sweep_faults(hydra_config(task=("experiment=a",), sweeper=sweeper), None, "minimize")
     assert fault[0] == "hydra.sweeper.params.peft.r"
-    assert not list(sweeping(about(task=("peft.r=4",), sweeper=sweeper), None, "minimize"))
-    (alone,) = sweeping(about(RunMode.RUN, ("experiment=a",), sweeper=sweeper), None, "minimize")
-    assert "add -m" in alone[1]
+    assert not list(
+        sweep_faults(hydra_config(task=("peft.r=4",), sweeper=sweeper), None, "minimize")
+    )
+    (single_run_fault,) = sweep_faults(
+        hydra_config(RunMode.RUN, ("experiment=a",), sweeper=sweeper), None, "minimize"
+    )
+    assert "add -m" in single_run_fault[1]
 
 
 def test_a_launcher_of_a_swept_preset_is_refused() -> None:
-    job = about(launcher={"_target_": "joblib", "n_jobs": 2})
-    (fault,) = sweeping(job, about(launcher={"_target_": "lockstep"}), "minimize")
+    job = hydra_config(launcher={"_target_": "joblib", "n_jobs": 2})
+    (fault,) = sweep_faults(job, hydra_config(launcher={"_target_": "lockstep"}), "minimize")
     assert fault[0] == "hydra.launcher"
-    assert not list(sweeping(job, job, "minimize"))
+    assert not list(sweep_faults(job, job, "minimize"))
 
 
 @pytest.mark.parametrize(
@@ -42,12 +48,14 @@ def test_a_launcher_of_a_swept_preset_is_refused() -> None:
          "hydra.sweeper.ax_config.experiment.minimize"),
     ],
 )  # fmt: skip
-def test_a_sweeper_that_looks_for_the_worst_is_refused(sweeper: dict[str, Any], key: str) -> None:
-    (fault,) = sweeping(about(sweeper=sweeper), None, "maximize")
+def test_a_sweeper_that_optimizes_in_the_wrong_direction_is_refused(
+    sweeper: dict[str, Any], key: str
+) -> None:
+    (fault,) = sweep_faults(hydra_config(sweeper=sweeper), None, "maximize")
     assert fault[0] == key
-    assert not list(sweeping(about(sweeper=sweeper), None, "minimize"))
+    assert not list(sweep_faults(hydra_config(sweeper=sweeper), None, "minimize"))
 
 
-def test_a_folders_name_of_300_letters_is_refused() -> None:
+def test_a_folder_name_of_300_characters_is_refused() -> None:
     assert [key for key, _ in too_long(Path("a") / ("x" * 300))] == ["hydra.sweep.subdir"]
     assert not list(too_long(Path("a") / ("x" * 255)))

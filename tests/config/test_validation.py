@@ -1,4 +1,4 @@
-"""Every fault at once, each with its place and its cure."""
+"""All faults are reported at once, each with its key and its fix."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ def faults(*overrides: str) -> dict[str, str]:
     return dict(caught.value.faults)
 
 
-def test_all_faults_are_told_together() -> None:
-    found = faults(
+def test_all_faults_are_reported_together() -> None:
+    faults_by_key = faults(
         "+peft.lora_alpa=3", "peft.r=0", "train.learning_rate=0", "data.eval_share=1", "seed=-1"
     )
     keys = {"peft.lora_alpa", "peft.r", "train.learning_rate", "data.eval_share", "seed"}
-    assert set(found) == keys
-    assert found["peft.lora_alpa"].startswith("peft.LoraConfig has no such argument (did you mean")
-    assert "lora_alpha" in found["peft.lora_alpa"]
+    assert set(faults_by_key) == keys
+    assert faults_by_key["peft.lora_alpa"].startswith(
+        "peft.LoraConfig has no such argument (did you mean"
+    )
+    assert "lora_alpha" in faults_by_key["peft.lora_alpa"]
 
 
 def test_one_fault_is_a_line_and_several_are_a_list() -> None:
@@ -76,7 +78,7 @@ def test_one_fault_is_a_line_and_several_are_a_list() -> None:
         "+rate.pefft=3",
     ],
 )
-def test_a_value_that_cannot_be_is_refused_by_its_key(override: str) -> None:
+def test_an_impossible_value_is_refused_by_its_key(override: str) -> None:
     key = override.lstrip("+").partition("=")[0]
     assert list(faults(override)) == [key]
 
@@ -93,34 +95,34 @@ def test_a_secret_is_refused_and_not_repeated(
     override: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_API_KEY", "canary-in-a-mine")
-    found = faults(override)
-    assert set(found) == {key}
-    assert override.partition("=")[2] not in found[key]
+    faults_by_key = faults(override)
+    assert set(faults_by_key) == {key}
+    assert override.partition("=")[2] not in faults_by_key[key]
 
 
 def test_a_section_that_nothing_reads_is_refused() -> None:
-    said = "nothing reads this key (did you mean train, tracking?)"
-    assert faults("+trian.max_steps=3") == {"trian": said}
+    message = "nothing reads this key (did you mean train, tracking?)"
+    assert faults("+trian.max_steps=3") == {"trian": message}
 
 
-def test_a_target_that_swallows_arguments_is_refused() -> None:
-    found = faults(
+def test_a_target_that_accepts_any_argument_is_refused() -> None:
+    faults_by_key = faults(
         "quant=nf4",
         "quant._target_=transformers.BitsAndBytesConfig",
         "trusted_targets=[transformers.BitsAndBytesConfig]",
     )
-    assert "a misspelt one would vanish" in found["quant._target_"]
+    assert "a misspelt one would go unnoticed" in faults_by_key["quant._target_"]
 
 
 def test_a_target_that_does_not_exist_is_named() -> None:
-    found = faults("peft._target_=peft.LoraConfigg", "trusted_targets=[peft.LoraConfigg]")
-    assert found == {"peft._target_": "no class or function is called peft.LoraConfigg"}
+    faults_by_key = faults("peft._target_=peft.LoraConfigg", "trusted_targets=[peft.LoraConfigg]")
+    assert faults_by_key == {"peft._target_": "no class or function is called peft.LoraConfigg"}
 
 
-def test_near_names_are_offered_for_a_file(tmp_path: Path) -> None:
+def test_similar_file_names_are_suggested(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
-    found = faults("data=jsonl", f"data.path={tmp_path}/row.jsonl")
-    assert "did you mean rows.jsonl" in found["data.path"]
+    faults_by_key = faults("data=jsonl", f"data.path={tmp_path}/row.jsonl")
+    assert "did you mean rows.jsonl" in faults_by_key["data.path"]
 
 
 def test_composing_and_validating_imports_no_torch() -> None:
@@ -133,7 +135,7 @@ def test_composing_and_validating_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_strict_wants_commits_of_what_a_hub_can_change() -> None:
+def test_strict_requires_commits_for_hub_models_and_data() -> None:
     hub = ["model=qwen3_0_6b", "data=hub", "data.path=some/rows", "strict=true"]
     assert list(faults(*hub)) == ["model.revision", "data.revision"]
     commit = "0123456789" * 4
@@ -141,4 +143,4 @@ def test_strict_wants_commits_of_what_a_hub_can_change() -> None:
         "model.revision"
     ]
     compose(*hub, f"model.revision={commit}", f"data.revision={commit}")
-    compose("strict=true")  # what lies here is known by its hash
+    compose("strict=true")  # local files are identified by their hash

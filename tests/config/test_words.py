@@ -1,4 +1,4 @@
-"""What newcomers type gets the override that they mean, and that override works."""
+"""Keys of other tools get a hint with our override, and that override works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lora_exp import compose
-from lora_exp.config.words import KEYS, key_hint
+from lora_exp.config.words import OTHER_KEYS, key_hint
 from lora_exp.errors import ConfigError
 
 # of Hydra, or of other options than the default
@@ -60,7 +60,7 @@ ELSEWHERE = {
         ("model=./mine", "model=local model.path=./mine"),
     ],
 )
-def test_a_newcomers_word_gets_the_right_hint(typed: str, hint: str) -> None:
+def test_a_common_key_of_other_tools_gets_the_right_hint(typed: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(typed)
     assert f"give {hint}" in str(caught.value)
@@ -68,8 +68,8 @@ def test_a_newcomers_word_gets_the_right_hint(typed: str, hint: str) -> None:
     assert "+" not in str(caught.value).replace("+train", "")
 
 
-@pytest.mark.parametrize("key", sorted(KEYS.keys() - ELSEWHERE))
-def test_the_key_that_a_hint_names_is_there(key: str) -> None:
+@pytest.mark.parametrize("key", sorted(OTHER_KEYS.keys() - ELSEWHERE))
+def test_the_key_in_a_hint_exists(key: str) -> None:
     section, _, name = key.rpartition(".")
     assert name in (OmegaConf.select(compose(), section) if section else compose())
 
@@ -80,7 +80,7 @@ def test_our_own_keys_get_no_hint() -> None:
 
 
 @pytest.mark.parametrize("key", ["train.nonsense", "peft.nonsense", "model.nonsense"])
-def test_nothing_is_sent_to_a_plus_that_fails_next(key: str) -> None:
+def test_no_hint_suggests_a_plus_that_would_fail(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(f"{key}=1")
     assert f"+{key}" not in str(caught.value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_exp.errors import DataError
-from tests.data.test_rows import CHAT, INSTRUCTED, read, write
+from tests.data.test_rows import CHAT, INSTRUCTION_ROW, read_rows, write_lines
 
 
 @pytest.mark.parametrize(
@@ -35,27 +35,27 @@ from tests.data.test_rows import CHAT, INSTRUCTED, read, write
         ([], r"rows.jsonl: no rows"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, lines: list[Any], message: str) -> None:
+def test_an_unusable_row_is_named(tmp_path: Path, lines: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read(write(tmp_path / "rows.jsonl", *lines))
+        read_rows(write_lines(tmp_path / "rows.jsonl", *lines))
 
 
 def test_bad_rows_are_skipped_and_listed_with_on_error_skip(tmp_path: Path) -> None:
     lines = ['{"text": "x"}', "{broken", '{"text": 7}', '{"text": "y"}', '"text"', "", '{"text"']
-    path = write(tmp_path / "rows.jsonl", *lines)
-    rows = read(path, on_error="skip")
+    path = write_lines(tmp_path / "rows.jsonl", *lines)
+    rows = read_rows(path, on_error="skip")
     assert [row["text"] for row in rows.train] == ["x", "y"]
-    assert [why.partition(": ")[0].rpartition(":")[2] for why in rows.skipped] == list("2357")
+    assert [reason.partition(": ")[0].rpartition(":")[2] for reason in rows.skipped] == list("2357")
     assert "field 'text' is 7, not text" in rows.skipped[1]
     (tmp_path / "rows.jsonl").write_text("{broken\n")
     with pytest.raises(DataError, match=r"no rows; 1 were skipped, the first: .*rows.jsonl:1: not"):
-        read(path, on_error="skip")
+        read_rows(path, on_error="skip")
 
 
 @pytest.mark.parametrize(
     ("row", "format", "expected"),
     [
-        (INSTRUCTED | {"text": "spare"}, "alpaca", {"messages": CHAT}),
+        (INSTRUCTION_ROW | {"text": "spare"}, "alpaca", {"messages": CHAT}),
         ({"prompt": "q", "id": "7", "messages": CHAT}, "messages", {"messages": CHAT, "id": "7"}),
         ({"text": "t", "label": 3, "prompt": "spare"}, "text", {"text": "t"}),
         ({"question": "q", "answer": "a", "id": 1}, "alpaca", {"messages": CHAT, "id": 1}),
@@ -71,16 +71,16 @@ def test_bad_rows_are_skipped_and_listed_with_on_error_skip(tmp_path: Path) -> N
 def test_columns_of_other_formats_are_never_trained_on(
     tmp_path: Path, row: dict[str, Any], format: str, expected: dict[str, Any]
 ) -> None:
-    rows = read(write(tmp_path / "rows.jsonl", row, row))
+    rows = read_rows(write_lines(tmp_path / "rows.jsonl", row, row))
     assert (rows.format, rows.train) == (format, [expected] * 2)
 
 
 def test_columns_are_renamed(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", {"ask": "q", "reply": "a", "prompt": "spare"})
-    rows = read(path, columns={"prompt": "ask", "completion": "reply"})
+    path = write_lines(tmp_path / "rows.jsonl", {"ask": "q", "reply": "a", "prompt": "spare"})
+    rows = read_rows(path, columns={"prompt": "ask", "completion": "reply"})
     assert (rows.format, rows.train) == ("prompt_completion", [{"prompt": "q", "completion": "a"}])
     with pytest.raises(DataError, match=r"data.columns: there is no column 'answer'; the columns"):
-        read(path, columns={"completion": "answer"})
+        read_rows(path, columns={"completion": "answer"})
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
 def test_texts_become_turns_with_as_chat(
     tmp_path: Path, row: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    assert read(write(tmp_path / "rows.jsonl", row), as_chat=True).train == [expected]
+    assert read_rows(write_lines(tmp_path / "rows.jsonl", row), as_chat=True).train == [expected]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_texts_become_turns_with_as_chat(
     [
         ({"text": "t"}, {"text": ""}),
         ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}),
-        (INSTRUCTED, INSTRUCTED | {"output": " "}),
+        (INSTRUCTION_ROW, INSTRUCTION_ROW | {"output": " "}),
         ({"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant", "content": ""}]}),
         ({"prompt": "q", "chosen": "a", "rejected": "b"},
          {"prompt": "q", "chosen": "", "rejected": "b"}),
@@ -116,7 +116,7 @@ def test_texts_become_turns_with_as_chat(
 def test_rows_with_an_empty_answer_are_left_out_and_counted(
     tmp_path: Path, good: dict[str, Any], empty: dict[str, Any]
 ) -> None:
-    rows = read(write(tmp_path / "rows.jsonl", good, empty, good))
+    rows = read_rows(write_lines(tmp_path / "rows.jsonl", good, empty, good))
     assert len(rows.train) == 2
     assert rows.warnings == ("1 rows have an empty answer and are left out",)
     assert rows.skipped[0].startswith(str(tmp_path / "rows.jsonl:2"))
@@ -124,8 +124,8 @@ def test_rows_with_an_empty_answer_are_left_out_and_counted(
 
 def test_the_first_five_bad_rows_are_named(tmp_path: Path) -> None:
     rows = [{"text": "x"}, *({"text": i} for i in range(8))]
-    with pytest.raises(DataError) as raised:
-        read(write(tmp_path / "rows.jsonl", *rows))
-    named = [f"rows.jsonl:{line}: " in str(raised.value) for line in range(2, 10)]
+    with pytest.raises(DataError) as error:
+        read_rows(write_lines(tmp_path / "rows.jsonl", *rows))
+    named = [f"rows.jsonl:{line}: " in str(error.value) for line in range(2, 10)]
     assert named == [True] * 5 + [False] * 3
-    assert "and 3 more" in str(raised.value)
+    assert "and 3 more" in str(error.value)

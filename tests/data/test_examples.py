@@ -39,7 +39,7 @@ def test_only_columns_that_the_trainer_reads_are_kept() -> None:
     }  # fmt: skip
 
 
-def test_a_table_gives_no_row_the_keys_of_others() -> None:
+def test_a_table_adds_no_keys_of_other_rows() -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "tools": [{"name": "f"}], "id": 1, "meta": {"x": 1}, "answer": 3},
         {"prompt": "b", "tools": [{"kind": "g"}], "id": 2**64 - 1, "meta": {"y": [2]}},
@@ -62,8 +62,8 @@ def test_prompts_that_the_template_refuses_are_named_or_left_out(base: Any) -> N
         prompts(rows, tokenizer, 99, "train")
     tokens = prompts(rows, tokenizer, 99, "train", on_error="skip")
     assert (tokens.counts.rows, list(tokens.refused)) == (1, ["rows.jsonl:2"])
-    good, wrong = ([{"role": "assistant", "content": text}] for text in ("a", "b"))
-    pairs = [LocatedRow({**row, "chosen": good, "rejected": wrong}, row.where) for row in rows]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("a", "b"))
+    pairs = [LocatedRow({**row, "chosen": chosen, "rejected": rejected}, row.where) for row in rows]
     with pytest.raises(DataError, match=r"rows.jsonl:2: the chat template refuses it: no system"):
         raw(pairs, "preference", tokenizer)
     assert raw(pairs, "preference", tokenizer, on_error="skip").counts.rows == 1
@@ -81,7 +81,7 @@ def tokens_of(rows: int) -> Tokens:
     return Tokens(None, Counts(rows, 0, 0, 0, 0), cached=False)
 
 
-def test_counts_are_of_the_rows_after_cutting() -> None:
+def test_counts_are_those_after_truncation() -> None:
     pair = {"prompt_ids": [1] * 4, "chosen_ids": [2] * 3, "rejected_ids": [3] * 9}
     tokens = recount(tokens_of(3), Dataset.from_list([pair]), 10, "train")
     assert tokens.counts == Counts(
@@ -93,7 +93,7 @@ def test_counts_are_of_the_rows_after_cutting() -> None:
     )
 
 
-def test_no_row_left_is_an_error() -> None:
+def test_an_empty_result_is_an_error() -> None:
     empty = Dataset.from_dict({"chosen_ids": [], "rejected_ids": []})
     with pytest.raises(DataError, match="each of the 5 eval rows is longer than 8 tokens"):
         recount(tokens_of(5), empty, 8, "eval")
@@ -115,11 +115,13 @@ def test_no_row_left_is_an_error() -> None:
          [("prompt", [1, 2], [IGNORED, IGNORED]), ("answer", [3], [3])]),
     ],
 )  # fmt: skip
-def test_the_first_row_shows_what_counts(row: dict[str, Any], expected: Any) -> None:
+def test_the_first_row_has_the_labels_that_count_in_the_loss(
+    row: dict[str, Any], expected: Any
+) -> None:
     assert first(Tokens([row], Counts(1, 0, 0, 0, 0), cached=False), None) == expected
 
 
-def test_a_prompt_shows_no_token_that_counts(base: Any) -> None:
+def test_no_token_of_a_prompt_counts_in_the_loss(base: Any) -> None:
     ((name, ids, labels),) = first(
         Tokens([{"prompt": ASK}], Counts(1, 0, 0, 0, 0), cached=False), base.tokenizer
     )

@@ -27,7 +27,7 @@ GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"
         ({"chosen": "q: yes", "rejected": "q: yesterday"}, "q: ", "yes", "yesterday"),
     ],
 )  # fmt: skip
-def test_pairs_with_and_without_a_prompt_of_their_own(
+def test_pairs_are_read_with_and_without_a_prompt_field(
     row: dict[str, Any], prompt: Any, chosen: Any, rejected: Any
 ) -> None:
     assert detect(row, "here") == "preference"
@@ -57,7 +57,7 @@ def test_fields_that_cannot_be_used_are_named(
         FORMATS[format](row)
 
 
-def test_a_label_that_is_a_word_is_no_unpaired_preference() -> None:
+def test_a_text_label_is_not_an_unpaired_preference() -> None:
     row = {"prompt": "q", "completion": "a", "label": "easy"}
     assert detect(row, "here") == "prompt_completion"
     assert detect(row | {"label": False}, "here") == "unpaired_preference"

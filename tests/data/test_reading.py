@@ -24,7 +24,7 @@ ROWS = [{"prompt": "Größe?", "completion": "1,80 m"}, {"prompt": "a\nb", "comp
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
-def separated(delimiter: str) -> bytes:
+def csv_bytes(delimiter: str) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, ["prompt", "completion"], delimiter=delimiter)
     writer.writeheader()
@@ -32,21 +32,21 @@ def separated(delimiter: str) -> bytes:
     return text.getvalue().encode()
 
 
-def zstd() -> bytes:
+def zstd_bytes() -> bytes:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(JSONL)
     return bytes(sink.getvalue())
 
 
-def arrow(new: Callable[..., Any]) -> bytes:
+def arrow_bytes(open_writer: Callable[..., Any]) -> bytes:
     sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(ROWS)
-    with new(sink, table.schema) as writer:
+    with open_writer(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
-def parquet() -> bytes:
+def parquet_bytes() -> bytes:
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
     return sink.getvalue()
@@ -60,13 +60,13 @@ def parquet() -> bytes:
         ("rows.txt", b"\xef\xbb\xbf" + JSONL),
         ("rows.jsonl.gz", gzip.compress(JSONL)),
         ("rows.jsonl.bz2", bz2.compress(JSONL)),
-        ("rows.jsonl.zst", zstd()),
-        ("rows.csv", separated(",")),
-        ("rows.csv.gz", gzip.compress(separated(","))),
-        ("rows.tsv", separated("\t")),
-        ("rows.parquet", parquet()),
-        ("rows.arrow", arrow(pyarrow.ipc.new_file)),
-        ("stream.arrow", arrow(pyarrow.ipc.new_stream)),
+        ("rows.jsonl.zst", zstd_bytes()),
+        ("rows.csv", csv_bytes(",")),
+        ("rows.csv.gz", gzip.compress(csv_bytes(","))),
+        ("rows.tsv", csv_bytes("\t")),
+        ("rows.parquet", parquet_bytes()),
+        ("rows.arrow", arrow_bytes(pyarrow.ipc.new_file)),
+        ("stream.arrow", arrow_bytes(pyarrow.ipc.new_stream)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -77,7 +77,9 @@ def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, conten
     assert all(where.startswith(str(tmp_path / name)) for where, _ in numbered)
 
 
-def test_a_saved_data_set_is_read_by_its_folder_and_other_folders_are_not(tmp_path: Path) -> None:
+def test_a_saved_data_set_is_read_from_its_folder_and_other_folders_are_refused(
+    tmp_path: Path,
+) -> None:
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     (path,) = files(str(tmp_path / "saved"))
     assert [row for _, row in lines(path)] == ROWS
@@ -93,7 +95,7 @@ def test_a_saved_data_set_is_read_by_its_folder_and_other_folders_are_not(tmp_pa
         ("rows.xlsx", b"PK\x03\x04rest", "is a ZIP archive or spreadsheet; rows are read from"),
         ("rows.jsonl.xz", lzma.compress(JSONL), "is an xz file; rows are read from JSON Lines"),
         ("rows.jsonl.gz", gzip.compress(JSONL)[:-20], r"cannot be decompressed \(gzip\)"),
-        ("rows.parquet", parquet()[:40], "rows.parquet: cannot be read"),
+        ("rows.parquet", parquet_bytes()[:40], "rows.parquet: cannot be read"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -116,7 +118,7 @@ def test_a_file_that_cannot_be_read_is_named(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_row_that_cannot_be_read_is_its_error(
+def test_a_row_that_cannot_be_read_is_returned_as_an_error(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)

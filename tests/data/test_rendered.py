@@ -21,10 +21,15 @@ from tests.data.test_tokens import chat
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TOKEN = r"<[\[|\uff5c][^<>]{1,30}[\]|\uff5c]>|<(?:start|end)_of_turn>|<turn\|>|</?s>|\[/?INST\]"
 CALL = {"name": "add", "arguments": {"a": 2, "b": 3}}
-CALLED = {"role": "assistant", "content": "", "tool_calls": [
+CALL_TURN = {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "id": "call_1234", "function": CALL}]}  # fmt: skip
-RETURNED = {"role": "tool", "content": "5", "name": "add", "tool_call_id": "call_1234"}
-TOOLS = [*chat("2+3?")["messages"], CALLED, RETURNED, *chat("ok?", "It is 5.")["messages"][1:]]
+RESULT_TURN = {"role": "tool", "content": "5", "name": "add", "tool_call_id": "call_1234"}
+TOOLS = [
+    *chat("2+3?")["messages"],
+    CALL_TURN,
+    RESULT_TURN,
+    *chat("ok?", "It is 5.")["messages"][1:],
+]
 CHATS = {
     "one": chat("q1", "one")["messages"],
     "several": chat("q1", "one", "q2", "two words", "q3", "three")["messages"],
@@ -47,9 +52,9 @@ def with_template(base: Any, template: str) -> Any:
 
 def test_spans_are_the_answers_with_their_end_tokens(base: Any) -> None:
     text, spans = rendered(chat("one", "two", "three", "four"), base.tokenizer)
-    assert [text[a:b] for a, b in spans] == ["two<|im_end|>\n", "four<|im_end|>\n"]
+    assert [text[start:end] for start, end in spans] == ["two<|im_end|>\n", "four<|im_end|>\n"]
     text, spans = rendered({"prompt": "Q: a", "completion": " b"}, base.tokenizer)
-    assert [text[a:b] for a, b in spans] == [" b" + base.tokenizer.eos_token]
+    assert [text[start:end] for start, end in spans] == [" b" + base.tokenizer.eos_token]
     text, spans = rendered({"text": "whole"}, base.tokenizer)
     assert spans == [(0, len(text))]
 
@@ -62,48 +67,48 @@ def test_a_prompt_ends_where_the_answer_begins_and_text_has_none(base: Any) -> N
     assert prompt_of({"text": "t"}, base.tokenizer) is None
 
 
-# whose training template leaves out the space after an end token, counts what ends a tool's
-# result (DeepSeek-V3), or leaves out the turn that answers it (Gemma)
-OTHERWISE = {"llava_next", "deepseekv3", "diffusion_gemma"}
+# their training templates omit the space after an end token, count the end of a tool's result
+# (DeepSeek-V3), or omit the turn that answers it (Gemma)
+DIFFERENT_MASKS = {"llava_next", "deepseekv3", "diffusion_gemma"}
 NAMES = sorted(path.name.removesuffix("_training.jinja") for path in TEMPLATES.glob("*_training*"))
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - OTHERWISE))
-def test_masks_are_those_of_trls_training_templates(base: Any, name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*NAMES} - DIFFERENT_MASKS))
+def test_masks_equal_those_of_trls_training_templates(base: Any, name: str) -> None:
     """Except for the text of the generation prompt, which the model never writes."""
     tokenizer = with_template(base, (TEMPLATES / f"{name}_training.jinja").read_text())
     compared = 0
     for turns in CHATS.values():
         try:
-            theirs = tokenizer.apply_chat_template(
+            trl_rows = tokenizer.apply_chat_template(
                 to_form(turns, tokenizer), return_dict=True, return_assistant_tokens_mask=True
             )
-        except (TemplateError, TypeError):  # the template takes no such turn
+        except (TemplateError, TypeError):  # the template does not support such turns
             continue
-        (ours,) = encode([{"messages": turns}], tokenizer, completion_only=True)
-        if isinstance(ours, DataError):
-            assert "does not show assistant turn" in str(ours)
+        (encoded_row,) = encode([{"messages": turns}], tokenizer, completion_only=True)
+        if isinstance(encoded_row, DataError):
+            assert "does not show assistant turn" in str(encoded_row)
             continue
-        ids, labels = ours
-        assert ids == theirs["input_ids"]
+        ids, labels = encoded_row
+        assert ids == trl_rows["input_ids"]
         counted = [label != IGNORED for label in labels]
         prompt = render_chat(turns[:-1], tokenizer)
         generation_prompt = render_chat(turns[:-1], tokenizer, answer=True).removeprefix(prompt)
-        pairs = zip(ids, counted, theirs["assistant_masks"], strict=True)
-        for (our_label, their_label), run in groupby(pairs, lambda pair: (pair[1], bool(pair[2]))):
+        pairs = zip(ids, counted, trl_rows["assistant_masks"], strict=True)
+        for (our_label, trl_label), run in groupby(pairs, lambda pair: (pair[1], bool(pair[2]))):
             text = tokenizer.decode([pair[0] for pair in run])
-            assert our_label == their_label or (their_label and text in generation_prompt), text
+            assert our_label == trl_label or (trl_label and text in generation_prompt), text
         compared += 1
     assert compared > 1
 
 
 @pytest.mark.parametrize("name", ["glm4moe", "qwen3", "nemotron_3_nano", "deepseek_r1_distill"])
-def test_answers_have_spans_where_a_template_drops_thoughts(base: Any, name: str) -> None:
+def test_answers_have_spans_although_a_template_drops_thoughts(base: Any, name: str) -> None:
     tokenizer = with_template(base, (TEMPLATES / f"{name}.jinja").read_text())
     text, spans = rendered({"messages": CHATS["thoughts"]}, tokenizer)
-    shown = [text[a:b] for a, b in spans]
-    assert ["one" in shown[0], "two" in shown[1]] == [True, True]
-    assert not any(prompt in "".join(shown) for prompt in ("user\n", "q\n", "r\n"))
+    answers = [text[a:b] for a, b in spans]
+    assert ["one" in answers[0], "two" in answers[1]] == [True, True]
+    assert not any(prompt in "".join(answers) for prompt in ("user\n", "q\n", "r\n"))
 
 
 def test_a_turn_of_weight_0_does_not_count(base: Any) -> None:
@@ -114,14 +119,14 @@ def test_a_turn_of_weight_0_does_not_count(base: Any) -> None:
     assert "two<|im_end|>" in text
 
 
-def test_the_token_that_opens_the_next_turn_ends_a_bare_answer(base: Any) -> None:
+def test_without_an_end_token_the_next_turns_first_token_ends_an_answer(base: Any) -> None:
     tokenizer = with_template(base, (TEMPLATES / "glm4moe.jinja").read_text())
     text, spans = rendered(chat("one", "two", "three", "four"), tokenizer)
     assert [text[a:b][-8:] for a, b in spans] == ["<|user|>"] * 2
     assert text.endswith("four<|user|>")
 
 
-def test_an_answer_has_its_span_where_the_system_prompt_moves(base: Any) -> None:
+def test_an_answer_has_its_span_although_the_system_prompt_moves(base: Any) -> None:
     mistral = (
         "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}"
         "{% if m.role == 'user' %}{% set ns.last = loop.index %}{% endif %}{% endfor %}"

@@ -37,7 +37,7 @@ def test_pairs_become_unpaired_rows_and_chats() -> None:
         ("preference", {"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, "good"),
     ],
 )
-def test_an_answered_row_becomes_a_prompt_whose_answer_is_known(
+def test_a_row_with_an_answer_becomes_a_prompt_with_its_expected_answer(
     format: str, row: dict[str, Any], prompt: Any, answer: str | None
 ) -> None:
     assert reshape([row], format, "prompt") == [{"prompt": prompt, "answer": answer}]

@@ -1,4 +1,4 @@
-"""The generated tasks are right, and the shipped demo rows are those of the seed."""
+"""The generated tasks are correct, and the shipped demo rows are reproducible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_exp.files.paths import PACKAGE
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_answers_are_right(seed: int) -> None:
+def test_generated_answers_are_correct(seed: int) -> None:
     rng = random.Random(seed)
     question, answer = tasks.add(rng)
     numbers = [int(n) for n in question.replace("?", "").replace(".", "").split() if n.isdigit()]
@@ -32,12 +32,14 @@ def test_the_answers_are_right(seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "held_out"), [("train", 1000, False), ("eval", 100, True)]
 )
-def test_the_shipped_demo_rows_are_those_of_the_seed(name: str, rows: int, held_out: bool) -> None:
+def test_the_shipped_demo_rows_are_generated_with_seed_0(
+    name: str, rows: int, held_out: bool
+) -> None:
     path = PACKAGE / "assets" / f"demo_{name}.jsonl"
     shipped = [json.loads(line) for line in path.read_text().splitlines()]
     assert shipped == tasks.take(tasks.DEMO, 0, rows, held_out)
 
 
-def test_a_held_out_question_is_never_drawn_for_training() -> None:
-    drawn = tasks.take(tasks.DEMO, 3, 2000, held_out=False)
-    assert not any(tasks.is_held_out(row["messages"][0]["content"]) for row in drawn)
+def test_training_rows_contain_no_held_out_question() -> None:
+    rows = tasks.take(tasks.DEMO, 3, 2000, held_out=False)
+    assert not any(tasks.is_held_out(row["messages"][0]["content"]) for row in rows)

@@ -1,4 +1,4 @@
-"""A chat template is code from elsewhere, and gets a few seconds."""
+"""Chat templates are untrusted code: their time is limited, their output and form are fixed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lora_exp.data.examples import prompts
 from lora_exp.data.template import Form, form_of, prepare, render_chat, turn_end
 from lora_exp.data.tokens import tokenise
 from lora_exp.errors import ConfigError, DataError
-from tests.data.test_tokens import chat, counted
+from tests.data.test_tokens import chat, trained_text
 
 
 def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = 3 * loop + "{{ i }}" + 3 * "{% endfor %}"
-    began = time.perf_counter()
+    start = time.perf_counter()
     with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
-        counted(chat("q", "a"), tokenizer)
+        trained_text(chat("q", "a"), tokenizer)
     rows = [{"prompt": chat("q")["messages"], "answer": "a"}]
     with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
-        prompts(rows, tokenizer, 99, "train")  # of trainers that render rows themselves
-    assert time.perf_counter() - began < 10
+        prompts(rows, tokenizer, 99, "train")  # for trainers that render rows themselves
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -37,21 +37,21 @@ def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
         ("{% if strftime_now is defined %}{{ strftime_now('%b') }}{% endif %}", "Feb"),
     ],
 )
-def test_a_template_that_writes_the_date_gets_that_of_the_run(
+def test_a_template_that_prints_the_date_gets_the_date_of_the_run(
     base: Any, template: str, text: str
 ) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     prepare(tokenizer, template, date(2025, 2, 3))
     assert render_chat(chat("q")["messages"], tokenizer) == text
-    assert tokenizer.chat_template == template  # which is what is saved
+    assert tokenizer.chat_template == template  # the template to save is unchanged
 
 
-def test_another_day_is_another_text_in_the_cache(base: Any) -> None:
-    rows, ends = [chat("q", "on what day?")], "{% for m in messages %}{{ m.content }}{% endfor %}"
+def test_another_date_is_another_cache_entry(base: Any) -> None:
+    rows, body = [chat("q", "on what day?")], "{% for m in messages %}{{ m.content }}{% endfor %}"
     cached = []
     for day in (3, 3, 4):
         tokenizer = copy.deepcopy(base.tokenizer)
-        prepare(tokenizer, "{{ strftime_now('%d') }}" + ends, date(2025, 2, day))
+        prepare(tokenizer, "{{ strftime_now('%d') }}" + body, date(2025, 2, day))
         tokens = tokenise(rows, tokenizer, max_length=64, completion_only=False, what="train")
         cached.append(tokens.cached)
     assert cached == [False, True, False]
@@ -92,7 +92,7 @@ def test_turns_are_given_in_the_form_that_the_template_takes(
         ("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}", "<|im_start|>"),
     ],
 )
-def test_what_ends_a_turn_is_read_off_the_template(
+def test_the_token_that_ends_a_turn_is_derived_from_the_template(
     base: Any, template: str | None, end: str | None
 ) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
@@ -100,7 +100,7 @@ def test_what_ends_a_turn_is_read_off_the_template(
     assert turn_end(tokenizer) == end
 
 
-def test_what_a_template_raises_is_a_fault_of_the_row(base: Any) -> None:
+def test_an_error_of_a_template_is_an_error_of_the_row(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     tokenizer.chat_template = "{{ messages[0].content | int / 0 }}"
     with pytest.raises(DataError, match=r"the chat template refuses it: .*division"):

@@ -1,4 +1,4 @@
-"""What counts in the loss: exactly the answers, with the token that ends them."""
+"""Tokens that count in the loss: exactly the answers, with their end tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chat(*contents: str) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": s} for i, s in enumerate(contents)]}
 
 
-def counted(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
+def trained_text(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
     (encoded,) = encode([row], tokenizer, completion_only)
     if isinstance(encoded, DataError):
         raise encoded
@@ -33,27 +33,27 @@ def counted(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -
 
 
 def test_only_the_answer_counts_with_its_end(base: Any) -> None:
-    assert counted(chat("Hi!", "Yes."), base.tokenizer) == "Yes.<|im_end|>\n"
+    assert trained_text(chat("Hi!", "Yes."), base.tokenizer) == "Yes.<|im_end|>\n"
 
 
 def test_every_assistant_turn_counts_and_no_user_turn(base: Any) -> None:
     row = chat("one", "two", "three", "four")
-    assert counted(row, base.tokenizer) == "two<|im_end|>\nfour<|im_end|>\n"
+    assert trained_text(row, base.tokenizer) == "two<|im_end|>\nfour<|im_end|>\n"
 
 
 def test_a_completion_counts_and_gets_its_end(base: Any) -> None:
     row = {"prompt": "Q: a", "completion": " b"}
-    assert counted(row, base.tokenizer) == " b<|im_end|>"
+    assert trained_text(row, base.tokenizer) == " b<|im_end|>"
 
 
-def test_text_counts_whole_and_gets_its_end_once(base: Any) -> None:
-    assert counted({"text": "abc"}, base.tokenizer) == "abc<|im_end|>"
-    assert counted({"text": "abc<|im_end|>"}, base.tokenizer) == "abc<|im_end|>"
+def test_all_of_a_text_counts_and_it_gets_one_end_token(base: Any) -> None:
+    assert trained_text({"text": "abc"}, base.tokenizer) == "abc<|im_end|>"
+    assert trained_text({"text": "abc<|im_end|>"}, base.tokenizer) == "abc<|im_end|>"
 
 
-def test_everything_counts_where_the_algorithm_says_so(base: Any) -> None:
-    whole = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
-    assert counted(chat("Hi!", "Yes."), base.tokenizer, completion_only=False) == whole
+def test_everything_counts_unless_completion_only(base: Any) -> None:
+    text = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    assert trained_text(chat("Hi!", "Yes."), base.tokenizer, completion_only=False) == text
 
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -81,7 +81,7 @@ def test_every_turn_counts_under_the_templates_of_real_models(
     tokenizer.add_special_tokens({"eos_token": specials[0], "additional_special_tokens": specials})
     tokenizer.bos_token = "<|endoftext|>"
     row = chat("q1", "one", "q2", "<think>t</think>\n\ntwo", "q3", "three")
-    assert counted(row, tokenizer) == counted_text
+    assert trained_text(row, tokenizer) == counted_text
     prompt = prompt_of(row, tokenizer)
     assert prompt is not None
     assert prompt.answer == expected
@@ -116,13 +116,13 @@ def test_a_turn_that_the_template_does_not_show_is_an_error(base: Any) -> None:
     )
     row = chat("q", "one", "r", "two")
     with pytest.raises(DataError, match=r"does not show assistant turn 1: 'one'"):
-        counted(row, tokenizer)
+        trained_text(row, tokenizer)
 
 
 def test_our_labels_equal_those_of_trl_on_prompt_and_answer(base: Any, tmp_path: Any) -> None:
     rows = tasks.take(tasks.CORPUS, 5, 40, held_out=False)
     rows += [chat("wide   spaces", "é ü\n\nnew"), chat("", "only an answer")]
-    pairs = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in rows]
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
     args = SFTConfig(
         output_dir=str(tmp_path), report_to=[], bf16=False, use_cpu=True, max_length=512,
         gradient_checkpointing=True, dataloader_pin_memory=False,
@@ -131,11 +131,11 @@ def test_our_labels_equal_those_of_trl_on_prompt_and_answer(base: Any, tmp_path:
         model=copy.deepcopy(base.model), args=args, train_dataset=Dataset.from_list(pairs),
         processing_class=copy.deepcopy(base.tokenizer),
     )  # fmt: skip
-    theirs = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
-    assert list(encode(rows, base.tokenizer, True)) == theirs
+    expected = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert list(encode(rows, base.tokenizer, True)) == expected
 
 
-def test_rows_are_cut_and_counted_and_those_left_with_nothing_dropped(base: Any) -> None:
+def test_rows_are_truncated_and_rows_without_answer_tokens_dropped(base: Any) -> None:
     rows = [chat("short", "a b c"), chat("x " * 60, "never reached"), chat("ok", "y " * 60)]
     tokens = tokenise(rows, base.tokenizer, max_length=40, completion_only=True, what="train")
     counts = tokens.counts
@@ -160,7 +160,7 @@ def test_chats_without_a_template_are_an_error_with_the_remedy(base: Any) -> Non
         tokenise([chat("a", "b")], tokenizer, max_length=8, completion_only=True, what="train")
 
 
-def test_the_same_rows_come_from_the_cache_and_changed_ones_do_not(base: Any) -> None:
+def test_the_same_rows_are_read_from_the_cache_and_changed_rows_are_not(base: Any) -> None:
     options: dict[str, Any] = {"max_length": 64, "completion_only": True, "what": "train"}
     rows = [chat("cached?", "yes")]
     first = tokenise(rows, base.tokenizer, **options)
@@ -169,8 +169,8 @@ def test_the_same_rows_come_from_the_cache_and_changed_ones_do_not(base: Any) ->
     assert (first.cached, again.cached) == (False, True)
     assert first.counts == again.counts
     assert first.dataset[:] == again.dataset[:]
-    other = copy.deepcopy(base.tokenizer)
-    other.chat_template = other.chat_template.replace("<|im_end|>", "<|im_end|> ")
-    assert not tokenise(rows, other, **options).cached
+    changed = copy.deepcopy(base.tokenizer)
+    changed.chat_template = changed.chat_template.replace("<|im_end|>", "<|im_end|> ")
+    assert not tokenise(rows, changed, **options).cached
     assert not tokenise([chat("cached?", "no")], base.tokenizer, **options).cached
     assert not tokenise(rows, base.tokenizer, **{**options, "max_length": 63}).cached

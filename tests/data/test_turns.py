@@ -1,4 +1,4 @@
-"""Turns: the ways in which chats are written, and what each becomes."""
+"""Turns: the formats of chats, and what each becomes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 
 def turn(**fields: Any) -> dict[str, Any]:
-    (read,) = turns_in({"messages": [fields]}, "messages")
-    return read
+    (parsed,) = turns_in({"messages": [fields]}, "messages")
+    return parsed
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_a_turn_is_a_role_and_a_text(fields: dict[str, Any], role: str, content:
     assert turn(**fields) == {"role": role, "content": content}
 
 
-def encoded(function: dict[str, Any]) -> dict[str, Any]:
+def with_json_arguments(function: dict[str, Any]) -> dict[str, Any]:
     return function | {"arguments": json.dumps(function["arguments"])}
 
 
@@ -45,21 +45,23 @@ def encoded(function: dict[str, Any]) -> dict[str, Any]:
     [
         {"role": "assistant", "tool_calls": [CALL]},
         {"role": "assistant", "content": "", "tool_calls": [WEATHER]},
-        {"role": "assistant", "tool_calls": [CALL | {"function": encoded(WEATHER)}]},
+        {"role": "assistant", "tool_calls": [CALL | {"function": with_json_arguments(WEATHER)}]},
         {"role": "assistant", "tool_calls": json.dumps([CALL])},
         {"role": "assistant", "tool_calls": [json.dumps(CALL)]},
-        {"role": "assistant", "content": None, "function_call": encoded(WEATHER)},
+        {"role": "assistant", "content": None, "function_call": with_json_arguments(WEATHER)},
         {"from": "function_call", "value": json.dumps(WEATHER)},
     ],
 )
-def test_a_call_is_decoded_once_however_it_is_written(fields: dict[str, Any]) -> None:
+def test_every_form_of_a_tool_call_is_decoded_once(fields: dict[str, Any]) -> None:
     assert turn(**fields) == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
-def test_arguments_that_hold_json_themselves_stay_text() -> None:
+def test_json_inside_arguments_stays_text() -> None:
     arguments = {"body": json.dumps({"nested": 1})}
-    read = turn(role="assistant", tool_calls=[{"name": "post", "arguments": json.dumps(arguments)}])
-    assert read["tool_calls"][0]["function"]["arguments"] == arguments
+    parsed = turn(
+        role="assistant", tool_calls=[{"name": "post", "arguments": json.dumps(arguments)}]
+    )
+    assert parsed["tool_calls"][0]["function"]["arguments"] == arguments
 
 
 def test_a_weight_keeps_a_turn_out_of_the_loss() -> None:
@@ -97,23 +99,23 @@ def test_tools_are_objects_or_json_text(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
-def test_no_tools_are_none(tools: Any) -> None:
+def test_an_empty_list_of_tools_is_none(tools: Any) -> None:
     assert tools_in({"tools": tools}) is None
 
 
-def test_tools_that_are_none_are_refused() -> None:
+def test_invalid_tools_are_refused() -> None:
     with pytest.raises(FieldError, match="'tools' is not a list of objects"):
         tools_in({"tools": [1]})
     with pytest.raises(FieldError, match="field 'tools' is a text, but not JSON"):
         tools_in({"tools": "weather"})
 
 
-def test_a_column_of_system_prompts_is_taken_or_refused() -> None:
-    ask, be = {"role": "user", "content": "q"}, {"role": "system", "content": "be"}
-    assert with_system([ask], {"system": "be"}) == [be, ask]
-    assert with_system([be, ask], {"system": "be"}) == [be, ask]
+def test_a_system_column_is_used_unless_it_contradicts_a_system_turn() -> None:
+    ask, system = {"role": "user", "content": "q"}, {"role": "system", "content": "be"}
+    assert with_system([ask], {"system": "be"}) == [system, ask]
+    assert with_system([system, ask], {"system": "be"}) == [system, ask]
     assert with_system([ask], {"system": ""}) == [ask]
     with pytest.raises(FieldError, match="another text than the system turn"):
-        with_system([be, ask], {"system": "do"})
+        with_system([system, ask], {"system": "do"})
     with pytest.raises(FieldError, match="'system' is 3, not text"):
         with_system([ask], {"system": 3})

@@ -1,4 +1,4 @@
-"""A directory has one process at a time, and a process that has ended holds no lock."""
+"""One process at a time uses a directory; a process that has ended holds no lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOLD = "import sys; from pathlib import Path; from lora_exp.files.lock import Lo
 HOLD += "lock = Lock(Path(sys.argv[1]), 'resume'); print('held', flush=True); sys.stdin.read()"
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -32,13 +32,13 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     Lock(tmp_path, "resume").release()
 
 
-def test_a_forked_process_that_lives_on_holds_nothing(tmp_path: Path) -> None:
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     lock = Lock(tmp_path, "resume")
     fork = multiprocessing.get_context("fork")
-    there, ready = fork.Event(), fork.Event()
-    child = fork.Process(target=lambda: (there.set(), ready.wait()))
+    started, ready = fork.Event(), fork.Event()
+    child = fork.Process(target=lambda: (started.set(), ready.wait()))
     child.start()
-    there.wait()
+    started.wait()
     with pytest.raises(ConfigError, match="is in use"):
         Lock(tmp_path, "resume")
     lock.release()

@@ -1,4 +1,4 @@
-"""Paths: of the package, of the cache, and what tells a path from a dotted name."""
+"""Paths: of the package, of the cache, and how a path is distinguished from a dotted name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset, cache_dir, is_path, near_names
 
 
-def test_a_package_path_finds_the_file_that_the_package_carries() -> None:
+def test_a_package_path_finds_a_file_of_the_package() -> None:
     assert (asset("pkg://lora_exp/assets/tiny") / "config.json").is_file()
     assert (asset("pkg://hydra/conf") / "__init__.py").is_file()
     assert asset("./here") == Path("here")
@@ -25,12 +25,14 @@ def test_older_model_cards_import_asset_from_config() -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "./a", "../a", "~", ".", "~/a"])
-def test_a_folder_is_told_from_a_dotted_name(name: str) -> None:
+def test_a_folder_is_distinguished_from_a_dotted_name(name: str) -> None:
     assert is_path(name)
     assert not is_path("lora_exp.rewards.exact_match")
 
 
-def test_the_cache_is_ours_then_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_exp_cache_takes_precedence_over_the_users_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LORA_EXP_CACHE", "mine")
     assert cache_dir() == Path("mine")
     monkeypatch.delenv("LORA_EXP_CACHE")
@@ -40,7 +42,7 @@ def test_the_cache_is_ours_then_the_users(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_dir() == Path.home() / ".cache/lora-exp"
 
 
-def test_names_beside_a_path_that_does_not_exist_are_offered(tmp_path: Path) -> None:
+def test_similar_names_are_suggested_for_a_missing_path(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     (tmp_path / "row.gguf").touch()
     assert near_names(tmp_path / "row.jsonl") == " (did you mean rows.jsonl?)"

@@ -19,7 +19,7 @@ def test_a_secret_is_recognised_by_its_key(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token", "max_new_tokens", "num_virtual_tokens"])
-def test_keys_about_tokens_of_text_are_no_secrets(key: str) -> None:
+def test_keys_about_text_tokens_are_not_secrets(key: str) -> None:
     assert redact({key: "x"}) == {key: "x"}
     assert redact_text(f"{key}: 64") == f"{key}: 64"
 
@@ -36,7 +36,7 @@ def test_a_secret_is_recognised_by_its_format_and_by_the_environment(
     assert redact(f"a {HF} b canary-in-a-mine c") == f"a {REDACTED} b {REDACTED} c"
 
 
-def test_yaml_files_are_cleaned_in_place(tmp_path: Path) -> None:
+def test_yaml_files_are_redacted_in_place(tmp_path: Path) -> None:
     (tmp_path / "overrides.yaml").write_text(f"- +train.hub_token={HF}\n- peft.r=8\n")
     redact_files(tmp_path)
     assert (tmp_path / "overrides.yaml").read_text() == (

@@ -1,4 +1,4 @@
-"""Folders are whole or absent, and a disk's refusal is distinguished from other errors."""
+"""Folders are whole or absent, and a full or read-only disk is distinguished from other errors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ except Exception as error:
 """
 
 
-def in_a_small_disk(folder: Path, script: str, size: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script with a tmpfs at `disk`, in a mount namespace of its own."""
+def run_on_a_small_disk(folder: Path, script: str, size: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script with a tmpfs at `disk`, in its own mount namespace."""
     (folder / "disk").mkdir(exist_ok=True)
     if shutil.which("unshare") is None:
         pytest.skip("this system has no unshare")
@@ -47,12 +47,12 @@ def in_a_small_disk(folder: Path, script: str, size: str) -> subprocess.Complete
 @pytest.mark.parametrize("writer", ["python", "torch", "safetensors"])
 def test_every_librarys_message_for_a_full_disk_is_recognised(writer: str, tmp_path: Path) -> None:
     (tmp_path / "write.py").write_text(WRITE)
-    done = in_a_small_disk(tmp_path, f"{sys.executable} write.py {writer}", "1m")
+    done = run_on_a_small_disk(tmp_path, f"{sys.executable} write.py {writer}", "1m")
     assert "disk/file cannot be written: " in done.stdout, done.stdout + done.stderr
     assert "MiB are free); make room" in done.stdout
 
 
-def test_other_errors_are_not_a_refusal_of_the_disk(tmp_path: Path) -> None:
+def test_other_errors_are_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     assert refusal(ValueError("space"), tmp_path) is None
     assert refusal(FileNotFoundError(errno.ENOENT, "no such file"), tmp_path) is None
 
@@ -71,14 +71,14 @@ def test_a_write_that_fails_keeps_the_old_folder(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_disks_refusal_is_reported_with_the_free_space(tmp_path: Path) -> None:
-    def refused() -> None:
+def test_an_error_about_a_full_disk_names_the_free_space(tmp_path: Path) -> None:
+    def write_to_full_disk() -> None:
         with Path("/dev/full").open("w") as file:
             file.write("x")
 
     message = r"No space left on device.*MiB are free"
     with pytest.raises(CheckpointError, match=message), whole(tmp_path / "adapter"):
-        refused()
+        write_to_full_disk()
     assert not list(tmp_path.iterdir())
 
 

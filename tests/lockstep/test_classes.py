@@ -44,8 +44,8 @@ def test_measured_classes_are_read_by_the_next_process(layer: nn.Linear) -> None
 
 
 def test_processes_keep_each_others_classes(layer: nn.Linear) -> None:
-    one, other = RowClasses("cpu"), RowClasses("cpu")
-    for classes, rows in ((one, 8), (other, 16)):
+    first, second = RowClasses("cpu"), RowClasses("cpu")
+    for classes, rows in ((first, 8), (second, 16)):
         classes.class_of(signature_of(layer), layer, rows)
         classes.save()
     (saved,) = RowClasses("cpu").classes.values()
@@ -81,13 +81,17 @@ def test_other_threads_and_settings_are_other_conditions(monkeypatch: pytest.Mon
 def test_settings_of_a_quantisation_are_part_of_the_signature() -> None:
     signatures = set()
     settings = [bnb_8bit(0.0), bnb_8bit(6.0), bnb_4bit("nf4", True, "float32")]
-    for one in [*settings, bnb_4bit("nf4", False, "float32"), bnb_4bit("fp4", True, "float32")]:
-        base = tiny(one)
+    for quantization in [
+        *settings,
+        bnb_4bit("nf4", False, "float32"),
+        bnb_4bit("fp4", True, "float32"),
+    ]:
+        base = tiny(quantization)
         signatures.add(str(signature_of(base.model.model.layers[0].mlp.up_proj)))
     assert len(signatures) == 5
 
 
-def test_wrong_classes_are_deleted_and_none_are_saved_afterwards(layer: nn.Linear) -> None:
+def test_forgotten_classes_are_deleted_and_none_are_saved_afterwards(layer: nn.Linear) -> None:
     classes = RowClasses("cpu")
     classes.class_of(signature_of(layer), layer, 8)
     classes.save()

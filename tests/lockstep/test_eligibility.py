@@ -26,9 +26,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def small(config_class: Any, **more: Any) -> Any:
+def small_model(config_class: Any, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**SMALL | more))
+    model = AutoModelForCausalLM.from_config(config_class(**SMALL | changes))
     return model.requires_grad_(False)
 
 
@@ -39,18 +39,18 @@ def small(config_class: Any, **more: Any) -> Any:
         (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
         (Qwen3Config, {}),
         (MistralConfig, {"sliding_window": None}),
-        (LlamaConfig, {"intermediate_size": 65}),  # jobs' rows begin anywhere in memory
+        (LlamaConfig, {"intermediate_size": 65}),  # a job's rows may begin at any memory address
     ],
     ids=["llama", "llama with biases", "qwen3", "mistral", "an odd width"],
 )
-def test_architectures_whose_pass_is_exact(model: tuple[Any, dict[str, Any]]) -> None:
-    built = small(model[0], **model[1])
+def test_the_pass_of_these_architectures_is_exact(model: tuple[Any, dict[str, Any]]) -> None:
+    built = small_model(model[0], **model[1])
     assert base_obstacle(built) is None
     assert FusedBody(built.base_model, "exact").enter(PassContext(PLAIN, True, False))
 
 
 @pytest.mark.parametrize(
-    ("model", "why"),
+    ("model", "reason"),
     [
         ((MistralConfig, {"sliding_window": 8}), "slides"),
         ((LlamaConfig, {"attention_dropout": 0.1}), "dropout of its own"),
@@ -58,14 +58,14 @@ def test_architectures_whose_pass_is_exact(model: tuple[Any, dict[str, Any]]) ->
         ((LlamaConfig, {"attn_implementation": "eager"}), "not sdpa"),
     ],
 )
-def test_architectures_that_share_no_pass_give_the_reason(
-    model: tuple[Any, dict[str, Any]], why: str
+def test_an_architecture_that_cannot_share_a_pass_gives_the_reason(
+    model: tuple[Any, dict[str, Any]], reason: str
 ) -> None:
-    assert why in (base_obstacle(small(model[0], **model[1])) or "")
+    assert reason in (base_obstacle(small_model(model[0], **model[1])) or "")
 
 
 def test_a_body_whose_rows_depend_on_each_other_is_not_exact() -> None:
-    built = small(LlamaConfig)
+    built = small_model(LlamaConfig)
     fused = FusedBody(built.base_model, "exact")
 
     class Centred(nn.Module):

@@ -18,26 +18,26 @@ AMX = {
 
 
 def class_of(bands: list[tuple[int, str]], rows: int) -> str:
-    return [name for least, name in bands if least <= rows][-1]
+    return [name for lower_bound, name in bands if lower_bound <= rows][-1]
 
 
-def alone(groups: tuple[Group, ...]) -> list[int]:
+def singles(groups: tuple[Group, ...]) -> list[int]:
     return [g.members[0] for g in groups if len(g.members) == 1]
 
 
-def test_segments_of_the_class_of_the_whole_are_one_product() -> None:
+def test_segments_in_the_class_of_their_total_are_one_product() -> None:
     assert group((5, 7), 12, lambda _: "a") == (Group((0, 1), 12),)
 
 
-def test_a_whole_that_is_filled_up_keeps_its_filling() -> None:
+def test_a_pass_that_is_filled_up_keeps_its_filling() -> None:
     assert group((5, 7), 16, lambda rows: "b" if rows == 12 else "a") == (Group((0, 1), 16),)
 
 
-def test_a_lone_segment_is_a_product_of_its_own() -> None:
+def test_a_single_segment_is_its_own_product() -> None:
     assert group((5,), 5, lambda _: None) == (Group((0,), 5),)
 
 
-def test_rows_of_no_class_are_alone() -> None:
+def test_a_segment_without_a_class_is_computed_alone() -> None:
     groups = group((13, 16, 16), 45, lambda rows: "a" if rows % 4 == 0 else None)
     assert groups == (Group((0,), 13), Group((1, 2), 32))
 
@@ -47,7 +47,7 @@ def test_two_classes_are_two_products() -> None:
     assert groups == (Group((0, 2), 16), Group((1, 3), 80))
 
 
-def test_a_band_cuts_a_pass_to_size() -> None:
+def test_a_pass_is_split_where_its_total_would_leave_the_band() -> None:
     bands = AMX["512 to 192"]
     groups = group((80, 80, 80, 80), 320, lambda rows: class_of(bands, rows))
     assert [g.members for g in groups] == [(0, 1), (2, 3)]
@@ -59,12 +59,14 @@ def test_different_sizes_are_grouped_into_the_fewest_products() -> None:
     assert [len(g.members) for g in groups] == [2, 2]
 
 
-def test_a_product_is_filled_up_to_the_class_of_its_members_but_not_beyond_measure() -> None:
+def test_a_product_is_filled_up_to_the_class_of_its_members_within_a_limit() -> None:
     bands = AMX["512 to 192"]
     groups = group((30,) * 6, 180, lambda rows: class_of(bands, rows))
     assert groups == (Group(tuple(range(6)), 192),)
-    groups = group((30,) * 4, 120, lambda rows: class_of(bands, rows))  # 192 were too many
-    assert alone(groups) == [0, 1, 2, 3]
+    groups = group(
+        (30,) * 4, 120, lambda rows: class_of(bands, rows)
+    )  # 192 rows would exceed the limit
+    assert singles(groups) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("bands", AMX.values(), ids=AMX)

@@ -26,10 +26,10 @@ class Adder:
         return [number + 1 for number in numbers]
 
 
-def asking(hub: Hub, results: dict[int, Any], job: int, *asked: tuple[str, int, int]) -> Any:
+def job_asking(hub: Hub, results: dict[int, Any], job: int, *requests: tuple[str, int, int]) -> Any:
     def run() -> None:
         try:
-            results[job] = [hub.ask(job, key, 1, priority, n) for key, priority, n in asked]
+            results[job] = [hub.ask(job, key, 1, priority, n) for key, priority, n in requests]
         except Exception as error:
             results[job] = error
 
@@ -41,8 +41,8 @@ def test_waiting_requests_are_served_together_forwards_first() -> None:
     hub = Hub(server, 9, 99)
     hub.run(
         [
-            asking(hub, results, 0, ("f", 0, 1), ("b", 1, 2)),
-            asking(hub, results, 1, ("f", 0, 10), ("f", 0, 20), ("b", 1, 30)),
+            job_asking(hub, results, 0, ("f", 0, 1), ("b", 1, 2)),
+            job_asking(hub, results, 1, ("f", 0, 10), ("f", 0, 20), ("b", 1, 30)),
         ]
     )
     assert server.served == [("f", [1, 10]), ("f", [20]), ("b", [2, 30])]
@@ -52,7 +52,7 @@ def test_waiting_requests_are_served_together_forwards_first() -> None:
 def test_the_next_job_begins_when_one_ends_and_the_capacity_is_kept() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 3, 2)
-    hub.run([asking(hub, results, job, ("f", 0, job)) for job in range(5)])
+    hub.run([job_asking(hub, results, job, ("f", 0, job)) for job in range(5)])
     assert results == {job: [job + 1] for job in range(5)}
     assert max(len(numbers) for _, numbers in server.served) == 2
 
@@ -61,7 +61,7 @@ def test_an_error_is_raised_in_its_own_job_only() -> None:
     server = Adder(lambda numbers: ValueError("no") if 3 in numbers else None)
     results: dict[int, Any] = {}
     hub = Hub(server, 9, 99)
-    hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(5)])
+    hub.run([job_asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(5)])
     assert isinstance(results.pop(3), ValueError)
     assert results == {job: [job + 1, 10] for job in (0, 1, 2, 4)}
     assert hub.max_batch is None
@@ -71,7 +71,7 @@ def test_too_little_memory_halves_the_batch_size_for_good() -> None:
     out_of_memory_error = MemoryError()
     server, results = Adder(lambda numbers: out_of_memory_error if len(numbers) > 2 else None), {}
     hub = Hub(server, 9, 99)
-    hub.run([asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(6)])
+    hub.run([job_asking(hub, results, job, ("f", 0, job), ("f", 0, 9)) for job in range(6)])
     assert results == {job: [job + 1, 10] for job in range(6)}
     assert hub.max_batch is not None
     assert hub.max_batch <= 2
@@ -107,7 +107,7 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
         random.seed(seed)
         return [draw(), draw()]
 
-    hub, drawn = Hub(Adder(), 9, 99), {}
+    hub, draws = Hub(Adder(), 9, 99), {}
 
     def job(seed: int) -> Any:
         def run() -> None:
@@ -119,12 +119,12 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
                 assert not torch.is_grad_enabled()
                 assert torch.is_autocast_enabled("cpu") is (seed == 1)
             assert torch.is_grad_enabled()
-            drawn[seed] = [first, draw()]
+            draws[seed] = [first, draw()]
 
         return run
 
     hub.run([job(0), job(1)])
-    assert drawn == {0: alone(0), 1: alone(1)}
+    assert draws == {0: alone(0), 1: alone(1)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Hydra's own contract for launchers, and what ours promises beside it."""
+"""Hydra's own contract tests for launchers, and tests of what our launcher adds."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
 from tests.conftest import QUICK, ROOT
 from tests.test_main import cli
 
-# Hydra's tests leave version_base open, and Hydra warns of it
+# Hydra's tests leave version_base unset, and Hydra warns about that
 pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")
 STEPS = ["tracking=none", *QUICK, "train.logging_steps=1", "train.save_strategy=no"]
 
 
-FRESH = copy.deepcopy(Singleton.get_state())  # as it is before any test has composed a config
+FRESH = copy.deepcopy(Singleton.get_state())  # before any test has composed a config
 
 
 @pytest.fixture(autouse=True)
 def _fresh_hydra() -> Iterator[None]:
-    """Hydra's suite expects a version_base that nobody has set; other tests here set it."""
+    """Hydra's suite expects an unset version_base; other tests here set it."""
     before = Singleton.get_state()
     Singleton.set_state(copy.deepcopy(FRESH))
     yield
@@ -66,37 +66,37 @@ class TestTheContractInAProcess(IntegrationTestSuite):
     """Scripts of others in processes of their own."""
 
 
-def test_hydra_finds_it() -> None:
+def test_hydra_finds_the_launcher() -> None:
     assert LockstepLauncher.__name__ in [c.__name__ for c in Plugins.instance().discover(Launcher)]
 
 
-def summary(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+def read_summary(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     (sweep,) = (folder / "multirun").glob("*/*")
     jobs = json.loads((sweep / "summary.json").read_text())
     return sweep, {job["job"]: job for job in jobs}
 
 
-def adapters(sweep: Path) -> dict[str, str]:
+def adapter_hashes(sweep: Path) -> dict[str, str]:
     paths = sorted(sweep.glob("*/adapter/adapter_model.safetensors"))
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def heard() -> None:
-    """Take SIGINT as it comes: a shell's background jobs, and all they start, ignore it."""
+def reset_sigint() -> None:
+    """Let SIGINT interrupt the process: background jobs of a shell ignore it, and pass that on."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def in_training(command: list[str], folder: Path, output: TextIO) -> subprocess.Popen[bytes]:
+def start_sweep(command: list[str], folder: Path, output: TextIO) -> subprocess.Popen[bytes]:
     """Start a sweep of two jobs in a session of its own, and return when both have a checkpoint."""
     arguments = [sys.executable, "-m", "lora_exp", *command]
-    launched = subprocess.Popen(
+    process = subprocess.Popen(
         arguments, cwd=folder, stdout=output, stderr=output, start_new_session=True,
-        preexec_fn=heard,
+        preexec_fn=reset_sigint,
     )  # fmt: skip
     while len(list(folder.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
         time.sleep(0.02)
-        assert launched.poll() is None
-    return launched
+        assert process.poll() is None
+    return process
 
 
 def test_the_default_launcher_writes_the_same_files_as_the_basic_one(tmp_path: Path) -> None:
@@ -105,29 +105,33 @@ def test_the_default_launcher_writes_the_same_files_as_the_basic_one(tmp_path: P
         (tmp_path / name).mkdir()
         done = cli(*sweep, *launcher, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
-    (ours, jobs), (theirs, other) = (summary(tmp_path / n) for n in ("lockstep", "basic"))
-    assert adapters(ours) == adapters(theirs)
-    assert len(set(adapters(ours).values())) == 4
-    kept = ("eval/loss", "eval/exact_match", "before/loss", "train/loss")
+    (lockstep, jobs), (basic, basic_jobs) = (
+        read_summary(tmp_path / n) for n in ("lockstep", "basic")
+    )
+    assert adapter_hashes(lockstep) == adapter_hashes(basic)
+    assert len(set(adapter_hashes(lockstep).values())) == 4
+    metrics = ("eval/loss", "eval/exact_match", "before/loss", "train/loss")
     for n, job in jobs.items():
-        assert [job["metrics"][k] for k in kept] == [other[n]["metrics"][k] for k in kept]
-        assert job["fingerprint"] == other[n]["fingerprint"]
-        files = {
+        assert [job["metrics"][k] for k in metrics] == [
+            basic_jobs[n]["metrics"][k] for k in metrics
+        ]
+        assert job["fingerprint"] == basic_jobs[n]["fingerprint"]
+        names = {
             str(p.relative_to(root / n))
-            for root in (ours, theirs)
+            for root in (lockstep, basic)
             for p in (root / n).rglob("*")
             if p.is_file()
         }
-        assert all((root / n / name).is_file() for name in files for root in (ours, theirs))
-        logged = (ours / n / "run.log").read_text()
-        assert "step 3/3" in logged  # and nobody else's
+        assert all((root / n / name).is_file() for name in names for root in (lockstep, basic))
+        logged = (lockstep / n / "run.log").read_text()
+        assert "step 3/3" in logged  # and no lines of other jobs
         assert logged.count("  rate ") == 3
         places = {
             root: json.loads((root / n / "run.json").read_text())["place"]
-            for root in (ours, theirs)
+            for root in (lockstep, basic)
         }
-        assert places[theirs] == "alone"
-    places = [json.loads((ours / n / "run.json").read_text())["place"] for n in sorted(jobs)]
+        assert places[basic] == "alone"
+    places = [json.loads((lockstep / n / "run.json").read_text())["place"] for n in sorted(jobs)]
     assert places == ["lockstep, exact", "alone", "lockstep, exact", "alone"]
 
 
@@ -150,10 +154,10 @@ def test_the_launcher_itself_imports_no_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, *STEPS, "samples.rows=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(adapters(summary(tmp_path)[0])) == 2
+    assert len(adapter_hashes(read_summary(tmp_path)[0])) == 2
 
 
-def test_jobs_may_have_loaders_in_processes_of_their_own(tmp_path: Path) -> None:
+def test_jobs_may_have_dataloader_workers(tmp_path: Path) -> None:
     done = cli("-m", "peft.r=2,4", *STEPS, "train.dataloader_num_workers=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -162,41 +166,41 @@ def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> Non
     command = ["-m", "peft.r=2,4,8", "hydra.sweep.dir=multirun/a/b", *STEPS]
     assert cli(*command, cwd=tmp_path).returncode == 0
     sweep = tmp_path / "multirun/a/b"
-    first, kept = adapters(sweep), (sweep / "0" / "run.json").read_text()
+    hashes, kept_record = adapter_hashes(sweep), (sweep / "0" / "run.json").read_text()
     record = json.loads((sweep / "1" / "run.json").read_text())
     (sweep / "1" / "run.json").write_text(json.dumps(record | {"status": "running"}))
     (sweep / "1" / "adapter" / "adapter_model.safetensors").unlink()
     done = cli(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0, 2  finished before, not run again" in done.stdout
-    assert adapters(sweep) == first
-    assert (sweep / "0" / "run.json").read_text() == kept
-    assert {job["status"] for job in summary(tmp_path)[1].values()} == {"finished"}
+    assert adapter_hashes(sweep) == hashes
+    assert (sweep / "0" / "run.json").read_text() == kept_record
+    assert {job["status"] for job in read_summary(tmp_path)[1].values()} == {"finished"}
     done = cli(*command, "seed=7", cwd=tmp_path)
     assert done.returncode == 1
     assert "holds another run" in done.stderr
-    assert adapters(sweep) == first
+    assert adapter_hashes(sweep) == hashes
 
 
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+def test_a_sweep_whose_worker_is_killed_has_the_same_results(tmp_path: Path) -> None:
     settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "peft.lora_dropout=0.1"]
     (tmp_path / "calm").mkdir()
     assert cli(*command, cwd=tmp_path / "calm").returncode == 0
     with (tmp_path / "err").open("w") as output:
-        launched = in_training(command, tmp_path, output)
-        children = f"/proc/{launched.pid}/task/{launched.pid}/children"
+        process = start_sweep(command, tmp_path, output)
+        children = f"/proc/{process.pid}/task/{process.pid}/children"
         os.kill(int(Path(children).read_text().split()[0]), signal.SIGKILL)
-        assert launched.wait() == 0
+        assert process.wait() == 0
     assert "killed by SIGKILL" in (tmp_path / "err").read_text()
-    sweep, jobs = summary(tmp_path)
+    sweep, jobs = read_summary(tmp_path)
     assert {job["status"] for job in jobs.values()} == {"finished"}
-    assert adapters(sweep) == adapters(summary(tmp_path / "calm")[0])
+    assert adapter_hashes(sweep) == adapter_hashes(read_summary(tmp_path / "calm")[0])
 
 
-@pytest.mark.parametrize("everyone", [True, False])
+@pytest.mark.parametrize("whole_group", [True, False])
 def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
-    everyone: bool, tmp_path: Path
+    whole_group: bool, tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
     settings += ["peft.lora_dropout=0.1"]
@@ -204,24 +208,24 @@ def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
     (tmp_path / "calm").mkdir()
     assert cli(*command, cwd=tmp_path / "calm").returncode == 0
     with (tmp_path / "err").open("w") as output:
-        launched = in_training(command, tmp_path, output)
-        if everyone:
-            os.killpg(launched.pid, signal.SIGINT)  # what Ctrl-C sends
+        process = start_sweep(command, tmp_path, output)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C sends
         else:
-            os.kill(launched.pid, signal.SIGTERM)  # what a scheduler sends
-        assert launched.wait() == 75
+            os.kill(process.pid, signal.SIGTERM)  # what a scheduler sends
+        assert process.wait() == 75
     sweep = tmp_path / "multirun/a/b"
     records = [json.loads((sweep / n / "run.json").read_text()) for n in "01"]
     assert [record["status"] for record in records] == ["interrupted"] * 2
     rows = {row["job"]: row["status"] for row in json.loads((sweep / "summary.json").read_text())}
     assert rows == {"0": "interrupted", "1": "interrupted"}
-    said_at_the_end = (tmp_path / "err").read_text()
-    assert "Traceback" not in said_at_the_end
-    assert said_at_the_end.count("saving at the next step") == 1
-    assert "resume=multirun/a/b goes on" in said_at_the_end
+    stderr = (tmp_path / "err").read_text()
+    assert "Traceback" not in stderr
+    assert stderr.count("saving at the next step") == 1
+    assert "resume=multirun/a/b goes on" in stderr
     done = cli("resume=multirun/a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert adapters(sweep) == adapters(tmp_path / "calm" / "multirun/a/b")
+    assert adapter_hashes(sweep) == adapter_hashes(tmp_path / "calm" / "multirun/a/b")
 
 
 def test_a_resumed_sweep_retries_failed_jobs_only_when_asked(tmp_path: Path) -> None:
@@ -249,34 +253,34 @@ def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
     settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
     command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as output:
-        launched = in_training(command, tmp_path, output)
-        launched.send_signal(signal.SIGSTOP)  # however slow the second is
+        process = start_sweep(command, tmp_path, output)
+        process.send_signal(signal.SIGSTOP)  # so that it still runs when the second starts
         second = cli(*command, cwd=tmp_path)
-        launched.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         assert second.returncode == 1
-        assert f"multirun/a/b is in use by process {launched.pid} on" in second.stderr
-        assert launched.wait() == 0
+        assert f"multirun/a/b is in use by process {process.pid} on" in second.stderr
+        assert process.wait() == 0
 
 
-def files(folder: Path) -> dict[Path, bytes]:
+def file_contents(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 @pytest.mark.parametrize("refused", [["peft.r=2,8"], ["peft.r=2,4", "seed=7"], ["peft.r=0,-1"]])
-def test_a_sweep_that_is_refused_leaves_what_lies_there_as_it_is(
+def test_a_refused_sweep_leaves_existing_files_unchanged(
     tmp_path: Path, refused: list[str]
 ) -> None:
     command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
     assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
-    before = files(tmp_path / "multirun/a/b")
+    before = file_contents(tmp_path / "multirun/a/b")
     done = cli(*command, *refused, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "job 1: " in done.stderr
-    assert files(tmp_path / "multirun/a/b") == before
+    assert file_contents(tmp_path / "multirun/a/b") == before
 
 
-def test_a_job_trained_longer_alone_keeps_its_place_and_a_sweep_is_lengthened(
+def test_a_resumed_sweep_keeps_a_job_trained_longer_alone_and_can_be_lengthened(
     tmp_path: Path,
 ) -> None:
     steps = [*STEPS[:-1], "train.save_strategy=steps", "train.save_steps=3"]
@@ -286,11 +290,11 @@ def test_a_job_trained_longer_alone_keeps_its_place_and_a_sweep_is_lengthened(
     def rows() -> dict[str, Any]:
         return {r["job"]: r for r in json.loads((tmp_path / "a/b/summary.json").read_text())}
 
-    longer = rows()["0"]["objective"]
+    objective = rows()["0"]["objective"]
     done = cli("resume=a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0-1  finished before, not run again" in done.stdout
-    assert (rows()["0"]["objective"], rows()["0"]["overrides"]["peft.r"]) == (longer, "2")
+    assert (rows()["0"]["objective"], rows()["0"]["overrides"]["peft.r"]) == (objective, "2")
     done = cli("resume=a/b", "train.max_steps=5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [json.loads((tmp_path / f"a/b/{n}/run.json").read_text()) for n in "01"]
@@ -301,8 +305,8 @@ def test_a_job_trained_longer_alone_keeps_its_place_and_a_sweep_is_lengthened(
 def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None:
     done = cli("-m", "peft.r=2,4", *STEPS[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    sweep, _ = summary(tmp_path)
-    others: list[str] = []
+    sweep, _ = read_summary(tmp_path)
+    earlier_losses: list[str] = []
     for number in ("0", "1"):
         (file,) = (sweep / number / "wandb").glob("offline-run-*/*.wandb")
         command = ["wandb", "leet", "inspect", "--json", str(file)]
@@ -310,42 +314,42 @@ def test_each_job_of_a_pack_is_a_run_of_its_own_in_wandb(tmp_path: Path) -> None
         lines = map(json.loads, (sweep / number / "metrics.jsonl").read_text().splitlines())
         losses = [str(line["train/loss"])[:10] for line in lines if "train/loss" in line]
         assert len(losses) == 3
-        assert losses[-1] in output  # the first are everybody's
-        assert not any(loss in output for loss in others)
-        others = losses[-1:]
+        assert losses[-1] in output  # the jobs' first losses are equal
+        assert not any(loss in output for loss in earlier_losses)
+        earlier_losses = losses[-1:]
 
 
-AGEING = """
+CHANGING_PROCESSOR = """
 import os, signal, sys
 from lora_exp.lockstep import worker
 
 pack = worker._pack
 
-def on_an_ageing_processor(seats, report):
+def on_changing_processor(seats, report):
     first = seats.jobs[0][0] == 0
     if not first and os.environ.get("DIES") and not os.path.exists("died"):
         open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     from torch import nn
     from lora_exp.lockstep.verification import Verification
-    from tests.lockstep.processors import LINEAR, strided
+    from tests.lockstep.processors import LINEAR, strided_linear
 
     def product(x, weight, bias=None):
-        many = x.numel() // x.shape[-1] > 250 and product.aged
-        return (strided if many else LINEAR)(x, weight, bias)
+        many = x.numel() // x.shape[-1] > 250 and product.changed
+        return (strided_linear if many else LINEAR)(x, weight, bias)
 
     def choose(self, context, passed):
-        product.aged = self.passes > 6 and first  # these rows' classes are measured by then
+        product.changed = self.passes > 6 and first  # these rows' classes are measured by then
         return original(self, context, passed)
 
     original, Verification.choose = Verification.choose, choose
-    product.aged, nn.functional.linear = False, product
+    product.changed, nn.functional.linear = False, product
     try:
         pack(seats, report)
     finally:
         nn.functional.linear, Verification.choose = LINEAR, original
 
-worker._pack = on_an_ageing_processor
+worker._pack = on_changing_processor
 from lora_exp.__main__ import main
 main()
 """
@@ -353,42 +357,45 @@ ONE_SIZE = [*STEPS, "train.max_steps=8", "train.per_device_train_batch_size=4", 
 ONE_SIZE += ["samples.rows=0", "train.eval_strategy=no"]
 
 
-def on_an_ageing_processor(
+def launch_on_a_changing_processor(
     folder: Path, *command: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     settings = {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "LORA_EXP_CACHE": str(folder / "cache")}
     return subprocess.run(
-        [sys.executable, "-c", AGEING, *command, *ONE_SIZE, "lockstep.verify=1"], cwd=folder,
-        env=os.environ | settings | environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", CHANGING_PROCESSOR, *command, *ONE_SIZE, "lockstep.verify=1"],
+        cwd=folder, env=os.environ | settings | environment, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
 
 
 def test_jobs_whose_pack_differed_are_trained_again_alone(tmp_path: Path) -> None:
-    # the second pack's worker dies at once; the first one's doubt is not forgotten over it
+    # the second pack's worker dies at once; the first pack's difference is still handled
     sweep = ["-m", "peft.r=2,4", "model.dtype=float32,bfloat16"]
-    done = on_an_ageing_processor(tmp_path, *sweep, DIES="1")
+    done = launch_on_a_changing_processor(tmp_path, *sweep, DIES="1")
     assert done.returncode == 0, done.stderr
     output = done.stdout + done.stderr
     assert "jobs [0, 2] are not proven equal" in output
     assert "the first layer is layers.0.self_attn.q_proj" in output
-    folder, jobs = summary(tmp_path)
-    again = sorted(path.name for path in folder.glob("*.not-proven-equal"))
-    assert again == ["0.not-proven-equal", "2.not-proven-equal"]
+    folder, jobs = read_summary(tmp_path)
+    kept = sorted(path.name for path in folder.glob("*.not-proven-equal"))
+    assert kept == ["0.not-proven-equal", "2.not-proven-equal"]
     places = [json.loads((folder / n / "run.json").read_text())["place"] for n in "02"]
     assert ([jobs[n]["proven"] for n in "02"], places) == ([True, True], ["alone", "alone"])
     (tmp_path / "plain").mkdir()
-    plain = cli(*sweep, *ONE_SIZE, "hydra/launcher=basic", cwd=tmp_path / "plain")
-    assert plain.returncode == 0
-    made, wanted = adapters(folder), adapters(summary(tmp_path / "plain")[0])
-    assert {n: made[n] for n in "0123"} == wanted
-    assert made["2.not-proven-equal"] != wanted["2"]  # what was kept did differ
+    basic = cli(*sweep, *ONE_SIZE, "hydra/launcher=basic", cwd=tmp_path / "plain")
+    assert basic.returncode == 0
+    hashes, expected = adapter_hashes(folder), adapter_hashes(read_summary(tmp_path / "plain")[0])
+    assert {n: hashes[n] for n in "0123"} == expected
+    assert hashes["2.not-proven-equal"] != expected["2"]  # the adapter that was set aside differs
 
 
 def test_jobs_whose_pack_differed_may_be_kept_and_are_marked(tmp_path: Path) -> None:
-    done = on_an_ageing_processor(tmp_path, "-m", "peft.r=2,4", "lockstep.on_difference=keep")
+    done = launch_on_a_changing_processor(
+        tmp_path, "-m", "peft.r=2,4", "lockstep.on_difference=keep"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished, not proven equal") == 2
-    folder, jobs = summary(tmp_path)
+    folder, jobs = read_summary(tmp_path)
     assert [job["proven"] for job in jobs.values()] == [False, False]
     assert not list(folder.glob("*.not-proven-equal"))
     longer = ["train.max_steps=9", "tracking=none"]
@@ -397,12 +404,12 @@ def test_jobs_whose_pack_differed_may_be_kept_and_are_marked(tmp_path: Path) -> 
     record = json.loads((folder / "0" / "run.json").read_text())
     assert record["lockstep"]["proven"] is False
     assert record["steps"] == 9
-    strictly = ["train.max_steps=10", "lockstep.on_difference=retrain"]
-    refused = cli(f"resume={folder / '0'}", *strictly, cwd=tmp_path)
+    retrain = ["train.max_steps=10", "lockstep.on_difference=retrain"]
+    refused = cli(f"resume={folder / '0'}", *retrain, cwd=tmp_path)
     assert "lockstep.on_difference=keep" in refused.stderr + refused.stdout
     assert refused.returncode == 1
-    # the same sweep, asked to train again what is not proven, does so
+    # the same sweep without on_difference=keep trains unproven jobs again
     command = ["-m", "peft.r=2,4", *ONE_SIZE, f"hydra.sweep.dir={folder}"]
     done = cli(*command, cwd=tmp_path)
     assert "not proven equal before, trained again" in done.stdout
-    assert [job["proven"] for job in summary(tmp_path)[1].values()] == [True, True]
+    assert [job["proven"] for job in read_summary(tmp_path)[1].values()] == [True, True]

@@ -26,13 +26,15 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         job(0, "peft.r=8"), job(1, "seed=3", "targets=qv"), job(2, "quant=nf4"),
         job(3, "quant=nf4", "algorithm=pretrain"), job(4, "model.dtype=bfloat16"),
     ]  # fmt: skip
-    made = plan(jobs)
-    assert [[j.number for j in pack] for pack in made.packs] == [[0, 1], [2, 3]]
-    assert [(j.number, why) for j, why in made.alone] == [(4, "no other job to train with it")]
+    planned = plan(jobs)
+    assert [[j.number for j in pack] for pack in planned.packs] == [[0, 1], [2, 3]]
+    assert [(j.number, reason) for j, reason in planned.alone] == [
+        (4, "no other job to train with it")
+    ]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "why"),
+    ("overrides", "expected"),
     [
         (["peft=none"], "full fine-tuning changes the base"),
         (["peft=ia3"], "ia3 is not LoRA"),
@@ -51,11 +53,11 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["+train.use_liger_kernel=true"], "Liger"),
     ],
 )
-def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], why: str) -> None:
-    made = plan([job(0, *overrides), job(1, *overrides)])
-    assert not made.packs
-    assert all(why in reason for _, reason in made.alone)
-    assert len(made.alone) == 2
+def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], expected: str) -> None:
+    planned = plan([job(0, *overrides), job(1, *overrides)])
+    assert not planned.packs
+    assert all(expected in reason for _, reason in planned.alone)
+    assert len(planned.alone) == 2
 
 
 def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
@@ -64,13 +66,13 @@ def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     assert done.settled is not None
     record = {"status": "finished", "fingerprint": fingerprint(done.settled), "name": "x"}
     (done.directory / "run.json").write_text(json.dumps(record))
-    made = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
-    assert [(j.number, why.split(",")[0]) for j, why in made.at_once] == [
+    planned = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
+    assert [(j.number, reason.split(",")[0]) for j, reason in planned.at_once] == [
         (0, "finished before"),
         (1, "refused"),
     ]
-    assert not made.packs
-    assert not made.alone
+    assert not planned.packs
+    assert not planned.alone
 
 
 def test_a_label_has_the_overrides_that_differ_between_jobs() -> None:
@@ -83,10 +85,10 @@ def test_a_label_is_no_wider_than_a_column() -> None:
         Job(n, HYDRA, None, Path("x"), (f"train.learning_rate=1e-{n}", f"data.path={n}" * 9))
         for n in (3, 4)
     ]
-    made = labels(jobs)
-    assert all(len(label) <= 60 for label in made.values())
-    assert made[3].startswith("train.learning_rate=1e-3")
-    assert "…" in made[3]
+    by_number = labels(jobs)
+    assert all(len(label) <= 60 for label in by_number.values())
+    assert by_number[3].startswith("train.learning_rate=1e-3")
+    assert "…" in by_number[3]
 
 
 def test_a_plan_needs_no_torch() -> None:

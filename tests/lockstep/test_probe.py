@@ -11,35 +11,41 @@ from torch import nn
 from lora_exp.lockstep.probe import Probe
 from lora_exp.model.loading import bnb_4bit, bnb_8bit
 from tests.conftest import tiny
-from tests.lockstep.processors import LINEAR, Processed, added, banded, processor
+from tests.lockstep.processors import (
+    LINEAR,
+    SimulatedLinear,
+    band_linear,
+    sequential_matmul,
+    simulated_processor,
+)
 
 
 def in_band(rows: int) -> bool:
     return 37 <= rows <= 191
 
 
-def probe(layer: Any, dtype: torch.dtype = torch.bfloat16) -> Probe:
+def probe_of(layer: Any, dtype: torch.dtype = torch.bfloat16) -> Probe:
     return Probe(layer, (layer.in_features,), dtype)
 
 
 @pytest.mark.parametrize("by_place", [False, True])
 def test_random_rows_do_not_show_what_the_probe_shows(by_place: bool) -> None:
     torch.manual_seed(0)
-    layer = Processed(32, 48, in_band, by_place=by_place)
+    layer = SimulatedLinear(32, 48, in_band, by_place=by_place)
     with torch.no_grad():
         x = torch.randn(1, 45, 32, dtype=torch.bfloat16)
         alone, together = layer(x[:, :30]), layer(x)[:, :30]
         assert (alone != together).sum() <= 1  # of 1440 numbers
-        one, other = (probe(layer).class_of(rows) for rows in (30, 45))
-    assert one is None or one != other
+        alone_class, together_class = (probe_of(layer).class_of(rows) for rows in (30, 45))
+    assert alone_class is None or alone_class != together_class
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (128, 64), (65, 33)])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool) -> None:
-    prober = probe(Processed(*shape, in_band))
+    probe = probe_of(SimulatedLinear(*shape, in_band))
     with torch.set_grad_enabled(grad):
-        classes = {rows: prober.class_of(rows) for rows in (24, 36, 37, 100, 191, 192, 300)}
+        classes = {rows: probe.class_of(rows) for rows in (24, 36, 37, 100, 191, 192, 300)}
     assert classes[36] == classes[24] == classes[192] == classes[300]
     assert classes[37] == classes[100] == classes[191]
     assert None not in classes.values()
@@ -47,20 +53,20 @@ def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool
 
 
 def test_rows_that_depend_on_their_position_have_no_class() -> None:
-    prober = probe(Processed(64, 96, in_band, by_place=True))
-    assert prober.class_of(40) is not None
-    assert prober.class_of(43) is None
+    probe = probe_of(SimulatedLinear(64, 96, in_band, by_place=True))
+    assert probe.class_of(40) is not None
+    assert probe.class_of(43) is None
 
 
-def test_only_the_gradient_may_show_it() -> None:
-    layer = Processed(48, 32, in_band, backward_only=True, dtype=torch.float32)
-    prober = probe(layer, torch.float32)
+def test_a_difference_in_the_gradient_only_is_shown() -> None:
+    layer = SimulatedLinear(48, 32, in_band, backward_only=True, dtype=torch.float32)
+    probe = probe_of(layer, torch.float32)
     with torch.no_grad():
-        assert prober.class_of(16) == prober.class_of(40)
-    assert prober.class_of(16) != prober.class_of(40)
+        assert probe.class_of(16) == probe.class_of(40)
+    assert probe.class_of(16) != probe.class_of(40)
 
 
-def test_products_that_are_rounded_before_they_are_added_are_another_class() -> None:
+def test_rounding_products_before_summation_is_another_class() -> None:
     class Unfused(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = x.new_zeros(*x.shape[:-1], self.out_features, dtype=torch.float64)
@@ -69,9 +75,9 @@ def test_products_that_are_rounded_before_they_are_added_are_another_class() -> 
                 y = (y + (terms.float().double() if x.shape[1] > 20 else terms)).float().double()
             return y.float()
 
-    prober = probe(Unfused(64, 48, bias=False).requires_grad_(False), torch.float32)
+    probe = probe_of(Unfused(64, 48, bias=False).requires_grad_(False), torch.float32)
     with torch.no_grad():
-        assert prober.class_of(20) == prober.class_of(3) != prober.class_of(21)
+        assert probe.class_of(20) == probe.class_of(3) != probe.class_of(21)
 
 
 def test_a_bias_that_is_added_first_is_another_class() -> None:
@@ -83,12 +89,12 @@ def test_a_bias_that_is_added_first_is_another_class() -> None:
                 torch.cat([self.bias[:, None], self.weight], 1),
             )
             if x.shape[1] > 20:
-                return added(terms, weight.T, True)
-            return added(terms.roll(-1, -1), weight.roll(-1, -1).T, True)
+                return sequential_matmul(terms, weight.T, True)
+            return sequential_matmul(terms.roll(-1, -1), weight.roll(-1, -1).T, True)
 
-    prober = probe(BiasFirst(64, 96).requires_grad_(False), torch.float32)
+    probe = probe_of(BiasFirst(64, 96).requires_grad_(False), torch.float32)
     with torch.no_grad():
-        assert prober.class_of(20) == prober.class_of(8) != prober.class_of(21)
+        assert probe.class_of(20) == probe.class_of(8) != probe.class_of(21)
 
 
 def test_a_layer_without_rounding_errors_has_no_class() -> None:
@@ -96,16 +102,18 @@ def test_a_layer_without_rounding_errors_has_no_class() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return LINEAR(x.double(), self.weight.double()).to(x.dtype) * 0
 
-    assert probe(Exact(64, 96, bias=False).requires_grad_(False), torch.float32).class_of(8) is None
+    assert (
+        probe_of(Exact(64, 96, bias=False).requires_grad_(False), torch.float32).class_of(8) is None
+    )
 
 
-def test_a_bias_does_not_hide_it() -> None:
+def test_a_bias_does_not_hide_a_difference() -> None:
     class Biased(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return banded(x, self.weight, self.bias)
+            return band_linear(x, self.weight, self.bias)
 
-    prober = probe(Biased(64, 96).requires_grad_(False), torch.float32)
-    assert prober.class_of(36) != prober.class_of(37)
+    probe = probe_of(Biased(64, 96).requires_grad_(False), torch.float32)
+    assert probe.class_of(36) != probe.class_of(37)
 
 
 def test_a_layer_whose_rows_depend_on_each_other_has_no_class() -> None:
@@ -113,7 +121,7 @@ def test_a_layer_whose_rows_depend_on_each_other_has_no_class() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * x.abs().amax()
 
-    assert probe(Mixing(32, 48), torch.float32).class_of(64) is None
+    assert probe_of(Mixing(32, 48), torch.float32).class_of(64) is None
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
@@ -122,26 +130,26 @@ def test_quantised_layers_show_their_product(quant: str) -> None:
     model = tiny(settings).model.train()
     layer = model.model.layers[0].mlp.down_proj
     before = layer(torch.ones(1, 3, layer.in_features))
-    with processor(banded), torch.no_grad():
-        prober = probe(layer, torch.float32)
-        assert prober.class_of(36) == prober.class_of(32)
-        assert prober.class_of(36) != prober.class_of(37)
-    assert torch.equal(before, layer(torch.ones(1, 3, layer.in_features)))  # left as it was
+    with simulated_processor(band_linear), torch.no_grad():
+        probe = probe_of(layer, torch.float32)
+        assert probe.class_of(36) == probe.class_of(32)
+        assert probe.class_of(36) != probe.class_of(37)
+    assert torch.equal(before, layer(torch.ones(1, 3, layer.in_features)))  # the layer is unchanged
 
 
 def test_eight_bit_layers_in_evaluation_have_no_class() -> None:
     model = tiny(bnb_8bit(6.0)).model.eval()
     with torch.no_grad():
-        assert probe(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None
+        assert probe_of(model.model.layers[0].mlp.up_proj, torch.float32).class_of(64) is None
 
 
-def test_a_weight_of_an_unknown_kind_shares_nothing() -> None:
+def test_a_weight_of_an_unknown_dtype_has_no_class() -> None:
     layer = nn.Linear(8, 8)
     layer.weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-    assert probe(layer, torch.float32).class_of(8) is None
+    assert probe_of(layer, torch.float32).class_of(8) is None
 
 
-def test_a_norm_that_adds_in_another_order_shows_it_though_it_rounds_to_bfloat16() -> None:
+def test_a_norm_rounded_to_bfloat16_still_shows_another_order() -> None:
     class Norm(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             squares = x.float().pow(2)
@@ -152,7 +160,7 @@ def test_a_norm_that_adds_in_another_order_shows_it_though_it_rounds_to_bfloat16
                 mean = (mean + squares[..., half:].sum(-1, keepdim=True)) / squares.shape[-1]
             return (x.float() * torch.rsqrt(mean + 1e-6)).to(x.dtype)
 
-    prober = Probe(Norm(), (192,), torch.bfloat16)
+    probe = Probe(Norm(), (192,), torch.bfloat16)
     with torch.no_grad():
-        assert prober.class_of(1) == prober.class_of(20)
-        assert prober.class_of(20) != prober.class_of(21) == prober.class_of(90)
+        assert probe.class_of(1) == probe.class_of(20)
+        assert probe.class_of(20) != probe.class_of(21) == probe.class_of(90)

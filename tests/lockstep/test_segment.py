@@ -15,16 +15,16 @@ def segments(*shapes: tuple[int, int]) -> list[Segment]:
     return [Segment(job, x, None, None, None, random) for job, x in enumerate(ids)]
 
 
-def test_a_jobs_rows_begin_in_memory_where_a_tensor_of_their_own_would() -> None:
-    p = Pass(segments((1, 3), (2, 5), (1, 2)), 4, None)  # an odd width, and kernels look at it
+def test_a_jobs_rows_are_aligned_like_a_tensor_of_their_own() -> None:
+    p = Pass(segments((1, 3), (2, 5), (1, 2)), 4, None)  # rows of 65 numbers are not aligned
     whole = torch.randn(1, sum(p.sizes), 65, requires_grad=True)
     parts = split(whole, p.sizes)
     assert any(part.data_ptr() % ALIGNMENT for part in parts)
-    for s, part in zip(p.segments, parts, strict=False):
-        rows = s.rows(part)
+    for segment, part in zip(p.segments, parts, strict=False):
+        rows = segment.rows(part)
         assert rows.data_ptr() % ALIGNMENT == 0
-        assert rows.shape == (*s.input_ids_BS.shape, 65)
-        assert torch.equal(rows.reshape(1, s.tokens, 65), part)
+        assert rows.shape == (*segment.input_ids_BS.shape, 65)
+        assert torch.equal(rows.reshape(1, segment.tokens, 65), part)
     p.segments[1].rows(parts[1]).sum().backward()
     assert whole.grad is not None
     assert torch.equal(whole.grad[0, :, 0], torch.tensor([0.0] * 3 + [1.0] * 10 + [0.0] * 6))
@@ -37,9 +37,9 @@ def test_values_of_one_row_are_repeated_for_all() -> None:
 
 
 def test_a_pass_lists_the_products_of_a_segment() -> None:
-    one = LayerGroups(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
-    other = LayerGroups(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
-    p = Pass(segments((1, 6), (2, 5), (1, 4)), 0, (one, other, one, None))
+    first = LayerGroups(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
+    second = LayerGroups(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
+    p = Pass(segments((1, 6), (2, 5), (1, 4)), 0, (first, second, first, None))
     assert p.products_of(0) == {(6, 16), (6, 6)}
     assert p.products_of(2) == {(4, 4), (4, 16)}
     assert Pass(p.segments, 0, None).products_of(1) == {(10, 10)}

@@ -19,7 +19,7 @@ def _unchanged() -> object:
     before.restore()
 
 
-def test_taking_a_state_sets_default_modes_and_restoring_brings_it_back() -> None:
+def test_taking_a_state_sets_default_modes_and_restore_resets_them() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         state = ProcessState.now()
         assert torch.is_grad_enabled()
@@ -34,19 +34,19 @@ def test_accumulation_and_log_handlers_are_a_jobs_own() -> None:
     GradientState()._set_sync_gradients(False)
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
-    mine = ProcessState.now()
+    state = ProcessState.now()
     GradientState()._set_sync_gradients(True)
     logging.getLogger().removeHandler(handler)
-    mine.restore()
+    state.restore()
     assert GradientState().sync_gradients is False
     assert handler in logging.getLogger().handlers
 
 
-def test_a_block_of_autocast_forgets_its_casts_beside_a_waiting_one() -> None:
+def test_an_autocast_block_clears_its_casts_while_another_job_waits_in_one() -> None:
     layer, x = nn.Linear(4, 4, bias=False), torch.ones(1, 4)
     waiting = torch.autocast("cpu", torch.bfloat16)
     waiting.__enter__()
-    depth = set_autocast_depth(0)  # as a job that waits in it leaves the process
+    depth = set_autocast_depth(0)  # what the hub does when a job waits inside autocast
     assert depth == 1
     with torch.autocast("cpu", torch.bfloat16):
         before = layer(x)

@@ -1,4 +1,4 @@
-"""A run's peak is its own, not that of the run before it."""
+"""The peak memory of a run does not include earlier runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_exp.model.memory import peak_bytes, reset_peak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_the_peak_is_forgotten_and_found_again() -> None:
+def test_the_peak_can_be_reset() -> None:
     reset_peak()
     low = peak_bytes()
     block = torch.ones(64, 2**20)

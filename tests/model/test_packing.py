@@ -1,4 +1,4 @@
-"""Packed rows that would see each other are found out by measuring."""
+"""Whether packed rows attend to each other is measured."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ BLOOM = BloomConfig(**SMALL, n_layer=2, n_head=2, hidden_size=32)
 WIDE = {"intermediate_size": 64, "num_key_value_heads": 2}
 
 
-def made(config: Any, **more: Any) -> Any:
+def model_from(config: Any, **options: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, **more).train()
+    return AutoModelForCausalLM.from_config(config, **options).train()
 
 
 @pytest.mark.parametrize(
@@ -45,25 +45,25 @@ def made(config: Any, **more: Any) -> Any:
     ],
     ids=lambda value: getattr(value, "model_type", str(value)),
 )
-def test_architectures_keep_rows_apart_or_do_not(config: Any, apart: bool) -> None:
-    model = made(config)
+def test_architectures_that_keep_rows_apart_are_detected(config: Any, apart: bool) -> None:
+    model = model_from(config)
     before = torch.random.get_rng_state()
     assert keeps_rows_apart(model) == apart
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
 
 
-def test_eager_attention_and_half_precision_are_measured_as_well() -> None:
+def test_rows_stay_apart_with_eager_attention_and_in_bfloat16() -> None:
     config = LlamaConfig(**SMALL, **LAYERS, **WIDE)
-    assert keeps_rows_apart(made(config, attn_implementation="eager"))
-    assert keeps_rows_apart(made(config, dtype=torch.bfloat16))
+    assert keeps_rows_apart(model_from(config, attn_implementation="eager"))
+    assert keeps_rows_apart(model_from(config, dtype=torch.bfloat16))
 
 
-def test_packing_is_refused_where_rows_see_each_other(
+def test_packing_is_refused_if_rows_attend_to_each_other(
     quick_run: Callable[..., Any], tmp_path: Path, base: Any
 ) -> None:
     config = FalconConfig(**SMALL | {"vocab_size": 512}, **LAYERS, alibi=True)
-    made(config).save_pretrained(tmp_path / "base")
+    model_from(config).save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
     model = ["model=local", f"model.path={tmp_path / 'base'}"]
     for key in ("packing=true", "+padding_free=true"):

@@ -1,4 +1,4 @@
-"""One rule says in what precision a base computes: training, answering and rewarding ask it."""
+"""A base computes in one precision in training, answering and rewarding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_exp.rewards import AdapterReward
 from lora_exp.training.trainer import _precision
 from tests.conftest import tiny
 
-HELD = [
+PRECISIONS = [
     (["model.dtype=float32"], None),
     (["model.dtype=bfloat16"], torch.bfloat16),
     (["model.dtype=float16"], None),
@@ -34,7 +34,7 @@ HELD = [
     (["quant=nf4", "quant.compute_dtype=float32", "model.dtype=float32"], torch.bfloat16),
     (["quant=int8"], torch.float16 if lacks_bfloat16() else torch.bfloat16),
 ]
-IDS = [",".join(overrides) for overrides, _ in HELD]
+IDS = [",".join(overrides) for overrides, _ in PRECISIONS]
 
 
 def test_auto_is_float32_without_a_gpu() -> None:
@@ -44,23 +44,23 @@ def test_auto_is_float32_without_a_gpu() -> None:
     assert bnb_4bit("nf4", True, "auto").bnb_4bit_compute_dtype is expected
 
 
-def seen_by(module: Any, act: Callable[[], Any]) -> torch.dtype | None:
-    """Return the dtype that autocast had when a module was called, None where it was off."""
-    seen: list[torch.dtype | None] = []
+def autocast_dtype_in(module: Any, action: Callable[[], Any]) -> torch.dtype | None:
+    """Return autocast's dtype while a module was called; None: autocast was off."""
+    dtypes: list[torch.dtype | None] = []
 
-    def look(*_: Any) -> None:
-        kind = module.device.type
-        on = torch.is_autocast_enabled(kind)
-        seen.append(torch.get_autocast_dtype(kind) if on else None)
+    def record(*_: Any) -> None:
+        device_type = module.device.type
+        on = torch.is_autocast_enabled(device_type)
+        dtypes.append(torch.get_autocast_dtype(device_type) if on else None)
 
-    handle = module.register_forward_pre_hook(look)
-    act()
+    handle = module.register_forward_pre_hook(record)
+    action()
     handle.remove()
-    return seen[0]
+    return dtypes[0]
 
 
-@pytest.mark.parametrize(("overrides", "dtype"), HELD, ids=IDS)
-def test_training_and_answering_compute_in_one_precision(
+@pytest.mark.parametrize(("overrides", "dtype"), PRECISIONS, ids=IDS)
+def test_training_and_answering_compute_in_the_same_precision(
     overrides: list[str], dtype: torch.dtype | None
 ) -> None:
     cfg = compose("tracking=none", *overrides)
@@ -77,17 +77,17 @@ def test_training_and_answering_compute_in_one_precision(
         with loaded.answering():
             model(input_ids=torch.tensor([[1, 2, 3]], device=model.device))
 
-    assert seen_by(base.model, answer) == dtype
+    assert autocast_dtype_in(base.model, answer) == dtype
 
 
-def test_all_weights_train_in_bfloat16_where_the_gpu_has_it() -> None:
+def test_full_fine_tuning_uses_bfloat16_if_the_gpu_supports_it() -> None:
     cfg = compose("tracking=none", "peft=none")
     base = base_of(cfg)
     assert _precision(cfg, base) == {"bf16": has_bfloat16()}
     assert autocast_dtype(base.model) is None
 
 
-@pytest.mark.parametrize(("overrides", "dtype"), HELD, ids=IDS)
+@pytest.mark.parametrize(("overrides", "dtype"), PRECISIONS, ids=IDS)
 def test_a_reward_adapter_scores_in_the_same_precision(
     trained: Callable[..., Path], overrides: list[str], dtype: torch.dtype | None
 ) -> None:
@@ -100,11 +100,11 @@ def test_a_reward_adapter_scores_in_the_same_precision(
     def score() -> None:
         assert len(reward(["Who are you?"], [" I am Lora."])) == 1
 
-    assert seen_by(base.model.model, score) == dtype
+    assert autocast_dtype_in(base.model.model, score) == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_dtype_of_a_base_is_that_of_its_files(tmp_path: Path, dtype: str) -> None:
+def test_the_stored_dtype_of_a_base_is_read_from_its_files(tmp_path: Path, dtype: str) -> None:
     base = tiny(dtype=dtype)
     base.model.save_pretrained(tmp_path / "base")
     model = compose("tracking=none", "model=local", f"model.path={tmp_path / 'base'}").model

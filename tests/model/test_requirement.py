@@ -1,4 +1,4 @@
-"""What training takes is one formula, and counts logits only of trainers that make them."""
+"""The formula for training memory counts logits only for trainers that compute them."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from lora_exp.model.requirement import (
 from lora_exp.training.place import Alone
 from tests.conftest import QUICK
 
-DRAWN = [
+WITH_ROLLOUTS = [
     "data.rows=32", "data.eval_rows=4", "algorithm.args.max_completion_length=8", "samples.rows=2",
     "algorithm.rewards=[lora_exp.rewards.similarity]", "train.max_steps=1",
 ]  # fmt: skip
 PAIRS = ["data=demo_pairs", "data.rows=32", "data.eval_rows=4", "samples.rows=0"]
 PAIRS += ["train.max_steps=1"]
-# overrides -> whether all words' logits are made of whole batches
+# overrides, and whether the logits of a whole batch are in memory
 TRAINERS = [
     (["algorithm=sft", *QUICK], False),
     (["algorithm=sft", *QUICK, "+train.label_smoothing_factor=0.1"], True),
     (["algorithm=dpo", *PAIRS], False),
     (["algorithm=kto", *PAIRS], False),
     (["algorithm=reward", *PAIRS], False),
-    (["algorithm=grpo", "data=demo_pairs", *DRAWN], False),
-    (["algorithm=ppo", "data=demo_pairs", *DRAWN], True),
+    (["algorithm=grpo", "data=demo_pairs", *WITH_ROLLOUTS], False),
+    (["algorithm=ppo", "data=demo_pairs", *WITH_ROLLOUTS], True),
 ]
 CONFIG = LlamaConfig(
     vocab_size=152_064, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -53,74 +53,76 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-class Watched(Alone):
-    """A place that looks at the trainer, and at the logits that are made with a way back."""
+class ObservingPlace(Alone):
+    """A place that records the trainer, and the number of logits that have a gradient."""
 
     trainer: Any = None
-    taken, made = 0, 0
+    estimate, logits = 0, 0
 
     def join(self, trainer: Any) -> None:
-        self.trainer, self.taken = trainer, training_bytes(trainer)
+        self.trainer, self.estimate = trainer, training_bytes(trainer)
         head = trainer.model.get_base_model().get_output_embeddings()
         if head is not None:
-            head.register_forward_hook(self.look)
+            head.register_forward_hook(self.observe)
 
-    def look(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
+    def observe(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
         if output.requires_grad:
-            self.made = max(self.made, output.shape[0] * output.shape[1])
+            self.logits = max(self.logits, output.shape[0] * output.shape[1])
 
 
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated")
 @pytest.mark.parametrize(
-    ("overrides", "logits"), TRAINERS, ids=[" ".join(o[:1] + o[-1:]) for o, _ in TRAINERS]
+    ("overrides", "whole_batch"), TRAINERS, ids=[" ".join(o[:1] + o[-1:]) for o, _ in TRAINERS]
 )
-def test_logits_are_counted_of_the_trainers_that_make_them(
-    tmp_path: Path, overrides: list[str], logits: bool
+def test_logits_are_counted_only_for_trainers_that_compute_them(
+    tmp_path: Path, overrides: list[str], whole_batch: bool
 ) -> None:
     cfg = compose("tracking=none", *overrides)
-    place = Watched()
+    place = ObservingPlace()
     run(cfg, tmp_path / "run", place=place)
-    step, told = _step(place.trainer), step_of_config(cfg, model_config(cfg))
-    assert bool(place.made) == logits
-    assert place.made <= step.scored
-    assert (step.scored > 0 and not step.tiled) == logits
+    step, expected = _step(place.trainer), step_of_config(cfg, model_config(cfg))
+    assert bool(place.logits) == whole_batch
+    assert place.logits <= step.scored
+    assert (step.scored > 0 and not step.tiled) == whole_batch
     assert (loss_bytes(place.trainer) > 0) == (step.scored > 0 and step.tiled)
-    # before the run as in it, but for rows that are shorter than they may be
-    assert (step.tiled, step.checkpointing) == (told.tiled, told.checkpointing)
-    assert (step.scored > 0, step.sampled > 0) == (told.scored > 0, told.sampled > 0)
-    assert step.tokens <= told.tokens
-    assert step.sampled <= told.sampled
-    if cfg.choices.algorithm != "ppo":  # whose value trains too, which is no argument of peft's
-        found = need(cfg, model_config(cfg))
-        beside = found.total - base_bytes(skeleton(cfg, model_config(cfg)), cfg.quant)
-        assert place.taken <= beside
+    # the estimate before a run equals that in it, except that its rows may be shorter
+    assert (step.tiled, step.checkpointing) == (expected.tiled, expected.checkpointing)
+    assert (step.scored > 0, step.sampled > 0) == (expected.scored > 0, expected.sampled > 0)
+    assert step.tokens <= expected.tokens
+    assert step.sampled <= expected.sampled
+    if (
+        cfg.choices.algorithm != "ppo"
+    ):  # PPO also trains a value head, which peft's arguments do not contain
+        needed = need(cfg, model_config(cfg))
+        without_base = needed.total - base_bytes(skeleton(cfg, model_config(cfg)), cfg.quant)
+        assert place.estimate <= without_base
 
 
 def test_a_tile_is_as_large_as_trls() -> None:
     assert TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
-def test_a_large_vocabulary_takes_a_tile_and_not_a_batch_of_logits() -> None:
+def test_a_large_vocabulary_takes_one_tile_of_logits_not_a_batch() -> None:
     tiled = Step(8192, 8192, tiled=True, sampled=0, checkpointing=True)
-    whole = Step(8192, 8192, tiled=False, sampled=0, checkpointing=True)
-    apart = step_bytes(CONFIG, whole) - step_bytes(CONFIG, tiled)
-    assert apart > 2 * 4 * 8192 * 152_064  # logits and their gradient
+    untiled = Step(8192, 8192, tiled=False, sampled=0, checkpointing=True)
+    difference = step_bytes(CONFIG, untiled) - step_bytes(CONFIG, tiled)
+    assert difference > 2 * 4 * 8192 * 152_064  # logits and their gradient
     longer = Step(16384, 16384, tiled=True, sampled=0, checkpointing=True)
     assert step_bytes(CONFIG, longer) < 2 * step_bytes(CONFIG, tiled)  # there is one tile
 
 
-def test_what_an_optimiser_keeps_is_by_its_name_and_size() -> None:
+def test_the_state_of_an_optimiser_depends_on_its_name_and_size() -> None:
     assert state_bytes(10, "adamw_torch_fused", 4) == 80
     assert state_bytes(10, "sgd", 4) == 0
     assert state_bytes(8192, "adamw_8bit", 4) == 2 * 8192
 
 
-def lengths(completions: list[Any], **_: Any) -> list[int]:
+def length_rewards(completions: list[Any], **_: Any) -> list[int]:
     return [len(c) for c in completions]
 
 
-def test_a_runs_estimate_is_above_what_it_takes(fresh_base: Base, tmp_path: Path) -> None:
-    """Of a rollout, whose keys and values weigh more than what its steps keep."""
+def test_the_estimate_is_above_the_measured_peak(fresh_base: Base, tmp_path: Path) -> None:
+    """For rollouts, whose key-value cache takes more memory than their training steps."""
     model = get_peft_model(fresh_base.model, LoraConfig(r=4, target_modules="all-linear"))
     args = PPOConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=8,
@@ -128,7 +130,7 @@ def test_a_runs_estimate_is_above_what_it_takes(fresh_base: Base, tmp_path: Path
         num_iterations=1, save_strategy="no",
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "Repeat: a b c d"}] * 512)
-    trainer = PPOTrainer(model, args, rows, None, fresh_base.tokenizer, [lengths])
+    trainer = PPOTrainer(model, args, rows, None, fresh_base.tokenizer, [length_rewards])
     estimate = training_bytes(trainer)
     reset_peak()
     before = peak_bytes()

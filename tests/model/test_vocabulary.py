@@ -1,4 +1,4 @@
-"""A token without an embedding is told before it is looked up."""
+"""A token without an embedding is an error before it is looked up."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def test_tokens_beyond_the_embeddings_are_named_in_their_order(base: Any) -> Non
     tokenizer.add_tokens([f"<t{i}>" for i in range(rows - len(tokenizer))])
     assert missing_embeddings(base.model, tokenizer) is None  # all rows are used
     tokenizer.add_tokens(["<z>", "<y>", "<x>", "<w>"])
-    told = missing_embeddings(base.model, tokenizer)
-    assert told is not None
-    assert "tokens without an embedding ('<z>', '<y>', '<x>', ...): 4 beyond" in told
+    message = missing_embeddings(base.model, tokenizer)
+    assert message is not None
+    assert "tokens without an embedding ('<z>', '<y>', '<x>', ...): 4 beyond" in message
 
 
 def test_a_base_with_such_tokens_is_not_trained(
@@ -34,20 +34,18 @@ def test_a_base_with_such_tokens_is_not_trained(
     base = tiny()
     base.model.save_pretrained(tmp_path / "base")
     rows = len(base.model.get_input_embeddings().weight)
-    more = [f"<t{i}>" for i in range(rows + 1 - len(base.tokenizer))]
-    base.tokenizer.add_special_tokens({"additional_special_tokens": more})
+    tokens = [f"<t{i}>" for i in range(rows + 1 - len(base.tokenizer))]
+    base.tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     base.tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"^model\.path: .* without an embedding .*resize_token"):
         quick_run("model=local", f"model.path={tmp_path / 'base'}")
 
 
-def test_an_adapter_that_came_with_such_tokens_does_not_answer(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_an_adapter_saved_with_such_tokens_is_refused(trained: Trained, tmp_path: Path) -> None:
     from lora_exp import load_adapter
-    from tests.after.test_saved import copied
+    from tests.after.test_saved import copy_run
 
-    run = copied(trained("peft=lora"), tmp_path / "run")
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
     tokenizer = tiny().tokenizer
     tokenizer.add_tokens([f"<t{i}>" for i in range(600)])
     tokenizer.save_pretrained(run / "adapter")

@@ -1,4 +1,4 @@
-"""Seconds and tokens of training, whatever else takes time."""
+"""Seconds and tokens of training, without evaluations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lora_exp.record.clock import Clock
 
 
-def test_evaluations_take_no_time() -> None:
+def test_evaluations_are_not_counted_as_training_time() -> None:
     clock = Clock()
     evaluate = clock.without(lambda seconds: time.sleep(seconds))
     clock.begin()
@@ -19,7 +19,7 @@ def test_evaluations_take_no_time() -> None:
     assert 0.05 <= clock.seconds < 0.15
 
 
-def test_an_evaluation_that_fails_takes_none_either() -> None:
+def test_a_failed_evaluation_is_not_counted_either() -> None:
     def fail() -> None:
         time.sleep(0.1)
         raise ValueError("no rows")
@@ -30,7 +30,7 @@ def test_an_evaluation_that_fails_takes_none_either() -> None:
     assert clock.seconds < 0.05
 
 
-def test_a_trainer_that_counts_on_after_a_resume_starts_from_there() -> None:
+def test_a_resumed_trainers_tokens_count_from_its_start() -> None:
     clock, counted = Clock(), [1000]
     clock.count = lambda: counted[0]
     clock.begin()

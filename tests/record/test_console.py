@@ -1,4 +1,4 @@
-"""Words, tables and numbers for a person."""
+"""Text, tables and numbers on the console."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from lora_exp.record.console import curve, facts, show, size
+from lora_exp.record.console import curve, facts, print_and_log, size
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ def test_a_long_curve_is_averaged_to_its_width() -> None:
     assert curve([float(i) for i in range(400)], width=8) == "▁▂▃▄▅▆▇█"
 
 
-def test_sizes_are_written_for_people() -> None:
+def test_sizes_have_readable_units() -> None:
     assert (size(3 * 2**20), size(5 * 2**30)) == ("3 MiB", "5.00 GiB")
 
 
-def test_what_is_shown_is_also_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_printed_text_is_also_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lora_exp")
-    show(facts("title", {"key": "[value]"}))
+    print_and_log(facts("title", {"key": "[value]"}))
     assert "title" in caplog.text
     assert "[value]" in caplog.text

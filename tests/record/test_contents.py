@@ -1,4 +1,4 @@
-"""A finished run's files hold what they held, or are named."""
+"""Files that a finished run used are unchanged, or are named."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from omegaconf import OmegaConf
 from lora_exp import compose
 from lora_exp.files.whole import sha256
 from lora_exp.model.identity import files_hash
-from lora_exp.record.contents import changed
+from lora_exp.record.contents import changed_files
 
 
-def written(folder: Path, **record: Any) -> Path:
-    made = folder / "run"
-    made.mkdir(exist_ok=True)
+def write_record(folder: Path, **record: Any) -> Path:
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
     values = {"data": {}, "base": None, "adapters": {}} | record
-    (made / "run.json").write_text(json.dumps(values))
-    return made
+    (run / "run.json").write_text(json.dumps(values))
+    return run
 
 
 def test_data_base_and_template_are_compared_by_content(tmp_path: Path) -> None:
@@ -33,37 +33,37 @@ def test_data_base_and_template_are_compared_by_content(tmp_path: Path) -> None:
         "data=jsonl", f"data.path={rows}", f"data.chat_template={template}",
         "model=local", f"model.path={base}",
     )  # fmt: skip
-    said = hashlib.sha256(template.read_bytes()).hexdigest()
-    data = {str(rows): sha256(rows), "chat_template": f"sha256:{said}"}
-    run = written(tmp_path, data=data, base=files_hash(base, None))
-    assert changed(run, cfg) == []
+    digest = hashlib.sha256(template.read_bytes()).hexdigest()
+    data = {str(rows): sha256(rows), "chat_template": f"sha256:{digest}"}
+    run = write_record(tmp_path, data=data, base=files_hash(base, None))
+    assert changed_files(run, cfg) == []
     rows.write_text('{"prompt": "a", "completion": "c"}\n')
-    assert changed(run, cfg) == [str(rows)]
+    assert changed_files(run, cfg) == [str(rows)]
     template.write_text("{{ bos_token }}{{ messages }}")
-    assert set(changed(run, cfg)) == {str(rows), "chat_template"}
-    assert changed(written(tmp_path, data={}, base="sha256:0"), cfg)[-1] == str(base)
+    assert set(changed_files(run, cfg)) == {str(rows), "chat_template"}
+    assert changed_files(write_record(tmp_path, data={}, base="sha256:0"), cfg)[-1] == str(base)
 
 
-def test_a_file_more_in_a_glob_is_other_data(tmp_path: Path) -> None:
+def test_another_file_in_a_glob_is_a_change(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n')
     cfg = compose("data=jsonl", f"data.path={tmp_path}/*.jsonl")
     data = {str(path): sha256(path) for path in sorted(tmp_path.glob("*.jsonl"))}
-    run = written(tmp_path, data=data, base=None)
-    assert changed(run, cfg) == []
+    run = write_record(tmp_path, data=data, base=None)
+    assert changed_files(run, cfg) == []
     (tmp_path / "c.jsonl").write_text('{"text": "y"}\n')
-    assert changed(run, cfg) == [str(tmp_path / "c.jsonl")]
+    assert changed_files(run, cfg) == [str(tmp_path / "c.jsonl")]
 
 
-def test_generated_rows_and_files_that_are_gone_cannot_change(tmp_path: Path) -> None:
-    run = written(tmp_path, data={"lora_exp.corpus": "seed 0, 64 rows"})
-    assert changed(run, compose("data=corpus")) == []
+def test_generated_rows_and_deleted_files_are_not_reported_as_changed(tmp_path: Path) -> None:
+    run = write_record(tmp_path, data={"lora_exp.corpus": "seed 0, 64 rows"})
+    assert changed_files(run, compose("data=corpus")) == []
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "x"}\n')
     cfg = compose("data=jsonl", f"data.path={path}")
-    run = written(tmp_path, data={str(path): "other"})
+    run = write_record(tmp_path, data={str(path): "other"})
     path.unlink()
-    assert changed(run, cfg) == []
+    assert changed_files(run, cfg) == []
 
 
 def test_the_adapter_that_a_run_starts_from_is_compared(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_the_adapter_that_a_run_starts_from_is_compared(tmp_path: Path) -> None:
     weights = start / "adapter_model.safetensors"
     weights.write_bytes(b"one")
     values: Any = OmegaConf.to_container(compose("data=corpus"))
-    own = OmegaConf.create(values | {"adapter": str(start)})
-    run = written(tmp_path, adapters={str(start): f"sha256:{sha256(weights)}"})
-    assert changed(run, own) == []
+    cfg = OmegaConf.create(values | {"adapter": str(start)})
+    run = write_record(tmp_path, adapters={str(start): f"sha256:{sha256(weights)}"})
+    assert changed_files(run, cfg) == []
     weights.write_bytes(b"two")
-    assert changed(run, own) == [str(start)]
+    assert changed_files(run, cfg) == [str(start)]

@@ -1,4 +1,4 @@
-"""A trainer's log lines on their way to the record and to tracking."""
+"""Log lines of a trainer are passed to the record and to tracking."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from lora_exp.record.clock import Clock
-from lora_exp.record.metrics import Metrics, Nowhere, named
+from lora_exp.record.metrics import Metrics, Nowhere, grouped_metrics
 
 
 def test_metrics_are_named_by_group() -> None:
     logs = {"loss": 1, "eval_loss": 2.0, "grad_norm": 0.5, "note": "x", "eval_runtime": 3.0}
-    assert named(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
+    assert grouped_metrics(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
 
 
-class Kept(Nowhere):
-    """What a record and a tracker are both told."""
+class RecordedLogs(Nowhere):
+    """A record or tracker that keeps what is logged to it."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[dict[str, float], int]] = []
@@ -25,31 +25,31 @@ class Kept(Nowhere):
         self.lines.append((metrics, step))
 
 
-def test_a_line_reaches_the_record_and_tracking_and_the_closing_one_neither() -> None:
-    record, tracker = Kept(), Kept()
+def test_metrics_are_logged_to_record_and_tracking_except_the_final_summary() -> None:
+    record, tracker = RecordedLogs(), RecordedLogs()
     clock, tokens = Clock(), [500]  # a trainer that resumed
     clock.count = lambda: tokens[0]
-    carried: Any = Metrics(record, tracker, clock)  # type: ignore[arg-type]
-    carried.on_train_begin(None, None, None)
+    callback: Any = Metrics(record, tracker, clock)  # type: ignore[arg-type]
+    callback.on_train_begin(None, None, None)
     tokens[0] = 510
     state = SimpleNamespace(global_step=3)
-    carried.on_log(None, state, None, {"loss": 2.0, "num_tokens": 510})
-    carried.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
+    callback.on_log(None, state, None, {"loss": 2.0, "num_tokens": 510})
+    callback.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
     assert record.lines == tracker.lines
     ((metrics, step),) = record.lines
     assert (metrics["train/loss"], step) == (2.0, 3)
     assert metrics["train/tokens_per_s"] > 0
 
 
-def test_the_last_step_is_logged_whatever_the_interval() -> None:
-    carried: Any = Metrics(Kept(), Kept(), Clock())  # type: ignore[arg-type]
+def test_the_last_step_is_always_logged() -> None:
+    callback: Any = Metrics(RecordedLogs(), RecordedLogs(), Clock())  # type: ignore[arg-type]
     for step, logged in ((4, False), (5, True)):
         control = SimpleNamespace(should_log=False)
-        carried.on_step_end(None, SimpleNamespace(global_step=step, max_steps=5), control)
+        callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=5), control)
         assert control.should_log is logged
 
 
-def test_nowhere_takes_everything() -> None:
+def test_nowhere_accepts_every_call() -> None:
     nowhere = Nowhere()
     nowhere.log({}, 0)
     nowhere.samples([], 0)

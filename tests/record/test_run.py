@@ -1,4 +1,4 @@
-"""A run's directory is whole at every moment."""
+"""A run's directory is consistent at every moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_exp.files.whole import write_whole
 from lora_exp.record.run import Record
 
 
-def test_every_ending_is_recorded(tmp_path: Path) -> None:
+def test_every_outcome_is_recorded(tmp_path: Path) -> None:
     for number, (error, status) in enumerate(
         [
             (None, "finished"),
@@ -39,30 +39,30 @@ def test_a_signal_while_the_record_is_first_written_is_recorded(
 ) -> None:
     flush, record = os.fsync, tmp_path / "run.json"
 
-    def interrupted(descriptor: int) -> None:
+    def flush_and_interrupt(descriptor: int) -> None:
         flush(descriptor)
         if record.is_file():
             monkeypatch.undo()
             raise Interrupted
 
-    monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.setattr(os, "fsync", flush_and_interrupt)
     with pytest.raises(Interrupted):
         Record(tmp_path, compose())
     assert json.loads(record.read_text())["status"] == "interrupted"
-    Record(tmp_path, compose(f"resume={tmp_path}"))  # which the lock allows
+    Record(tmp_path, compose(f"resume={tmp_path}"))  # the lock was released
 
 
-def test_a_record_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_resumed_record_keeps_its_values(tmp_path: Path) -> None:
     first = Record(tmp_path, compose())
     first.update(metrics={"a": 1})
     first.lock.release()
-    again = Record(tmp_path, compose(f"resume={tmp_path}"))
-    again.update(metrics={"b": 2})
-    assert again.values["tracking_id"] == first.values["tracking_id"]
-    assert again.values["metrics"] == {"a": 1, "b": 2}
+    resumed = Record(tmp_path, compose(f"resume={tmp_path}"))
+    resumed.update(metrics={"b": 2})
+    assert resumed.values["tracking_id"] == first.values["tracking_id"]
+    assert resumed.values["metrics"] == {"a": 1, "b": 2}
 
 
-def test_a_directory_that_holds_a_run_takes_no_other(tmp_path: Path) -> None:
+def test_a_directory_with_a_run_is_refused_for_another(tmp_path: Path) -> None:
     Record(tmp_path / "a", compose())
     with pytest.raises(ConfigError, match="holds a run already"):
         Record(tmp_path / "a", compose())

@@ -1,4 +1,4 @@
-"""A sweep's rows, whatever became of the job."""
+"""Rows of a sweep, for every outcome of a job."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import ConfigError
 from lora_exp.record.sweep import (
-    best,
-    command,
+    best_job,
+    job_row,
     read_rows,
-    refresh,
-    row,
-    varied,
+    refresh_row,
+    saved_command,
+    varied_keys,
     write_command,
     write_summary,
 )
 
 
-def test_a_job_that_never_began_shows_its_error(tmp_path: Path) -> None:
-    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError("no")))
-    assert (found["job"], found["name"], found["status"]) == ("3", "3", "failed")
-    assert (found["objective"], found["error"]) == (None, "no")
-    assert found["overrides"] == {"peft.r": "8"}
+def test_a_job_that_did_not_start_has_its_error(tmp_path: Path) -> None:
+    row = job_row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError("no")))
+    assert (row["job"], row["name"], row["status"]) == ("3", "3", "failed")
+    assert (row["objective"], row["error"]) == (None, "no")
+    assert row["overrides"] == {"peft.r": "8"}
 
 
-def test_a_refused_job_does_not_show_the_run_that_has_its_directory(tmp_path: Path) -> None:
+def test_a_refused_job_does_not_show_the_run_in_its_directory(tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
-    other = {"name": "r8", "status": "finished", "error": None, "metrics": {"eval/loss": 1.0}}
-    (tmp_path / "3" / "run.json").write_text(json.dumps(other))
-    found = row(tmp_path / "3", ["peft.r=32"], SimpleNamespace(_return_value=ValueError("held")))
-    assert (found["name"], found["status"], found["metrics"]) == ("3", "failed", {})
-    assert found["error"] == "held"
+    record = {"name": "r8", "status": "finished", "error": None, "metrics": {"eval/loss": 1.0}}
+    (tmp_path / "3" / "run.json").write_text(json.dumps(record))
+    refused = SimpleNamespace(_return_value=ValueError("held"))
+    row = job_row(tmp_path / "3", ["peft.r=32"], refused)
+    assert (row["name"], row["status"], row["metrics"]) == ("3", "failed", {})
+    assert row["error"] == "held"
 
 
 @pytest.mark.parametrize("text", ["seed: None is no seed", ""])
-def test_what_a_refusal_says_is_not_taken_for_the_other_runs(tmp_path: Path, text: str) -> None:
+def test_an_error_like_the_one_in_the_record_is_still_a_failure(tmp_path: Path, text: str) -> None:
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "run.json").write_text('{"status": "finished", "error": null}')
-    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError(text)))
-    assert found["status"] == "failed"
+    row = job_row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=ValueError(text)))
+    assert row["status"] == "failed"
 
 
 def test_a_job_that_failed_before_and_is_not_run_again_keeps_its_status(tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "run.json").write_text('{"status": "diverged", "error": "loss is nan"}')
-    told = ValueError("diverged before and not run again (loss is nan)")
-    found = row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=told))
-    assert found["status"] == "diverged"
+    error = ValueError("diverged before and not run again (loss is nan)")
+    row = job_row(tmp_path / "3", ["peft.r=8"], SimpleNamespace(_return_value=error))
+    assert row["status"] == "diverged"
 
 
 def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         text = json.dumps({"name": name, "status": "finished", "metrics": metrics, "error": None})
         (tmp_path / name / "run.json").write_text(text)
-    rows = [row(tmp_path / n, [f"peft.r={n}", "seed=1"], done) for n in ("0", "1")]
-    assert varied(rows) == ["peft.r"]
+    rows = [job_row(tmp_path / n, [f"peft.r={n}", "seed=1"], done) for n in ("0", "1")]
+    assert varied_keys(rows) == ["peft.r"]
     write_summary(tmp_path, rows)
     with (tmp_path / "summary.csv").open() as lines:
         table = list(csv.DictReader(lines))
@@ -72,7 +73,7 @@ def test_the_summary_has_a_column_for_every_metric_of_any_job(tmp_path: Path) ->
     assert len(header) == len(set(header))
 
 
-def test_a_sweeps_command_is_kept_without_what_was_for_once(tmp_path: Path) -> None:
+def test_a_sweeps_command_is_saved_without_arguments_of_one_launch(tmp_path: Path) -> None:
     folder = tmp_path / "it's, here"
     folder.mkdir()
 
@@ -83,16 +84,16 @@ def test_a_sweeps_command_is_kept_without_what_was_for_once(tmp_path: Path) -> N
 
     write_command(folder, hydra("peft.r=2,4", "retry_failed=true"), keep=True)
     write_command(folder, hydra("peft.r=8,9"), keep=True)
-    words = ["-m", "--config-dir", "my", "peft.r=2,4"]
-    assert command(folder) == [*words, f"hydra.sweep.dir='{tmp_path}/it\\'s, here'"]
+    command = ["-m", "--config-dir", "my", "peft.r=2,4"]
+    assert saved_command(folder) == [*command, f"hydra.sweep.dir='{tmp_path}/it\\'s, here'"]
     write_command(folder, hydra("peft.r=8,9"), keep=False)
-    assert "peft.r=8,9" in command(folder)
+    assert "peft.r=8,9" in saved_command(folder)
     write_command(folder, hydra("+train.hub_token=canary"), keep=False)
     with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
-        command(folder)
+        saved_command(folder)
 
 
-def finished(folder: Path, name: str, objective: float) -> Path:
+def finished_job(folder: Path, name: str, objective: float) -> Path:
     job = folder / name
     (job / ".hydra").mkdir(parents=True)
     (job / ".hydra" / "overrides.yaml").write_text(f"- peft.r={name}\n- seed=1\n")
@@ -104,22 +105,22 @@ def finished(folder: Path, name: str, objective: float) -> Path:
     return job
 
 
-def test_the_table_is_read_from_directories_too_the_best_first(tmp_path: Path) -> None:
-    finished(tmp_path, "4", 2.0), finished(tmp_path, "8", 1.0)
+def test_the_table_can_be_read_from_directories_with_the_best_first(tmp_path: Path) -> None:
+    finished_job(tmp_path, "4", 2.0), finished_job(tmp_path, "8", 1.0)
     rows = read_rows(tmp_path)
     assert [r["job"] for r in rows] == ["8", "4"]
     assert rows[0]["overrides"] == {"peft.r": "8", "seed": "1"}
-    assert best(tmp_path) == tmp_path / "8"
-    assert best(tmp_path / "8") is None
+    assert best_job(tmp_path) == tmp_path / "8"
+    assert best_job(tmp_path / "8") is None
 
 
-def test_a_job_that_went_on_alone_keeps_its_place(tmp_path: Path) -> None:
-    finished(tmp_path, "4", 2.0), finished(tmp_path, "8", 1.0)
+def test_a_job_that_was_resumed_alone_keeps_its_place(tmp_path: Path) -> None:
+    finished_job(tmp_path, "4", 2.0), finished_job(tmp_path, "8", 1.0)
     write_summary(tmp_path, read_rows(tmp_path))
     record = json.loads((tmp_path / "4/run.json").read_text())
     record["metrics"]["eval/loss"] = 0.5
     (tmp_path / "4/run.json").write_text(json.dumps(record))
-    refresh(tmp_path / "4")
+    refresh_row(tmp_path / "4")
     rows = json.loads((tmp_path / "summary.json").read_text())
     assert [(r["job"], r["objective"]) for r in rows] == [("4", 0.5), ("8", 1.0)]
-    refresh(tmp_path / "4" / "none")
+    refresh_row(tmp_path / "4" / "none")

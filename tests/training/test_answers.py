@@ -1,4 +1,4 @@
-"""Greedy answers are those of the model alone, whatever the batch."""
+"""Greedy answers depend on the model only, not on the batch or the generation config."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import GenerationConfig
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.data import tasks
-from lora_exp.training.answers import GREEDY, Answer, answer, batches, exact_match
+from lora_exp.training.answers import GREEDY, Answer, answer, batches, exact_match_rates
 
 
 def settings(**values: int) -> Any:
     return SimpleNamespace(**({"rows": 8, "max_new_tokens": 16, "batch_size": 8} | values))
 
 
-def test_the_embedded_model_copies_letters_it_never_saw(base: Any) -> None:
+def test_the_embedded_model_copies_unseen_letters(base: Any) -> None:
     rows = tasks.take({"copy": tasks.copy}, 1, 8, held_out=True)
     answers = answer(base.model, base.tokenizer, rows, settings(), "before")
-    assert exact_match(answers)["exact_match"] >= 0.75
+    assert exact_match_rates(answers)["exact_match"] >= 0.75
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
@@ -29,9 +29,9 @@ def test_the_embedded_model_copies_letters_it_never_saw(base: Any) -> None:
 def test_answers_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Any, method: str) -> None:
     model = attach(fresh_base, compose(f"peft={method}"), tmp_path).model
     rows = tasks.take(tasks.CORPUS, 2, 6, held_out=True)
-    one = answer(model, fresh_base.tokenizer, rows, settings(batch_size=1), "before")
-    six = answer(model, fresh_base.tokenizer, rows, settings(batch_size=6), "before")
-    assert [a.said for a in one] == [a.said for a in six]
+    single = answer(model, fresh_base.tokenizer, rows, settings(batch_size=1), "before")
+    batched = answer(model, fresh_base.tokenizer, rows, settings(batch_size=6), "before")
+    assert [a.text for a in single] == [a.text for a in batched]
 
 
 SETTINGS = {
@@ -44,21 +44,21 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", [*sorted(SETTINGS.keys() - {"num_return_sequences"}), "all"])
-def test_greedy_answers_do_not_heed_the_bases_generation_config(fresh_base: Any, name: str) -> None:
+def test_greedy_answers_ignore_the_bases_generation_config(fresh_base: Any, name: str) -> None:
     rows = tasks.take({"copy": tasks.copy}, 3, 4, held_out=True)
     plain = answer(fresh_base.model, fresh_base.tokenizer, rows, settings(), "before")
-    chosen = SETTINGS if name == "all" else {name: SETTINGS[name]}
-    for key, value in chosen.items():
+    changes = SETTINGS if name == "all" else {name: SETTINGS[name]}
+    for key, value in changes.items():
         setattr(fresh_base.model.generation_config, key, value)
-    asked = answer(fresh_base.model, fresh_base.tokenizer, rows, settings(), "before")
-    assert [a.said for a in asked] == [a.said for a in plain]
-    assert getattr(fresh_base.model.generation_config, next(iter(chosen))) == next(
-        iter(chosen.values())
+    answers = answer(fresh_base.model, fresh_base.tokenizer, rows, settings(), "before")
+    assert [a.text for a in answers] == [a.text for a in plain]
+    assert getattr(fresh_base.model.generation_config, next(iter(changes))) == next(
+        iter(changes.values())
     )
 
 
 def test_every_setting_of_a_generation_config_is_overridden_or_no_heuristic() -> None:
-    own = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
+    ours = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p",
            "pad_token_id", "eos_token_id"}  # fmt: skip
     tokens = {"bos_token_id", "decoder_start_token_id", "forced_bos_token_id"}
     caches = {"use_cache", "cache_implementation", "cache_config", "max_cache_len"}
@@ -70,12 +70,12 @@ def test_every_setting_of_a_generation_config_is_overridden_or_no_heuristic() ->
               "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_early_exit",
               "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
               "speculation_type"}  # fmt: skip
-    known = own | tokens | caches | outputs | speed | drafts | GREEDY.keys()
+    known = ours | tokens | caches | outputs | speed | drafts | GREEDY.keys()
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert names - known == set(), "does it act on greedy answers? then GREEDY must undo it"
 
 
-def test_everything_is_left_as_it_was(base: Any) -> None:
+def test_answering_leaves_model_and_tokenizer_unchanged(base: Any) -> None:
     base.model.train()
     assert base.tokenizer.padding_side == "right"
     state = (base.tokenizer.backend_tokenizer.to_str(), base.tokenizer.padding_side)
@@ -85,18 +85,18 @@ def test_everything_is_left_as_it_was(base: Any) -> None:
     base.model.eval()
 
 
-def test_behind_virtual_tokens_only_prompts_of_one_length_share_a_batch() -> None:
+def test_with_virtual_tokens_only_prompts_of_equal_length_share_a_batch() -> None:
     prompts = [[1] * length for length in (3, 2, 3, 2, 2)]
     plain = SimpleNamespace()
     assert batches(prompts, plain, 3) == [[1, 3, 4], [0, 2]]
     assert batches(prompts, plain, 4) == [[1, 3, 4, 0], [2]]
-    prompted = SimpleNamespace(peft_config={"default": SimpleNamespace(num_virtual_tokens=4)})
-    assert batches(prompts, prompted, 4) == [[1, 3, 4], [0, 2]]
+    tuned = SimpleNamespace(peft_config={"default": SimpleNamespace(num_virtual_tokens=4)})
+    assert batches(prompts, tuned, 4) == [[1, 3, 4], [0, 2]]
 
 
-def test_no_rows_ask_nothing(base: Any) -> None:
+def test_rows_without_prompts_get_no_answers(base: Any) -> None:
     assert answer(base.model, base.tokenizer, [{"text": "t"}], settings(), "before") == []
-    assert exact_match([]) == {}
+    assert exact_match_rates([]) == {}
 
 
 def test_exact_match_counts_by_task_too() -> None:
@@ -105,5 +105,5 @@ def test_exact_match_counts_by_task_too() -> None:
         Answer("p", "a", "b", "y"),
         Answer("p", "a", "a", None),
     ]
-    found = exact_match(answers)
-    assert found == {"exact_match": 2 / 3, "exact_match_x": 1.0, "exact_match_y": 0.0}
+    rates = exact_match_rates(answers)
+    assert rates == {"exact_match": 2 / 3, "exact_match_x": 1.0, "exact_match_y": 0.0}

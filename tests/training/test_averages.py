@@ -1,4 +1,4 @@
-"""An evaluation's metrics are of its rows and the weights, not of how many rows a batch has."""
+"""Metrics of an evaluation do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_exp.adapter.attach import attach
 from lora_exp.data.examples import prepared
 from lora_exp.data.rows import jsonl
 from lora_exp.record.run import Record
-from lora_exp.training.averages import Sizes, combined, mean, predicts_first
+from lora_exp.training.averages import BatchSizes, combined, mean, predicts_first
 from lora_exp.training.trainer import trainer_of
 from tests.conftest import tiny
 
@@ -33,6 +33,7 @@ MARKED = [
 CASES = {
     "sft": (PLAIN, []),
     "sft of all tokens": (PLAIN, ["algorithm.args.completion_only_loss=false"]),
+    "sft in whole batches": (PLAIN, ["+train.dataloader_drop_last=true"]),  # of training rows
     "pretrain": (PLAIN, ["algorithm=pretrain", "algorithm.args.packing=false"]),
     "p_tuning": (PLAIN, ["peft=p_tuning", "algorithm.args.completion_only_loss=false"]),
     "dpo": (PAIRS, ["algorithm=dpo"]),
@@ -41,78 +42,78 @@ CASES = {
 }
 
 
-def trainer(base: Any, folder: Path, rows: list[Any], *words: str) -> Any:
+def trainer_on(base: Any, folder: Path, rows: list[Any], *overrides: str) -> Any:
     folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = compose("tracking=none", *words)
-    read = jsonl(
+    cfg = compose("tracking=none", *overrides)
+    rows_read = jsonl(
         str(path), eval_path=str(path), eval_share=0.0, format="auto", max_rows=None,
         max_eval_rows=None, chat_template=None, on_error="raise",
     ).shaped(cfg.algorithm.shape)  # fmt: skip
-    torch.manual_seed(0)  # an adapter's start is drawn
+    torch.manual_seed(0)  # an adapter's initial weights are random
     adapted = attach(base, cfg, folder)
-    data = prepared(read, base.tokenizer, adapted.model, cfg)
-    made = trainer_of(cfg, base, adapted, read, data, Record(folder / "run", cfg), [])
+    data = prepared(rows_read, base.tokenizer, adapted.model, cfg)
+    trainer = trainer_of(cfg, base, adapted, rows_read, data, Record(folder / "run", cfg), [])
     torch.manual_seed(0)
-    for parameter in made.model.parameters():  # an adapter that has learnt something
+    for parameter in trainer.model.parameters():  # as if the adapter were trained
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return made
+    return trainer
 
 
-def evaluated(made: Any, rows: int) -> dict[str, float]:
-    made.args.per_device_eval_batch_size = rows
-    metrics: dict[str, float] = dict(made.evaluate())
+def evaluate(trainer: Any, rows: int) -> dict[str, float]:
+    trainer.args.per_device_eval_batch_size = rows
+    metrics: dict[str, float] = dict(trainer.evaluate())
     return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "second", "time"))}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Path, case: str) -> None:
-    rows, words = CASES[case]
-    words = [*words, "algorithm=sft"] if case in ("sft", "p_tuning") else words
+    rows, overrides = CASES[case]
+    overrides = [*overrides, "algorithm=sft"] if case in ("sft", "p_tuning") else overrides
     base = tiny(task_type="SEQ_CLS") if case == "reward" else fresh_base
-    made = trainer(base, tmp_path, rows, *words)
-    whole = evaluated(made, len(rows))
-    assert math.isfinite(whole["eval_loss"])
+    trainer = trainer_on(base, tmp_path, rows, *overrides)
+    one_batch = evaluate(trainer, len(rows))
+    assert math.isfinite(one_batch["eval_loss"])
     for size in (1, 3, 4):
-        parts = evaluated(made, size)
-        shared = whole.keys() - {"eval_kl"}
-        assert {k: parts[k] for k in shared} == pytest.approx(
-            {k: whole[k] for k in shared}, rel=1e-4, abs=1e-5
+        batches = evaluate(trainer, size)
+        shared = one_batch.keys() - {"eval_kl"}
+        assert {key: batches[key] for key in shared} == pytest.approx(
+            {key: one_batch[key] for key in shared}, rel=1e-4, abs=1e-5
         ), size
 
 
-def test_packed_rows_are_measured_as_rows_apart(tmp_path: Path) -> None:
-    want = evaluated(trainer(tiny(), tmp_path, PLAIN), 2)
-    packed = ["algorithm.args.packing=true", "algorithm.args.max_length=96"]
-    made = trainer(tiny(), tmp_path / "packed", PLAIN, *packed)
+def test_packed_rows_have_the_metrics_of_separate_rows(tmp_path: Path) -> None:
+    expected = evaluate(trainer_on(tiny(), tmp_path, PLAIN), 2)
+    packing = ["algorithm.args.packing=true", "algorithm.args.max_length=96"]
+    trainer = trainer_on(tiny(), tmp_path / "packed", PLAIN, *packing)
     for rows in (1, 5):
-        got = evaluated(made, rows)
+        metrics = evaluate(trainer, rows)
         for key in ("eval_loss", "eval_mean_token_accuracy"):
-            assert got[key] == pytest.approx(want[key], rel=1e-4)
+            assert metrics[key] == pytest.approx(expected[key], rel=1e-4)
 
 
-def test_a_batch_weighs_by_what_each_metric_is_of() -> None:
+def test_a_batch_is_weighted_by_what_each_metric_averages_over() -> None:
     model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False))
     ids = torch.zeros(4, 5, dtype=torch.long)
     labels = torch.tensor([[7, -100, 1, 2, 3]] * 4)
-    assert Sizes.of({"input_ids": ids, "labels": labels}, model).of_metric("loss") == 12
+    assert BatchSizes.of({"input_ids": ids, "labels": labels}, model).of_metric("loss") == 12
     encoder = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
-    assert Sizes.of({"input_ids": ids, "labels": labels}, encoder).of_metric("loss") == 16
+    assert BatchSizes.of({"input_ids": ids, "labels": labels}, encoder).of_metric("loss") == 16
     mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]])
-    pairs = Sizes.of({"input_ids": ids, "completion_mask": mask}, model)
+    pairs = BatchSizes.of({"input_ids": ids, "completion_mask": mask}, model)
     sizes = {"logits/chosen": 7, "logits/rejected": 3, "logps/chosen": 2, "entropy": 10, "loss": 4}
     assert {name: pairs.of_metric(name) for name in sizes} == sizes
     marked = {"input_ids": ids, "completion_mask": mask, "label": [True, False, False, False]}
     sizes = {"logits/chosen": 3, "rewards/chosen": 1, "rewards/rejected": 3, "loss": 4}
-    assert {name: Sizes.of(marked, model).of_metric(name) for name in sizes} == sizes
-    assert Sizes.of([{}] * 3, model).of_metric("reward") == 3
+    assert {name: BatchSizes.of(marked, model).of_metric(name) for name in sizes} == sizes
+    assert BatchSizes.of([{}] * 3, model).of_metric("reward") == 3
 
 
 def test_only_virtual_tokens_and_encoders_predict_a_first_token() -> None:
-    def model(kind: str, tokens: int) -> Any:
-        adapter = SimpleNamespace(peft_type=kind, num_virtual_tokens=tokens)
+    def model(peft_type: str, tokens: int) -> Any:
+        adapter = SimpleNamespace(peft_type=peft_type, num_virtual_tokens=tokens)
         config = SimpleNamespace(is_encoder_decoder=False)
         return SimpleNamespace(config=config, peft_config={"default": adapter})
 
@@ -123,8 +124,8 @@ def test_only_virtual_tokens_and_encoders_predict_a_first_token() -> None:
 
 def test_means_by_hand() -> None:
     assert mean([(1.0, 1), (4.0, 2)]) == 3
-    assert math.isnan(mean([(1.0, 1), (math.nan, 2)]))  # a loss that is no number stays visible
-    assert combined("reward", [(1.0, 1), (math.nan, 2)]) == 1  # a reward that scored none
+    assert math.isnan(mean([(1.0, 1), (math.nan, 2)]))  # a loss that is NaN stays visible
+    assert combined("reward", [(1.0, 1), (math.nan, 2)]) == 1  # no reward: not counted
     assert math.isnan(combined("reward", [(math.nan, 2)]))
     assert combined("min_reward", [(1.0, 1), (-2.0, 2)]) == -2
     assert combined("completions/max_length", [(1.0, 1), (9.0, 2)]) == 9

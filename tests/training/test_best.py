@@ -14,7 +14,7 @@ import pytest
 from lora_exp import compose
 from lora_exp.after.evaluation import evaluate
 from lora_exp.errors import ConfigError
-from lora_exp.training.best import Watched, best, saved_step
+from lora_exp.training.best import Watched, best_evaluation, saved_step
 from tests.test_experiment import digest
 
 HISTORY = [
@@ -66,16 +66,16 @@ def test_the_saved_step_is_the_last_unless_the_best_was_loaded(tmp_path: Path) -
     assert saved_step(trainer) == 6
     args.load_best_model_at_end = True
     assert saved_step(trainer) == 4
-    found = best(trainer)
-    assert found is not None
-    assert (found["step"], found["value"], found["checkpoint"]) == (4, 1.0, None)
+    best = best_evaluation(trainer)
+    assert best is not None
+    assert (best["step"], best["value"], best["checkpoint"]) == (4, 1.0, None)
     (tmp_path / "checkpoints/checkpoint-4").mkdir(parents=True)
-    found = best(trainer)
-    assert found is not None
-    assert found["checkpoint"] == "checkpoints/checkpoint-4"
+    best = best_evaluation(trainer)
+    assert best is not None
+    assert best["checkpoint"] == "checkpoints/checkpoint-4"
 
 
-def test_all_that_is_told_of_a_run_is_of_what_it_saved(
+def test_the_results_of_a_run_are_those_of_the_step_it_saved(
     quick_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
@@ -83,37 +83,35 @@ def test_all_that_is_told_of_a_run_is_of_what_it_saved(
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["data=jsonl", f"data.path={path}", f"data.eval_path={path}", "data.max_rows=8"]
-    kept = quick_run(*words, *OVERFIT, "keep=best", name="best")
+    overrides = ["data=jsonl", f"data.path={path}", f"data.eval_path={path}", "data.max_rows=8"]
+    kept = quick_run(*overrides, *OVERFIT, "keep=best", name="best")
     record = json.loads((kept.directory / "run.json").read_text())
     assert record["saved_step"] == record["best"]["step"] < record["steps"] == 4
     assert kept.objective == record["best"]["value"] == record["metrics"]["eval/loss"]
     measured = evaluate(kept.directory, path, max_new_tokens=4)["results"]["adapter"]["loss"]
     assert measured == pytest.approx(kept.objective, rel=1e-4)
     assert f"| eval/loss | {kept.objective:.4f} |" in (kept.saved / "README.md").read_text()
-    old = ["+train.load_best_model_at_end=true", "+train.metric_for_best_model=eval_loss"]
-    old += ["train.save_strategy=steps", "train.save_steps=1"]
-    same = quick_run(*words, *OVERFIT, *old, name="old")
+    best = ["+train.load_best_model_at_end=true", "+train.metric_for_best_model=eval_loss"]
+    best += ["train.save_strategy=steps", "train.save_steps=1"]
+    by_transformers = quick_run(*overrides, *OVERFIT, *best, name="old")
     weights = "adapter_model.safetensors"
-    assert digest(same.saved)[weights] == digest(kept.saved)[weights]
+    assert digest(by_transformers.saved)[weights] == digest(kept.saved)[weights]
     capsys.readouterr()
-    last = quick_run(*words, *OVERFIT, "train.save_strategy=steps", "train.save_steps=1",
+    last = quick_run(*overrides, *OVERFIT, "train.save_strategy=steps", "train.save_steps=1",
                      "train.save_total_limit=1", name="last")  # fmt: skip
     record = json.loads((last.directory / "run.json").read_text())
     assert record["saved_step"] == 4
     assert last.objective > kept.objective
     step = record["best"]["step"]
-    left = {path.name for path in (last.directory / "checkpoints").iterdir()}
-    assert left == {f"checkpoint-{step}", "checkpoint-4"}
+    checkpoints = {path.name for path in (last.directory / "checkpoints").iterdir()}
+    assert checkpoints == {f"checkpoint-{step}", "checkpoint-4"}
     printed = " ".join(capsys.readouterr().out.split())
     assert f"eval/loss lowest at step {step}: " in printed
     assert "saved is step 4 (the best lies in checkpoints/checkpoint-" in printed
-    assert f"step {step}/4 epoch" in printed  # evaluations are shown as they are made
+    assert f"step {step}/4 epoch" in printed  # evaluations are printed as they happen
 
 
-def test_the_best_of_no_evaluations_is_refused(
-    quick_run: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_keep_best_needs_held_out_rows(quick_run: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b c"}\n' * 4)
     with pytest.raises(ConfigError, match="keep: best needs held-out rows"):

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and a run goes on from its own newest whole one."""
+"""Checkpoints are whole or absent, and a run resumes from its newest whole one."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from lora_exp.config.door import CONF
 from lora_exp.errors import CheckpointError, ConfigError, DivergedError
 from lora_exp.training.checkpoint import MANIFEST, flaw, newest, seal
 from tests.conftest import QUICK
-from tests.test_experiment import digest, killed
+from tests.test_experiment import digest, mark_killed
 
 SAVING = ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=3"]
 SAVING += ["train.logging_steps=1", "peft.lora_dropout=0.1"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the checkpoints 1, 2 and 3, nothing else about it unusual."""
-    folder = tmp_path_factory.mktemp("made") / "run"
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the checkpoints 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
     run(compose("tracking=none", *QUICK, *SAVING), folder)
     return folder
 
 
-def owner(directory: Path) -> str:
+def owner_of(directory: Path) -> str:
     return str(json.loads((directory / "run.json").read_text())["tracking_id"])
 
 
-def flip(path: Path) -> None:
+def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -47,73 +47,77 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "deleted": Path.unlink,
     "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "emptied": lambda path: path.write_bytes(b""),
-    "flipped": flip,
+    "flipped": flip_a_byte,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_any_damage_to_any_file_is_named_once_and_the_one_before_is_taken(
-    made: Path, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_any_damaged_file_is_named_once_and_the_previous_checkpoint_is_used(
+    saved_run: Path, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = sorted(p.name for p in (made / "checkpoints/checkpoint-3").iterdir())
+    names = sorted(p.name for p in (saved_run / "checkpoints/checkpoint-3").iterdir())
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {*names}
     assert {"adapter_model.safetensors", MANIFEST} <= {*names}
     for name in names:
         folder = tmp_path / name
-        shutil.copytree(made / "checkpoints", folder)
+        shutil.copytree(saved_run / "checkpoints", folder)
         DAMAGE[damage](folder / "checkpoint-3" / name)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            found, step = newest(folder, owner(made))
-        assert (found, step) == (folder / "checkpoint-2", 2), name
-        (said,) = caplog.messages
-        assert name in said or name == MANIFEST
+            checkpoint, step = newest(folder, owner_of(saved_run))
+        assert (checkpoint, step) == (folder / "checkpoint-2", 2), name
+        (message,) = caplog.messages
+        assert name in message or name == MANIFEST
         assert (folder / "unused-checkpoint-3").is_dir()
-        assert newest(folder, owner(made))[1] == 2
+        assert newest(folder, owner_of(saved_run))[1] == 2
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_from_the_checkpoint_before_a_damaged_one_the_run_ends_as_if_nothing_had_been(
+def test_a_run_resumed_before_a_damaged_checkpoint_equals_an_uninterrupted_one(
     quick_run: Callable[..., Any], quant: str
 ) -> None:
     settings = [*SAVING, "train.max_steps=4", f"quant={quant}"]
-    undisturbed = quick_run(*settings, name="undisturbed")
+    uninterrupted = quick_run(*settings, name="undisturbed")
     cut = quick_run(*settings, name="cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-4")
-    flip(cut.directory / "checkpoints/checkpoint-3/optimizer.pt")
-    killed(cut.directory)
+    flip_a_byte(cut.directory / "checkpoints/checkpoint-3/optimizer.pt")
+    mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
-    assert digest(resumed.saved) == digest(undisturbed.saved)
+    assert digest(resumed.saved) == digest(uninterrupted.saved)
     adapters = cut.directory.rglob("adapter_model.safetensors")
-    kinds = {weight.dtype for path in adapters for weight in load_file(path).values()}
-    assert kinds == {torch.float32}
-    left = {path.name for path in (cut.directory / "checkpoints").iterdir()}
-    assert left == {"checkpoint-2", "checkpoint-3", "checkpoint-4", "unused-checkpoint-3"}
+    dtypes = {weight.dtype for path in adapters for weight in load_file(path).values()}
+    assert dtypes == {torch.float32}
+    checkpoints = {path.name for path in (cut.directory / "checkpoints").iterdir()}
+    assert checkpoints == {"checkpoint-2", "checkpoint-3", "checkpoint-4", "unused-checkpoint-3"}
 
 
-def test_foreign_checkpoints_are_never_taken(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_checkpoints_of_other_runs_are_never_used(
+    saved_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
-    shutil.copytree(made / "checkpoints", folder)
+    shutil.copytree(saved_run / "checkpoints", folder)
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-9")
     seal(folder / "checkpoint-9", "another", 9)
     shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-8")
-    (folder / "checkpoint-8" / MANIFEST).unlink()  # as any other trainer leaves it
-    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-7")  # under another number
-    assert newest(folder, owner(made))[1] == 3
-    assert [m.partition("checkpoint-")[2][:1] for m in caplog.messages] == ["9", "8", "7"]
+    (folder / "checkpoint-8" / MANIFEST).unlink()  # as other trainers save it
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-7")  # renamed
+    assert newest(folder, owner_of(saved_run))[1] == 3
+    assert [message.partition("checkpoint-")[2][:1] for message in caplog.messages] == [
+        "9",
+        "8",
+        "7",
+    ]
     assert "belongs to another run" in caplog.text
 
 
-def test_a_file_that_came_later_makes_a_checkpoint_no_longer_whole(
-    made: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_with_an_added_file_is_not_whole(saved_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
-    shutil.copytree(made / "checkpoints/checkpoint-3", folder)
-    assert flaw(folder, owner(made)) is None
+    shutil.copytree(saved_run / "checkpoints/checkpoint-3", folder)
+    assert flaw(folder, owner_of(saved_run)) is None
     (folder / "optimizer.bin").write_bytes(b"x")
-    assert flaw(folder, owner(made)) == ("has files that it was not saved with: optimizer.bin")
+    assert flaw(folder, owner_of(saved_run)) == (
+        "has files that it was not saved with: optimizer.bin"
+    )
 
 
 def test_the_best_checkpoint_survives_rotation_and_a_move(
@@ -123,52 +127,54 @@ def test_the_best_checkpoint_survives_rotation_and_a_move(
     best += ["+train.greater_is_better=true", "train.eval_strategy=steps", "train.eval_steps=1"]
     settings = [*SAVING, *best, "train.save_total_limit=1", "train.max_steps=4"]
     first = quick_run(*settings, name="first")  # the loss falls: the first step is the "best"
-    left = sorted(path.name for path in (first.directory / "checkpoints").iterdir())
-    assert left == ["checkpoint-1"]
+    checkpoints = sorted(path.name for path in (first.directory / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-1"]
     settings[-2] = "train.save_total_limit=2"
     second = quick_run(*settings, name="second")
     weights = "adapter_model.safetensors"
     assert digest(second.saved)[weights] == digest(first.saved)[weights]
     moved = second.directory.rename(tmp_path / "moved")
-    left = sorted(path.name for path in (moved / "checkpoints").iterdir())
-    assert left == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    killed(moved)
+    checkpoints = sorted(path.name for path in (moved / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    mark_killed(moved)
     resumed = run(compose(f"resume={moved}", "train.max_steps=6"))
     assert (moved / "checkpoints/checkpoint-1").is_dir()
     assert digest(resumed.saved)[weights] == digest(first.saved)[weights]
 
 
-def test_weights_that_are_no_numbers_are_not_saved_as_a_checkpoint(
+def test_weights_that_are_not_finite_are_not_saved_as_a_checkpoint(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    silent = ["train.logging_steps=100", "train.warmup_steps=0", "train.max_grad_norm=0"]
+    diverging = ["train.logging_steps=100", "train.warmup_steps=0", "train.max_grad_norm=0"]
     with pytest.raises(DivergedError):
-        quick_run(*SAVING, *silent, "train.learning_rate=1e30", "train.max_steps=8")
-    kept = sorted((tmp_path / "run/checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
-    for path in kept:
+        quick_run(*SAVING, *diverging, "train.learning_rate=1e30", "train.max_steps=8")
+    weights_files = sorted(
+        (tmp_path / "run/checkpoints").glob("checkpoint-*/adapter_model.safetensors")
+    )
+    for path in weights_files:
         assert all(torch.isfinite(weight).all() for weight in load_file(path).values())
-    assert 0 < len(kept) < 4  # it was found when the first such weights were to be saved
+    assert 0 < len(weights_files) < 4  # training stopped at the first save of such weights
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "diverged"
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_between_two_rollouts_the_answers_are_saved(algorithm: str, tmp_path: Path) -> None:
+def test_the_answers_of_a_rollout_are_part_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
     settings = [f"experiment=demo_{algorithm}", "data.rows=8", "data.eval_rows=4"]
     settings += ["train.per_device_train_batch_size=8", "algorithm.args.max_completion_length=8"]
     settings += ["+algorithm.args.num_iterations=2", "+algorithm.args.steps_per_generation=2"]
     settings += [*SAVING, "train.save_total_limit=9", "train.max_steps=6", "samples.rows=4"]
-    undisturbed, cut = (
+    uninterrupted, cut = (
         run(compose("tracking=none", *settings), tmp_path / name) for name in ("undisturbed", "cut")
     )
     for step in (4, 5, 6):  # step 3 lies within a rollout of four
         shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
-    killed(cut.directory)
+    mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
-    assert digest(resumed.saved) == digest(undisturbed.saved)
+    assert digest(resumed.saved) == digest(uninterrupted.saved)
 
 
 class Payload:
-    """Unpickled anywhere, it leaves a mark."""
+    """An object that writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -180,13 +186,15 @@ class Payload:
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
 )
-def test_a_pickle_in_a_checkpoint_is_never_executed(made: Path, name: str, tmp_path: Path) -> None:
+def test_a_pickle_in_a_checkpoint_is_never_executed(
+    saved_run: Path, name: str, tmp_path: Path
+) -> None:
     directory, mark = tmp_path / "run", tmp_path / "mark"
-    shutil.copytree(made, directory)
-    killed(directory)
+    shutil.copytree(saved_run, directory)
+    mark_killed(directory)
     checkpoint = directory / "checkpoints/checkpoint-3"
     (checkpoint / name).write_bytes(pickle.dumps(Payload(mark), protocol=2))
-    seal(checkpoint, owner(made), 3)  # by someone who knows how
+    seal(checkpoint, owner_of(saved_run), 3)  # an attacker can write the manifest too
     cfg = compose(f"resume={directory}", "train.max_steps=4")
     if name == "training_args.bin":  # nothing reads it
         run(cfg)
@@ -196,45 +204,45 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(made: Path, name: str, tmp_p
     assert not mark.exists()
 
 
-# the first ends in the middle of an epoch, where the loop would go on
+# the first ends within an epoch, where the training loop would otherwise continue
 @pytest.mark.parametrize(
     ("limit", "last"), [("train.max_steps=3", 3), ("train.num_train_epochs=2", 4)]
 )
-def test_what_was_trained_to_its_end_is_not_trained_on(
+def test_a_run_that_reached_its_last_step_is_not_trained_further(
     limit: str, last: int, quick_run: Callable[..., Any]
 ) -> None:
     settings = [*SAVING, "train.lr_scheduler_type=constant", "data.max_rows=32"]
-    settings += ["train.max_steps=-1", limit]  # the last word counts
-    done = quick_run(*settings)
-    steps = json.loads((done.directory / "run.json").read_text())["steps"]
-    before = digest(done.saved)
-    shutil.rmtree(done.saved)
-    killed(done.directory)
-    again = run(compose(f"resume={done.directory}"))
-    assert digest(again.saved) == before
-    record = json.loads((done.directory / "run.json").read_text())
+    settings += ["train.max_steps=-1", limit]  # the last override counts
+    result = quick_run(*settings)
+    steps = json.loads((result.directory / "run.json").read_text())["steps"]
+    before = digest(result.saved)
+    shutil.rmtree(result.saved)
+    mark_killed(result.directory)
+    resumed = run(compose(f"resume={result.directory}"))
+    assert digest(resumed.saved) == before
+    record = json.loads((result.directory / "run.json").read_text())
     assert record["steps"] == steps == last
 
 
 def test_a_run_keeps_its_own_checkpoints_beside_those_of_others(
-    quick_run: Callable[..., Any], made: Path, tmp_path: Path
+    quick_run: Callable[..., Any], saved_run: Path, tmp_path: Path
 ) -> None:
     foreign = tmp_path / "run/checkpoints/checkpoint-9"
-    shutil.copytree(made / "checkpoints/checkpoint-3", foreign)
+    shutil.copytree(saved_run / "checkpoints/checkpoint-3", foreign)
     seal(foreign, "another", 9)
-    done = quick_run(*SAVING, "train.save_total_limit=1")
-    left = sorted(path.name for path in (done.directory / "checkpoints").iterdir())
-    assert left == ["checkpoint-3", "checkpoint-9"]
+    result = quick_run(*SAVING, "train.save_total_limit=1")
+    checkpoints = sorted(path.name for path in (result.directory / "checkpoints").iterdir())
+    assert checkpoints == ["checkpoint-3", "checkpoint-9"]
 
 
-def test_a_best_checkpoint_that_is_damaged_is_not_taken(quick_run: Callable[..., Any]) -> None:
+def test_a_damaged_best_checkpoint_is_refused(quick_run: Callable[..., Any]) -> None:
     best = ["+train.load_best_model_at_end=true", "+train.metric_for_best_model=eval_loss"]
     best += ["+train.greater_is_better=true", "train.eval_strategy=steps", "train.eval_steps=1"]
-    done = quick_run(*SAVING, *best)
-    flip(done.directory / "checkpoints/checkpoint-1/adapter_model.safetensors")
-    killed(done.directory)
+    result = quick_run(*SAVING, *best)
+    flip_a_byte(result.directory / "checkpoints/checkpoint-1/adapter_model.safetensors")
+    mark_killed(result.directory)
     with pytest.raises(CheckpointError, match="checkpoint-1, the best, is damaged: adapter_model"):
-        run(compose(f"resume={done.directory}", "train.max_steps=4"))
+        run(compose(f"resume={result.directory}", "train.max_steps=4"))
 
 
 EVERY_STEP = [
@@ -248,28 +256,34 @@ BEST = [
 METHODS = sorted(
     path.stem for path in (CONF / "peft").glob("*.yaml") if path.stem not in ("none", "adalora")
 )
-PROJECTED = ["peft=prefix_tuning", "+peft.prefix_projection=true", "+peft.encoder_hidden_size=24"]
+PREFIX_PROJECTION = [
+    "peft=prefix_tuning",
+    "+peft.prefix_projection=true",
+    "+peft.encoder_hidden_size=24",
+]
 LSTM = ["peft=p_tuning", "peft.encoder_reparameterization_type=LSTM"]
 
 
 @pytest.mark.parametrize(
-    "method", [[f"peft={name}"] for name in METHODS] + [PROJECTED, LSTM], ids=" ".join
+    "method", [[f"peft={name}"] for name in METHODS] + [PREFIX_PROJECTION, LSTM], ids=" ".join
 )
-def test_every_method_goes_on_bit_for_bit(
+def test_a_resumed_run_of_every_method_is_bit_identical(
     quick_run: Callable[..., Any], method: list[str], tmp_path: Path
 ) -> None:
-    whole = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="whole")
+    uninterrupted = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="whole")
     cut = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="cut")
     for step in (3, 4):
         shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
     shutil.rmtree(cut.saved)
-    killed(cut.directory)
+    mark_killed(cut.directory)
     run(compose(f"resume={cut.directory}"))
-    assert digest(cut.saved) == digest(whole.saved)
+    assert digest(cut.saved) == digest(uninterrupted.saved)
 
 
-@pytest.mark.parametrize("method", [["peft=p_tuning"], PROJECTED, ["peft=ia3"]], ids=" ".join)
-def test_the_best_checkpoint_of_every_kind_is_what_is_saved(
+@pytest.mark.parametrize(
+    "method", [["peft=p_tuning"], PREFIX_PROJECTION, ["peft=ia3"]], ids=" ".join
+)
+def test_the_best_checkpoint_is_saved_with_every_kind_of_adapter(
     quick_run: Callable[..., Any], method: list[str]
 ) -> None:
     result = quick_run(*EVERY_STEP, *BEST, *method, "train.max_steps=3")
@@ -277,12 +291,12 @@ def test_the_best_checkpoint_of_every_kind_is_what_is_saved(
     assert (result.saved / "adapter_model.safetensors").read_bytes() == first.read_bytes()
 
 
-def test_adalora_does_not_promise_a_best_that_it_cannot_load() -> None:
+def test_adalora_refuses_to_load_the_best_checkpoint() -> None:
     with pytest.raises(ConfigError, match=r"train.load_best_model_at_end: adalora moves"):
         compose("peft=adalora", *BEST, "train.save_strategy=steps", "train.eval_strategy=steps")
 
 
-MOVING = [
+SYNCED_REFERENCE = [
     "+algorithm.args.sync_ref_model=true", "+algorithm.args.ref_model_sync_steps=1",
     "+algorithm.args.ref_model_mixup_alpha=0.5", "train.learning_rate=1e-3",
     "train.warmup_steps=0", "train.per_device_train_batch_size=4",
@@ -290,47 +304,47 @@ MOVING = [
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
-def test_a_reference_that_moves_is_part_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
+def test_a_synced_reference_is_part_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
     settings = [
         "tracking=none", f"algorithm={algorithm}", "data=demo_pairs", "data.rows=16",
-        "data.eval_rows=4", "peft=none", "train.max_steps=4", *EVERY_STEP, *MOVING,
+        "data.eval_rows=4", "peft=none", "train.max_steps=4", *EVERY_STEP, *SYNCED_REFERENCE,
     ]  # fmt: skip
-    whole = run(compose(*settings), tmp_path / "whole")
+    uninterrupted = run(compose(*settings), tmp_path / "whole")
     cut = run(compose(*settings), tmp_path / "cut")
     for step in (3, 4):
         shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
     shutil.rmtree(cut.saved)
-    killed(cut.directory)
+    mark_killed(cut.directory)
     run(compose(f"resume={cut.directory}"))
-    assert digest(cut.saved) == digest(whole.saved)
+    assert digest(cut.saved) == digest(uninterrupted.saved)
 
 
-def test_a_reference_that_cannot_move_is_refused() -> None:
-    pairs = ["algorithm=dpo", "data=demo_pairs", *MOVING]
+def test_a_reference_that_cannot_be_synced_is_refused() -> None:
+    pairs = ["algorithm=dpo", "data=demo_pairs", *SYNCED_REFERENCE]
     with pytest.raises(ConfigError, match="is the base without its adapter, and cannot move"):
         compose(*pairs)
     with pytest.raises(ConfigError, match="what is computed before training cannot move"):
         compose(*pairs, "peft=none", "+algorithm.args.precompute_ref_log_probs=true")
 
 
-def test_an_encoder_that_is_not_in_a_checkpoint_is_named(quick_run: Callable[..., Any]) -> None:
+def test_an_encoder_missing_from_a_checkpoint_is_named(quick_run: Callable[..., Any]) -> None:
     cut = quick_run(*EVERY_STEP, "peft=p_tuning", "train.max_steps=2")
     folder = cut.directory / "checkpoints/checkpoint-2"
     (folder / "trained.safetensors").unlink()
-    seal(folder, owner(cut.directory), 2)
-    killed(cut.directory)
+    seal(folder, owner_of(cut.directory), 2)
+    mark_killed(cut.directory)
     with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
         run(compose(f"resume={cut.directory}"))
 
 
-def test_on_resume_logs_saves_and_evaluations_follow_what_is_asked_now(
+def test_on_resume_logging_saving_and_evaluation_follow_the_new_overrides(
     quick_run: Callable[..., Any],
 ) -> None:
-    spare = ["samples.rows=0", "train.save_strategy=steps", "train.save_total_limit=9"]
-    often = ["train.eval_strategy=steps", "train.eval_steps=3", "train.logging_steps=3"]
-    first = quick_run(*spare, *often, "train.save_steps=3", "train.max_steps=3")
-    now = ["train.logging_steps=2", "train.save_steps=1", "train.eval_steps=2"]
-    run(compose(f"resume={first.directory}", "train.max_steps=6", *now))
+    saving = ["samples.rows=0", "train.save_strategy=steps", "train.save_total_limit=9"]
+    every_third_step = ["train.eval_strategy=steps", "train.eval_steps=3", "train.logging_steps=3"]
+    first = quick_run(*saving, *every_third_step, "train.save_steps=3", "train.max_steps=3")
+    overrides = ["train.logging_steps=2", "train.save_steps=1", "train.eval_steps=2"]
+    run(compose(f"resume={first.directory}", "train.max_steps=6", *overrides))
     text = (first.directory / "metrics.jsonl").read_text()
     lines = [line for line in map(json.loads, text.splitlines()) if line["step"] > 3]
     assert {line["step"] for line in lines if "train/loss" in line} >= {4, 6}

@@ -1,4 +1,4 @@
-"""A training that leads nowhere ends, or is warned of, and says where."""
+"""A training that cannot succeed is stopped or warned about, with its step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_exp.training.guards import FiniteLoss, GradientCheck, check_stepped
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_the_step_and_the_number_are_named(name: str) -> None:
+def test_an_error_names_the_step_and_the_metric(name: str) -> None:
     state = SimpleNamespace(global_step=7)
     FiniteLoss().on_log(None, state, None, {name: 1.0})
     with pytest.raises(DivergedError, match=f"{name} is nan at step 7; try a lower"):
@@ -34,13 +34,13 @@ def test_rewards_that_are_all_none_end_the_training(value: float | None) -> None
         FiniteLoss().on_log(None, state, None, {"reward": value})
 
 
-def test_a_training_without_a_step_is_no_training() -> None:
+def test_a_training_without_a_step_is_an_error() -> None:
     check_stepped(SimpleNamespace(global_step=1))
     with pytest.raises(ConfigError, match="ended without a step"):
         check_stepped(SimpleNamespace(global_step=0))
 
 
-def test_a_run_that_diverges_stops_and_says_so(
+def test_a_run_that_diverges_stops_with_an_error(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(DivergedError, match=r"is (nan|inf) at step \d+; try a lower"):
@@ -53,24 +53,24 @@ def test_a_run_that_diverges_stops_and_says_so(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_tensor_without_a_part_in_the_loss_is_an_error_and_one_that_stays_a_warning(
+def test_a_tensor_outside_the_loss_is_an_error_and_zero_gradients_are_a_warning(
     fresh_base: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = attach(fresh_base, compose("targets=qv"), tmp_path).model
 
-    def look(step: int) -> None:
+    def check(step: int) -> None:
         GradientCheck().on_pre_optimizer_step(None, SimpleNamespace(global_step=step), None, model)
 
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     for step in (0, 1, 2):
-        look(step)
+        check(step)
     assert not caplog.text
     first = next(p for p in model.parameters() if p.requires_grad)
     first.grad.zero_()
-    look(0)
-    look(2)
+    check(0)
+    check(2)
     assert "1 of 16 trained tensors get no gradient" in caplog.text
     first.grad = None
     with pytest.raises(AdapterError, match=r"1 of 16 .* no part in the loss: .*q_proj.lora_A"):
-        look(0)
+        check(0)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run saves at its next step, says how to go on, and loses nothing."""
+"""SIGTERM and Ctrl-C: a run saves at its next step, prints how to resume, and loses nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp.errors import Interrupted
-from lora_exp.training.interruption import SAID, Stop, stop
+from lora_exp.training.interruption import MESSAGE, Stop, stop
 from tests.conftest import QUICK
 from tests.test_experiment import digest
 from tests.test_main import cli
@@ -26,8 +26,8 @@ RUN += ["train.eval_strategy=no", "samples.rows=0"]
 RUN += ["hydra.run.dir=run"]
 
 
-def started(folder: Path, *command: str) -> subprocess.Popen[str]:
-    """Start a run that hears Ctrl-C, which a shell's background jobs do not."""
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """Start a run that Ctrl-C interrupts; background jobs of a shell ignore it."""
     return subprocess.Popen(
         [sys.executable, "-m", "lora_exp", *command], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -35,125 +35,127 @@ def started(folder: Path, *command: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def lines(path: Path) -> int:
+def count_lines(path: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def wait_for(process: subprocess.Popen[str], reached: object) -> None:
-    while not reached():  # type: ignore[operator]
+def wait_for(process: subprocess.Popen[str], condition: object) -> None:
+    while not condition():  # type: ignore[operator]
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
 
 
-def status(directory: Path) -> str:
+def status_of(directory: Path) -> str:
     return str(json.loads((directory / "run.json").read_text())["status"])
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """The adapters of runs that nothing interrupts, by accumulation."""
-    made = {}
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The adapters' hashes of runs without interruption, by gradient accumulation."""
+    hashes = {}
     for accumulation in ("1", "4"):
-        folder = tmp_path_factory.mktemp("undisturbed")
+        folder = tmp_path_factory.mktemp("uninterrupted")
         done = cli(*RUN, f"train.gradient_accumulation_steps={accumulation}", cwd=folder)
         assert done.returncode == 0, done.stderr
-        made[accumulation] = digest(folder / "run/adapter")
-    return made
+        hashes[accumulation] = digest(folder / "run/adapter")
+    return hashes
 
 
 @pytest.mark.parametrize(
     ("number", "accumulation"),
     [(signal.SIGTERM, "1"), (signal.SIGTERM, "4"), (signal.SIGINT, "1")],
 )
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     number: int,
     accumulation: str,
-    undisturbed: dict[str, dict[str, str]],
+    uninterrupted: dict[str, dict[str, str]],
     tmp_path: Path,
 ) -> None:
-    process = started(tmp_path, *RUN, f"train.gradient_accumulation_steps={accumulation}")
-    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 5)
+    process = start(tmp_path, *RUN, f"train.gradient_accumulation_steps={accumulation}")
+    wait_for(process, lambda: count_lines(tmp_path / "run/metrics.jsonl") >= 5)
     os.kill(process.pid, number)
-    said = process.communicate()[1]
-    assert process.returncode == 75, said
-    assert SAID in said
-    assert f"resume={tmp_path}/run goes on" in said
-    assert "Traceback" not in said
-    assert status(tmp_path / "run") == "interrupted"
+    stderr = process.communicate()[1]
+    assert process.returncode == 75, stderr
+    assert MESSAGE in stderr
+    assert f"resume={tmp_path}/run goes on" in stderr
+    assert "Traceback" not in stderr
+    assert status_of(tmp_path / "run") == "interrupted"
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 40
     done = cli("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "run/adapter") == undisturbed[accumulation]
+    assert digest(tmp_path / "run/adapter") == uninterrupted[accumulation]
 
 
-def test_before_training_it_stops_at_once_and_begins_anew(
-    undisturbed: dict[str, dict[str, str]], tmp_path: Path
+def test_a_signal_before_training_stops_at_once_and_a_resume_starts_anew(
+    uninterrupted: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    process = started(tmp_path, *RUN)
+    process = start(tmp_path, *RUN)
     wait_for(process, (tmp_path / "run/run.json").is_file)
     os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate()[1]
-    assert process.returncode == 75, said
-    assert status(tmp_path / "run") == "interrupted"
+    stderr = process.communicate()[1]
+    assert process.returncode == 75, stderr
+    assert status_of(tmp_path / "run") == "interrupted"
     done = cli("resume=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "run/adapter") == undisturbed["1"]
+    assert digest(tmp_path / "run/adapter") == uninterrupted["1"]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n' * 30000)
     long = ["data=jsonl", "data.path=rows.jsonl", "data.eval_share=0", "algorithm=pretrain"]
     long += ["train.per_device_train_batch_size=128", "data.max_rows=null"]
-    process = started(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=100")
-    wait_for(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 1)
-    time.sleep(0.5)  # in the second of its long steps
+    process = start(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=100")
+    wait_for(process, lambda: count_lines(tmp_path / "run/metrics.jsonl") >= 1)
+    time.sleep(0.5)  # the second of its long steps has begun
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert status(tmp_path / "run") == "interrupted"
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert status_of(tmp_path / "run") == "interrupted"
 
 
-def test_where_nothing_trains_a_signal_is_heard_at_once_and_the_old_handlers_come_back() -> None:
-    own = Stop()
+def test_outside_training_a_signal_raises_at_once_and_the_old_handlers_are_restored() -> None:
+    own_stop = Stop()
     before = signal.getsignal(signal.SIGTERM)
-    with own.listening(), pytest.raises(Interrupted):
+    with own_stop.listening(), pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_while_something_trains_it_waits_for_the_step(capfd: pytest.CaptureFixture[str]) -> None:
-    own = Stop()
-    with own.listening():
-        with own.until_a_step_ends():
+def test_during_training_a_signal_waits_for_the_end_of_the_step(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    own_stop = Stop()
+    with own_stop.listening():
+        with own_stop.until_a_step_ends():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's reminder changes nothing
+            os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
             time.sleep(0.01)
-            assert own.asked
+            assert own_stop.asked
         with pytest.raises(Interrupted):
-            own.check()
-    assert capfd.readouterr().err.count(SAID) == 1
+            own_stop.check()
+    assert capfd.readouterr().err.count(MESSAGE) == 1
     assert not stop.asked
 
 
-def _sleep(runs: Event, seconds: float) -> None:
-    runs.set()
+def _sleep(running: Event, seconds: float) -> None:
+    running.set()
     time.sleep(seconds)
 
 
-def test_a_forked_process_dies_of_sigterm_and_leaves_ctrl_c_to_its_parent() -> None:
+def test_a_forked_process_dies_of_sigterm_and_ignores_ctrl_c() -> None:
     fork = multiprocessing.get_context("fork")
-    own = Stop()
-    with own.listening(), own.until_a_step_ends():
+    own_stop = Stop()
+    with own_stop.listening(), own_stop.until_a_step_ends():
         for number, code, sleep_s in ((signal.SIGINT, 0, 1), (signal.SIGTERM, -15, 60)):
-            runs = fork.Event()
-            child = fork.Process(target=_sleep, args=(runs, sleep_s))
+            running = fork.Event()
+            child = fork.Process(target=_sleep, args=(running, sleep_s))
             child.start()
-            assert runs.wait(60)  # Python forgets signals that arrive while it forks
+            assert running.wait(60)  # Python forgets signals that arrive while it forks
             os.kill(child.pid or -1, number)
             child.join()
             assert child.exitcode == code

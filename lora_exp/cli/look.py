@@ -1,0 +1,107 @@
+"""Commands of the help panel Look: inspect, check, evaluate, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_exp.cli.options import (
+    Base,
+    Force,
+    Json,
+    QuantOption,
+    SavedPath,
+    check_exists,
+    print_result,
+)
+
+
+def inspect(path: SavedPath, as_json: Json = False) -> None:
+    """Show what an adapter, run, sweep or model is, and which of its layers changed."""
+    check_exists(path)
+    from lora_exp.after.inspection import inspect as look
+    from lora_exp.after.pages import inspection
+
+    report = look(path)
+    print_result(report, inspection, as_json)
+    if not report.get("finite", True):
+        raise typer.Exit(1)
+
+
+def check(
+    merged: Annotated[str, typer.Argument(metavar="MODEL", help="a merged or whole model")],
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="the adapter, or its run, that it was merged from; again for each of them"
+        ),
+    ] = None,
+    base: Base = None,
+    quant: QuantOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with a prompt each; the run's own unless given")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Prove that a merged model is its adapter on its base; without --adapter, that it works."""
+    if not adapter and (prompts or base or quant):
+        raise typer.BadParameter("--prompts, --base and --quant need it", param_hint="--adapter")
+    check_exists(merged, *(adapter or []))
+    from lora_exp.after import pages, proof, soundness
+
+    if not adapter:
+        checks = soundness.check_model(merged)
+        print_result(checks, pages.examination, as_json)
+        holds = not any(checks.values())
+    else:
+        comparison = proof.prove(
+            merged, adapter, base, quant and quant.value, prompts, max_new_tokens
+        )
+        print_result(comparison.values(), pages.proof, as_json)
+        holds = comparison.holds
+    if not holds:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    path: SavedPath,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON lines (or a glob) with known answers; the run's held-out rows, unless given"
+        ),
+    ] = None,
+    base: Base = None,
+    quant: QuantOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="rows at a time", min=1)] = 16,
+    as_json: Json = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="a JSON file to write to, too")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Measure loss, exact match, ROUGE-L and BLEU, with the adapter and without it."""
+    check_exists(path)
+    from lora_exp.after import evaluation, pages
+
+    results = evaluation.evaluate(
+        path, data, base, quant and quant.value, max_new_tokens, batch_size, out, force
+    )
+    print_result(results, pages.evaluation, as_json)
+
+
+def doctor(as_json: Json = False) -> None:
+    """See whether this machine can train, and what to do where it cannot."""
+    from dataclasses import asdict
+
+    from lora_exp.after import pages
+    from lora_exp.after.doctor import diagnose
+
+    findings = [asdict(finding) for finding in diagnose()]
+    print_result(findings, pages.doctor, as_json)
+    if any(finding["state"] == "wrong" for finding in findings):
+        raise typer.Exit(1)

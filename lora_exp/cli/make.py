@@ -1,0 +1,126 @@
+"""Commands of the help panel Make: save, merge, push."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_exp.cli.options import Base, Force, Out, SavedPath, check_exists
+
+
+class Dtype(StrEnum):
+    """Types of saved weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Into(StrEnum):
+    """Weights that a merge adds the adapter to."""
+
+    original = "original"
+    dequantised = "dequantised"
+
+
+def save(
+    path: SavedPath,
+    out: Out,
+    as_lora: Annotated[bool, typer.Option(help="turn LoHa, LoKr, ... into LoRA")] = False,
+    rank: Annotated[
+        float, typer.Option(help="of that LoRA; below 1: the share of the update's energy kept")
+    ] = 0.999,
+    base: Base = None,
+    force: Force = False,
+) -> None:
+    """Take an adapter out of a run or checkpoint, with tokenizer, model card and record."""
+    check_exists(path)
+    from lora_exp.after.saving import save as take
+
+    print(take(path, out, as_lora, rank, base, force))
+
+
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="adapters or runs of one base")
+    ],
+    out: Out,
+    base: Base = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="of the merged weights")] = None,
+    into: Annotated[
+        Into, typer.Option(help="the unquantised base, or what a QLoRA run saw of it")
+    ] = Into.original,
+    method: Annotated[
+        str, typer.Option(help="how several become one: cat, svd, linear, ties, dare_linear, ...")
+    ] = "cat",
+    weights: Annotated[
+        str | None, typer.Option(help="of each of several adapters: 0.7,0.3", metavar="W,W...")
+    ] = None,
+    density: Annotated[float, typer.Option(help="the share that ties and dare_linear keep")] = 0.5,
+    max_shard_size: Annotated[str, typer.Option(help="of a weight file")] = "5GB",
+    force: Force = False,
+) -> None:
+    """Merge adapters into their base: a whole model for engines that know no adapters."""
+    shares = _numbers("--weights", weights) if weights else None
+    check_exists(*adapters)
+    from lora_exp.after.merging import merge as make
+
+    merged = make(
+        adapters, out, base=base, dtype=dtype and dtype.value, into=into.value, method=method,
+        weights=shares, density=density, max_shard_size=max_shard_size, force=force,
+    )  # fmt: skip
+    print(merged)
+    command = ["lora-exp", "check", str(merged)]
+    command += [word for adapter in adapters for word in ("--adapter", str(adapter))]
+    print(f"prove it: {shlex.join([*command, *(['--base', base] if base else [])])}")
+
+
+def push(
+    path: SavedPath,
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="of the Hub")],
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="write what would be sent, and send nothing")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="the dry run's folder; push-dry-run/NAME unless given"),
+    ] = None,
+    revision: Annotated[str, typer.Option(help="the branch, made if it is not there")] = "main",
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    base_id: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="what others call the base, if it lies here"),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Send an adapter or model to the Hugging Face Hub with its card: private unless --public."""
+    if out is not None and not dry:
+        raise typer.BadParameter("is for --dry-run", param_hint="--out")
+    check_exists(path)
+    from lora_exp.after import pages, publication
+    from lora_exp.record.console import console
+
+    if dry:
+        folder = publication.dry_run(path, repo_id, out, base_id, force)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        access = "public" if public else "private"
+        text = f"{folder}\nnothing was sent; without --dry-run: to {repo_id}, {revision}, {access}"
+    else:
+        sent = publication.push(path, repo_id, public, revision, message, base_id)
+        files, access = sent["files"], "private" if sent["private"] else "public"
+        text = f"{sent['url']}\n{access}, commit {sent['commit']}"
+    console.print(pages.parcel(files, text))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: numbers with commas between", param_hint=option
+        ) from None

@@ -1,0 +1,65 @@
+"""Options that several commands share: their types, the check of paths, `--json`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_exp.files.strict import dumps
+
+
+class Quant(StrEnum):
+    """Quantisations of a base."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
+
+
+SavedPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="an adapter, run, checkpoint or model")
+]
+SavedPaths = Annotated[
+    list[str],
+    typer.Argument(metavar="PATH...", help="adapters or runs of one base; NAME=PATH names one"),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="where the base lies, if not where the adapter says: folder, hub id, option; "
+        "NAME=PLACE if its name there is another"
+    ),
+]
+QuantOption = Annotated[
+    Quant | None, typer.Option(help="how to hold the base; as its run did, unless given")
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="the folder to make")]
+Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def check_exists(*paths: str | Path) -> None:
+    """Raise for a path that does not exist, before torch is imported, which takes seconds.
+
+    Raises:
+        SavedError: there is nothing at a path.
+    """
+    from lora_exp.after.saved import find_all
+
+    for path in map(str, paths):
+        if not Path(path).expanduser().exists():  # or it is NAME=PATH, or in a package
+            find_all([path])
+
+
+def print_result(result: Any, page: Any, as_json: bool) -> None:
+    """Print JSON for programs, or a page for people."""
+    if as_json:
+        print(dumps(result, indent=1, default=str))
+        return
+    from lora_exp.record.console import console
+
+    console.print(page(result))

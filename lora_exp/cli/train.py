@@ -1,0 +1,52 @@
+"""Commands of the help panel Train: run, estimate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_exp.cli.options import Json, print_result
+
+
+def _completed(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete groups, options and keys; shells that split at `=` pass the key in `overrides`."""
+    from lora_exp.config.completion import completions
+
+    words = (context.params.get("overrides") or []) if context.params else []
+    return completions(incomplete, list(words))
+
+
+def run(
+    context: typer.Context,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", autocompletion=_completed)
+    ] = None,
+) -> None:
+    """Train a run or, with -m, a sweep: `lora-exp run peft.r=8`; the same as python run.py."""
+    from lora_exp.__main__ import main as train
+
+    sys.argv = ["lora-exp run", *(overrides or []), *context.args]
+    sys.path.insert(0, str(Path.cwd()))  # for the user's rewards, as with python -m
+    train()
+
+
+def estimate(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDES]...", help="as run.py takes them")
+    ] = None,
+    config_dir: Annotated[Path | None, typer.Option(help="a folder with your own options")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a run would train and the memory it would take; only its config is downloaded.
+
+    Not counted: PPO's value, the reference that DPO of every weight keeps, and what the process
+    itself takes.
+    """
+    from lora_exp.after import pages
+    from lora_exp.after.estimate import estimate as count
+    from lora_exp.config.composition import compose
+
+    print_result(count(compose(*overrides or (), config_dir=config_dir)), pages.estimate, as_json)

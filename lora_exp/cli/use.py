@@ -1,0 +1,94 @@
+"""Commands of the help panel Use: chat, serve, generate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_exp.cli.options import (
+    Base,
+    Force,
+    QuantOption,
+    SavedPath,
+    SavedPaths,
+    check_exists,
+)
+
+
+class Engine(StrEnum):
+    """Engines of the server."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+def chat(
+    paths: SavedPaths,
+    base: Base = None,
+    quant: QuantOption = None,
+    merge: Annotated[bool, typer.Option("--merge", help="merge the adapter first")] = False,
+    system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
+) -> None:
+    """Talk to what was trained; several adapters answer beside their base. Pipes work too."""
+    check_exists(*paths)
+    from lora_exp.after.chat import Chat, open_chat
+
+    if not Chat(open_chat(paths, base, quant and quant.value, merge, system)).run():
+        raise typer.Exit(1)
+
+
+def serve(
+    paths: SavedPaths,
+    base: Base = None,
+    quant: QuantOption = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0 answers the whole network, which needs no key")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free", min=0, max=65535)] = 8000,
+    engine: Annotated[
+        Engine, typer.Option(help="vllm, where it is installed, is faster on a GPU")
+    ] = Engine.transformers,
+) -> None:
+    """Serve what was trained as OpenAI's interface does: each adapter is a model, and the base."""
+    check_exists(*paths)
+    from lora_exp.after import pages, serving
+
+    def ready(url: str, chats: dict[str, bool]) -> None:
+        print(pages.serving(url, chats), flush=True)
+
+    serving.serve(paths, ready, base, quant and quant.value, host, port, engine.value)
+
+
+def generate(
+    path: SavedPath,
+    prompts: Annotated[str, typer.Option(help="JSON lines (or a glob) that ask something")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="the JSON lines file to make")],
+    base: Base = None,
+    quant: QuantOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="of each answer", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time", min=0.0)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="the share of the likelihood to draw from", min=0.0, max=1.0)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    batch_size: Annotated[int, typer.Option(help="prompts at a time", min=1)] = 16,
+    as_chat: Annotated[
+        bool, typer.Option("--as-chat", help="a prompt that is text is a user's turn")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Answer a file of prompts; the same command goes on where an interrupted one stopped."""
+    check_exists(path)
+    from lora_exp.after.completion import generate as answer
+
+    file = answer(
+        path, prompts, out, base=base, quant=quant and quant.value, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, as_chat=as_chat,
+        force=force,
+    )  # fmt: skip
+    print(file)

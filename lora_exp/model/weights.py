@@ -1,0 +1,117 @@
+"""A model's weights: all read from its files, or drawn at random; incomplete files are refused.
+
+Knows nothing of tokenizers and devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from lora_exp.errors import ConfigError
+from lora_exp.files.lock import hold
+from lora_exp.files.paths import cache_dir
+from lora_exp.files.whole import whole
+
+
+def check_unquantised(config: Any) -> None:
+    """Refuse a base that was saved quantised: it can be neither requantised nor merged into.
+
+    Raises:
+        ValueError: it was.
+    """
+    saved = getattr(config, "quantization_config", None)
+    if saved is not None:
+        method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+        raise ValueError(f"it is quantised ({method}); name what it was made from, with quant=nf4")
+
+
+def read_complete(model_class: Any, source: str, options: dict[str, Any]) -> Any:
+    """Load a model whose files have every weight; only a classification head may be new.
+
+    Raises:
+        ValueError: some are missing or of other shapes; transformers would draw them at random.
+    """
+    reports = logging.get_logger("transformers.modeling_utils")
+    reports.addFilter(_is_no_report)  # its table has a line for each weight; ours is one line
+    try:
+        model, loading_info = model_class.from_pretrained(
+            source, **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        reports.removeFilter(_is_no_report)
+    is_classifier = model_class is AutoModelForSequenceClassification
+    heads = ("score.", "lm_head.") if is_classifier else ()
+    missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith(heads))
+    if missing:
+        fix = "fetch it again" + ("; a reward's head must be called score" if heads else "")
+        raise ValueError(f"its files lack {len(missing)} weights, the first is {missing[0]}; {fix}")
+    if mismatched := sorted(
+        (key, list(saved), list(expected))
+        for key, saved, expected in loading_info["mismatched_keys"]
+    ):
+        key, saved, expected = mismatched[0]
+        text = f"{len(mismatched)} of its weights have other sizes than its config.json says"
+        raise ValueError(f"{text}, the first is {key}: {saved}, not {expected}")
+    if unexpected := sorted(
+        key for key in loading_info["unexpected_keys"] if not key.startswith(heads)
+    ):
+        text = "%d weights in %s have no place in the model, the first is %s"
+        logging.get_logger("lora_exp").warning(text, len(unexpected), source, unexpected[0])
+    return model
+
+
+def _is_no_report(record: Any) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def random_model(model_class: Any, source: str, options: dict[str, Any]) -> Any:
+    """Return a model of random weights, on the CPU; only its config is read."""
+    of_the_model = ("dtype", "attn_implementation", "device_map")
+    config = AutoConfig.from_pretrained(
+        source, **{key: value for key, value in options.items() if key not in of_the_model}
+    )
+    return model_class.from_config(
+        config, dtype=options["dtype"], attn_implementation=options["attn_implementation"]
+    )
+
+
+def gguf_as_floats(folder: Path, gguf_file: str) -> str:
+    """Return a folder with a GGUF file's weights as float32 safetensors, written once and cached.
+
+    The cached copy of an earlier version of the file is deleted: copies would fill the disk.
+
+    Raises:
+        ConfigError: the file is not in a local folder.
+    """
+    if not (folder / gguf_file).is_file():
+        text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
+        raise ConfigError([("model.gguf_file", text)])
+    file = (folder / gguf_file).resolve()
+    copies = cache_dir() / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    copies.mkdir(parents=True, exist_ok=True)
+    floats = copies / f"{file.stat().st_size}-{file.stat().st_mtime_ns}"
+    lock = hold(copies / ".lock", wait=True)  # two runs may do this at once
+    try:
+        if not floats.is_dir():
+            for stale in copies.iterdir():  # of an earlier version, or of a killed process
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+            options = {"gguf_file": gguf_file}
+            model = without_gguf(read_complete(AutoModelForCausalLM, str(folder), options))
+            with whole(floats) as staged:
+                model.save_pretrained(staged)
+    finally:
+        lock.release()
+    return str(floats)
+
+
+def without_gguf(model: Any) -> Any:
+    """Remove GGUF from a model's config: its weights are plain floats, and it can be saved."""
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
