@@ -116,9 +116,9 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
+        train, held_out = recounted(*data, trainer, cfg)
         check_rows(cfg, len(trainer.train_dataset), packed=True)
         _connect(clock, trainer)
-        train, held_out = recounted(*data, trainer, cfg)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         record.update(
             place=place.name,

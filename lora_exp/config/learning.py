@@ -55,18 +55,18 @@ def check_rows(cfg: DictConfig, count: int, packed: bool = False) -> None:
         steps = args.get("steps_per_generation") or cfg.train.gradient_accumulation_steps
         answers = args.get("generation_batch_size") or batch * number(steps, 1)
         required = math.ceil(answers / number(args.get("num_generations"), 8))
-        cause = f"{answers:g} answers, {args.get('num_generations', 8)} to a prompt,"
+        cause = f"{answers:g} answers, {args.get('num_generations', 8)} to a prompt"
         remedy = "a smaller train.per_device_train_batch_size"
     elif cfg.algorithm.trainer._target_ == PPO:
         minibatches = number(args.get("num_minibatches"), 1)
         required = int(batch * (minibatches * cfg.train.gradient_accumulation_steps))
-        cause, remedy = "rollouts", "smaller ones"
+        cause, remedy = "a whole rollout", "smaller ones"
     elif cfg.train.get("dataloader_drop_last") and not (args.get("packing") and not packed):
         required, cause = int(batch), f"train.dataloader_drop_last and batches of {batch:g}"
         remedy = "train.dataloader_drop_last=false, or smaller batches"
     else:
-        required, cause, remedy = 1, "training", "more rows"
+        required, cause, remedy = 1, "at least one", "more rows"
     if count < required:
         unit = "prompts" if cfg.algorithm.shape == "prompt" else "rows"
-        text = f"{cause} take {required} {unit} for a step, and there are {count}; give {remedy}"
+        text = f"a step takes {required} {unit} ({cause}), and there are {count}; give {remedy}"
         raise ConfigError([("data", text)])

@@ -267,7 +267,7 @@ def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> N
         (["algorithm=grpo", "algorithm.rewards=[os.system]"], "'os.system' is not trusted"),
         (
             ["algorithm=grpo", "algorithm.rewards=[lora_exp.rewards.exact]"],
-            r"own \(did you mean lora_exp.rewards.exact_match\?\)",
+            r"nothing of that name \(did you mean lora_exp.rewards.exact_match\?\)",
         ),
         (
             ["algorithm=grpo", "algorithm.rewards=[exact_match]"],
@@ -289,7 +289,7 @@ def test_rows_that_are_all_too_long_are_an_error(train: Callable[..., Any]) -> N
         (["algorithm=ppo", REWARDS, "algorithm.args.kl_taget=1"], "did you mean kl_target"),
         (
             ["algorithm=dpo", "peft=pissa"],
-            "pissa rewrites the base, which reference, value or reward need",
+            "pissa rewrites the base, but reference, value or reward need the original",
         ),
         (["algorithm=ppo", REWARDS, "peft=pissa", "algorithm.args.beta=0"], "pissa rewrites"),
         (["algorithm=ppo", REWARDS, "algorithm.args.kl_target=0"], "kl_target: 0 is not above 0"),

@@ -68,7 +68,7 @@ def test_rows_have_to_fill_a_step(overrides: list[str], minimum: int) -> None:
     cfg = compose(*overrides)
     check_rows(cfg, minimum)
     with pytest.raises(
-        ConfigError, match=f"take {minimum} .* for a step, and there are {minimum - 1}"
+        ConfigError, match=f"a step takes {minimum} .*, and there are {minimum - 1}"
     ):
         check_rows(cfg, minimum - 1)
 
@@ -76,5 +76,5 @@ def test_rows_have_to_fill_a_step(overrides: list[str], minimum: int) -> None:
 def test_rows_to_be_packed_are_counted_after_packing() -> None:
     cfg = compose("+train.dataloader_drop_last=true", "algorithm.args.packing=true")
     check_rows(cfg, 3)
-    with pytest.raises(ConfigError, match="for a step"):
+    with pytest.raises(ConfigError, match="a step takes"):
         check_rows(cfg, 3, packed=True)

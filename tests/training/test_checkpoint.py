@@ -287,8 +287,10 @@ def test_the_best_checkpoint_is_saved_with_every_kind_of_adapter(
     quick_run: Callable[..., Any], method: list[str]
 ) -> None:
     result = quick_run(*EVERY_STEP, *BEST, *method, "train.max_steps=3")
-    first = result.directory / "checkpoints/checkpoint-1/adapter_model.safetensors"
-    assert (result.saved / "adapter_model.safetensors").read_bytes() == first.read_bytes()
+    best = json.loads((result.directory / "run.json").read_text())["best"]
+    assert best["step"] < 3  # the last weights are others
+    weights = result.directory / best["checkpoint"] / "adapter_model.safetensors"
+    assert (result.saved / "adapter_model.safetensors").read_bytes() == weights.read_bytes()
 
 
 def test_adalora_refuses_to_load_the_best_checkpoint() -> None:
