@@ -35,7 +35,8 @@ def translate_error(error: Exception) -> LoraExpError | None:
     if text.startswith("Config group override must be"):
         return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return None
+        failed = re.search(r"^\s*full_key: (\S+)$", text, re.MULTILINE)  # inside omegaconf
+        return ConfigError([(failed[1], "cannot take this value")]) if failed else None
     resolving = r"ConfigError raised while resolving interpolation: (\S+?): (.*)"
     if in_resolver := re.search(resolving, text):
         return ConfigError([(in_resolver[1], in_resolver[2])])

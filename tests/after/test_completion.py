@@ -109,7 +109,7 @@ def test_a_part_is_continued_after_its_last_whole_line(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     with closing(Part(target, {"seed": 1}, force=False)) as part:
         part.add(["a", "b"])
-        with pytest.raises(SavedError, match="being write_rows by another process"):
+        with pytest.raises(SavedError, match="being written by another process"):
             Part(target, {"seed": 1}, force=True)
     with part.path.open("ab") as file:
         file.write(b'["c", ')
