@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
@@ -35,7 +38,7 @@ from lora_exp.record.standing import (
     run_status,
     set_aside,
 )
-from lora_exp.record.sweep import COMMAND, SweepTable, refresh_row, saved_command
+from lora_exp.record.sweep import COMMAND, MULTIRUN, SweepTable, refresh_row, saved_command
 from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here
 
@@ -49,7 +52,7 @@ def job(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     directory = Path(hydra_config.runtime.output_dir)
     redact_files(directory / str(hydra_config.output_subdir))
-    redact_files(Path(hydra_config.sweep.dir))  # multirun.yaml
+    redact_files(Path(hydra_config.sweep.dir), MULTIRUN)
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
     sweep = "/".join(Path(hydra_config.sweep.dir).parts[-2:]) if in_sweep else None
     try:
@@ -57,8 +60,7 @@ def job(cfg: DictConfig) -> float:
         settled = job_config(cfg, hydra_config, master)  # type: ignore[arg-type]
         status = run_status(directory, settled) if in_sweep else None
         if status == "finished" and (names := changed_files(directory, settled)):
-            aside = set_aside(directory, CHANGED)
-            log.warning("trained again, since %s changed; %s keeps what it was", names, aside)
+            _set_aside_changed(directory, names)
             status = None
         if status == "finished":
             log.info("finished before, not run again")
@@ -95,6 +97,20 @@ def job(cfg: DictConfig) -> float:
         raise
 
 
+def _set_aside_changed(directory: Path, names: list[str]) -> None:
+    """Set aside a finished run whose files have changed, with what Hydra needs to train it anew.
+
+    Launchers other than ours have let Hydra write `.hydra` and open run.log there already.
+    """
+    hydra_config: Any = HydraConfig.get()
+    aside, written = set_aside(directory, CHANGED), str(hydra_config.output_subdir)
+    directory.mkdir()
+    if (aside / written).is_dir():
+        shutil.copytree(aside / written, directory / written)
+    configure_log(hydra_config.job_logging, hydra_config.verbose)  # opens the new run.log
+    log.warning("trained again, since %s changed; %s keeps what it was", ", ".join(names), aside)
+
+
 def main() -> None:
     """Run the command line; errors that the user can fix are printed without a traceback."""
     if "LOCAL_RANK" not in os.environ:  # a run takes one GPU; trainers refuse to see several
@@ -106,7 +122,11 @@ def main() -> None:
         sys.argv[1:] = _sweep_command(sys.argv[1:])
         _check_directory(sys.argv[1:])
         with stop.listening():
-            hydra.main(str(CONF), "config", "1.3")(job)()
+            try:
+                hydra.main(str(CONF), "config", "1.3")(job)()
+            finally:
+                if SweepTable.current is not None:
+                    SweepTable.current.on_launch_end()
     except Exception as error:
         translated = translate_error(error) or refusal(error, Path.cwd())
         if translated is None:
@@ -122,11 +142,9 @@ def main() -> None:
             print(f"{how} goes on", file=sys.stderr)
         sys.exit(EXIT_CODE if isinstance(error, Interrupted) else 130)
     finally:
-        if SweepTable.current is not None:
-            SweepTable.current.read_jobs()
-            if SweepTable.current.rows:
-                SweepTable.current.print_table()
-                _report_trial(SweepTable.current)
+        if SweepTable.current is not None and SweepTable.current.rows:
+            SweepTable.current.print_table()
+            _report_trial(SweepTable.current)
 
 
 def _report_trial(table: SweepTable) -> None:

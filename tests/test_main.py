@@ -88,6 +88,16 @@ def test_no_secret_of_the_command_line_reaches_a_file(tmp_path: Path) -> None:
     assert not holding
 
 
+@pytest.mark.parametrize("mistake", ["peft.rr=2,4", "quant=none,nf5"])
+def test_no_secret_stays_in_a_file_when_no_job_begins(tmp_path: Path, mistake: str) -> None:
+    secret = "hf_" + "a1B2" * 8
+    done = cli("-m", f"tracking.project={secret}", mistake, cwd=tmp_path)
+    assert done.returncode == 1
+    (multirun,) = tmp_path.glob("multirun/*/*/multirun.yaml")
+    assert "tracking.project=<redacted>" in multirun.read_text()
+    assert secret not in multirun.read_text()
+
+
 def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
     tmp_path: Path,
 ) -> None:
@@ -197,11 +207,31 @@ def test_other_launchers_can_run_the_job_and_the_table_is_written(tmp_path: Path
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a/b/summary.json").read_text())
     table = SweepTable()
-    table.folder, table.elsewhere, table.rows = tmp_path / "a/b", True, []
+    table.folder, table.uses_other_launcher, table.rows = tmp_path / "a/b", True, []
     table.read_jobs()
     assert [(r["job"], r["objective"], r["overrides"]) for r in table.rows] == [
         (r["job"], r["objective"], r["overrides"]) for r in rows
     ]
+
+
+def test_a_job_whose_data_changed_is_complete_under_other_launchers(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    command = ["-m", "hydra/launcher=basic", "peft.r=2", "tracking=none", *QUICK, "data=jsonl"]
+    command += ["data.path=rows.jsonl", "hydra.sweep.dir=a/b"]
+    for answer in ("yes", "no"):
+        rows.write_text(f'{{"prompt": "Is it?", "completion": "{answer}"}}\n' * 24)
+        done = cli(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    job, aside = tmp_path / "a/b/0", tmp_path / "a/b/0.other-content"
+    assert all((folder / ".hydra/overrides.yaml").is_file() for folder in (job, aside))
+    logged = (job / "run.log").read_text()
+    assert logged.index("trained again, since rows.jsonl changed") < logged.index("step 3/3")
+    assert (aside / "run.log").read_text().count("step 3/3") == logged.count("step 3/3")
+    table = SweepTable()
+    table.folder, table.uses_other_launcher = tmp_path / "a/b", True
+    table.read_jobs()
+    assert [(r["job"], r["status"]) for r in table.rows] == [("0", "finished")]
+    assert table.rows[0]["overrides"]["peft.r"] == "2"
 
 
 def test_resuming_a_checkpoint_is_an_error_that_names_its_run(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def launch(
     setup_globals()
     hydra = launcher.config.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
-    Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+    folder = Path(str(hydra.sweep.dir))
+    folder.mkdir(parents=True, exist_ok=True)
     ours = set(launcher.config) >= GROUPS
-    lock = Lock(Path(str(hydra.sweep.dir)), "hydra.sweep.dir") if ours else None
+    lock = Lock(folder, "hydra.sweep.dir") if ours else None
     worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
-    state, stop_at_once = _Launch(launcher), False
+    state, stop_immediately = _Launch(launcher), False
     try:
         common = _common(job_overrides)
         jobs = [
@@ -60,16 +61,18 @@ def launch(
         ]
         launch_plan = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
         if ours:
-            _check_sweep_dir(launch_plan, len(jobs), Path(str(hydra.sweep.dir)))
+            # after a launch's first batch the summary is its own
+            holds_sweep = initial_job_idx == 0 and (folder / SUMMARY).is_file()
+            _check_sweep_dir(launch_plan, len(jobs), holds_sweep)
             show(launch_plan)
-            refused = any(job.error for job, _ in launch_plan.at_once)
-            write_command(Path(str(hydra.sweep.dir)), hydra, keep=refused)
+            refused = any(job.error for job, _ in launch_plan.without_training)
+            write_command(folder, hydra, keep=refused)
         state.run(launch_plan, {job.number: job for job in jobs}, worker)
     except KeyboardInterrupt as error:
-        stop_at_once = not isinstance(error, Interrupted)
+        stop_immediately = not isinstance(error, Interrupted)
         raise
     finally:
-        worker.stop(stop_at_once)
+        worker.stop(stop_immediately)
         state.stopped()
         if lock is not None:
             lock.release()
@@ -108,22 +111,23 @@ def _compose_job(
     return Job(number, config, settled, directory, tuple(overrides))
 
 
-def _check_sweep_dir(launch_plan: Plan, count: int, folder: Path) -> None:
+def _check_sweep_dir(launch_plan: Plan, count: int, holds_sweep: bool) -> None:
     """Refuse a launch into the directory of another sweep, before it writes anything there.
 
     Raises:
         ConfigError: a job's directory holds another run, or no job can run and there is a sweep.
     """
-    refused = [(job, job.error) for job, _ in launch_plan.at_once if job.error is not None]
+    refused = [(job, job.error) for job, _ in launch_plan.without_training if job.error is not None]
     occupied = [(job, error) for job, error in refused if isinstance(error, OccupiedError)]
-    if occupied or (len(refused) == count and (folder / SUMMARY).is_file()):
-        if SweepTable.current is not None:
-            SweepTable.current.restore_multirun()
+    if occupied or (len(refused) == count and holds_sweep):
         raise ConfigError((f"job {job.number}", str(error)) for job, error in occupied or refused)
 
 
 class _Launch:
-    """The state of a launch: which jobs are running, ended or not proven equal."""
+    """The state of a launch: which jobs are running, ended or not proven equal.
+
+    `Worker.run` calls `began`, `ended` and `unproven`, by the names in the worker's messages.
+    """
 
     def __init__(self, launcher: Any) -> None:
         self.launcher = launcher
@@ -136,10 +140,10 @@ class _Launch:
     def run(self, launch_plan: Plan, jobs: dict[int, Job], worker: Worker) -> None:
         """Carry out a plan, even if workers die."""
         self.jobs = jobs
-        for job, _ in launch_plan.at_once:
+        for job, _ in launch_plan.without_training:
             self.began(job.number)
-            if job.error is not None and job.settled is not None:
-                # the files of another run in the directory stay unchanged
+            if job.error is not None and (job.directory / "run.json").is_file():
+                # the run in the directory is another one: its files stay unchanged
                 self.ended(job.number, failed(job.config, job.error))
             else:
                 self.ended(job.number, self._run_here(job))

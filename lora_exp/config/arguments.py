@@ -45,10 +45,10 @@ NEEDED = {  # exactly one of these is required
 FOLLOWS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 # beginning of an optimizer's name -> the arguments that its `optim_args` may set
 OPTIM_ARGS = {
-    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
-    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
     "rmsprop_bnb": (),
-    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
     "ademamix": ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
     "paged_ademamix": ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
     "adamw_anyprecision": (
@@ -64,11 +64,12 @@ OPTIM_ARGS = {
     "adamw_torch_4bit": ("block_size", "bf16_stochastic_round"),
     "adamw_torch_8bit": ("block_size", "bf16_stochastic_round"),
 }  # fmt: skip
-NOT_NUMBERS = {  # arguments of optimizers whose values are not numbers
-    "nesterov", "centered", "use_kahan_summation", "momentum_dtype", "variance_dtype",
-    "compensation_buffer_dtype", "proj_type", "proj", "scale_type", "kahan_sum", "decouple_lr",
-    "bf16_stochastic_round",
-}  # fmt: skip
+FLAGS = ("nesterov", "centered", "use_kahan_summation", "bf16_stochastic_round")
+SWITCHED_ON = ("kahan_sum", "decouple_lr")  # by any text, also by "false"
+WORDS = (
+    "momentum_dtype", "variance_dtype", "compensation_buffer_dtype", "proj_type", "proj",
+    "scale_type",
+)  # fmt: skip
 SCHEDULER_CHOICES = {  # the values that a scheduler's argument may have
     "warmup_type": ("linear", "cosine", "1-sqrt"),
     "decay_type": ("linear", "cosine", "1-sqrt"),
@@ -119,7 +120,7 @@ def argument_faults(cfg: DictConfig) -> Iterator[Fault]:
 def _scheduler(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
     _, scheduler = settings.get("lr_scheduler_type", ("", None))
     key, kwargs = settings.get("lr_scheduler_kwargs", ("train.lr_scheduler_kwargs", None))
-    if scheduler not in SCHEDULERS:
+    if not isinstance(scheduler, str) or scheduler not in SCHEDULERS:
         return
     if scheduler in FOLLOWS_EVALUATIONS and settings.get("eval_strategy", ("", "no"))[1] == "no":
         text = f"{scheduler} follows evaluations; give train.eval_strategy"
@@ -168,17 +169,27 @@ def _optimizer(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
         name, equals, value = part.partition("=")
         if not equals or "=" in value:
             yield key, 'is not a text of name=value, like "momentum=0.9,nesterov=true"'
+        elif name == "weight_decay":
+            yield key, "weight_decay has no effect there; give train.weight_decay"
         elif name not in accepted:
             near = did_you_mean(name, accepted) or f"; it takes {', '.join(accepted) or 'none'}"
             yield key, f"{optimizer} has no argument {name}{near}"
-        elif name not in NOT_NUMBERS and not _is_numeral(value):
-            yield key, f"{name} is no number"
+        elif fault := _optim_value_fault(name, value):
+            yield key, f"{name}={value}: {fault}"
     key, modules = settings.get("optim_target_modules", ("train.optim_target_modules", None))
     low_rank = optimizer.startswith(LOW_RANK)
     if modules and not low_rank:
         yield key, f"{optimizer} does not read it; {' and '.join(LOW_RANK)} do"
     if low_rank and not modules:
         yield key, f"is required by {optimizer}; give +{key}=all-linear, or a list"
+
+
+def _optim_value_fault(name: str, value: str) -> str | None:
+    if name in FLAGS:
+        return None if value.lower() in ("true", "false") else "give true or false"
+    if name in SWITCHED_ON:
+        return None if value.lower() == "true" else "give true, or leave it out"
+    return None if name in WORDS or _is_numeral(value) else "give a number"
 
 
 def _by_prefix(name: str, table: Mapping[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lora_exp.config.arguments import FOLLOWS_EVALUATIONS
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
@@ -26,40 +27,36 @@ def apply_keep(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, An
         raise ConfigError([("keep", f"{keep!r} is none of {', '.join(KEEP_VALUES)}")])
     if not isinstance(train, dict):
         return values
-    if keep == "last" and train.get(LOAD_BEST):
-        if "keep" in overridden:
-            raise ConfigError([("keep", f"last, but train.{LOAD_BEST}=true is keep=best")])
-        return values | {"keep": "best"}
-    if keep == "last":
+    if keep == "last" and not train.get(LOAD_BEST):
         return values
+    if keep == "last" and "keep" in overridden:
+        raise ConfigError([("keep", f"last, but train.{LOAD_BEST}=true is keep=best")])
     if train.get(LOAD_BEST) is False:
         raise ConfigError([("keep", f"best, but train.{LOAD_BEST}=false is keep=last")])
     if train.get("eval_strategy") == "no":
         raise ConfigError([("keep", "best needs evaluations; give train.eval_strategy=epoch")])
-    counterparts = {"save_strategy": "eval_strategy", "save_steps": "eval_steps"}
-    save_settings = {
-        save_key: train[eval_key]
-        for save_key, eval_key in counterparts.items()
-        if train.get(eval_key) is not None
-    }
-    if overridden & {f"train.{key}" for key in counterparts}:
-        save_settings = {}
-    updated = train | save_settings | {LOAD_BEST: True}
-    if not _saves_when_evaluated(updated):
-        text = "best takes one of the evaluated checkpoints; leave train.save_strategy and"
-        raise ConfigError([("keep", f"{text} train.save_steps out, or let them match eval_*")])
-    return values | {"train": updated}
+    train = train | {LOAD_BEST: True}
+    if not saves_each_best(train) and not overridden & {"train.save_strategy", "train.save_steps"}:
+        train |= {"save_strategy": train.get("eval_strategy"), "save_steps": _eval_steps(train)}
+    if not saves_each_best(train):
+        text = "best needs a checkpoint of each evaluation; leave train.save_strategy and"
+        raise ConfigError([("keep", f"{text} train.save_steps out, or let them equal eval_*")])
+    return values | {"keep": "best", "train": train}
 
 
-def _saves_when_evaluated(train: dict[str, Any]) -> bool:
-    """Return whether every checkpoint is saved at an evaluation."""
-    if train.get("save_strategy") == "best":
-        return True
-    if train.get("save_strategy") != train.get("eval_strategy"):
+def saves_each_best(train: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is saved whenever an evaluation is the best so far."""
+    saving, evaluation = train.get("save_strategy"), train.get("eval_strategy", "no")
+    if evaluation == "no" or saving not in (evaluation, "best"):
         return False
-    if train.get("save_strategy") != "steps":
-        return True
-    save_steps = train.get("save_steps")
-    eval_steps = train.get("eval_steps") or train["logging_steps"]
-    are_counts = isinstance(save_steps, int) and isinstance(eval_steps, int) and eval_steps > 0
-    return are_counts and save_steps % eval_steps == 0
+    return saving != "steps" or bool(train.get("save_steps") == _eval_steps(train))
+
+
+def _eval_steps(train: Mapping[str, Any]) -> Any:
+    """Return the steps, or the share of all steps, between two evaluations."""
+    return train.get("eval_steps") or train.get("logging_steps")  # as transformers does
+
+
+def evaluations_act(train: Mapping[str, Any]) -> bool:
+    """Return whether evaluations affect the result: the best is loaded, or they set the rate."""
+    return bool(train.get(LOAD_BEST)) or train.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS

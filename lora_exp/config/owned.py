@@ -97,7 +97,7 @@ def owned_faults(target: str, arguments: dict[str, Any]) -> Iterator[Fault]:
         if name in OWNED:
             yield full, f"belongs to the run; {OWNED[name]}"
         known = members(ENUMERATIONS[name]) if name in ENUMERATIONS else frozenset()
-        if known and value not in known:
+        if known and not (isinstance(value, str) and value in known):
             near = did_you_mean(str(value), known)
             yield full, f"{value!r} is none of {', '.join(sorted(known))[:300]}{near}"
         alternative = UNREAD.get(target, {}).get(name)

@@ -36,8 +36,8 @@ def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
     if cfg.peft is None:
         return
     if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):
-        text = "adalora moves its ranks, and its checkpoints lack a part of that state; give false"
-        yield "train.load_best_model_at_end", text
+        text = "best, but adalora moves its ranks, and its checkpoints lack a part of that state"
+        yield "keep", f"{text}; keep=last, and leave train.load_best_model_at_end out"
     init = initialization(cfg.peft)
     for kind in ("dora", init) if cfg.peft.get("use_dora") else (init,):
         if quant in REFUSED.get(kind, {}):

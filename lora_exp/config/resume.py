@@ -11,12 +11,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.keep import evaluations_act
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
 NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
 REPORTS = re.compile(r"tracking\b|lockstep\.(max_jobs|verify|on_difference)$|train\.logging_\w+$")
-# these affect the result if the best checkpoint is loaded
+# these affect the result if evaluations do
 SAVING = re.compile(r"train\.(save|eval)_\w+$")
 LIMITS = ("train.max_steps", "train.num_train_epochs")
 ABSENT = object()
@@ -41,7 +42,6 @@ def resumed_config(
     """
     values = OmegaConf.create(saved)
     faults = []
-    best = bool(saved["train"].get("load_best_model_at_end"))
     for override in overrides:
         key = split_override(override)[0].replace("/", ".")
         if NOT_SAVED.match(key):
@@ -57,7 +57,7 @@ def resumed_config(
         new_value = choices[key] if group else _resolved(requested, key)
         if new_value == saved_value or (group and new_value is None and saved_value is ABSENT):
             continue
-        if REPORTS.match(key) or (SAVING.match(key) and not best):
+        if _only_reports(key, saved["train"]):
             OmegaConf.update(values, key, _resolved(requested, key), force_add=True, merge=False)
             if group:
                 values.choices[key] = new_value
@@ -69,6 +69,20 @@ def resumed_config(
         raise ConfigError(faults)
     resumed: dict[str, Any] = OmegaConf.to_container(values)  # type: ignore[assignment]
     return resumed
+
+
+def _only_reports(key: str, train: Mapping[str, Any]) -> bool:
+    """Return whether a key of a run with these arguments does not affect its result."""
+    if not evaluations_act(train):
+        return bool(REPORTS.match(key) or SAVING.match(key))
+    if key == "train.logging_steps" and train.get("eval_strategy") == "steps":
+        return bool(train.get("eval_steps"))  # without it, rows are evaluated at these steps
+    return bool(REPORTS.match(key))
+
+
+def acting_limit(train: Mapping[str, Any]) -> str:
+    """Return the name of the limit that ends a training: epochs do not count beside max_steps."""
+    return "max_steps" if train["max_steps"] > 0 else "num_train_epochs"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], key: str = "") -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config.deletions import restore_defaults
 from lora_exp.config.door import plain, renamed, with_oldest_names
-from lora_exp.config.keep import LOAD_BEST, apply_keep
+from lora_exp.config.keep import LOAD_BEST, apply_keep, evaluations_act, saves_each_best
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import resumed_config
 from lora_exp.config.start import with_start_adapter
@@ -144,6 +144,9 @@ def _resumed(
     # keys that did not exist when the run was saved
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
+    if current["keep"] == "best" and not saves_each_best(values["train"]):
+        text = "best, but the run saves no checkpoint of each evaluation, so the best may be lost"
+        raise ConfigError([("keep", f"{text}; start a new run")])
     return values | current | {"trusted_targets": list(cfg.trusted_targets)}
 
 
@@ -204,7 +207,7 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
     values["train"] |= limits or {}
-    if not values["train"].get("load_best_model_at_end"):
+    if not evaluations_act(values["train"]):
         reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
         values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}
     values = with_oldest_names(values)

@@ -50,7 +50,8 @@ def too_long(directory: Path) -> Iterator[Fault]:
 
 def _opposing_key(hydra: DictConfig, goal: str) -> str | None:
     """Return the key that makes the sweeper optimise against the goal; None: there is none."""
-    direction = OmegaConf.select(hydra, "sweeper.direction")  # Optuna's
+    direction = OmegaConf.select(hydra, "sweeper.direction")  # Optuna's: its enum, or a word
+    direction = getattr(direction, "name", direction)
     if isinstance(direction, str) and direction.rpartition(".")[2] != goal:
         return "hydra.sweeper.direction"
     for key, meaning in (

@@ -98,6 +98,8 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
         value = OmegaConf.select(cfg, key)
         if value is not None and not isinstance(value, ListConfig):
             yield key, f"is a list; give {key}=[...]"
+    if OmegaConf.select(cfg, "algorithm.metrics") == []:
+        yield "algorithm.metrics", "name at least one, such as loss"
     for key in SECTIONS:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
             yield key, "is not a section; choose an option of its group, or leave it as it is"
@@ -280,7 +282,7 @@ def _secrets(values: Any, redacted: Any, key: str = "") -> Iterator[Fault]:
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from _secrets(value, redacted[name], f"{key}.{name}".lstrip("."))
-    elif values != redacted:
+    elif redacted is not values and redacted != values:  # NaN differs from itself
         yield key, "is a secret, and configs are saved; export it instead (HF_TOKEN, WANDB_API_KEY)"
 
 

@@ -42,9 +42,9 @@ def redact_text(text: str) -> str:
     return ASSIGNED.sub(rf"\1{REDACTED}", SHAPES.sub(REDACTED, text))
 
 
-def redact_files(folder: Path) -> None:
+def redact_files(folder: Path, pattern: str = "*.yaml") -> None:
     """Redact the YAML files that Hydra wrote before our code ran."""
-    for path in folder.glob("*.yaml"):
+    for path in folder.glob(pattern):
         text = path.read_text(encoding="utf-8")
         if (clean := redact_text(text)) != text:
             path.write_text(clean, encoding="utf-8")

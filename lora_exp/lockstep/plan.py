@@ -62,28 +62,29 @@ class Job:
 class Plan:
     """How each job will run."""
 
-    at_once: tuple[tuple[Job, str], ...]  # with the reason; these train nothing
+    without_training: tuple[tuple[Job, str], ...]  # with the reason
     packs: tuple[tuple[Job, ...], ...]
     alone: tuple[tuple[Job, str], ...]  # with the reason
 
 
 def plan(jobs: Iterable[Job]) -> Plan:
     """Group jobs with the same base into packs; a job that would change its base runs alone."""
-    at_once: list[tuple[Job, str]] = []
+    without_training: list[tuple[Job, str]] = []
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
     for job in jobs:
         job = replace(job, error=job.error or _directory_conflict(job))
         if job.error or job.settled is None:
-            at_once.append((job, "refused, not run"))
+            without_training.append((job, "refused, not run"))
         elif is_unproven(job.directory) and job.settled.lockstep.on_difference == "retrain":
             alone.append((job, "not proven equal before, trained again"))
         elif (status := run_status(job.directory, job.settled)) == "finished" and not changed_files(
             job.directory, job.settled
         ):
-            at_once.append((job, "finished before, not run again"))
+            without_training.append((job, "finished before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
-            at_once.append((job, f"{status} before, not run again but with retry_failed=true"))
+            text = f"{status} before, not run again but with retry_failed=true"
+            without_training.append((job, text))
         elif why := solitary(job):
             alone.append((job, why))
         else:
@@ -92,7 +93,7 @@ def plan(jobs: Iterable[Job]) -> Plan:
         if len(members) == 1:
             alone.append((packs.pop(key)[0], "no other job to train with it"))
     alone.sort(key=lambda pair: pair[0].number)
-    return Plan(tuple(at_once), tuple(map(tuple, packs.values())), tuple(alone))
+    return Plan(tuple(without_training), tuple(map(tuple, packs.values())), tuple(alone))
 
 
 def _directory_conflict(job: Job) -> ConfigError | None:
@@ -167,7 +168,7 @@ def show(planned: Plan) -> None:
 
     from lora_exp.record.console import console
 
-    lines = list(_by_reason(planned.at_once).items())
+    lines = list(_by_reason(planned.without_training).items())
     for pack in planned.packs:
         first: Any = pack[0].settled
         where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
@@ -177,7 +178,7 @@ def show(planned: Plan) -> None:
     for text, jobs in lines:
         numbers = _ranges([job.number for job in jobs])
         console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
-    for job, _ in planned.at_once:
+    for job, _ in planned.without_training:
         if job.error is not None:
             console.print(Text(f"job {job.number}: {job.error}"))
 

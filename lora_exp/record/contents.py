@@ -41,15 +41,18 @@ def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any,
     from lora_exp.data.reading import files
 
     current = {name: sha256(asset(name)) for name in recorded if asset(name).is_file()}
+    if cfg.data.get("chat_template"):
+        text = asset(cfg.data.chat_template).read_text(encoding="utf-8")
+        current["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     if cfg.data._target_ == "lora_exp.data.rows.jsonl":  # a glob may match other files than before
         for pattern in filter(None, (cfg.data.path, cfg.data.eval_path)):
             paths = files(pattern)
             current |= {pattern if len(paths) == 1 else str(p): sha256(p) for p in paths}
+    elif cfg.data._target_ == "lora_exp.data.rows.hub" and Path(cfg.data.path).is_dir():
+        paths = [p for p in Path(cfg.data.path).rglob("*") if p.is_file()]  # as `rows.hub` does
+        current |= {str(p): sha256(p) for p in paths}
     else:
         recorded = {name: digest for name, digest in recorded.items() if name in current}
-    if cfg.data.get("chat_template"):
-        text = asset(cfg.data.chat_template).read_text(encoding="utf-8")
-        current["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     for name in recorded.keys() | current.keys():
         yield name, recorded.get(name), current.get(name)
 

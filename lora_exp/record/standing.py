@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config.resume import LIMITS
+from lora_exp.config.resume import LIMITS, acting_limit
 from lora_exp.config.settled import fingerprints
 from lora_exp.errors import ConfigError, OccupiedError
 from lora_exp.files.lock import in_use
@@ -48,12 +48,12 @@ def run_status(directory: Path, cfg: DictConfig) -> str | None:
         raise ConfigError([("hydra.sweep.dir", text)]) from error
     if recorded[0] in fingerprints(cfg):
         return recorded[1]
-    limits = training_limits(directory)
+    limits, acting = training_limits(directory), acting_limit(cfg.train)
     pairs = [(value, cfg.train[key]) for key, value in limits.items() if value != cfg.train[key]]
     if recorded[0] not in fingerprints(cfg, limits) or any(min(pair) <= 0 for pair in pairs):
         text = f"{directory} holds another run ({recorded[2]}); take another directory"
         raise OccupiedError([("hydra.sweep.dir", text)])
-    longer = any(requested > trained for trained, requested in pairs)
+    longer = cfg.train[acting] > limits.get(acting, cfg.train[acting])
     return "interrupted" if longer and recorded[1] == "finished" else recorded[1]
 
 

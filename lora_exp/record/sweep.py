@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.files.redaction import REDACTED, redact, redact_text
+from lora_exp.files.redaction import REDACTED, redact, redact_files, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 from lora_exp.record.standing import ASIDE, status_text
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COMMAND, SUMMARY, MULTIRUN = "sweep.json", "summary.json", "multirun.yaml"
+COLUMNS = {"job", "objective", "goal", "overrides", "metrics"}  # those that are read back
 TRIAL_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 OUR_LAUNCHER = "hydra_plugins.lockstep_launcher"  # it runs callbacks in this process
 
@@ -42,7 +43,8 @@ class SweepTable(Callback):
     def __init__(self) -> None:
         self.folder = Path()
         self.rows: list[dict[str, Any]] = []
-        self.elsewhere, self.began, self.earlier_multirun = False, 0.0, b""
+        self.uses_other_launcher, self.has_begun = False, False
+        self.began, self.earlier_multirun = 0.0, b""
         self.trial: dict[str, str] = {}
         self.master: DictConfig | None = None
 
@@ -50,27 +52,36 @@ class SweepTable(Callback):
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
         self.folder, self.master = Path(config.hydra.sweep.dir), config.hydra
-        self.elsewhere = not str(config.hydra.launcher.get("_target_")).startswith(OUR_LAUNCHER)
+        launcher = str(config.hydra.launcher.get("_target_"))
+        self.uses_other_launcher = not launcher.startswith(OUR_LAUNCHER)
         self.began = time.time()
         # those of a W&B agent's trial: else several runs would have the same id
         self.trial = {n: os.environ.pop(n) for n in TRIAL_VARIABLES if n in os.environ}
         multirun = self.folder / MULTIRUN
         self.earlier_multirun = multirun.read_bytes() if multirun.is_file() else b""
 
-    def restore_multirun(self) -> None:
-        """Write back the multirun.yaml that Hydra has overwritten, since the launch is refused."""
-        SweepTable.current = None
-        if self.earlier_multirun:
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Note that the launch was not refused."""
+        self.has_begun = True
+
+    def on_launch_end(self) -> None:
+        """Leave no secret in multirun.yaml, and after a refused launch the earlier multirun.yaml.
+
+        Hydra writes the file before it composes the jobs, which redact it when they begin.
+        """
+        self.read_jobs()
+        if self.earlier_multirun and not (self.has_begun or self.rows):
             write_whole(self.folder / MULTIRUN, self.earlier_multirun.decode())
+        redact_files(self.folder, MULTIRUN)
 
     def read_jobs(self) -> None:
         """Read the jobs that a launcher has run in other processes, where no callback runs."""
         folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
         folders = [folder for folder in folders if not ASIDE.search(folder.name)]
         new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
-        if not self.elsewhere or self.rows or not any(new):
+        if not self.uses_other_launcher or self.rows or not any(new):
             return
-        self.rows = sorted(map(read_row, folders), key=rank)
+        self.rows = sorted(map(read_row, folders), key=sort_key)
         write_summary(self.folder, self.rows)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
@@ -80,13 +91,14 @@ class SweepTable(Callback):
         directory = Path(config.hydra.runtime.output_dir)
         self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # if trained again
         self.rows.append(job_row(directory, list(config.hydra.overrides.task), job_return))
-        self.rows.sort(key=rank)
+        self.rows.sort(key=sort_key)
         write_summary(Path(config.hydra.sweep.dir), self.rows)
 
     def mark_unproven(self, directory: Path) -> None:
         """Mark an ended job as not proven equal to its run alone."""
         for r in self.rows:
-            r["proven"] &= Path(r["directory"]) != directory.absolute()
+            if Path(r["directory"]) == directory.absolute():
+                r["proven"] = False
         if self.rows:
             write_summary(self.folder, self.rows)
 
@@ -131,7 +143,7 @@ def sweep_table(folder: Path, rows: list[dict[str, Any]]) -> Table:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a sweep's jobs from their directories, the best first."""
     jobs = (path.parent for path in folder.glob("*/run.json"))
-    return sorted((read_row(job) for job in jobs if not ASIDE.search(job.name)), key=rank)
+    return sorted((read_row(job) for job in jobs if not ASIDE.search(job.name)), key=sort_key)
 
 
 def best_job(folder: Path) -> Path | None:
@@ -154,12 +166,14 @@ def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
     if keep and path.is_file():
         return
     sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    config_dirs = [word for path in sources for word in ("--config-dir", path)]
+    config_flags = [word for path in sources for word in ("--config-dir", path)]
+    if hydra.job.config_name != "config":  # that of `main`
+        config_flags += ["--config-name", hydra.job.config_name]
     overrides = [*hydra.overrides.hydra, *hydra.overrides.task]
     overrides = [
         o for o in overrides if not re.match(r"hydra\.(mode|sweep\.dir)=|retry_failed=", o)
     ]
-    write_whole(path, json.dumps(redact(["-m", *config_dirs, *overrides]), indent=1) + "\n")
+    write_whole(path, json.dumps(redact(["-m", *config_flags, *overrides]), indent=1) + "\n")
 
 
 def saved_command(folder: Path) -> list[str]:
@@ -220,19 +234,28 @@ def read_row(directory: Path) -> dict[str, Any]:
 
 def refresh_row(directory: Path) -> None:
     """Update the row of a job that was resumed alone in the summary of its sweep."""
-    path = directory.parent / SUMMARY
-    if not path.is_file():
-        return
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = _read_summary(directory.parent / SUMMARY)
     earlier = [r for r in rows if r["job"] == directory.name]
     if earlier and (directory / "run.json").is_file():
         current = read_row(directory) | {"overrides": earlier[0]["overrides"]}
         rows = [current if r in earlier else r for r in rows]
-        write_summary(directory.parent, sorted(rows, key=rank))
+        write_summary(directory.parent, sorted(rows, key=sort_key))
 
 
-def rank(row: dict[str, Any]) -> float:
-    """Return a sort key: the best row first, rows without an objective last."""
+def _read_summary(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a summary; none if there is no such file, or another tool wrote it."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    is_ours = isinstance(rows, list) and all(
+        isinstance(r, dict) and r.keys() >= COLUMNS for r in rows
+    )
+    return rows if is_ours else []
+
+
+def sort_key(row: dict[str, Any]) -> float:
+    """Return the key that sorts the best row first, rows without an objective last."""
     if row["objective"] is None:
         return math.inf
     return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from lora_exp.errors import ConfigError
+
 log = logging.getLogger("lora_exp")
 PROJECT, GROUP_LENGTH, TIMEOUT = "lora-exp", 128, 10
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
@@ -50,7 +52,7 @@ class Wandb:
         self.wandb, self.log_adapter = wandb, log_adapter
         self.directory, self.data_dir = directory, directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        all_tags = [*(tags or ()), *filter(None, env("WANDB_TAGS", "").split(",")), *choices]
+        all_tags = [str(tag).strip() for tag in (*(tags or ()), *env("WANDB_TAGS", "").split(","))]
         options: dict[str, Any] = {
             "project": project or env("WANDB_PROJECT") or PROJECT,
             "entity": entity,
@@ -60,49 +62,16 @@ class Wandb:
             "name": name or env("WANDB_NAME") or run_name,
             "group": _group_name(group or env("WANDB_RUN_GROUP") or sweep),
             "job_type": job_type,
-            "tags": list(dict.fromkeys(tag.strip()[:64] for tag in all_tags)),
+            "tags": list(dict.fromkeys(tag[:64] for tag in (*all_tags, *choices) if tag)),
             "config": config,
             "reinit": "create_new",
-            "settings": self._settings(),
         }
-        self.mode = _mode(mode, wandb)
-        self.run = self._init_run(options)
+        self.run, self.mode = _init_run(mode, options)
         Wandb.live += 1
         runs = directory / "wandb" / f"offline-run-*-{self.run.id}"  # a resumed run has several
         offline = f"offline; to send it: wandb sync {runs}"
         places = {"online": str(self.run.url), "disabled": "none", "offline": offline}
         self.place = places.get(self.mode, str(self.run.url))
-
-    def _init_run(self, options: dict[str, Any]) -> Any:
-        """Start the run; if the server refuses it, it and all later ones are offline."""
-        try:
-            return self.wandb.init(mode=self.mode, **options)
-        except self.wandb.errors.CommError as error:
-            log.warning("W&B cannot be reached (%s); runs are logged offline", error)
-        _REFUSED.append(True)
-        self.mode = "offline"
-        if Wandb.live:  # their connection stays open, and it blocks the id of the refused run
-            options |= {"id": f"{options['id']}-offline"}
-        else:
-            self.wandb.teardown()
-        return self.wandb.init(mode="offline", **options)
-
-    def _settings(self) -> Any:
-        return self.wandb.Settings(
-            console="off",
-            silent=True,
-            save_code=False,
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            label_disable=True,  # it would look for labels in the main script
-            host="",
-            program="",
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""
@@ -155,13 +124,58 @@ def report_trial(variables: dict[str, str], objective: str, values: list[float])
         objective: the name of the sweep's metric.
         values: one for each finished run.
     """
-    import wandb
-
     os.environ.update(variables)
-    settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
-    run = wandb.init(mode=_mode("auto", wandb), settings=settings)
+    run, _ = _init_run("auto", {})
     run.log({objective: sum(values) / len(values), "runs": len(values)})
     run.finish()
+
+
+def _init_run(mode: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Start a run; if the server refuses it, it and all later ones are offline.
+
+    Returns:
+        The run and its mode.
+
+    Raises:
+        ConfigError: there is no key, or W&B does not accept its form.
+    """
+    import wandb
+
+    options |= {"settings": _settings()}
+    try:
+        actual = _mode(mode)
+        return wandb.init(mode=actual, **options), str(actual)
+    except wandb.errors.CommError as error:
+        log.warning("W&B cannot be reached (%s); runs are logged offline", error)
+    except (wandb.errors.Error, ValueError) as error:
+        text = f"W&B: {' '.join(str(error).split())}; or give tracking.mode=offline"
+        raise ConfigError([("tracking", text)]) from error
+    _REFUSED.append(True)
+    if Wandb.live:  # their connection stays open, and it blocks the id of the refused run
+        options |= {"id": f"{options['id']}-offline"}
+    else:
+        wandb.teardown()
+    return wandb.init(mode="offline", **options), "offline"
+
+
+def _settings() -> Any:
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        label_disable=True,  # it would look for labels in the main script
+        host="",
+        program="",
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+    )
 
 
 def _group_name(group: str | None) -> str | None:
@@ -171,8 +185,10 @@ def _group_name(group: str | None) -> str | None:
     return f"{group[: GROUP_LENGTH - 9]}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
 
 
-def _mode(mode: str, wandb: Any) -> Any:  # a Literal of wandb
-    """Return the mode, without a prompt: wandb.init would raise, or wait minutes for a network."""
+def _mode(mode: str) -> Any:  # a Literal of wandb
+    """Return a mode in which wandb.init neither prompts nor waits minutes for a network."""
+    import wandb
+
     if mode == "auto":
         env_mode = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")
         if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):

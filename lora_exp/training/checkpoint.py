@@ -107,7 +107,10 @@ class Checkpoints:
     model: Any
     state: Any
     args: Any
+    control: Any
     _stage: Path | None = None
+    _postponed: int | None = None  # the step whose log, evaluation and save wait for the epoch's
+    _holds_best = False  # the model has the best checkpoint's weights, not the last step's
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """Train; if the checkpoint is of the last step, only load it, or one more step would run.
@@ -119,7 +122,9 @@ class Checkpoints:
             return super().train(**options)  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if not self._ended(state):
+        loader = self.get_train_dataloader()  # type: ignore[attr-defined]
+        *_, steps = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
+        if state.global_step < steps:
             options["resume_from_checkpoint"] = resume_from_checkpoint
             return super().train(**options)  # type: ignore[misc]
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -130,23 +135,24 @@ class Checkpoints:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
 
-    def _ended(self, state: Any) -> bool:
-        if self.args.max_steps > 0:
-            return bool(state.global_step >= self.args.max_steps)
-        return bool(state.epoch is not None and state.epoch >= self.args.num_train_epochs)
-
     def ensure_checkpoint(self) -> None:
-        """Save a checkpoint of the current step, unless there is one already."""
+        """Save a checkpoint of the last step, unless there is one or its weights are gone."""
         step = self.state.global_step
         saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
-        if step and not saved:
+        if step and not saved and not self._holds_best:
             self._save_checkpoint(self.model, None)
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Stop at the end of a step if a signal has asked for it, with a checkpoint.
+        """Log, evaluate and save once at a step, then stop if a signal has asked for it.
 
-        The training loop's own way to stop would also end the epoch, evaluate and save again.
+        The loop calls this after a step, and again if the step ends its epoch: a checkpoint of the
+        first call would lack the second's evaluation. Its own way to stop would evaluate once more.
         """
+        step, ends = self.state.global_step, (self.state.epoch or 0.5).is_integer()
+        ends = ends or self.control.should_epoch_stop or self.control.should_training_stop
+        if ends and self._postponed != step:
+            self._postponed = step
+            return
         super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
         if stop.asked:
             self.ensure_checkpoint()
@@ -189,14 +195,10 @@ class Checkpoints:
                 shutil.rmtree(steps[step])
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
-        """Point the state to the best checkpoint in this folder; the run may have been moved.
-
-        Returns:
-            Whether the best checkpoint is that of `step`.
-        """
+        """Point the state to the best checkpoint in this folder; return whether it is `step`'s."""
         best = self.state.best_global_step
         path = folder / f"{PREFIX}{best}"
-        if best and (best == step or path.is_dir()):
+        if best and (best == step or path.is_dir()):  # the run may have been moved
             self.state.best_model_checkpoint = str(path)
         return bool(best) and best == step
 
@@ -208,6 +210,7 @@ class Checkpoints:
             self._load_trained(best)
         else:
             super()._load_best_model()  # type: ignore[misc]
+        self._holds_best = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._trains_prompts():

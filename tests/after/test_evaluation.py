@@ -234,4 +234,4 @@ def test_the_evaluate_command(trained: Trained, tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert json.loads(run_cli(*command, "--json").stdout) == report
     assert f"{report['results']['adapter']['loss']:.4g}" in lines[1]
-    assert run_cli("evaluate", str(folder)).returncode == 2
+    assert run_cli("evaluate").returncode == 2

@@ -20,8 +20,12 @@ def test_the_best_is_loaded_and_checkpoints_follow_the_evaluations() -> None:
     assert (train.load_best_model_at_end, train.save_strategy) == (True, "epoch")
     train = compose("keep=best", *STEPS).train
     assert (train.save_strategy, train.save_steps) == ("steps", 4)
-    train = compose("keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=8").train
-    assert train.save_steps == 8
+    train = compose("keep=best", "train.eval_strategy=steps").train
+    assert (train.save_steps, train.logging_steps) == (10, 10)  # where eval_steps is null
+    shares = ["train.eval_strategy=steps", "train.eval_steps=0.1"]
+    assert compose("keep=best", *shares).train.save_steps == 0.1
+    compose("keep=best", *shares, "train.save_strategy=steps", "train.save_steps=0.1")
+    assert compose("keep=best", "train.save_strategy=best").train.save_strategy == "best"
 
 
 def test_load_best_model_at_end_equals_keep_best() -> None:
@@ -29,6 +33,8 @@ def test_load_best_model_at_end_equals_keep_best() -> None:
     assert cfg.keep == "best"
     assert fingerprint(cfg) == fingerprint(compose("keep=best"))
     assert fingerprint(cfg) != fingerprint(compose())
+    cfg = compose("+train.load_best_model_at_end=true", *STEPS)
+    assert fingerprint(cfg) == fingerprint(compose("keep=best", *STEPS))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +44,14 @@ def test_load_best_model_at_end_equals_keep_best() -> None:
         (["keep=last", "+train.load_best_model_at_end=true"], "last, but"),
         (["keep=best", "+train.load_best_model_at_end=false"], "best, but"),
         (["keep=best", "train.eval_strategy=no"], "best needs evaluations"),
-        (["keep=best", *STEPS, "train.save_strategy=epoch"], "let them match"),
-        (["keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=6"], "match eval_"),
+        (["keep=best", *STEPS, "train.save_strategy=epoch"], "let them equal eval_"),
+        (["keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=6"], "equal eval_"),
+        (["keep=best", *STEPS, "train.save_strategy=steps", "train.save_steps=8"], "equal eval_"),
+        (["+train.load_best_model_at_end=true", *STEPS, "train.save_steps=500"], "equal eval_"),
+        (["+train.load_best_model_at_end=true", "train.eval_strategy=no", "train.save_strategy=no"],
+         "best needs evaluations"),
     ],
-)
+)  # fmt: skip
 def test_contradictions_are_refused(overrides: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text) as error:
         compose(*overrides)
@@ -54,3 +64,12 @@ def test_a_run_saved_without_keep_gets_it_from_load_best_model_at_end(tmp_path: 
     del values["keep"]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
     assert compose(f"resume={tmp_path}").keep == "best"
+
+
+def test_a_saved_run_that_may_lose_its_best_is_not_resumed(tmp_path: Path) -> None:
+    values = OmegaConf.to_container(compose("keep=best", *STEPS))
+    assert isinstance(values, dict)
+    values["train"]["save_steps"] = 8
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
+    with pytest.raises(ConfigError, match=r"keep: best, but the run saves no .*; start a new run"):
+        compose(f"resume={tmp_path}")

@@ -29,6 +29,7 @@ def test_a_quantised_base_cannot_be_fully_trained_or_have_random_weights() -> No
         (["algorithm.args.packing=true", "algorithm.args.max_length=null"], "give a number"),
         (["experiment=balanced", "peft=none"], "is no option of conf/peft"),
         (["peft=prefix_tuning", "train.gradient_checkpointing=true"], "do not survive"),
+        (["keep=best", "peft=adalora"], "a part of that state; keep=last, and leave"),
     ],
 )
 def test_pairs_are_checked_by_their_values(overrides: list[str], message: str | None) -> None:

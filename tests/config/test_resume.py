@@ -77,6 +77,25 @@ def test_equal_overrides_and_changes_of_reporting_are_accepted(killed_run: Path)
     assert cfg.choices.tracking == "wandb"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["keep=best", "train.lr_scheduler_type=reduce_lr_on_plateau", "train.lr_scheduler_type=greedy"],
+)
+def test_evaluations_that_affect_the_result_may_not_change(setting: str, tmp_path: Path) -> None:
+    def save(*overrides: str) -> None:
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(compose(setting, *overrides)))
+
+    save()
+    compose(f"resume={tmp_path}", "train.logging_steps=2")
+    with pytest.raises(ConfigError, match=r"train\.eval_strategy: steps, but"):
+        compose(f"resume={tmp_path}", "train.eval_strategy=steps")
+    save("train.eval_strategy=steps")  # at the steps of logging
+    with pytest.raises(ConfigError, match=r"train\.logging_steps: 2, but"):
+        compose(f"resume={tmp_path}", "train.logging_steps=2")
+    save("train.eval_strategy=steps", "train.eval_steps=4")
+    compose(f"resume={tmp_path}", "train.logging_steps=2")
+
+
 def test_a_finished_run_is_trained_further_with_a_higher_max_steps(
     quick_run: Callable[..., Any],
 ) -> None:

@@ -50,6 +50,17 @@ def test_the_fingerprint_depends_only_on_what_is_computed() -> None:
     assert fingerprint(compose("seed=1")) != default
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "equal"), [("cosine", True), ("reduce_lr_on_plateau", False), ("greedy", False)]
+)
+def test_evaluations_that_set_the_rate_are_in_the_fingerprint(scheduler: str, equal: bool) -> None:
+    first, second = (
+        compose(f"train.lr_scheduler_type={scheduler}", "train.eval_strategy=steps", override)
+        for override in ("train.eval_steps=2", "train.eval_steps=4")
+    )
+    assert (fingerprint(first) == fingerprint(second)) == equal
+
+
 def test_an_earlier_runs_fingerprint_does_not_change() -> None:
     config = {
         "name": "before", "train": {"max_steps": 5, "save_steps": 2}, "lockstep": {"mode": "exact"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.sweeping import sweep_faults, too_long
+
+
+class Direction(Enum):
+    """As in Optuna's sweeper, whose default it is."""
+
+    minimize = 1
+    maximize = 2
 
 
 def hydra_config(
@@ -43,6 +51,7 @@ def test_a_launcher_of_a_swept_preset_is_refused() -> None:
     ("sweeper", "key"),
     [
         ({"direction": "minimize"}, "hydra.sweeper.direction"),
+        ({"direction": Direction.minimize}, "hydra.sweeper.direction"),
         ({"optim": {"maximize": False}}, "hydra.sweeper.optim.maximize"),
         ({"ax_config": {"experiment": {"minimize": True}}},
          "hydra.sweeper.ax_config.experiment.minimize"),

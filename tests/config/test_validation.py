@@ -100,6 +100,10 @@ def test_a_secret_is_refused_and_not_repeated(
     assert override.partition("=")[2] not in faults_by_key[key]
 
 
+def test_nan_is_no_secret() -> None:
+    assert "secret" not in faults("train.learning_rate=nan")["train.learning_rate"]
+
+
 def test_a_section_that_nothing_reads_is_refused() -> None:
     message = "nothing reads this key (did you mean train, tracking?)"
     assert faults("+trian.max_steps=3") == {"trian": message}

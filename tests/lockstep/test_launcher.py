@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from hydra.test_utils.launcher_common_tests import (
 )
 
 from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
+from lora_exp import compose, run
+from lora_exp.record.sweep import SUMMARY, read_rows
 from tests.conftest import QUICK, ROOT
 from tests.test_main import cli
 
@@ -182,11 +185,23 @@ def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> Non
     assert adapter_hashes(sweep) == hashes
 
 
-def test_a_sweep_whose_worker_is_killed_has_the_same_results(tmp_path: Path) -> None:
-    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
-    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "peft.lora_dropout=0.1"]
-    (tmp_path / "calm").mkdir()
-    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+SIXTY = [*STEPS[:-1], "train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
+SIXTY += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of the adapters of two runs alone, by job."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for job, rank in enumerate((2, 4)):
+        run(compose(f"peft.r={rank}", *SIXTY), folder / str(job))
+    return adapter_hashes(folder)
+
+
+def test_a_sweep_whose_worker_is_killed_has_the_same_results(
+    tmp_path: Path, uninterrupted: dict[str, str]
+) -> None:
+    command = ["-m", "peft.r=2,4", *SIXTY]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -195,18 +210,14 @@ def test_a_sweep_whose_worker_is_killed_has_the_same_results(tmp_path: Path) -> 
     assert "killed by SIGKILL" in (tmp_path / "err").read_text()
     sweep, jobs = read_summary(tmp_path)
     assert {job["status"] for job in jobs.values()} == {"finished"}
-    assert adapter_hashes(sweep) == adapter_hashes(read_summary(tmp_path / "calm")[0])
+    assert adapter_hashes(sweep) == uninterrupted
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
-    whole_group: bool, tmp_path: Path
+    whole_group: bool, tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
-    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
-    settings += ["peft.lora_dropout=0.1"]
-    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
-    (tmp_path / "calm").mkdir()
-    assert cli(*command, cwd=tmp_path / "calm").returncode == 0
+    command = ["-m", "peft.r=2,4", *SIXTY, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         if whole_group:
@@ -225,7 +236,7 @@ def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
     assert "resume=multirun/a/b goes on" in stderr
     done = cli("resume=multirun/a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert adapter_hashes(sweep) == adapter_hashes(tmp_path / "calm" / "multirun/a/b")
+    assert adapter_hashes(sweep) == uninterrupted
 
 
 def test_a_resumed_sweep_retries_failed_jobs_only_when_asked(tmp_path: Path) -> None:
@@ -250,13 +261,14 @@ def test_a_resumed_sweep_retries_failed_jobs_only_when_asked(tmp_path: Path) -> 
 
 
 def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
-    settings = ["train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
-    command = ["-m", "peft.r=2,4", *STEPS[:-1], *settings, "hydra.sweep.dir=multirun/a/b"]
+    command = ["-m", "peft.r=2,4", *SIXTY, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         process.send_signal(signal.SIGSTOP)  # so that it still runs when the second starts
-        second = cli(*command, cwd=tmp_path)
+        multirun = (tmp_path / "multirun/a/b/multirun.yaml").read_bytes()
+        second = cli(*command, "seed=7", cwd=tmp_path)
         process.send_signal(signal.SIGCONT)
+        assert (tmp_path / "multirun/a/b/multirun.yaml").read_bytes() == multirun
         assert second.returncode == 1
         assert f"multirun/a/b is in use by process {process.pid} on" in second.stderr
         assert process.wait() == 0
@@ -266,18 +278,62 @@ def file_contents(folder: Path) -> dict[Path, bytes]:
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("refused", [["peft.r=2,8"], ["peft.r=2,4", "seed=7"], ["peft.r=0,-1"]])
-def test_a_refused_sweep_leaves_existing_files_unchanged(
-    tmp_path: Path, refused: list[str]
-) -> None:
+REFUSED = {
+    "job 1: ": [["peft.r=2,8"], ["peft.r=2,4", "seed=7"], ["peft.r=0,-1"]],
+    "peft.rr: no such key": [["peft.rr=2,4"]],
+    "quant: there is no 'nf5'": [["quant=none,nf5"]],
+    "a folder's name has 300 bytes": [["peft.r=2,4", f"hydra.sweep.subdir={'x' * 300}"]],
+}
+
+
+def test_a_refused_sweep_leaves_existing_files_unchanged(tmp_path: Path) -> None:
     command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
     assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
     before = file_contents(tmp_path / "multirun/a/b")
-    done = cli(*command, *refused, cwd=tmp_path)
+    for message, refused in ((m, overrides) for m, many in REFUSED.items() for overrides in many):
+        done = cli(*command, *refused, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert message in done.stderr
+        assert file_contents(tmp_path / "multirun/a/b") == before
+
+
+def test_a_faulty_job_leaves_the_run_in_its_directory_unchanged(tmp_path: Path) -> None:
+    command = ["-m", *STEPS, "hydra.sweep.dir=multirun/a/b"]
+    assert cli(*command, "peft.r=2,4", cwd=tmp_path).returncode == 0
+    sweep = tmp_path / "multirun/a/b"
+    before = file_contents(sweep / "1")
+    done = cli(*command, "peft.r=2,0", cwd=tmp_path)
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "job 1: " in done.stderr
-    assert file_contents(tmp_path / "multirun/a/b") == before
+    assert "job 1: peft.r: 0 is no rank" in done.stdout
+    assert file_contents(sweep / "1") == before
+    assert {r["overrides"]["peft.r"]: r["status"] for r in read_rows(sweep)} == {
+        "2": "finished", "4": "finished",
+    }  # fmt: skip
+    summary = {job["job"]: job["status"] for job in json.loads((sweep / SUMMARY).read_text())}
+    assert summary == {"0": "finished", "1": "failed"}
+
+
+def test_a_sweep_in_batches_has_a_table_although_one_batch_is_refused(tmp_path: Path) -> None:
+    command = ["-m", "peft.r=4,0,8", "hydra.sweeper.max_batch_size=1", *STEPS]
+    done = cli(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    _, jobs = read_summary(tmp_path)  # Hydra's sweeper ends at the first batch that fails
+    assert {n: job["status"] for n, job in jobs.items()} == {"0": "finished", "1": "failed"}
+    assert "job 1: peft.r: 0 is no rank" in done.stdout.rpartition("status")[2]
+
+
+def test_a_sweep_of_a_config_of_ones_own_resumes_from_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nseed: 7\n")
+    command = ["-m", "--config-dir", ".", "--config-name", "mine", "peft.r=2,4"]
+    done = cli(*command, *STEPS, "hydra.sweep.dir=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sweep = tmp_path / "multirun/a/b"
+    shutil.rmtree(sweep / "1")
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    configs = [(sweep / n / "config.yaml").read_text().splitlines() for n in "01"]
+    assert ["seed: 7" in lines for lines in configs] == [True, True]
 
 
 def test_a_resumed_sweep_keeps_a_job_trained_longer_alone_and_can_be_lengthened(

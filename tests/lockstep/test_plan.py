@@ -50,7 +50,7 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["+train.full_determinism=true"], "full_determinism sets what a process has"),
         (["+train.tf32=true"], "tf32 sets"),
         (["+train.torch_compile=true"], "kernels of its own"),
-        (["+train.use_liger_kernel=true"], "Liger"),
+        (["+train.liger_kernel_config={rope: true}"], "Liger"),
     ],
 )
 def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], expected: str) -> None:
@@ -67,7 +67,7 @@ def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     record = {"status": "finished", "fingerprint": fingerprint(done.settled), "name": "x"}
     (done.directory / "run.json").write_text(json.dumps(record))
     planned = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
-    assert [(j.number, reason.split(",")[0]) for j, reason in planned.at_once] == [
+    assert [(j.number, reason.split(",")[0]) for j, reason in planned.without_training] == [
         (0, "finished before"),
         (1, "refused"),
     ]

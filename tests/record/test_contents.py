@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from omegaconf import OmegaConf
 
 from lora_exp import compose
@@ -64,6 +65,38 @@ def test_generated_rows_and_deleted_files_are_not_reported_as_changed(tmp_path: 
     run = write_record(tmp_path, data={str(path): "other"})
     path.unlink()
     assert changed_files(run, cfg) == []
+
+
+@pytest.mark.parametrize("data", ["corpus", "demo_pairs"])
+def test_the_template_of_generated_rows_is_compared(tmp_path: Path, data: str) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    cfg = compose(f"data={data}", f"data.chat_template={template}")
+    digest = f"sha256:{sha256(template)}"
+    run = write_record(tmp_path, data={"lora_exp.corpus": "seed 0", "chat_template": digest})
+    assert changed_files(run, cfg) == []
+    template.write_text("{{ bos_token }}{{ messages }}")
+    assert changed_files(run, cfg) == ["chat_template"]
+
+
+def test_files_added_to_a_data_folder_or_renamed_in_it_are_changes(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    (folder / "more").mkdir(parents=True)
+    paths = [folder / "a.jsonl", folder / "more" / "b.jsonl"]
+    for path in paths:
+        path.write_text('{"text": "x"}\n')
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    cfg = compose("data=hub", f"data.path={folder}", f"data.chat_template={template}")
+    data = {str(path): sha256(path) for path in paths}
+    data["chat_template"] = f"sha256:{sha256(template)}"
+    run = write_record(tmp_path, data=data)
+    assert changed_files(run, cfg) == []
+    (folder / "c.jsonl").write_text('{"text": "y"}\n')
+    assert changed_files(run, cfg) == [str(folder / "c.jsonl")]
+    (folder / "c.jsonl").unlink()
+    renamed = [path.rename(path.with_suffix(".json")) for path in paths]
+    assert set(changed_files(run, cfg)) == {*map(str, paths), *map(str, renamed)}
 
 
 def test_the_adapter_that_a_run_starts_from_is_compared(tmp_path: Path) -> None:

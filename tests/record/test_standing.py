@@ -84,6 +84,15 @@ def test_a_run_that_was_trained_longer_is_the_same_run(tmp_path: Path) -> None:
             run_status(tmp_path, compose(*overrides))
 
 
+def test_a_run_is_longer_only_by_the_limit_that_acts(tmp_path: Path) -> None:
+    Record(tmp_path / "steps", compose("train.max_steps=5")).update(status="finished")
+    longer = ["train.num_train_epochs=10"]
+    assert run_status(tmp_path / "steps", compose("train.max_steps=5", *longer)) == "finished"
+    assert run_status(tmp_path / "steps", compose("train.max_steps=6", *longer)) == "interrupted"
+    Record(tmp_path / "epochs", compose()).update(status="finished")
+    assert run_status(tmp_path / "epochs", compose(*longer)) == "interrupted"
+
+
 def test_0_and_0_0_have_the_same_fingerprint(tmp_path: Path) -> None:
     integer, decimal = (compose(f"train.weight_decay={zero}") for zero in ("0", "0.0"))
     assert fingerprint(integer) == fingerprint(decimal)

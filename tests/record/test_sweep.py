@@ -11,7 +11,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.errors import ConfigError
+from lora_exp.files.redaction import REDACTED
 from lora_exp.record.sweep import (
+    SweepTable,
     best_job,
     job_row,
     read_rows,
@@ -77,10 +79,11 @@ def test_a_sweeps_command_is_saved_without_arguments_of_one_launch(tmp_path: Pat
     folder = tmp_path / "it's, here"
     folder.mkdir()
 
-    def hydra(*task: str) -> DictConfig:
+    def hydra(*task: str, config_name: str = "config") -> DictConfig:
         sources = [{"provider": "main", "path": "a"}, {"provider": "command-line", "path": "my"}]
         overrides = {"hydra": ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x"], "task": list(task)}
-        return OmegaConf.create({"runtime": {"config_sources": sources}, "overrides": overrides})
+        runtime, job = {"config_sources": sources}, {"config_name": config_name}
+        return OmegaConf.create({"runtime": runtime, "job": job, "overrides": overrides})
 
     write_command(folder, hydra("peft.r=2,4", "retry_failed=true"), keep=True)
     write_command(folder, hydra("peft.r=8,9"), keep=True)
@@ -88,6 +91,8 @@ def test_a_sweeps_command_is_saved_without_arguments_of_one_launch(tmp_path: Pat
     assert saved_command(folder) == [*command, f"hydra.sweep.dir='{tmp_path}/it\\'s, here'"]
     write_command(folder, hydra("peft.r=8,9"), keep=False)
     assert "peft.r=8,9" in saved_command(folder)
+    write_command(folder, hydra("peft.r=8,9", config_name="mine"), keep=False)
+    assert saved_command(folder)[3:6] == ["--config-name", "mine", "peft.r=8,9"]
     write_command(folder, hydra("+train.hub_token=canary"), keep=False)
     with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
         saved_command(folder)
@@ -112,6 +117,44 @@ def test_the_table_can_be_read_from_directories_with_the_best_first(tmp_path: Pa
     assert rows[0]["overrides"] == {"peft.r": "8", "seed": "1"}
     assert best_job(tmp_path) == tmp_path / "8"
     assert best_job(tmp_path / "8") is None
+
+
+@pytest.mark.parametrize("why", ["not-proven-equal", "other-content", "other-content2"])
+def test_a_directory_that_is_set_aside_is_no_job_of_the_sweep(tmp_path: Path, why: str) -> None:
+    finished_job(tmp_path, "4", 2.0), finished_job(tmp_path, f"4.{why}", 1.0)
+    assert [r["job"] for r in read_rows(tmp_path)] == ["4"]
+    assert best_job(tmp_path) == tmp_path / "4"
+    table = SweepTable()
+    table.folder, table.uses_other_launcher = tmp_path, True
+    table.read_jobs()
+    assert [r["job"] for r in table.rows] == ["4"]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_launch_leaves_no_secret_and_a_refused_one_the_earlier_multirun_file(
+    tmp_path: Path, begins: bool
+) -> None:
+    multirun, other = tmp_path / "multirun.yaml", tmp_path / "mine.yaml"
+    multirun.write_text("peft.r: 2\n")
+    other.write_text("password: mine\n")
+    launcher = {"_target_": "hydra_plugins.lockstep_launcher.launcher.LockstepLauncher"}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher}})
+    table = SweepTable()
+    table.on_multirun_start(config)
+    multirun.write_text("password: canary\n")  # as Hydra does
+    if begins:
+        table.on_job_start(config)
+    table.on_launch_end()
+    assert multirun.read_text() == (f"password: {REDACTED}\n" if begins else "peft.r: 2\n")
+    assert other.read_text() == "password: mine\n"
+
+
+@pytest.mark.parametrize("text", ['{"accuracy": 1}', '[{"accuracy": 1}]', "[1]", "no JSON"])
+def test_a_summary_of_another_tool_beside_a_run_is_left_alone(tmp_path: Path, text: str) -> None:
+    finished_job(tmp_path, "run1", 2.0)
+    (tmp_path / "summary.json").write_text(text)
+    refresh_row(tmp_path / "run1")
+    assert (tmp_path / "summary.json").read_text() == text
 
 
 def test_a_job_that_was_resumed_alone_keeps_its_place(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +159,14 @@ def test_environment_variables_of_wandb_are_used(
     quick_wandb: Callable[..., Any], tmp_path: Path
 ) -> None:
     tracked_quick_run = quick_wandb(
-        WANDB_PROJECT="theirs", WANDB_TAGS="one,two", WANDB_RUN_GROUP="g" * 200
+        WANDB_PROJECT="theirs", WANDB_TAGS="one, ,two", WANDB_RUN_GROUP="g" * 200
     )
-    tracked_quick_run("tracking.tags=[three]", "tracking.name=mine")
+    tracked_quick_run("tracking.tags=[2024]", "tracking.name=mine")
     (wandb_run,) = (
         record["run"] for record in read_records(tmp_path / "run") if record["type"] == "run"
     )
     assert (wandb_run["project"], wandb_run["display_name"]) == ("theirs", "mine")
-    assert {"one", "two", "three", "peft=lora"} <= set(wandb_run["tags"])
+    assert {"one", "two", "2024", "peft=lora"} <= set(wandb_run["tags"])
     assert len(wandb_run["run_group"]) == 128
 
 
@@ -182,6 +185,45 @@ def test_the_run_id_of_an_agent_is_used(quick_wandb: Callable[..., Any], tmp_pat
         record["run"] for record in read_records(tmp_path / "run") if record["type"] == "run"
     )
     assert wandb_run["run_id"] == "trial7"
+
+
+def run_code(code: str, folder: Path, **environment: str) -> str:
+    """Run code in a process of its own, since W&B keeps its settings, and return its output."""
+    command = [
+        sys.executable,
+        "-c",
+        f"from lora_exp.tracking.wandb import _init_run, report_trial; {code}",
+        "canary-argv",
+    ]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"HOME": str(folder)} | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_the_mean_of_a_trials_runs_is_logged_without_arguments_host_or_packages(
+    tmp_path: Path,
+) -> None:
+    code = "report_trial({'WANDB_RUN_ID': 'trial8'}, 'eval/loss', [1.0, 2.0])"
+    assert run_code(code, tmp_path, WANDB_MODE="offline") == ""
+    assert '"eval/loss": 1.5' in json.dumps(read_records(tmp_path))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"canary-argv" not in written
+    host = socket.gethostname()
+    assert len(host) < 5 or host.encode() not in written
+    assert not list(tmp_path.rglob("requirements.txt"))
+
+
+def test_a_mode_that_needs_a_key_says_so(tmp_path: Path) -> None:
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501: it is reachable
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    output = run_code("_init_run('online', {})", tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY="")
+    server.shutdown()
+    server.server_close()
+    assert "ConfigError: tracking: W&B: No API key configured" in output
+    assert output.endswith("or give tracking.mode=offline\n")
 
 
 def test_long_group_names_with_equal_beginnings_stay_different() -> None:

@@ -224,6 +224,21 @@ def test_a_run_that_reached_its_last_step_is_not_trained_further(
     assert record["steps"] == steps == last
 
 
+def test_a_share_of_an_epoch_is_as_many_steps_as_the_trainer_takes(
+    quick_run: Callable[..., Any],
+) -> None:
+    settings = [*SAVING, "data.max_rows=25", "train.per_device_train_batch_size=1"]
+    result = quick_run(*settings, "train.max_steps=-1", "train.num_train_epochs=0.28")
+    steps = json.loads((result.directory / "run.json").read_text())["steps"]
+    assert steps == 8  # 0.28 * 25 is a little above 7 in floats
+    before = digest(result.saved)
+    shutil.rmtree(result.directory / "checkpoints/checkpoint-8")
+    mark_killed(result.directory)
+    resumed = run(compose(f"resume={result.directory}"))
+    assert json.loads((result.directory / "run.json").read_text())["steps"] == steps
+    assert digest(resumed.saved) == before
+
+
 def test_a_run_keeps_its_own_checkpoints_beside_those_of_others(
     quick_run: Callable[..., Any], saved_run: Path, tmp_path: Path
 ) -> None:
@@ -294,8 +309,8 @@ def test_the_best_checkpoint_is_saved_with_every_kind_of_adapter(
 
 
 def test_adalora_refuses_to_load_the_best_checkpoint() -> None:
-    with pytest.raises(ConfigError, match=r"train.load_best_model_at_end: adalora moves"):
-        compose("peft=adalora", *BEST, "train.save_strategy=steps", "train.eval_strategy=steps")
+    with pytest.raises(ConfigError, match="keep: best, but adalora moves"):
+        compose("peft=adalora", *BEST, *EVERY_STEP)
 
 
 SYNCED_REFERENCE = [

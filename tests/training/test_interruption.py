@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
+from lora_exp import compose, run
 from lora_exp.errors import Interrupted
 from lora_exp.training.interruption import MESSAGE, Stop, stop
+from lora_exp.training.place import Alone
 from tests.conftest import QUICK
-from tests.test_experiment import digest
-from tests.test_main import cli
+from tests.test_experiment import digest, mark_killed
 
 RUN = ["tracking=none", *QUICK, "train.max_steps=40", "train.save_strategy=no"]
 RUN += ["train.logging_steps=1", "train.per_device_train_batch_size=2", "peft.lora_dropout=0.1"]
@@ -55,9 +59,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     hashes = {}
     for accumulation in ("1", "4"):
         folder = tmp_path_factory.mktemp("uninterrupted")
-        done = cli(*RUN, f"train.gradient_accumulation_steps={accumulation}", cwd=folder)
-        assert done.returncode == 0, done.stderr
-        hashes[accumulation] = digest(folder / "run/adapter")
+        overrides = [*RUN[:-1], f"train.gradient_accumulation_steps={accumulation}"]
+        hashes[accumulation] = digest(run(compose(*overrides), folder).saved)
     return hashes
 
 
@@ -82,9 +85,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert status_of(tmp_path / "run") == "interrupted"
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 40
-    done = cli("resume=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "run/adapter") == uninterrupted[accumulation]
+    resumed = run(compose(f"resume={tmp_path}/run"))
+    assert digest(resumed.saved) == uninterrupted[accumulation]
 
 
 def test_a_signal_before_training_stops_at_once_and_a_resume_starts_anew(
@@ -96,9 +98,7 @@ def test_a_signal_before_training_stops_at_once_and_a_resume_starts_anew(
     stderr = process.communicate()[1]
     assert process.returncode == 75, stderr
     assert status_of(tmp_path / "run") == "interrupted"
-    done = cli("resume=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "run/adapter") == uninterrupted["1"]
+    assert digest(run(compose(f"resume={tmp_path}/run")).saved) == uninterrupted["1"]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -115,6 +115,72 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert status_of(tmp_path / "run") == "interrupted"
+
+
+class SignalAt(TrainerCallback):  # type: ignore[misc]
+    """A callback that sends SIGTERM during a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watching(Alone):
+    """A place that keeps the trainer, and lets a signal arrive during a step."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def join(self, trainer: Any) -> None:
+        self.trainer = trainer
+        trainer.add_callback(SignalAt(self.step))
+
+
+EPOCHS = ["tracking=none", *QUICK, "samples.rows=0", "data.max_rows=32", "train.max_steps=-1"]
+EPOCHS += ["train.num_train_epochs=3", "train.learning_rate=3e-3"]  # of two steps; the loss falls
+# a falling loss counts as bad, so that the second evaluation lowers the rate
+PLATEAU = ["train.lr_scheduler_type=reduce_lr_on_plateau"]
+PLATEAU += ["+train.lr_scheduler_kwargs={mode: max, patience: 0, factor: 0.1}"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"), [(["keep=best"], 6), (["keep=best"], 2), (PLATEAU, 4)], ids=str
+)
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_evaluation(
+    settings: list[str], step: int, tmp_path: Path
+) -> None:
+    uninterrupted = run(compose(*EPOCHS, *settings), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(compose(*EPOCHS, *settings), tmp_path / "cut", place=Watching(step))
+    cut = run(compose(f"resume={tmp_path / 'cut'}"))
+    assert digest(cut.saved) == digest(uninterrupted.saved)
+    records = [json.loads((tmp_path / n / "run.json").read_text()) for n in ("whole", "cut")]
+    assert records[0]["saved_step"] == records[1]["saved_step"] == 6
+    assert records[0]["best"] == records[1]["best"]
+
+
+def test_a_checkpoint_of_the_last_step_of_an_epoch_holds_its_evaluation(tmp_path: Path) -> None:
+    saving = ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=9"]
+    uninterrupted = run(compose(*EPOCHS, *PLATEAU, *saving), tmp_path / "whole")
+    cut = run(compose(*EPOCHS, *PLATEAU, *saving), tmp_path / "cut")
+    shutil.rmtree(cut.directory / "checkpoints/checkpoint-6")
+    mark_killed(cut.directory)
+    cut = run(compose(f"resume={cut.directory}"))
+    assert digest(cut.saved) == digest(uninterrupted.saved)
+
+
+def test_the_best_weights_are_not_saved_as_those_of_the_last_step(tmp_path: Path) -> None:
+    best = ["keep=best", "train.save_strategy=best", "train.eval_strategy=steps"]
+    best += ["train.eval_steps=1", "+train.metric_for_best_model=eval_loss"]
+    best += ["+train.greater_is_better=true"]  # the loss falls: the first step is the "best"
+    place = Watching()
+    result = run(compose("tracking=none", *QUICK, *best), tmp_path / "run", place=place)
+    place.trainer.ensure_checkpoint()  # as after a signal that arrives now
+    checkpoints = [path.name for path in (result.directory / "checkpoints").iterdir()]
+    assert checkpoints == ["checkpoint-1"]
 
 
 def test_outside_training_a_signal_raises_at_once_and_the_old_handlers_are_restored() -> None:
