@@ -202,7 +202,7 @@ def _trainable(model: Any) -> int:
 def _record_result(
     cfg: DictConfig, record: Record, trainer: Any, objective: str, started: float
 ) -> None:
-    goal = cfg.goal if objective == cfg.objective else "minimize"
+    goal = cfg.goal if objective == cfg.objective else "minimize"  # else it is a loss
     seconds = time.perf_counter() - started
     values = {"objective": objective, "goal": goal, "best": best_evaluation(trainer)}
     record.update(**values, metrics={"seconds": seconds})

@@ -19,6 +19,19 @@ QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "dat
 QUICK += ["data.max_eval_rows=16"]
 
 
+SLOWEST = (  # files that take minutes
+    "lockstep/test_launcher.py", "test_faults.py", "lockstep/test_processors.py",
+    "training/test_interruption.py", "algorithm/test_algorithms.py", "after/test_merging.py",
+    "test_experiment.py", "training/test_checkpoint.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest files, so that no process is left with one at the end."""
+    order = {ROOT / "tests" / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the processor: exact comparisons hold for its bits only."""
     from lora_exp.model.processor import capability

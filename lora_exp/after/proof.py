@@ -26,11 +26,11 @@ from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room
 
-# what rounding the merged weights explains: the largest difference of a logit, absolute in float32
-# and else as a share of the largest logit; and the smallest share of equal next tokens
+# what rounding of the merged weights can cause: the largest difference of a logit (in float32
+# absolute, else as a share of the largest logit), and the smallest share of equal top-1 tokens
 TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (2e-2, 0.95), "float16": (5e-3, 0.98)}
-SUMS = 1e-3  # of float32 sums, since 4-bit layers cannot compute in float64
-SHARE = 0.2  # of the adapter's own effect: with more, the base alone might pass
+SUMS = 1e-3  # instead, where the models compute in float32: 4-bit layers cannot in float64
+SHARE = 0.2  # of the adapter's effect on logits at most, else an unmerged base might pass
 PROMPTS = (
     "Who are you, and who made you?",
     "Name three colours of the rainbow.",

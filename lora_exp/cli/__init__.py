@@ -83,7 +83,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # else each failed request to a Hub is logged
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if "=" in "".join(sys.argv[1:2]):
+    if "=" in "".join(sys.argv[1:2]):  # overrides without `run`
         print(f"lora-exp run {' '.join(sys.argv[1:])} trains; see lora-exp --help", file=sys.stderr)
         sys.exit(2)
     try:

@@ -28,7 +28,7 @@ GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking") 
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
     "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
-    "lockstep", "keep",  # train.load_best_model_at_end has the same meaning
+    "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
@@ -42,7 +42,7 @@ def product(*factors: float) -> float:
     """Multiply numbers, rounded so that 2e-5 * 10 is written as 0.0002.
 
     Returns:
-        A whole number if all factors are: `${product:2,${peft.r}}` is an alpha.
+        An int if all factors are ints, as peft requires of lora_alpha: `${product:2,${peft.r}}`.
     """
     if all(isinstance(factor, int) for factor in factors):
         return math.prod(factors)
@@ -199,7 +199,8 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
 
     Args:
         cfg: the run's config.
-        limits: replace values of `train`, such as the limit of a run that was trained longer.
+        limits: hashed instead of the values of `train`: `max_steps` and `num_train_epochs` of a
+            run that was trained longer.
 
     Returns:
         The fingerprint, for which 0 and 0.0 are equal; then the one for which they differed.

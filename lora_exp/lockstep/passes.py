@@ -33,7 +33,7 @@ class Tape:
     segment: Segment  # before the pass drew random numbers
     context: PassContext
     hidden: Tensor | None  # None: the graph was dropped, the pass must be repeated
-    leaf: Tensor  # the same values, given to the job; its backward puts the gradient here
+    leaf: Tensor  # a detached copy, given to the job; where its own backward ends
     reference: Tensor | None = None  # hidden states of the job's own model, if verified
 
 
@@ -44,7 +44,7 @@ class Passes:
         """Create it without jobs; see `Pack`."""
         self.mode = mode
         self.fused: FusedBody | None = None
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Member] = {}  # the jobs' own models, to repeat a pass alone
         self.tapes: dict[int, list[Tape]] = {}  # of each job's passes before their backward
         self.verification = Verification(verify if mode == "exact" else 0, self.members)
         self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0}
@@ -55,7 +55,7 @@ class Passes:
 
         Args:
             job: the job's number.
-            body: of the job's model, with its adapters.
+            body: the job's model without its output head, with its adapters.
             base: the body that all jobs share.
         """
         if self.fused is None:
@@ -101,7 +101,7 @@ class Passes:
         if not self.fused.enter(context):
             return [None] * len(requests)
         segments = [Segment(job=r.job, random=r.random, **r.payload) for r in requests]
-        advanced = [copy.copy(s) for s in segments]
+        advanced = [copy.copy(s) for s in segments]  # the pass draws from their random states
         grad = context.compute_state.grad
         sources = list(range(len(advanced))) if grad else self._sources(advanced)
         distinct = sorted(set(sources))
@@ -128,6 +128,7 @@ class Passes:
                 siblings.append(Tape(siblings, before, context, hidden, leaf, reference))
                 self.tapes[request.job].append(siblings[-1])
                 hidden = leaf
+            # jobs that share a result may write into it
             answers.append(hidden if source == requests.index(request) else hidden.clone())
         return answers
 

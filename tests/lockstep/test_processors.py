@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.model.processor import simulated_processor as processor
+from lora_exp.model.processor import processor
 from tests.conftest import ROOT
 from tests.lockstep.processors import (
     Product,
