@@ -157,24 +157,26 @@ def _single(weight: Tensor, number: float) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], list[Any]]:
+    """A proven merge, its adapters, and their updates."""
     place = tmp_path_factory.mktemp("sum")
     folders = [
         save_adapter(place / "first", 1, use_rslora=True, layers_to_transform=[1, 2]),
         save_adapter(place / "second", 2, r=2),
     ]
-    return merge(folders, place / "out", base=TINY, weights=[0.75, 0.25]), folders
+    out = merge(folders, place / "out", base=TINY, weights=[0.75, 0.25])
+    assert prove(out, folders, base=TINY, max_new_tokens=4).holds
+    return out, folders, [update_of(folder) for folder in folders]
 
 
 @pytest.mark.parametrize("damage", BREAKS)
 def test_a_broken_merge_is_not_proven(
-    merged: tuple[Path, list[Path]], tmp_path: Path, damage: str
+    merged: tuple[Path, list[Path], list[Any]], tmp_path: Path, damage: str
 ) -> None:
-    intact, folders = merged
-    assert prove(intact, folders, base=TINY, max_new_tokens=4).holds
+    intact, folders, updates = merged
     broken = shutil.copytree(intact, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    first, second = ({k: v for k, v in update_of(f).items() if k in weights} for f in folders)
+    first, second = ({k: v for k, v in update.items() if k in weights} for update in updates)
     damaged = {k: v.contiguous() for k, v in BREAKS[damage](weights, first, second).items()}
     save_file(damaged, broken / "model.safetensors", metadata={"format": "pt"})
     assert not prove(broken, folders, base=TINY, max_new_tokens=4).holds
