@@ -27,6 +27,7 @@ CONFIG, HANDLER = "transformers.PretrainedConfig", "transformers.cli.serving.uti
 PRIVATE = [
     (TRAINER, "_maybe_log_save_evaluate", "training/checkpoint.py"),
     (TRAINER, "_get_output_dir", "training/checkpoint.py"),
+    (TRAINER, "set_initial_training_values", "training/checkpoint.py"),
     (TRAINER, "_save_checkpoint", "training/checkpoint.py"),
     (TRAINER, "_load_best_model", "training/checkpoint.py"),
     (TRAINER, "_load_rng_state", "training/checkpoint.py"),

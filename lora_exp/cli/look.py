@@ -35,13 +35,13 @@ def check(
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
-            help="the adapter, or its run, that it was merged from; again for each of them"
+            help="the adapter, or its run, that it was merged from; repeat it for several"
         ),
     ] = None,
     base: Base = None,
     quant: QuantOption = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines with a prompt each; the run's own unless given")
+        Path | None, typer.Option(help="JSON lines with a prompt each; default: the run's own")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 32,
     as_json: Json = False,
@@ -71,7 +71,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="JSON lines (or a glob) with known answers; the run's held-out rows, unless given"
+            help="JSON lines (or a glob) with known answers; default: the run's held-out rows"
         ),
     ] = None,
     base: Base = None,

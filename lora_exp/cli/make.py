@@ -52,7 +52,7 @@ def merge(
     base: Base = None,
     dtype: Annotated[Dtype | None, typer.Option(help="of the merged weights")] = None,
     into: Annotated[
-        Into, typer.Option(help="the unquantised base, or what a QLoRA run saw of it")
+        Into, typer.Option(help="the unquantised base, or the quantised one, dequantised")
     ] = Into.original,
     method: Annotated[
         str, typer.Option(help="how several become one: cat, svd, linear, ties, dare_linear, ...")
@@ -82,19 +82,21 @@ def merge(
 def push(
     path: SavedPath,
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="of the Hub")],
-    public: Annotated[bool, typer.Option("--public", help="for everybody to see")] = False,
+    public: Annotated[bool, typer.Option("--public", help="visible to everybody")] = False,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="write what would be sent, and send nothing")
+        bool, typer.Option("--dry-run", help="write what would be uploaded, and upload nothing")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="the dry run's folder; push-dry-run/NAME unless given"),
     ] = None,
-    revision: Annotated[str, typer.Option(help="the branch, made if it is not there")] = "main",
+    revision: Annotated[str, typer.Option(help="the branch; made if it does not exist")] = "main",
     message: Annotated[str | None, typer.Option(help="of the commit")] = None,
     base_id: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="what others call the base, if it lies here"),
+        typer.Option(
+            metavar="OWNER/NAME", help="the base's name on the Hub, if it is a folder here"
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

@@ -30,12 +30,12 @@ SavedPaths = Annotated[
 Base = Annotated[
     str | None,
     typer.Option(
-        help="where the base lies, if not where the adapter says: folder, hub id, option; "
-        "NAME=PLACE if its name there is another"
+        help="location of the base, if not the one that the adapter names: folder, hub id, option; "
+        "NAME=PLACE if it has another name there"
     ),
 ]
 QuantOption = Annotated[
-    Quant | None, typer.Option(help="how to hold the base; as its run did, unless given")
+    Quant | None, typer.Option(help="quantisation of the base; default: that of its run")
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="the folder to make")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]

@@ -40,10 +40,9 @@ def estimate(
     config_dir: Annotated[Path | None, typer.Option(help="a folder with your own options")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a run would train and the memory it would take; only its config is downloaded.
+    """Estimate what a run would train and its memory; only its config is downloaded.
 
-    Not counted: PPO's value, the reference that DPO of every weight keeps, and what the process
-    itself takes.
+    Not counted: PPO's critic, the reference model of DPO with peft=none, and the process itself.
     """
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count

@@ -64,25 +64,30 @@ def serve(
 
 def generate(
     path: SavedPath,
-    prompts: Annotated[str, typer.Option(help="JSON lines (or a glob) that ask something")],
+    prompts: Annotated[str, typer.Option(help="JSON lines (or a glob) with prompts")],
     out: Annotated[Path, typer.Option("-o", "--out", help="the JSON lines file to make")],
     base: Base = None,
     quant: QuantOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="of each answer", min=1)] = 256,
     temperature: Annotated[
-        float, typer.Option(help="0: the likeliest token each time", min=0.0)
+        float, typer.Option(help="0: the most likely token each time", min=0.0)
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="the share of the likelihood to draw from", min=0.0, max=1.0)
+        float,
+        typer.Option(
+            help="sample from the tokens that make up this share of the probability",
+            min=0.0,
+            max=1.0,
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     batch_size: Annotated[int, typer.Option(help="prompts at a time", min=1)] = 16,
     as_chat: Annotated[
         bool, typer.Option("--as-chat", help="a prompt that is text is a user's turn")
     ] = False,
     force: Force = False,
 ) -> None:
-    """Answer a file of prompts; the same command goes on where an interrupted one stopped."""
+    """Answer a file of prompts; the same command continues an interrupted one."""
     check_exists(path)
     from lora_exp.after.completion import generate as answer
 

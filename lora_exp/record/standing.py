@@ -72,10 +72,14 @@ def farthest_limits(directory: Path, cfg: DictConfig) -> dict[str, Any]:
 
 def status_text(directory: Path) -> str:
     """Return a run's status for people: `running`, or `killed` if no process has it."""
-    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    if values["status"] != "running" or in_use(directory):
-        return str(values["status"])
+    status = str(_record(directory)["status"])
+    if status != "running" or in_use(directory):
+        return status
     return f"killed at step {_last_step(directory)}; resume={directory}"
+
+
+def _record(directory: Path) -> Any:
+    return json.loads((directory / "run.json").read_text(encoding="utf-8"))
 
 
 def _last_step(directory: Path) -> int:
@@ -90,14 +94,14 @@ def _last_step(directory: Path) -> int:
 
 def objective_value(directory: Path) -> float:
     """Return the value of a finished run's objective."""
-    values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    value = values["metrics"][values["objective"]]
+    record = _record(directory)
+    value = record["metrics"][record["objective"]]
     return math.nan if value is None else float(value)
 
 
 def error_text(directory: Path) -> str:
     """Return the error of a failed run."""
-    return str(json.loads((directory / "run.json").read_text(encoding="utf-8"))["error"])
+    return str(_record(directory)["error"])
 
 
 def write_status(directory: Path, status: str, error: str) -> None:
@@ -125,8 +129,7 @@ def mark_unproven(directory: Path) -> None:
 def is_unproven(directory: Path) -> bool:
     """Return whether a directory's run is marked as not proven equal to a run alone."""
     try:
-        values = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        return not values.get("lockstep", {}).get("proven", True)
+        return not _record(directory).get("lockstep", {}).get("proven", True)
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -68,10 +68,11 @@ class Wandb:
         }
         self.run, self.mode = _init_run(mode, options)
         Wandb.live += 1
-        runs = directory / "wandb" / f"offline-run-*-{self.run.id}"  # a resumed run has several
-        offline = f"offline; to send it: wandb sync {runs}"
-        places = {"online": str(self.run.url), "disabled": "none", "offline": offline}
-        self.place = places.get(self.mode, str(self.run.url))
+        if self.mode == "offline":
+            runs = self.data_dir / f"offline-run-*-{self.run.id}"  # a resumed run has several
+            self.place = f"offline; to send it: wandb sync {runs}"
+        else:  # W&B warns if an offline run is asked for its URL
+            self.place = "none" if self.mode == "disabled" else str(self.run.url)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""

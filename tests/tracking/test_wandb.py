@@ -170,6 +170,15 @@ def test_environment_variables_of_wandb_are_used(
     assert len(wandb_run["run_group"]) == 128
 
 
+def test_wandb_prints_nothing_of_its_own_offline(
+    quick_wandb: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    quick_wandb(WANDB_MODE="offline")()
+    captured = capfd.readouterr()
+    assert "WARNING" not in captured.err
+    assert "offline; to send it: wandb sync " in captured.out
+
+
 def test_a_disabled_wandb_logs_and_prints_nothing(
     quick_wandb: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

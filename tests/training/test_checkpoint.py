@@ -279,6 +279,15 @@ PREFIX_PROJECTION = [
 LSTM = ["peft=p_tuning", "peft.encoder_reparameterization_type=LSTM"]
 
 
+def resume_from_step_2(cut: Any) -> None:
+    """Resume a run of four steps as if it had been killed after its second checkpoint."""
+    for step in (3, 4):
+        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
+    shutil.rmtree(cut.saved)
+    mark_killed(cut.directory)
+    run(compose(f"resume={cut.directory}"))
+
+
 @pytest.mark.parametrize(
     "method", [[f"peft={name}"] for name in METHODS] + [PREFIX_PROJECTION, LSTM], ids=" ".join
 )
@@ -287,11 +296,7 @@ def test_a_resumed_run_of_every_method_is_bit_identical(
 ) -> None:
     uninterrupted = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="whole")
     cut = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="cut")
-    for step in (3, 4):
-        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
-    shutil.rmtree(cut.saved)
-    mark_killed(cut.directory)
-    run(compose(f"resume={cut.directory}"))
+    resume_from_step_2(cut)
     assert digest(cut.saved) == digest(uninterrupted.saved)
 
 
@@ -328,11 +333,7 @@ def test_a_synced_reference_is_part_of_a_checkpoint(algorithm: str, tmp_path: Pa
     ]  # fmt: skip
     uninterrupted = run(compose(*settings), tmp_path / "whole")
     cut = run(compose(*settings), tmp_path / "cut")
-    for step in (3, 4):
-        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
-    shutil.rmtree(cut.saved)
-    mark_killed(cut.directory)
-    run(compose(f"resume={cut.directory}"))
+    resume_from_step_2(cut)
     assert digest(cut.saved) == digest(uninterrupted.saved)
 
 
