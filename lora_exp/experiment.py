@@ -122,6 +122,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         record.update(
             place=place.name,
+            attention=base.attention,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
             **hashes,
         )

@@ -87,7 +87,7 @@ def tiny(quantization: Any = None, **settings: Any) -> Any:
     from lora_exp.model.loading import load
 
     defaults = {
-        "revision": None, "gguf_file": None, "dtype": "float32", "attn_implementation": "sdpa",
+        "revision": None, "gguf_file": None, "dtype": "float32", "attn_implementation": "auto",
         "trust_remote_code": False, "random_weights": False, "path": "pkg://lora_exp/assets/tiny",
     }  # fmt: skip
     return load(quantization=quantization, **(defaults | settings))
@@ -119,3 +119,19 @@ def t5(tmp_path: Path, base: Any) -> Path:
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     base.tokenizer.save_pretrained(tmp_path / "t5")
     return tmp_path / "t5"
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path, base: Any) -> Callable[[Any], Path]:
+    """Save a causal model of a config, with random weights and the embedded tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def save(config: Any) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path / type(config).__name__
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

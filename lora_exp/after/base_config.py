@@ -75,11 +75,12 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
     return OmegaConf.create(values)
 
 
-def _attention(saved: Saved) -> str | None:
-    """Return the run's attention; None: the architecture's default, since some have no sdpa."""
+def _attention(saved: Saved) -> str:
+    """Return the attention that the run computed with; `auto` where none is known."""
     node = saved.settings.get("model")
-    attention = node.get("attn_implementation") if isinstance(node, dict) else None
-    return attention if attention in ATTENTION else None
+    configured = node.get("attn_implementation") if isinstance(node, dict) else None
+    attention = saved.record.get("attention", configured)
+    return attention if attention in ATTENTION else "auto"
 
 
 def _run_section(saved: Saved, key: str, targets: tuple[str, ...]) -> dict[str, Any]:

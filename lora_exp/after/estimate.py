@@ -26,7 +26,7 @@ from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import CLASSES, Base, unloadable
+from lora_exp.model.loading import CLASSES, Base, attention_of, unloadable
 from lora_exp.model.precision import dtype_of
 from lora_exp.model.requirement import (
     Step,
@@ -141,7 +141,7 @@ def skeleton(cfg: DictConfig, config: Any) -> Any:
         return CLASSES[cfg.algorithm.task_type].from_config(
             config,
             dtype=dtype_of(cfg.model.dtype),
-            attn_implementation=cfg.model.attn_implementation,
+            attn_implementation=attention_of(cfg.model.attn_implementation),
             trust_remote_code=cfg.model.trust_remote_code,
         )
 

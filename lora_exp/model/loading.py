@@ -56,6 +56,16 @@ class Base:
     revision: str | None  # the hub commit that was loaded, or the SHA-256 of local weights
     warning: str | None  # what makes the base hard to load again
 
+    @property
+    def attention(self) -> str:
+        """How its attention is computed, by transformers' name."""
+        return str(self.model.config.get_text_config()._attn_implementation)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its weights, by torch's name."""
+        return str(self.model.dtype).removeprefix("torch.")
+
 
 def bnb_4bit(
     quant_type: Literal["nf4", "fp4"],
@@ -88,7 +98,7 @@ def load(
     revision: str | None,
     gguf_file: str | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
-    attn_implementation: str | None,
+    attn_implementation: str,
     trust_remote_code: bool,
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
@@ -110,7 +120,7 @@ def load(
         **common,
         **({"num_labels": 1} if task_type == "SEQ_CLS" else {}),
         "dtype": dtype_of(dtype),
-        "attn_implementation": attn_implementation,
+        "attn_implementation": attention_of(attn_implementation),
         **({"device_map": {"": device()}} if torch.cuda.is_available() or quantization else {}),
     }
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
@@ -125,6 +135,9 @@ def load(
     except ConfigError:  # also a ValueError, and names its key already
         raise
     except (OSError, ValueError, SafetensorError) as error:
+        if "attn_implementation" in str(error) and attention_of(attn_implementation):
+            text = f"{path} cannot be computed with {attn_implementation}; auto takes what it has"
+            raise ConfigError([("model.attn_implementation", text)]) from error
         raise unloadable(path, error) from error
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
@@ -164,6 +177,11 @@ def unloadable(path: str, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())
     place = "" if asset(path).exists() else "no such folder here; from the Hub: "
     return ConfigError([("model.path", f"{path} cannot be loaded: {place}{reason}")])
+
+
+def attention_of(attn_implementation: str | None) -> str | None:
+    """Return transformers' name of an attention; None: its choice, sdpa where a class has it."""
+    return None if attn_implementation == "auto" else attn_implementation
 
 
 def device() -> str:

@@ -176,4 +176,4 @@ def _loading(cfg: DictConfig) -> str:
 def _attention(cfg: DictConfig) -> str:
     """Return the argument for an attention other than the default of transformers."""
     attention = cfg.model.attn_implementation
-    return "" if attention in (None, "sdpa") else f', attn_implementation="{attention}"'
+    return "" if attention in (None, "auto", "sdpa") else f', attn_implementation="{attention}"'

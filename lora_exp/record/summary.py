@@ -43,9 +43,7 @@ def announce(
 ) -> None:
     """Print the base, adapter and rows, and the first row with the tokens that count."""
     lines: dict[str, str | Text] = {
-        "base": f"{base.path}  {type(base.model).__name__}, {base.model.dtype}".replace(
-            "torch.", ""
-        ),
+        "base": f"{base.path}  {type(base.model).__name__}, {base.dtype}, {base.attention}",
         "quantisation": cfg.choices.quant,
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",

@@ -100,15 +100,30 @@ def test_a_base_is_name_and_path_unless_a_folder_has_an_equals_sign(
 
 
 @pytest.mark.parametrize(
-    ("trained_with", "expected"), [("eager", "eager"), ("sdpa", "sdpa"), ("someone/kernels", None)]
+    ("trained_with", "expected"),
+    [("eager", "eager"), ("sdpa", "sdpa"), ("someone/kernels", "auto"), (None, "auto")],
 )
 def test_a_base_uses_the_attention_implementation_of_its_run(
-    trained: Trained, tmp_path: Path, trained_with: str, expected: str | None
+    trained: Trained, tmp_path: Path, trained_with: str | None, expected: str
 ) -> None:
     run = copy_run(trained("peft=lora"), tmp_path / "run")
-    config = OmegaConf.load(run / "config.yaml")
-    config.model.attn_implementation = trained_with
-    OmegaConf.save(config, run / "config.yaml")
+    record = json.loads((run / "run.json").read_text())
+    assert record["attention"] == "sdpa"  # what auto stood for
+    (run / "run.json").write_text(json.dumps(record | {"attention": trained_with}))
     for base in (None, "lora_exp/assets/tiny"):
         assert base_config(find(run), base).model.attn_implementation == expected
-    assert base_config(find("lora_exp/assets/tiny")).model.attn_implementation is None
+    assert base_config(find("lora_exp/assets/tiny")).model.attn_implementation == "auto"
+
+
+@pytest.mark.parametrize(("configured", "expected"), [("eager", "eager"), (None, "auto")])
+def test_without_a_recorded_attention_that_of_the_config_is_used(
+    trained: Trained, tmp_path: Path, configured: str | None, expected: str
+) -> None:
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    del record["attention"]
+    (run / "run.json").write_text(json.dumps(record))
+    config = OmegaConf.load(run / "config.yaml")
+    config.model.attn_implementation = configured
+    OmegaConf.save(config, run / "config.yaml")
+    assert base_config(find(run)).model.attn_implementation == expected

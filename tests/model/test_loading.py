@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CodeGenConfig
 
 from lora_exp import compose
 from lora_exp.config.door import build
@@ -43,6 +45,14 @@ def test_a_quantised_base_has_the_configured_layers(
     if quant_type:
         assert linear.weight.quant_state.quant_type == quant_type
         assert linear.weight.quant_state.nested
+
+
+def test_auto_takes_the_attention_that_a_class_has(folder_of: Callable[[Any], Path]) -> None:
+    codegen = folder_of(CodeGenConfig(vocab_size=512, n_embd=32, n_layer=1, n_head=4, rotary_dim=4))
+    assert load_base("model=local", f"model.path={codegen}").attention == "eager"
+    assert load_base().attention == "sdpa"
+    with pytest.raises(ConfigError, match=r"^model.attn_implementation: .*sdpa; auto takes"):
+        load_base("model=local", f"model.path={codegen}", "model.attn_implementation=sdpa")
 
 
 def test_an_evaluation_on_any_cpu_leaves_4_bit_weights_unchanged() -> None:
