@@ -5,6 +5,7 @@ Knows nothing of rows, trainers or tracking.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import shutil
@@ -58,6 +59,7 @@ class Adapted:
     total: int
     start: Path | None  # the untrained adapter, where the method rewrites the base
     callbacks: tuple[TrainerCallback, ...] = ()  # of the method
+    config: Any = None  # of a whole model, to be saved: trainers change the model's own
 
 
 def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
@@ -72,7 +74,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if cfg.peft is None:
         base.model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in base.model.parameters())
-        return Adapted(base.model, None, {}, total, total, None)
+        config = copy.deepcopy(base.model.config)
+        return Adapted(base.model, None, {}, total, total, None, config=config)
     if cfg.adapter:
         check_base("adapter", cfg.adapter, base.revision)
     config = None if cfg.adapter else build(cfg, "peft", **_runtime(base.model, cfg))
@@ -239,7 +242,7 @@ def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
     PiSSA and OLoRA are written as plain LoRA of twice the rank, which fits the original base.
     """
     if adapted.method is None:
-        adapted.model.config.use_cache = True  # trainers switch it off; it would be saved so
+        adapted.model.config = adapted.config
         adapted.model.save_pretrained(str(folder))
     else:
         config = adapted.model.peft_config["default"]

@@ -5,6 +5,7 @@ weights         all read, or drawn at random
 identity        what identifies a base's weights
 precision       what it computes in
 special_tokens  tokens that end and pad
+mixture         routers of mixtures of experts
 packing         whether packed rows stay apart
 scoring         scores at a row's last token
 vocabulary      tokens without an embedding

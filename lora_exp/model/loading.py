@@ -28,6 +28,7 @@ from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
 from lora_exp.model.identity import identity_of
+from lora_exp.model.mixture import without_router_logits
 from lora_exp.model.precision import dtype_of, lacks_bfloat16
 from lora_exp.model.scoring import scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
@@ -240,7 +241,8 @@ def exact_products(model: Any, dtype: torch.dtype) -> None:
 
 
 def freeze(model: Any, tokenizer: Any) -> None:
-    """Freeze a model, set its pad token, and keep its 4-bit weights as they are."""
+    """Freeze a model, set its pad token, and keep its 4-bit weights and its outputs as they are."""
+    without_router_logits(model)
     ensure_pad_token(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():

@@ -25,6 +25,7 @@ from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.loading import Base, device
+from lora_exp.model.mixture import name_experts, without_router_logits
 from lora_exp.model.precision import autocast_dtype
 from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
@@ -60,6 +61,7 @@ def trainer_of(
     """
     train, held_out = data
     trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
+    name_experts(base.model)
     own_arguments = _rewards_and_reference(cfg, base, adapted, rows)
     try:
         trainer = build(
@@ -126,6 +128,7 @@ def _correct(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> 
     if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
         # trl loads it anew, without a revision
         trainer.ref_model.load_state_dict(adapted.model.state_dict())
+    without_router_logits(trainer.model)
     if hasattr(trainer, "_get_train_sampler"):
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
     trainer.remove_callback(transformers.PrinterCallback)

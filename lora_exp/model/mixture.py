@@ -1,0 +1,24 @@
+"""Mixtures of experts: settings of their routers that trainers read and leave in a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def without_router_logits(model: Any) -> None:
+    """Let a model return router logits only where a call asks for them.
+
+    TRL's trainers ask for them, and SFT also switches them on in the config: each generation would
+    then compute the load-balancing loss, from one token and the mask of all.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+
+
+def name_experts(model: Any) -> None:
+    """Set `num_experts`, by which TRL computes the load-balancing loss: not every config has it."""
+    config = model.config.get_text_config()
+    count = getattr(config, "num_local_experts", None)
+    if count is not None and getattr(config, "num_experts", None) is None:
+        config.num_experts = count
