@@ -127,7 +127,7 @@ def test_every_option_is_in_the_readme() -> None:
         row = next(
             line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}`")
         )
-        assert re.search(rf"\b{path.stem}\b", row), path
+        assert re.search(rf"\b{re.escape(path.stem)}\b", row), path
 
 
 def anchors(page: Path) -> set[str]:

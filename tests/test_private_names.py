@@ -58,6 +58,7 @@ PRIVATE = [
     ("hydra.core.utils.JobReturn", "_return_value", "record/sweep.py, lockstep/worker.py"),
     ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
+    ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),
     ("torch.nn.Module", "_parameters", "lockstep/probe.py"),
     ("torch.nn.Module", "_forward_pre_hooks", "lockstep/eligibility.py"),
     ("torch.nn.Module", "_forward_hooks", "lockstep/eligibility.py"),

@@ -2,6 +2,8 @@
 
 untrusted  untrusted files: no patterns, no code
 mounting   a saved adapter mounted, or refused
-attach     resolve targets, attach, save
+roles      what each layer is for
+targets    roles and names, resolved
+attach     attach, save
 several    several adapters on one base
 """

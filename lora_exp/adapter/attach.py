@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 from omegaconf import DictConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from lora_exp.adapter.mounting import (
     check_embeddings,
@@ -30,22 +27,19 @@ from lora_exp.adapter.mounting import (
     mount,
     read_config,
 )
+from lora_exp.adapter.roles import stacks_of
+from lora_exp.adapter.targets import Targets, below, check_names, resolve
 from lora_exp.adapter.untrusted import read_weights
-from lora_exp.config.door import build
+from lora_exp.config.door import build, plain
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.start import adapter_config, check_base
 from lora_exp.errors import (
     ConfigError,
     LoraExpError,
-    TargetError,
-    did_you_mean,
 )  # fmt: skip
 from lora_exp.model.loading import Base, new_head
 
 log = logging.getLogger("lora_exp")
-ROLES = ("all_linear", "attention", "mlp", "qv", "norm")
-# separate query and value projections, and fused ones, as transformers' architectures name them
-QUERY_VALUE = re.compile(r"q|v|q_proj|v_proj|query|value|c_attn|query_key_value|qkv|qkv_proj|Wqkv")
 
 
 @dataclass(frozen=True)
@@ -54,11 +48,12 @@ class Adapted:
 
     model: Any
     method: str | None
-    modules: dict[str, int]  # adapted module's last name -> how many
+    modules: dict[str, int]  # an adapted module's, or parameter's, last name -> how many
     trainable: int
     total: int
     start: Path | None  # the untrained adapter, where the method rewrites the base
     callbacks: tuple[TrainerCallback, ...] = ()  # of the method
+    left_out: Mapping[str, str] = field(default_factory=dict)  # layer that cannot be adapted -> why
     config: Any = None  # of a whole model, to be saved: trainers change the model's own
 
 
@@ -78,11 +73,14 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         return Adapted(base.model, None, {}, total, total, None, config=config)
     if cfg.adapter:
         check_base("adapter", cfg.adapter, base.revision)
-    config = None if cfg.adapter else build(cfg, "peft", **_runtime(base.model, cfg))
+    runtime, targets = ({}, Targets([])) if cfg.adapter else _runtime(base, cfg)
+    config = None if cfg.adapter else build(cfg, "peft", **runtime)
     try:
         with warnings.catch_warnings():
             # peft would replace an invalid block size by another
             warnings.filterwarnings("error", "Invalid `oft_block_size`")
+            # names are checked already, and peft does not know those of experts here
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             model = (
                 _saved_adapter(base.model, cfg)
                 if cfg.adapter
@@ -92,6 +90,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         raise
     except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
+    _check_adapted(model, targets)
     config = model.peft_config["default"]
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft unfreezes on 4-bit layers
@@ -101,8 +100,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         head.bias = None  # trl reads it, and peft's wrapper of a tied head has only weights
     # peft's card names this machine's folders and is slow to write; `save` writes ours
     model.create_or_update_model_card = lambda *_: None
-    adapted = getattr(model.base_model, "targeted_module_names", [])
-    modules = Counter(name.rpartition(".")[2] for name in adapted)
+    modules = _adapted(model)
     trainable, total = model.get_nb_trainable_parameters()
     start = None
     if not cfg.adapter and saved_as_plain_lora(vars(config)):
@@ -110,8 +108,34 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         _save_start(model, config, start)
     callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
     return Adapted(
-        model, cfg.choices.peft, dict(sorted(modules.items())), trainable, total, start, callbacks
+        model, cfg.choices.peft, modules, trainable, total, start, callbacks, targets.left_out
     )
+
+
+def _check_adapted(model: Any, targets: Targets) -> None:
+    """Refuse an adapter on other layers than were asked for: peft may rename targets.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    asked = tuple(f".{name}" for name in (*targets.modules, *targets.parameters))
+    tuner = model.base_model
+    adapted = [*getattr(tuner, "targeted_module_names", [])]
+    adapted += getattr(tuner, "targeted_parameter_names", [])
+    if asked and (others := [name for name in adapted if not f".{name}".endswith(asked)]):
+        text = f"peft adapts {len(others)} layers that were not asked for, the first is {others[0]}"
+        raise ConfigError([("peft.target_modules", text)])
+
+
+def _adapted(model: Any) -> dict[str, int]:
+    """Return how many modules of a last name, and stacks of the last two, are adapted."""
+    tuner = model.base_model
+    names = getattr(tuner, "targeted_module_names", [])
+    parameters = getattr(tuner, "targeted_parameter_names", [])
+    weights = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+    stacks = [".".join(n.split(".")[-2:]) for n in parameters if not n.endswith(".weight")]
+    last = [name.rpartition(".")[2] for name in (*names, *weights)]
+    return dict(sorted(Counter([*last, *stacks]).items()))
 
 
 def _saved_adapter(model: Any, cfg: DictConfig) -> Any:
@@ -133,100 +157,33 @@ def _saved_adapter(model: Any, cfg: DictConfig) -> Any:
     return mount(model, config, cfg.adapter, trainable=True, apart=True)
 
 
-def _runtime(model: Any, cfg: DictConfig) -> dict[str, Any]:
+def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
     """Return the arguments that depend on the base: names of modules instead of roles."""
-    node = cfg.peft
+    model, node = base.model, cfg.peft
     runtime: dict[str, Any] = {"task_type": cfg.algorithm.task_type}
+    targets = Targets([])
     if node.get("target_modules") is not None:
-        runtime["target_modules"] = resolve(model, node.target_modules)
+        quantised = cfg.quant is not None
+        targets = resolve(model, node.target_modules, plain(node), quantised, base.revision)
+        runtime["target_modules"] = targets.modules
+    if targets.parameters:
+        runtime["target_parameters"] = targets.parameters
     if node.get("feedforward_modules") is not None:
-        feedforward = resolve(model, node.feedforward_modules)
-        runtime["feedforward_modules"] = [n for n in feedforward if n in runtime["target_modules"]]
-    for key in ("modules_to_save", "exclude_modules"):
-        if node.get(key) is not None:
-            check_names(model, f"peft.{key}", list(node[key]))
+        feedforward = resolve(model, node.feedforward_modules, plain(node), base=base.revision)
+        runtime["feedforward_modules"] = [n for n in feedforward.modules if n in targets.modules]
+    if node.get("modules_to_save") is not None:
+        check_names(model, "peft.modules_to_save", list(node.modules_to_save))
+    if node.get("exclude_modules") is not None:
+        check_names(model, "peft.exclude_modules", list(node.exclude_modules))
+        runtime["exclude_modules"] = below(model, node.exclude_modules)
     for key in ("rank_pattern", "alpha_pattern"):
         if key in node:
             runtime[key] = dict(node[key] or {})
-            check_names(model, f"peft.{key}", runtime[key])
+            stacks = stacks_of("experts", model)
+            check_names(model, f"peft.{key}", runtime[key], stacks)
     if "init_r" in node:
         runtime["total_step"] = 10**9  # replaced by `AdaLora` when training begins
-    return runtime
-
-
-def resolve(model: Any, wanted: str | Iterable[str]) -> list[str]:
-    """Return the module names of this architecture that a role or a list of names stands for.
-
-    Args:
-        model: the base.
-        wanted: `all_linear`, `attention`, `mlp`, `qv`, `norm`, or names as target_modules takes
-            them: whole, or the last parts.
-
-    Returns:
-        Last names where they are unambiguous, else whole names, sorted.
-
-    Raises:
-        TargetError: an unknown role, a name that no module has, or a role without modules.
-    """
-    if not isinstance(wanted, str):
-        names = list(wanted)
-        check_names(model, "peft.target_modules", names)
-        return sorted(names)
-    wanted = "all_linear" if wanted == "all-linear" else wanted  # as peft writes it
-    if wanted not in ROLES:
-        near = did_you_mean(wanted, [*ROLES, *_last_names(model)])
-        raise TargetError(
-            f"peft.target_modules: {wanted!r} is no role ({', '.join(ROLES)}){near};"
-            f" names go in a list: peft.target_modules=[{wanted}]"
-        )
-    members = {
-        name for name, module in model.named_modules() if _has_role(wanted, name, module, model)
-    }
-    if not members:
-        raise TargetError(
-            f"peft.target_modules: {wanted}: {type(model).__name__} has no such module"
-        )
-    by_last: dict[str, set[str]] = {}
-    for name, _ in model.named_modules():
-        by_last.setdefault(name.rpartition(".")[2], set()).add(name)
-    last = {name.rpartition(".")[2] for name in members}
-    whole = {n for n in members if not by_last[n.rpartition(".")[2]] <= members}
-    return sorted({n for n in last if by_last[n] <= members} | whole)
-
-
-def _has_role(role: str, name: str, module: Any, model: Any) -> bool:
-    if role == "norm":
-        return "norm" in type(module).__name__.lower()
-    parents, _, last = name.rpartition(".")
-    in_a_layer = any(part.isdigit() for part in parents.split("."))
-    if not isinstance(module, nn.Linear | Conv1D) or not in_a_layer:
-        return False  # output and classification heads are outside the layers
-    attention = "attn" in parents.lower() or "attention" in parents.lower()
-    return {
-        "all_linear": True,
-        "attention": attention,
-        "mlp": not attention,
-        "qv": attention and QUERY_VALUE.fullmatch(last) is not None,
-    }[role]
-
-
-def _last_names(model: Any) -> set[str]:
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return {name for name in names if name and not name.isdigit()}
-
-
-def check_names(model: Any, key: str, names: Iterable[str]) -> None:
-    """Refuse names that no module has, whole or as last parts; peft would ignore some of them.
-
-    Raises:
-        TargetError: with near names for each.
-    """
-    whole = [f".{name}" for name, _ in model.named_modules()]
-    unknown = [name for name in names if not any(module.endswith(f".{name}") for module in whole)]
-    if unknown:
-        known = _last_names(model)
-        listed = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
-        raise TargetError(f"{key}: no module of {type(model).__name__} is called {listed}")
+    return runtime, targets
 
 
 def _save_start(model: Any, config: Any, folder: Path) -> None:

@@ -46,7 +46,8 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
     _resize(model, weights)
     with fitting(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # AdaLoRA's weights
+        # AdaLoRA's weights, and experts
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
         mounted = peft.PeftModel.from_pretrained(
             model, folder, is_trainable=trainable, config=config
         )

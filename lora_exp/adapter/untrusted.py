@@ -86,15 +86,16 @@ def resolve_patterns(config: Any, model: Any, path: str) -> None:
         pattern = getattr(config, key, None)
         if isinstance(pattern, str) and pattern != "all-linear":
             setattr(config, key, search.matches(pattern, key))
-    for key in ("target_modules", "modules_to_save", "layers_pattern"):
+    for key in ("target_modules", "target_parameters", "modules_to_save", "layers_pattern"):
         names = getattr(config, key, None) or ()
         for name in [names] if isinstance(names, str) else names:
             if not PLAIN.fullmatch(name):
                 raise AdapterError(f"{path}: {key}: {name!r} is no name of a module")
     if config.peft_type == "ADALORA":
         return  # its rank_pattern has names of weights, no patterns
-    targets = {f".{name}" for name in _listed_targets(config)}
-    adapted = [name for name in search.names if any(f".{name}".endswith(end) for end in targets)]
+    search.names += [name for name, _ in model.named_parameters()]
+    ends = tuple(f".{name}" for name in _listed_targets(config))
+    adapted = {name for name in search.names if f".{name}".endswith(ends)}
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, key, None) or {}
         values: dict[str, Any] = {}  # module's name -> its rank or alpha
@@ -107,8 +108,9 @@ def resolve_patterns(config: Any, model: Any, path: str) -> None:
 
 
 def _listed_targets(config: Any) -> Iterable[str]:
-    targets = getattr(config, "target_modules", None)
-    return targets if isinstance(targets, list | set | tuple) else ()
+    for key in ("target_modules", "target_parameters"):
+        targets = getattr(config, key, None)
+        yield from targets if isinstance(targets, list | set | tuple) else ()
 
 
 class Search:

@@ -6,6 +6,7 @@ identity        what identifies a base's weights
 precision       what it computes in
 special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
+participation   layers that get a gradient
 packing         whether packed rows stay apart
 scoring         scores at a row's last token
 vocabulary      tokens without an embedding

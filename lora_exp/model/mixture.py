@@ -22,3 +22,13 @@ def name_experts(model: Any) -> None:
     count = getattr(config, "num_local_experts", None)
     if count is not None and getattr(config, "num_experts", None) is None:
         config.num_experts = count
+
+
+def expert_count(config: Any) -> int | None:
+    """Return how many routed experts a layer of a model has; None: it has none."""
+    config = config.get_text_config()
+    for holder in (config, getattr(config, "ffn_config", None)):
+        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+            if count := getattr(holder, name, None):
+                return int(count)
+    return None

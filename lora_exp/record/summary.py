@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def announce(
         "quantisation": cfg.choices.quant,
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
+        "not adapted": _left_out(adapted),
         "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
         f" ({adapted.trainable / adapted.total:.2%})",
         "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
@@ -91,6 +93,18 @@ def _adapter(cfg: DictConfig, adapted: Adapted) -> str:
     parts = [f"{label} {cfg.peft[key]}" for key, label in labels.items() if cfg.peft.get(key)]
     start = f", starts from {cfg.adapter}" if cfg.adapter is not None else ""
     return ", ".join([adapted.method, *parts]) + start
+
+
+def _left_out(adapted: Adapted) -> Text:
+    """Return the layers that cannot be adapted, by reason."""
+    by_reason: dict[str, Counter[str]] = {}
+    for name, reason in adapted.left_out.items():
+        by_reason.setdefault(reason, Counter())[".".join(name.split(".")[-2:])] += 1
+    texts = [
+        f"{', '.join(f'{name} x{count}' for name, count in counts.items())}: {reason}"
+        for reason, counts in by_reason.items()
+    ]
+    return Text("; ".join(texts), style="yellow")
 
 
 def _rows(counts: Counts, suffix: str = "") -> Text:

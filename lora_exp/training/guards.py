@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
+from lora_exp.model.mixture import expert_count
 
 log = logging.getLogger("lora_exp")
 
@@ -84,7 +85,7 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if state.global_step == 0:
             unused = [name for name, p in trained.items() if p.grad is None]
-            if unused and not _has_experts(model):
+            if unused and expert_count(model.config) is None:
                 text = f"{len(unused)} of {len(trained)} trained tensors take no part in the loss"
                 more = "" if len(unused) < 6 else f" and {len(unused) - 5} more"
                 raise AdapterError(
@@ -98,10 +99,3 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
                 "%d of %d trained tensors get no gradient and stay as they are: %s",
                 len(unchanged), len(trained), ", ".join(unchanged[:3]),
             )  # fmt: skip
-
-
-def _has_experts(model: Any) -> bool:
-    """Return whether a model has experts: those that got no row have no gradient."""
-    config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any(getattr(config, name, None) for name in names)

@@ -6,75 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
 
 from lora_exp import compose, load_adapter
-from lora_exp.adapter.attach import attach, check_names, resolve
+from lora_exp.adapter.attach import attach
 from lora_exp.errors import ConfigError, TargetError
-
-ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
-MLP = ["down_proj", "gate_proj", "up_proj"]
-GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
-NEOX = GPTNeoXConfig(
-    hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64
-)
-
-
-@pytest.mark.parametrize(
-    ("role", "names"),
-    [
-        ("all_linear", sorted(ATTENTION + MLP)),
-        ("attention", ATTENTION),
-        ("mlp", MLP),
-        ("qv", ["q_proj", "v_proj"]),
-        ("norm", ["input_layernorm", "norm", "post_attention_layernorm"]),
-    ],
-)
-def test_a_role_names_the_modules_of_a_llama(base: Any, role: str, names: list[str]) -> None:
-    assert resolve(base.model, role) == names
-
-
-@pytest.mark.parametrize(
-    ("config", "role", "names"),
-    [
-        (GPT2, "qv", ["c_attn"]),
-        (GPT2, "attention", ["c_attn", "transformer.h.0.attn.c_proj"]),
-        (GPT2, "mlp", ["c_fc", "transformer.h.0.mlp.c_proj"]),
-        (GPT2, "all_linear", ["c_attn", "c_fc", "c_proj"]),
-        (NEOX, "qv", ["query_key_value"]),
-        (NEOX, "attention", ["dense", "query_key_value"]),
-        (NEOX, "mlp", ["dense_4h_to_h", "dense_h_to_4h"]),
-    ],
-)
-def test_a_role_fits_other_architectures(config: Any, role: str, names: list[str]) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert resolve(model, role) == names
-
-
-def test_a_list_of_names_is_used_unchanged(base: Any) -> None:
-    assert resolve(base.model, ["v_proj", "q_proj"]) == ["q_proj", "v_proj"]
-    full_names = ["layers.0.mlp.up_proj"]
-    assert resolve(base.model, full_names) == full_names
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (["q_prj"], r"target_modules: no module of LlamaForCausalLM is called 'q_prj' .*q_proj"),
-        (["q_proj", "nothing"], r"is called 'nothing'$"),
-        ("q_proj", r"'q_proj' is no role .* \(did you mean.*peft.target_modules=\[q_proj\]"),
-        ("(a+)+$", r"is no role"),
-    ],
-)
-def test_names_that_no_module_has_are_refused(base: Any, targets: Any, message: str) -> None:
-    with pytest.raises(TargetError, match=message):
-        resolve(base.model, targets)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +66,6 @@ def test_full_fine_tuning_trains_every_weight(fresh_base: Any, tmp_path: Any) ->
 def test_an_error_of_peft_is_a_config_error(fresh_base: Any, tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match=r"peft: "):
         attach(fresh_base, compose("peft=oft", "peft.oft_block_size=7"), tmp_path)
-
-
-def test_check_names_accepts_whole_names_and_last_parts() -> None:
-    model = SimpleNamespace(named_modules=lambda: [("", None), ("a.b", None)])
-    check_names(model, "key", ["a.b", "b"])
-    with pytest.raises(TargetError):
-        check_names(model, "key", ["x.b"])
 
 
 def test_a_run_can_start_from_an_adapter_whose_target_modules_are_a_pattern(

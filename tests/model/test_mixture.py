@@ -1,4 +1,4 @@
-"""The routers of mixtures of experts: their logits only where a trainer asks, and a loss from them."""
+"""Mixtures of experts: router logits only where a trainer asks for them."""
 
 from __future__ import annotations
 
@@ -29,4 +29,5 @@ def test_a_trained_mixture_answers_and_is_saved_without_a_trainers_settings(
     assert any(row.get("train/aux_loss", 0) > 0.5 for row in rows)
     saved = AutoConfig.from_pretrained(result.saved)
     assert (saved.output_router_logits, saved.router_aux_loss_coef) == (False, 0.01)
-    assert saved.use_cache and getattr(saved, "num_experts", None) is None
+    assert saved.use_cache
+    assert getattr(saved, "num_experts", None) is None

@@ -1,0 +1,215 @@
+"""Roles and names, resolved to modules and parameters; what cannot be adapted is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Dots1Config,
+    FalconMambaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    JambaConfig,
+    OlmoeConfig,
+)
+
+from lora_exp import compose, load_adapter
+from lora_exp.adapter.attach import attach
+from lora_exp.adapter.targets import Targets, below, check_names, resolve
+from lora_exp.errors import ConfigError, TargetError
+
+LORA = {"_target_": "peft.LoraConfig"}
+SMALL = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+# a dense layer, then one with routed and shared experts
+DOTS = Dots1Config(
+    **SMALL, num_hidden_layers=2, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+    first_k_dense_replace=1, n_group=1, topk_group=1,
+)  # fmt: skip
+OLMOE = OlmoeConfig(**SMALL, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+MLP = ["down_proj", "gate_proj", "up_proj"]
+GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+NEOX = GPTNeoXConfig(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=64
+)
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("all_linear", sorted(ATTENTION + MLP)),
+        ("attention", ATTENTION),
+        ("mlp", MLP),
+        ("qv", ["q_proj", "v_proj"]),
+        ("norm", ["input_layernorm", "norm", "post_attention_layernorm"]),
+    ],
+)
+def test_a_role_names_the_modules_of_a_llama(base: Any, role: str, names: list[str]) -> None:
+    assert resolve(base.model, role, LORA) == Targets(names)
+
+
+@pytest.mark.parametrize(
+    ("config", "role", "names"),
+    [
+        (GPT2, "qv", ["c_attn"]),
+        (GPT2, "attention", ["c_attn", "transformer.h.0.attn.c_proj"]),
+        (GPT2, "mlp", ["c_fc", "transformer.h.0.mlp.c_proj"]),
+        (GPT2, "all_linear", ["c_attn", "c_fc", "c_proj"]),
+        (NEOX, "qv", ["query_key_value"]),
+        (NEOX, "attention", ["dense", "query_key_value"]),
+        (NEOX, "mlp", ["dense_4h_to_h", "dense_h_to_4h"]),
+    ],
+)
+def test_a_role_fits_other_architectures(config: Any, role: str, names: list[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert resolve(model, role, LORA) == Targets(names)
+
+
+def test_a_list_of_names_is_used_unchanged(base: Any) -> None:
+    assert resolve(base.model, ["v_proj", "q_proj"], LORA) == Targets(["q_proj", "v_proj"])
+    full_names = ["layers.0.mlp.up_proj"]
+    assert resolve(base.model, full_names, LORA) == Targets(full_names)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prj"], r"target_modules: no module of LlamaForCausalLM is called 'q_prj' .*q_proj"),
+        (["q_proj", "nothing"], r"is called 'nothing'$"),
+        ("q_proj", r"'q_proj' is no role .* \(did you mean.*peft.target_modules=\[q_proj\]"),
+        ("(a+)+$", r"is no role"),
+    ],
+)
+def test_names_that_no_module_has_are_refused(base: Any, targets: Any, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        resolve(base.model, targets, LORA)
+
+
+def test_check_names_accepts_whole_names_and_last_parts() -> None:
+    model = SimpleNamespace(named_modules=lambda: [("", None), ("a.b", None)])
+    check_names(model, "key", ["a.b", "b"])
+    with pytest.raises(TargetError):
+        check_names(model, "key", ["x.b"])
+
+
+EXPERTS = ["experts.down_proj", "experts.gate_up_proj"]
+
+
+def on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("role", "modules", "parameters", "left_out"),
+    [
+        ("attention", ATTENTION, [], []),
+        ("experts", [], EXPERTS, []),
+        # peft takes these names for those of experts, so it adapts their weights instead
+        ("mlp", [], [f"{name}.weight" for name in MLP], EXPERTS),
+        ("all_linear", ATTENTION, [f"{name}.weight" for name in MLP], EXPERTS),
+        ("all_linear+experts", ATTENTION, [*[f"{n}.weight" for n in MLP], *EXPERTS], []),
+    ],
+)
+def test_a_role_has_its_part_of_a_mixture_of_experts(
+    role: str, modules: list[str], parameters: list[str], left_out: list[str]
+) -> None:
+    targets = resolve(on_meta(DOTS), role, LORA)
+    assert (targets.modules, targets.parameters) == (modules, sorted(parameters))
+    assert sorted(name.split(".mlp.")[1] for name in targets.left_out) == left_out
+
+
+@pytest.mark.parametrize(
+    ("settings", "quantised", "reason"),
+    [({"lora_dropout": 0.1}, False, "without lora_dropout"), ({}, True, "without quantised")],
+)
+def test_what_peft_adapts_only_as_a_parameter_is_left_out_where_it_cannot(
+    settings: dict[str, Any], quantised: bool, reason: str
+) -> None:
+    targets = resolve(on_meta(DOTS), "all_linear", LORA | settings, quantised)
+    assert (targets.modules, targets.parameters) == (ATTENTION, [])
+    assert len([why for why in targets.left_out.values() if reason in why]) == 6
+    with pytest.raises(TargetError, match=r"mlp.shared_experts.gate_proj: peft adapts it as a"):
+        resolve(on_meta(DOTS), ["q_proj", "shared_experts.gate_proj"], LORA | settings, quantised)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["peft.lora_dropout=0.1"], r"^peft.lora_dropout: experts are stacked .* leave it out"),
+        (["+peft.use_dora=true"], r"^peft.use_dora: experts"),
+        (["peft=vera"], r"^peft: experts are stacked weights, which only peft=lora adapts"),
+    ],
+)
+def test_experts_are_adapted_by_plain_lora_only(overrides: list[str], message: str) -> None:
+    settings = compose("targets=experts", *overrides).peft
+    with pytest.raises(ConfigError, match=message):
+        resolve(on_meta(OLMOE), "experts", settings)
+
+
+def test_a_mixture_without_dense_layers_has_no_mlp() -> None:
+    with pytest.raises(TargetError, match=r"mlp: OlmoeForCausalLM .*; its experts are a role"):
+        resolve(on_meta(OLMOE), "mlp", LORA)
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft: without experts
+def test_experts_train_are_saved_and_load_in_peft(
+    folder_of: Callable[[Any], Path], quick_run: Callable[..., Any]
+) -> None:
+    folder = folder_of(DOTS)
+    result = quick_run(
+        "model=local", f"model.path={folder}", "targets=all_linear+experts", "train.max_steps=1",
+        "peft.rank_pattern={experts.gate_up_proj:2}", "samples.rows=0", "train.warmup_steps=0",
+    )  # fmt: skip
+    config = json.loads((result.saved / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == sorted(
+        [*[f"{name}.weight" for name in MLP], *EXPERTS]
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    plain = peft.PeftModel.from_pretrained(base, result.saved).eval()
+    ours, _ = load_adapter(result.directory)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = ours(input_ids=ids).logits
+        assert torch.equal(logits, plain(input_ids=ids).logits)
+        with ours.disable_adapter():
+            assert not torch.allclose(logits, ours(input_ids=ids).logits)
+    stacks = [m for m in ours.modules() if getattr(m, "parameter_name", "") == "gate_up_proj"]
+    assert [stack.r for stack in stacks] == [{"default": 2}]
+
+
+def test_layers_that_take_no_part_or_that_peft_refuses_are_left_out() -> None:
+    config = JambaConfig(
+        **SMALL, num_hidden_layers=2, num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
+        attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+    )  # fmt: skip
+    jamba = AutoModelForCausalLM.from_config(config)
+    targets = resolve(jamba, "all_linear", LORA)
+    assert {"in_proj", "out_proj", "x_proj", *ATTENTION, *MLP} == {*targets.modules}
+    (left_out,) = targets.left_out.items()
+    assert left_out == (
+        "model.layers.0.mamba.dt_proj", "it takes no part in what JambaForCausalLM computes",
+    )  # fmt: skip
+    with pytest.raises(TargetError, match=r"dt_proj: it takes no part in what Jamba"):
+        resolve(jamba, ["dt_proj", "q_proj"], LORA)
+    mamba = on_meta(FalconMambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))
+    (reason,) = resolve(mamba, "all_linear", LORA).left_out.values()
+    assert reason == "peft does not adapt it on falcon_mamba"
+
+
+def test_excluding_a_container_excludes_all_below_it(fresh_base: Any, tmp_path: Path) -> None:
+    assert below(fresh_base.model, ["q_proj"]) == ["q_proj"]
+    cfg = compose("peft.exclude_modules=[layers.0,mlp]")
+    assert attach(fresh_base, cfg, tmp_path).modules == dict.fromkeys(ATTENTION, 3)
