@@ -21,7 +21,7 @@ from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.model.loading import Base, exact_products
 from lora_exp.model.memory import give_back
-from lora_exp.model.precision import is_quantised
+from lora_exp.model.precision import computing_in, is_quantised
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room
@@ -122,7 +122,7 @@ def prove(
     del loaded, base_model, adapter_off
     gc.collect()
     give_back()
-    model = load_base(merged_model, None, "none", "float32").model.eval().to(precision)
+    model = computing_in(precision, load_base(merged_model, None, "none", "float32").model.eval())
     _check_vocabulary(model, expected)
     differences = []
     for response in tracked(expected, "merged model"):
@@ -199,14 +199,14 @@ def _adapted(
     """
     first = several[0]
     if len(several) > 1 and record["method"] == "cat":
-        model = base.model.eval().to(precision)
+        model = computing_in(precision, base.model.eval())
         updates = WeightedSum(model, several, record["weights"])
         return Loaded(first.name, model, tokenizer_of(first, base)), updates.left_out
     loaded = load(first, base)
     if len(several) > 1:
         combine(loaded.model, several, record["weights"], record["method"], record["density"])
     if precision == torch.float64:
-        loaded.model.to(precision)
+        computing_in(precision, loaded.model)
     return loaded, None
 
 

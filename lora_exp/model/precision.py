@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from lora_exp.files.paths import asset
+from lora_exp.model.mixture import expert_count
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
 
@@ -84,3 +85,15 @@ def autocast(model: Any) -> torch.autocast:
     """Return a context in which a base computes as in the runs that train an adapter on it."""
     dtype = autocast_dtype(model)
     return torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def computing_in(dtype: torch.dtype, model: Any) -> Any:
+    """Convert a model's weights to a dtype; in float64, which torch does not group, experts too.
+
+    Args:
+        dtype: of the weights.
+        model: the base, with or without adapters.
+    """
+    if dtype == torch.float64 and expert_count(model.config) is not None:
+        model.set_experts_implementation("eager")
+    return model.to(dtype)

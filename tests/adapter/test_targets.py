@@ -24,6 +24,8 @@ from transformers import (
 from lora_exp import compose, load_adapter
 from lora_exp.adapter.attach import attach
 from lora_exp.adapter.targets import Targets, below, check_names, resolve
+from lora_exp.after.merging import merge
+from lora_exp.after.proof import prove
 from lora_exp.errors import ConfigError, TargetError
 
 LORA = {"_target_": "peft.LoraConfig"}
@@ -165,8 +167,8 @@ def test_a_mixture_without_dense_layers_has_no_mlp() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft: without experts
-def test_experts_train_are_saved_and_load_in_peft(
-    folder_of: Callable[[Any], Path], quick_run: Callable[..., Any]
+def test_experts_train_are_saved_load_in_peft_and_merge(
+    folder_of: Callable[[Any], Path], quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = folder_of(DOTS)
     result = quick_run(
@@ -186,6 +188,10 @@ def test_experts_train_are_saved_and_load_in_peft(
         assert torch.equal(logits, plain(input_ids=ids).logits)
         with ours.disable_adapter():
             assert not torch.allclose(logits, ours(input_ids=ids).logits)
+    merged = merge([result.directory], tmp_path / "merged")
+    proof = prove(merged, [result.directory])
+    assert proof.holds
+    assert proof.computed_in == "float64"
     stacks = [m for m in ours.modules() if getattr(m, "parameter_name", "") == "gate_up_proj"]
     assert [stack.r for stack in stacks] == [{"default": 2}]
 
