@@ -57,12 +57,14 @@ def _adapter(saved: Saved) -> dict[str, Any]:
     weights = read_weights(str(saved.folder), finite=False)
     config = saved.adapter
     targets = config.get("target_modules")
+    if isinstance(targets, list):
+        targets = sorted([*targets, *(config.get("target_parameters") or ())])
     return {
         "kind": "adapter",
         "method": str(config["peft_type"]),
         "task_type": saved.task_type,
         "settings": {key: config[key] for key in SETTINGS if config.get(key) is not None},
-        "targets": sorted(targets) if isinstance(targets, list) else targets,
+        "targets": targets,
         "modules_to_save": config.get("modules_to_save"),
         "base": saved.base,
         "base_revision": saved.record.get("base") or config.get("revision"),
