@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.files.test_whole import run_on_a_small_disk
 from tests.test_experiment import digest
 from tests.test_main import cli
 from tests.training.test_interruption import count_lines, start, status_of, wait_for
+from tests.warm import python
 
 SETTINGS = ["tracking=none", *QUICK, "train.max_steps=60", "train.save_strategy=steps"]
 SETTINGS += ["train.save_steps=5", "train.logging_steps=1", "train.per_device_train_batch_size=4"]
@@ -44,7 +44,7 @@ def kill(folder: Path, command: list[str], rng: random.Random, saving: bool) -> 
         time.sleep(rng.uniform(0, 0.02))
     else:
         time.sleep(rng.uniform(0, 0.05))
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert status_of(folder / "run") == "running"
@@ -147,8 +147,7 @@ def test_after_three_jobs_without_memory_a_run_equals_one_in_a_fresh_process(
 ) -> None:
     overrides = [override for override in RUN if not override.startswith("hydra.")]
     overrides += ["train.max_steps=3", "algorithm.args.packing=false"]
-    command = [sys.executable, "-c", OUT_OF_MEMORY, json.dumps(overrides)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = python("-c", OUT_OF_MEMORY, json.dumps(overrides), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("failed:") == 3, done.stdout
     (grown,) = (line for line in done.stdout.splitlines() if line.startswith("grown"))
@@ -202,16 +201,14 @@ def test_canaries_in_environment_and_config_are_in_no_file(tmp_path: Path) -> No
         "DATABASE_PASSWORD": "canary-of-a-database",
     }
     environment = os.environ | canaries | {"WANDB_MODE": "offline"}
-    command = [sys.executable, "-m", "lora_exp", *QUICK]
+    command = ["-m", "lora_exp", *QUICK]
     command += ["train.save_strategy=steps", "train.save_steps=1"]
     canary = canaries["DATABASE_PASSWORD"]
     for key in ("", "tracking.project", "name", "+train.hub_token"):
         overrides = [f"{key}={canary}"] if key else []
         folder = key.strip("+") or "run"
-        done = subprocess.run(
-            [*command, *overrides, f"hydra.run.dir={folder}"], cwd=tmp_path, env=environment,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        arguments = [*command, *overrides, f"hydra.run.dir={folder}"]
+        done = python(*arguments, cwd=tmp_path, env=environment)
         assert done.returncode == (1 if overrides else 0), done.stderr
         assert not overrides or f"{folder}: is a secret" in done.stderr
         assert not [value for value in canaries.values() if value in done.stdout + done.stderr]
@@ -244,7 +241,7 @@ def test_a_run_interrupted_after_its_last_step_can_be_resumed(tmp_path: Path) ->
         process, lambda: count_lines(tmp_path / "run/metrics.jsonl") >= 6
     )  # one evaluation and five steps
     time.sleep(0.2)  # the step ends; then 96 prompts are answered one by one
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     stderr = process.communicate()[1]
     assert process.returncode == 75, stderr
     assert (tmp_path / "run/checkpoints/checkpoint-5").is_dir()
@@ -264,7 +261,7 @@ def test_when_the_launcher_is_killed_every_job_saves(tmp_path: Path) -> None:
     wait_for(
         process, lambda: all(count_lines(tmp_path / f"sweep/{n}/metrics.jsonl") > 3 for n in "012")
     )
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     start_time = time.perf_counter()
     while "running" in {status_of(tmp_path / "sweep" / n) for n in "012"}:

@@ -1,4 +1,4 @@
-"""The runner's command line, in separate processes."""
+"""The runner's command line, in separate processes; the first three start Python anew."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ import csv
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lora_exp.record.sweep import SweepTable
 from tests.conftest import QUICK, ROOT
+from tests.warm import Process, python
 
 
 def cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     program = [str(ROOT / "run.py")] if cwd == ROOT else ["-m", "lora_exp"]
-    command = [sys.executable, *program, *arguments]
+    return python(*program, *arguments, cwd=cwd)
+
+
+def started_anew(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_showing_the_config_imports_no_torch() -> None:
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--cfg=job", "lora_alpha: 32"), ("peft=lroa", "mean lora"), ("peft.r=0", "0 is no rank")],
+)
+def test_showing_and_refusing_a_config_import_no_torch(
+    argument: str, message: str, tmp_path: Path
+) -> None:
     code = (
-        "import sys; sys.argv = ['run.py', '--cfg', 'job']\nfrom lora_exp.__main__ import main\n"
+        "import sys; from lora_exp.__main__ import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'wandb', 'rich'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "lora_alpha: 32" in done.stdout
+    done = started_anew("-c", code, argument, cwd=tmp_path)
+    assert "AssertionError" not in done.stderr
+    assert message in done.stdout + done.stderr
 
 
 def test_help_shows_commands_groups_and_values() -> None:
-    output = cli("--help").stdout
+    output = started_anew("run.py", "--help").stdout
     assert "python run.py -m peft.r=8,16,32" in output
     assert "quant: fp4, int8, nf4, none" in output
 
@@ -60,18 +68,16 @@ def test_help_shows_commands_groups_and_values() -> None:
 def test_a_wrong_command_gets_one_clear_error(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    started = time.perf_counter()
     done = cli(*arguments, f"hydra.run.dir={tmp_path}/run", "hydra.output_subdir=null")
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Error executing job" not in done.stderr
     assert "full_key" not in done.stderr
-    assert time.perf_counter() - started < 10  # docs/benchmarks.md has the measured time
 
 
 def test_a_run_works_in_an_empty_folder(tmp_path: Path) -> None:
-    done = cli(*QUICK, "peft.r=4", "tracking=none", cwd=tmp_path)
+    done = started_anew("-m", "lora_exp", *QUICK, "peft.r=4", "tracking=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (directory,) = (tmp_path / "outputs").glob("*/*")
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
@@ -133,12 +139,9 @@ def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
 
 
 def test_simultaneous_launches_have_different_directories(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lora_exp", "peft.r=0"]
-    quiet = subprocess.DEVNULL
-    started = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=quiet, stderr=quiet) for _ in range(20)
-    ]
-    assert {process.wait() for process in started} == {1}
+    started = [Process("-m", "lora_exp", "peft.r=0", cwd=tmp_path) for _ in range(20)]
+    assert {"0 is no rank" in process.communicate()[1] for process in started} == {True}
+    assert {process.returncode for process in started} == {1}
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 20
 
 
@@ -181,9 +184,8 @@ def test_several_processes_of_torchrun_are_refused_at_once(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    start = time.perf_counter()
     done = cli(cwd=tmp_path)
-    assert (done.returncode, time.perf_counter() - start < 10) == (1, True)
+    assert done.returncode == 1
     assert done.stderr.startswith("ConfigError: WORLD_SIZE: 2: a run trains in one process")
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,7 @@ from lora_exp.after.conversation import Conversation, Settings
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, ConfigError, DataError, SavedError
 from lora_exp.model.special_tokens import end_tokens
+from tests.warm import python
 
 Trained = Callable[..., Path]
 LONGER = ("train.max_steps=60", "data.max_rows=null")
@@ -35,10 +36,7 @@ def chat(longer_run: Path, trained: Trained) -> Conversation:
 
 
 def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_exp.cli", *arguments]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=120, check=False
-    )
+    return python("-m", "lora_exp.cli", *arguments, stdin=stdin)
 
 
 def greedy(path: Path | str, *turns: str, new: int = 24) -> str:

@@ -6,8 +6,6 @@ import inspect
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +22,7 @@ from lora_exp.data.rows import hub, jsonl
 from lora_exp.errors import DataError, SavedError
 from tests.after.test_chat import run_cli
 from tests.conftest import ROOT
+from tests.warm import Process
 
 Trained = Callable[..., Path]
 HELD_OUT = (ROOT / "lora_exp/assets/demo_eval.jsonl").read_text().splitlines(keepends=True)
@@ -80,11 +79,7 @@ def test_a_stopped_generation_continues_to_the_same_bytes(
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     command = ["generate", run, "--prompts", prompts, "-o", out, "--max-new-tokens", "64"]
     command += ["--batch-size", "2", "--seed", "5", "--temperature", temperature]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_exp.cli", *map(str, command)],
-        stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as at a terminal
-    )  # fmt: skip
+    process = Process("-m", "lora_exp.cli", *map(str, command))
     while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 3):
         time.sleep(0.01)
     process.send_signal(number)

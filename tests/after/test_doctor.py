@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from lora_exp.after.pages import doctor
+from tests.warm import python
 
 
 def run_doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,8 @@ def test_a_package_that_cannot_be_imported_does_not_stop_other_checks(
 def test_a_cache_that_cannot_be_written_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache"
-    done = run_doctor(LORA_EXP_CACHE=str(folder))
+    environment = os.environ | {"LORA_EXP_CACHE": str(folder)}
+    done = python("-m", "lora_exp.cli", "doctor", env=environment)
     assert done.returncode == 1
     assert "set LORA_EXP_CACHE to another folder" in done.stdout
 

@@ -20,7 +20,7 @@ from lora_exp.after.estimate import base_bytes, estimate, model_config, need, sk
 from lora_exp.errors import ConfigError, TargetError
 from lora_exp.model.loading import base_of
 from tests.after.test_chat import run_cli
-from tests.conftest import ROOT
+from tests.test_main import cli
 
 Trained = Callable[..., Path]
 METHODS = [
@@ -187,8 +187,7 @@ def test_the_total_is_near_the_measured_peak_when_rows_have_full_length(tmp_path
 
 def test_a_wrong_override_gives_the_same_error_as_a_run() -> None:
     for wrong in (["modle=tiny"], ["peft.r=0", "+peft.lora_alpa=2"], ["model=tny"]):
-        command = [sys.executable, str(ROOT / "run.py"), *wrong]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        run = cli(*wrong)
         estimated = run_cli("estimate", *wrong)
         assert (estimated.returncode, estimated.stderr) == (1, run.stderr)
 

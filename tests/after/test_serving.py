@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError
 from lora_exp.training.answers import generate, left_padded
 from tests.conftest import ROOT
+from tests.warm import Process, python
 
 Trained = Callable[..., Path]
 TINY = ROOT / "lora_exp" / "assets" / "tiny"
@@ -44,7 +46,7 @@ QUESTIONS = ("Who are you?", "Mirror: l z n", "What is your name?", "Mirror: a b
 class Server:
     """A server in a process of its own."""
 
-    process: subprocess.Popen[Any]
+    process: Process
     output: list[str]
     errors: Path
 
@@ -73,14 +75,13 @@ class Server:
 @contextmanager
 def start_server(folder: Path, *arguments: str | Path) -> Iterator[Server]:
     errors = folder / "errors.txt"
-    command = [sys.executable, "-m", "lora_exp.cli", "serve", *map(str, arguments), "--port", "0"]
-    with (
-        errors.open("w") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as process,
-    ):
-        assert process.stdout is not None
+    command = ["-m", "lora_exp.cli", "serve", *map(str, arguments), "--port", "0"]
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as lines, errors.open("w") as file:
+        with os.fdopen(write_end, "w") as stdout:
+            process = Process(*command, stdout=stdout, stderr=file)
         output = []
-        for line in process.stdout:
+        for line in lines:
             output.append(line.rstrip())
             if line.startswith("curl"):
                 break
@@ -88,7 +89,8 @@ def start_server(folder: Path, *arguments: str | Path) -> Iterator[Server]:
             assert output, errors.read_text()
             yield Server(process, output, errors)
         finally:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -308,12 +310,11 @@ def test_a_looping_chat_template_is_stopped_and_the_server_continues(tmp_path: P
         assert httpx.get(f"{server.url.removesuffix('/v1')}/health", timeout=10).is_success
 
 
-def refusal(*arguments: str | Path, setup: str = "pass") -> str:
-    script = f"import sys; {setup}; from lora_exp.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "serve", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+def refusal(*arguments: str | Path) -> str:
+    return one_line(python("-m", "lora_exp.cli", "serve", *map(str, arguments)))
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -331,8 +332,10 @@ def test_an_error_about_a_port_in_use_is_one_clear_line() -> None:
 
 
 def test_an_error_names_the_packages_that_an_engine_needs() -> None:
-    message = refusal(TINY, setup="sys.modules['fastapi'] = None")
-    assert 'pip install "lora-exp[serve]"' in message
+    without = "import sys; sys.modules['fastapi'] = None; from lora_exp.cli import main; main()"
+    command = [sys.executable, "-c", without, "serve", str(TINY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert 'pip install "lora-exp[serve]"' in one_line(done)
     if shutil.which("vllm") is None:
         assert "pip install vllm, or give --engine transformers" in refusal(
             TINY, "--engine", "vllm"
@@ -408,12 +411,10 @@ def test_vllm_answers_as_the_adapters_and_the_base_do(
     other = trained("peft=rslora", "peft.r=4")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "lora_exp.cli", "serve", f"lora={runs['lora']}"]
-    command += [f"other={other}", "--engine", "vllm", "--port", str(port)]
-    with (
-        (tmp_path / "output").open("w") as output,
-        subprocess.Popen(command, stdout=output, stderr=output) as process,
-    ):
+    command = ["-m", "lora_exp.cli", "serve", f"lora={runs['lora']}", f"other={other}"]
+    command += ["--engine", "vllm", "--port", str(port)]
+    with (tmp_path / "output").open("w") as output:
+        process = Process(*command, stdout=output, stderr=output)
         server = Server(process, [f"serving on http://127.0.0.1:{port}/v1"], tmp_path / "output")
         try:
             _wait_until_ready(server)
@@ -421,7 +422,8 @@ def test_vllm_answers_as_the_adapters_and_the_base_do(
                 answers = [server.answer(name, question) for question in QUESTIONS]
                 assert answers == [greedy(path, question) for question in QUESTIONS]
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
+            process.wait()
 
 
 def _wait_until_ready(server: Server) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_exp import compose, run
 from lora_exp.errors import ConfigError, DataError
 from tests.lockstep.runs import outputs, run_alone, run_packed
-from tests.test_experiment import digest, mark_killed, rows_override
+from tests.test_experiment import copied, digest, mark_killed, rows_override
 
 REWARDS = "algorithm.rewards=[lora_exp.rewards.similarity]"
 GENERATED = [REWARDS, "algorithm.args.max_completion_length=8", "samples.rows=2"]
@@ -45,6 +46,18 @@ def train(tmp_path: Path) -> Callable[..., Any]:
         return run(compose(*overrides_for(algorithm, *overrides)), tmp_path / name)
 
     return train
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train what other runs start from or are rewarded by; equal overrides share one run."""
+
+    @cache
+    def saved(*overrides: str) -> Path:
+        cfg = compose("data=demo_pairs", *COMMON, *overrides)
+        return Path(run(cfg, tmp_path_factory.mktemp("shared") / "run").saved)
+
+    return saved
 
 
 @pytest.mark.parametrize(
@@ -86,14 +99,15 @@ def test_other_methods_have_a_reference_and_a_value_adapter(
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    train: Callable[..., Any], algorithm: str
+    train: Callable[..., Any], algorithm: str, tmp_path: Path
 ) -> None:
     # step 5 is after the first epoch, and within a rollout of four steps of PPO
     rows = 2 if algorithm in ("grpo", "rloo") else 8
     settings = [f"data.rows={rows}", "train.max_steps=10", "train.save_strategy=steps"]
     settings += ["train.save_steps=5"]
     settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
-    uninterrupted, cut = (train(algorithm, *settings, name=name) for name in ("whole", "cut"))
+    uninterrupted = train(algorithm, *settings)
+    cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-10")
     mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
@@ -119,11 +133,13 @@ def test_a_sweep_over_every_algorithm_equals_its_runs_alone(algorithm: str, tmp_
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto", "grpo", "rloo", "ppo"])
 def test_a_starting_adapter_is_trained_further_and_is_the_reference(
-    train: Callable[..., Any], algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any],
+    shared: Callable[..., Path],
+    algorithm: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    start = run(
-        compose("data=demo_pairs", *COMMON, "peft.r=4", "targets=qv"), tmp_path / "sft"
-    ).saved
+    start = shared("peft.r=4", "targets=qv")
+    capsys.readouterr()
     result = train(algorithm, f"adapter={start}", "train.learning_rate=1e-9", name="next")
     assert json.loads((result.saved / "adapter_config.json").read_text())["r"] == 4
     old, new = (load_file(path / "adapter_model.safetensors") for path in (start, result.saved))
@@ -138,14 +154,15 @@ def test_a_starting_adapter_is_trained_further_and_is_the_reference(
 
 
 def test_ppo_resumes_with_its_reference_and_reward_adapters(
-    train: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], shared: Callable[..., Path], tmp_path: Path
 ) -> None:
-    start = run(compose("data=demo_pairs", *COMMON), tmp_path / "sft").saved
+    start = shared()
     scorer = train("reward", f"adapter={start}", name="reward").saved
     overrides = [f"adapter={start}", f"algorithm.rewards=[{scorer}]", "train.max_steps=4"]
     overrides += ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=2"]
     overrides += ["train.logging_steps=1"]
-    uninterrupted, cut = (train("ppo", *overrides, name=name) for name in ("whole", "cut"))
+    uninterrupted = train("ppo", *overrides)
+    cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-4")
     mark_killed(cut.directory)
     assert digest(run(compose(f"resume={cut.directory}")).saved) == digest(uninterrupted.saved)
@@ -174,9 +191,9 @@ def test_a_run_that_starts_from_pissa_saves_plain_lora(
 
 
 def test_a_starting_adapter_on_a_quantised_base_is_the_reference(
-    train: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], shared: Callable[..., Path]
 ) -> None:
-    start = run(compose("data=demo_pairs", *COMMON, "quant=nf4"), tmp_path / "sft").saved
+    start = shared("quant=nf4")
     result = train("dpo", f"adapter={start}", "quant=nf4", name="next")
     assert result.metrics["before/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -193,10 +210,9 @@ def test_a_fully_trained_reward_model_is_a_classifier_of_one_label(
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
 @pytest.mark.parametrize("method", ["quant=none", "quant=nf4", "peft=none"])
 def test_a_reward_adapter_rewards_on_the_same_base(
-    train: Callable[..., Any], algorithm: str, method: str
+    train: Callable[..., Any], shared: Callable[..., Path], algorithm: str, method: str
 ) -> None:
-    quant = "quant=none" if method == "peft=none" else method
-    scorer = train("reward", quant, name="reward").saved
+    scorer = shared("algorithm=reward", "quant=none" if method == "peft=none" else method)
     rewards = f"algorithm.rewards=[{scorer},lora_exp.rewards.similarity]"
     result = train(algorithm, method, rewards, "+algorithm.args.reward_weights=[0.5,1.0]")
     lines = map(json.loads, (result.directory / "metrics.jsonl").read_text().splitlines())
@@ -206,9 +222,9 @@ def test_a_reward_adapter_rewards_on_the_same_base(
 
 
 def test_an_adapter_without_a_score_head_is_refused_as_reward(
-    train: Callable[..., Any], tmp_path: Path
+    train: Callable[..., Any], shared: Callable[..., Path]
 ) -> None:
-    saved = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "sft").saved
+    saved = shared()
     with pytest.raises(ConfigError, match="has no score head; a reward adapter is made by"):
         train("grpo", f"algorithm.rewards=[{saved}]")
 

@@ -30,10 +30,12 @@ from lora_exp import compose, run
 from lora_exp.record.sweep import SUMMARY, read_rows
 from tests.conftest import QUICK, ROOT
 from tests.test_main import cli
+from tests.warm import Process, python
 
 # Hydra's tests leave version_base unset, and Hydra warns about that
 pytestmark = pytest.mark.filterwarnings("ignore:Future Hydra versions")
-STEPS = ["tracking=none", *QUICK, "train.logging_steps=1", "train.save_strategy=no"]
+STEPS = ["tracking=none", *QUICK, "samples.rows=0", "train.logging_steps=1"]
+STEPS += ["train.save_strategy=no"]
 
 
 FRESH = copy.deepcopy(Singleton.get_state())  # before any test has composed a config
@@ -84,18 +86,10 @@ def adapter_hashes(sweep: Path) -> dict[str, str]:
     return {p.parts[-3]: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def reset_sigint() -> None:
-    """Let SIGINT interrupt the process: background jobs of a shell ignore it, and pass that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def start_sweep(command: list[str], folder: Path, output: TextIO) -> subprocess.Popen[bytes]:
+def start_sweep(command: list[str], folder: Path, output: TextIO) -> Process:
     """Start a sweep of two jobs in a session of its own, and return when both have a checkpoint."""
-    arguments = [sys.executable, "-m", "lora_exp", *command]
-    process = subprocess.Popen(
-        arguments, cwd=folder, stdout=output, stderr=output, start_new_session=True,
-        preexec_fn=reset_sigint,
-    )  # fmt: skip
+    arguments = ["-m", "lora_exp", *command]
+    process = Process(*arguments, cwd=folder, stdout=output, stderr=output, new_session=True)
     while len(list(folder.glob("multirun/*/*/[01]/checkpoints/checkpoint-*"))) < 2:
         time.sleep(0.02)
         assert process.poll() is None
@@ -104,6 +98,7 @@ def start_sweep(command: list[str], folder: Path, output: TextIO) -> subprocess.
 
 def test_the_default_launcher_writes_the_same_files_as_the_basic_one(tmp_path: Path) -> None:
     sweep = ["-m", "peft.r=2,4", "peft=lora,dora", "peft.lora_dropout=0.1", *STEPS]
+    sweep += ["samples.rows=4"]
     for name, launcher in (("lockstep", []), ("basic", ["hydra/launcher=basic"])):
         (tmp_path / name).mkdir()
         done = cli(*sweep, *launcher, cwd=tmp_path / name)
@@ -154,7 +149,7 @@ def test_the_launcher_itself_imports_no_torch(tmp_path: Path) -> None:
         "from lora_exp.__main__ import main\nmain()\n"
         "assert not {'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code, *STEPS, "samples.rows=0"]
+    command = [sys.executable, "-c", code, *STEPS]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(adapter_hashes(read_summary(tmp_path)[0])) == 2
@@ -185,8 +180,8 @@ def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> Non
     assert adapter_hashes(sweep) == hashes
 
 
-SIXTY = [*STEPS[:-1], "train.max_steps=60", "train.save_strategy=steps", "train.save_steps=20"]
-SIXTY += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+FORTY = [*STEPS[:-1], "train.max_steps=40", "train.save_strategy=steps", "train.save_steps=10"]
+FORTY += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +189,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Hashes of the adapters of two runs alone, by job."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     for job, rank in enumerate((2, 4)):
-        run(compose(f"peft.r={rank}", *SIXTY), folder / str(job))
+        run(compose(f"peft.r={rank}", *FORTY), folder / str(job))
     return adapter_hashes(folder)
 
 
 def test_a_sweep_whose_worker_is_killed_has_the_same_results(
     tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
-    command = ["-m", "peft.r=2,4", *SIXTY]
+    command = ["-m", "peft.r=2,4", *FORTY]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -217,7 +212,7 @@ def test_a_sweep_whose_worker_is_killed_has_the_same_results(
 def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
     whole_group: bool, tmp_path: Path, uninterrupted: dict[str, str]
 ) -> None:
-    command = ["-m", "peft.r=2,4", *SIXTY, "hydra.sweep.dir=multirun/a/b"]
+    command = ["-m", "peft.r=2,4", *FORTY, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         if whole_group:
@@ -261,7 +256,7 @@ def test_a_resumed_sweep_retries_failed_jobs_only_when_asked(tmp_path: Path) -> 
 
 
 def test_two_launches_do_not_share_a_sweeps_directory(tmp_path: Path) -> None:
-    command = ["-m", "peft.r=2,4", *SIXTY, "hydra.sweep.dir=multirun/a/b"]
+    command = ["-m", "peft.r=2,4", *FORTY, "hydra.sweep.dir=multirun/a/b"]
     with (tmp_path / "err").open("w") as output:
         process = start_sweep(command, tmp_path, output)
         process.send_signal(signal.SIGSTOP)  # so that it still runs when the second starts
@@ -410,18 +405,15 @@ from lora_exp.__main__ import main
 main()
 """
 ONE_SIZE = [*STEPS, "train.max_steps=8", "train.per_device_train_batch_size=4", "data.max_rows=4"]
-ONE_SIZE += ["samples.rows=0", "train.eval_strategy=no"]
+ONE_SIZE += ["train.eval_strategy=no"]
 
 
 def launch_on_a_changing_processor(
     folder: Path, *command: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     settings = {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "LORA_EXP_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-c", CHANGING_PROCESSOR, *command, *ONE_SIZE, "lockstep.verify=1"],
-        cwd=folder, env=os.environ | settings | environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    arguments = ["-c", CHANGING_PROCESSOR, *command, *ONE_SIZE, "lockstep.verify=1"]
+    return python(*arguments, cwd=folder, env=os.environ | settings | environment)
 
 
 def test_jobs_whose_pack_differed_are_trained_again_alone(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lora_exp import compose, run
 from lora_exp.tracking.wandb import _group_name
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import mark_killed
+from tests.warm import python
 
 
 def offline_run(overrides: list[str], directory: Path, sweep: str | None = None) -> Any:
@@ -135,9 +136,8 @@ def test_without_a_network_two_runs_are_quickly_logged_offline(
         "import sys\nfrom lora_exp import compose, run\n"
         f"for n in '12': run(compose(*{[*QUICK, 'samples.rows=0']!r}), sys.argv[1] + n)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = python("-c", code, str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be reached") == 1
     assert time.perf_counter() - start < 80

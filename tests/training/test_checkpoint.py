@@ -19,7 +19,7 @@ from lora_exp.config.door import CONF
 from lora_exp.errors import CheckpointError, ConfigError, DivergedError
 from lora_exp.training.checkpoint import MANIFEST, flaw, newest, seal
 from tests.conftest import QUICK
-from tests.test_experiment import digest, mark_killed
+from tests.test_experiment import copied, digest, mark_killed
 
 SAVING = ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=3"]
 SAVING += ["train.logging_steps=1", "peft.lora_dropout=0.1"]
@@ -74,11 +74,11 @@ def test_any_damaged_file_is_named_once_and_the_previous_checkpoint_is_used(
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_a_run_resumed_before_a_damaged_checkpoint_equals_an_uninterrupted_one(
-    quick_run: Callable[..., Any], quant: str
+    quick_run: Callable[..., Any], quant: str, tmp_path: Path
 ) -> None:
     settings = [*SAVING, "train.max_steps=4", f"quant={quant}"]
     uninterrupted = quick_run(*settings, name="undisturbed")
-    cut = quick_run(*settings, name="cut")
+    cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-4")
     flip_a_byte(cut.directory / "checkpoints/checkpoint-3/optimizer.pt")
     mark_killed(cut.directory)
@@ -163,9 +163,8 @@ def test_the_answers_of_a_rollout_are_part_of_a_checkpoint(algorithm: str, tmp_p
     settings += ["train.per_device_train_batch_size=8", "algorithm.args.max_completion_length=8"]
     settings += ["+algorithm.args.num_iterations=2", "+algorithm.args.steps_per_generation=2"]
     settings += [*SAVING, "train.save_total_limit=9", "train.max_steps=6", "samples.rows=4"]
-    uninterrupted, cut = (
-        run(compose("tracking=none", *settings), tmp_path / name) for name in ("undisturbed", "cut")
-    )
+    uninterrupted = run(compose("tracking=none", *settings), tmp_path / "undisturbed")
+    cut = copied(uninterrupted, tmp_path / "cut")
     for step in (4, 5, 6):  # step 3 lies within a rollout of four
         shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
     mark_killed(cut.directory)
@@ -295,7 +294,7 @@ def test_a_resumed_run_of_every_method_is_bit_identical(
     quick_run: Callable[..., Any], method: list[str], tmp_path: Path
 ) -> None:
     uninterrupted = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="whole")
-    cut = quick_run(*EVERY_STEP, *method, "train.max_steps=4", name="cut")
+    cut = copied(uninterrupted, tmp_path / "cut")
     resume_from_step_2(cut)
     assert digest(cut.saved) == digest(uninterrupted.saved)
 
@@ -332,7 +331,7 @@ def test_a_synced_reference_is_part_of_a_checkpoint(algorithm: str, tmp_path: Pa
         "data.eval_rows=4", "peft=none", "train.max_steps=4", *EVERY_STEP, *SYNCED_REFERENCE,
     ]  # fmt: skip
     uninterrupted = run(compose(*settings), tmp_path / "whole")
-    cut = run(compose(*settings), tmp_path / "cut")
+    cut = copied(uninterrupted, tmp_path / "cut")
     resume_from_step_2(cut)
     assert digest(cut.saved) == digest(uninterrupted.saved)
 

@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -22,7 +20,8 @@ from lora_exp.errors import Interrupted
 from lora_exp.training.interruption import MESSAGE, Stop, stop
 from lora_exp.training.place import Alone
 from tests.conftest import QUICK
-from tests.test_experiment import digest, mark_killed
+from tests.test_experiment import copied, digest, mark_killed
+from tests.warm import Process
 
 RUN = ["tracking=none", *QUICK, "train.max_steps=40", "train.save_strategy=no"]
 RUN += ["train.logging_steps=1", "train.per_device_train_batch_size=2", "peft.lora_dropout=0.1"]
@@ -30,20 +29,16 @@ RUN += ["train.eval_strategy=no", "samples.rows=0"]
 RUN += ["hydra.run.dir=run"]
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    """Start a run that Ctrl-C interrupts; background jobs of a shell ignore it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lora_exp", *command], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(folder: Path, *command: str) -> Process:
+    """Start a run in a session of its own, as a terminal does."""
+    return Process("-m", "lora_exp", *command, cwd=folder, new_session=True)
 
 
 def count_lines(path: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def wait_for(process: subprocess.Popen[str], condition: object) -> None:
+def wait_for(process: Process, condition: object) -> None:
     while not condition():  # type: ignore[operator]
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -165,7 +160,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_evaluation(
 def test_a_checkpoint_of_the_last_step_of_an_epoch_holds_its_evaluation(tmp_path: Path) -> None:
     saving = ["train.save_strategy=steps", "train.save_steps=2", "train.save_total_limit=9"]
     uninterrupted = run(compose(*EPOCHS, *PLATEAU, *saving), tmp_path / "whole")
-    cut = run(compose(*EPOCHS, *PLATEAU, *saving), tmp_path / "cut")
+    cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-6")
     mark_killed(cut.directory)
     cut = run(compose(f"resume={cut.directory}"))
