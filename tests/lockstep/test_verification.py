@@ -105,6 +105,7 @@ def test_without_verification_a_difference_is_not_detected(tmp_path: Path) -> No
     alone = run_alone(jobs, tmp_path / "alone", *SAME_ROWS)
     assert any(outputs(results[n]) != outputs(alone[n]) for n in range(2))
     assert pack.passes.report()["verified"] == 0
+    assert pack.passes.report()["proven"] is None  # nothing was verified
 
 
 def test_every_pass_can_be_verified_with_caches_dropout_and_checkpointing(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def verified_segments(sizes: list[list[int]], fraction: float) -> list[int | Non
     random, indices = RandomState.now(), []
     for pass_sizes in sizes:
         ids = [torch.zeros(1, n, dtype=torch.long) for n in pass_sizes]
-        segments = [Segment(i, x, None, None, None, random) for i, x in enumerate(ids)]
+        segments = [Segment(i, {"input_ids": x}, random) for i, x in enumerate(ids)]
         check = chooser.choose(CONTEXT, Pass(segments, 0, None))
         if check is not None:  # as if verified without a difference
             chooser._verified_keys |= check.keys
