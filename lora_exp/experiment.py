@@ -123,6 +123,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         record.update(
             place=place.name,
             attention=base.attention,
+            saved_as=base.saved_as,
+            auto_class=base.auto_class,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
             **hashes,
         )

@@ -123,14 +123,15 @@ def t5(tmp_path: Path, base: Any) -> Path:
 
 @pytest.fixture
 def folder_of(tmp_path: Path, base: Any) -> Callable[[Any], Path]:
-    """Save a causal model of a config, with random weights and the embedded tokenizer."""
+    """Save a model of a config, with random weights and the embedded tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from lora_exp.model.text_part import class_of
 
     def save(config: Any) -> Path:
         torch.manual_seed(0)
         folder = tmp_path / type(config).__name__
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        class_of(config, "CAUSAL_LM", whole=True).from_config(config).save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         return folder
 

@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 
 TRAINER, MODEL = "transformers.Trainer", "transformers.PreTrainedModel"
 CONFIG, HANDLER = "transformers.PretrainedConfig", "transformers.cli.serving.utils.BaseHandler"
+CONVERSION = "transformers.core_model_loading.WeightTransform"
+QUANTISING = "transformers.integrations.finegrained_fp8.Fp8Dequantize"
 # owner, name, and our files that call or override it
 PRIVATE = [
     (TRAINER, "_maybe_log_save_evaluate", "training/checkpoint.py"),
@@ -45,6 +47,11 @@ PRIVATE = [
     ("trl.SFTTrainer", "_total_train_tokens", "training/trainer.py"),
     ("trl.RLOOTrainer", "_step", "training/checkpoint.py"),
     (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),
+    ("transformers.AutoModelForMultimodalLM", "_model_mapping", "model/text_part.py"),
+    (MODEL, "hf_quantizer", "adapter/attach.py"),
+    ("transformers.core_model_loading", "_weight_conversions", "model/prequantised.py"),
+    (CONVERSION, "_original_target_patterns", "model/prequantised.py"),
+    (QUANTISING, "hf_quantizer", "model/prequantised.py"),
     (CONFIG, "_attn_implementation", "lockstep/eligibility.py, lockstep/body.py"),
     (CONFIG, "_commit_hash", "model/identity.py"),
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "lockstep/body.py"),

@@ -32,12 +32,14 @@ from lora_exp.adapter.targets import Targets, below, check_names, resolve
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build, plain
 from lora_exp.config.initialization import saved_as_plain_lora
+from lora_exp.config.pairs import quantised_faults
 from lora_exp.config.start import adapter_config, check_base
 from lora_exp.errors import (
     ConfigError,
     LoraExpError,
 )  # fmt: skip
 from lora_exp.model.loading import Base, new_head
+from lora_exp.model.precision import is_quantised
 
 log = logging.getLogger("lora_exp")
 
@@ -63,7 +65,9 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     Raises:
         TargetError: a name in target_modules, modules_to_save, exclude_modules, rank_pattern or
             alpha_pattern that the base does not have.
+        ConfigError: the method cannot train on this base, or the adapter is another base's.
     """
+    check_trainable(base, cfg)
     if cfg.algorithm.task_type == "SEQ_CLS":
         new_head(base.model)
     if cfg.peft is None:
@@ -72,7 +76,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         config = copy.deepcopy(base.model.config)
         return Adapted(base.model, None, {}, total, total, None, config=config)
     if cfg.adapter:
-        check_base("adapter", cfg.adapter, base.revision)
+        consent = cfg.adapter_base is not None
+        check_base("adapter", cfg.adapter, base.revision, base.saved_as, consent)
     runtime, targets = ({}, Targets([])) if cfg.adapter else _runtime(base, cfg)
     config = None if cfg.adapter else build(cfg, "peft", **runtime)
     try:
@@ -163,7 +168,7 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
     runtime: dict[str, Any] = {"task_type": cfg.algorithm.task_type}
     targets = Targets([])
     if node.get("target_modules") is not None:
-        quantised = cfg.quant is not None
+        quantised = cfg.quant is not None or is_quantised(model)
         targets = resolve(model, node.target_modules, plain(node), quantised, base.revision)
         runtime["target_modules"] = targets.modules
     if targets.parameters:
@@ -184,6 +189,23 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
     if "init_r" in node:
         runtime["total_step"] = 10**9  # replaced by `AdaLora` when training begins
     return runtime, targets
+
+
+def check_trainable(base: Base, cfg: DictConfig) -> None:
+    """Refuse a method that cannot train on a base that was saved quantised.
+
+    Raises:
+        ConfigError: with what would be right.
+    """
+    form = base.form
+    if form is None or form.dequantised or cfg.quant is not None:
+        return
+    faults = list(quantised_faults(cfg, form.method, saved=True))
+    if not faults and not base.model.hf_quantizer.is_trainable:
+        text = f"{base.path} is quantised ({form.method}), and cannot be trained so"
+        faults = [("model.path", f"{text}; take its unquantised original, with quant=nf4")]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _save_start(model: Any, config: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.model.mixture import expert_count
+from lora_exp.model.text_part import text_modules
 
 ROLES = ("all_linear", "attention", "mlp", "experts", "qv", "norm")
 # separate query and value projections, those of latent attention (MLA), and fused ones
@@ -25,17 +26,17 @@ MIXER = re.compile(r"mamba|mixer|conv|rwkv|recurrent|ssm", re.IGNORECASE)  # nei
 
 
 def modules_of(role: str, model: Any) -> set[str]:
-    """Return the names of a role's modules.
+    """Return the names of a role's modules, all of them in the language model.
 
     Args:
         role: one of `ROLES`.
         model: the base.
     """
     if role == "norm":
-        named = model.named_modules()
+        named = text_modules(model).items()
         return {name for name, module in named if "norm" in type(module).__name__.lower()}
     routers, experts, members = set(_routers(model)), experts_of(model), set()
-    for name, module in model.named_modules():
+    for name, module in text_modules(model).items():
         in_a_layer = any(part.isdigit() for part in name.split(".")[:-1])
         if not isinstance(module, nn.Linear | Conv1D) or not in_a_layer or name in routers:
             continue  # output and classification heads are outside the layers

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_exp.adapter.roles import ROLES, experts_of, modules_of, stacks_of
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
 from lora_exp.model.participation import unused
+from lora_exp.model.text_part import text_modules
 
 KEY = "peft.target_modules"
 # settings of LoRA that peft has for modules only
@@ -75,7 +76,7 @@ def resolve(
     if roles and not stacks and {*roles} & {"all_linear", "mlp"}:
         text = f"experts are a role of their own: {wanted}+experts"
         left_out |= dict.fromkeys(stacks_of("experts", model), text)
-    if names is not None and not (left_out or parameters):
+    if names is not None and not (left_out or parameters or _in_towers(model, names, modules)):
         return Targets(sorted(names))
     return Targets(
         _shortest(modules, [name for name, _ in model.named_modules()], 1),
@@ -106,8 +107,19 @@ def _of_names(model: Any, names: list[str]) -> tuple[set[str], set[str]]:
     stacks = stacks_of("experts", model)
     check_names(model, KEY, names, stacks)
     ends = tuple(f".{name}" for name in names)
-    modules = {name for name, _ in model.named_modules() if f".{name}".endswith(ends)}
-    return modules, {name for name in stacks if f".{name}".endswith(ends)}
+    modules = {name for name in text_modules(model) if f".{name}".endswith(ends)}
+    stacks_named = {name for name in stacks if f".{name}".endswith(ends)}
+    for name, end in zip(names, ends, strict=True):
+        if not any(f".{other}".endswith(end) for other in modules | stacks_named):
+            text = f"{name!r} is no module of the language model of {type(model).__name__}"
+            raise TargetError(f"{KEY}: {text}, and only that is trained")
+    return modules, stacks_named
+
+
+def _in_towers(model: Any, names: list[str], modules: set[str]) -> bool:
+    """Return whether names also stand for modules of towers, which take no part in texts."""
+    ends = tuple(f".{name}" for name in names)
+    return any(f".{n}".endswith(ends) and n not in modules for n, _ in model.named_modules())
 
 
 def _no_experts(is_lora: bool, hindrance: str | None) -> ConfigError:

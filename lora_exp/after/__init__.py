@@ -6,6 +6,7 @@ output        whether a path may be written
 loading       an adapter on its base
 inspection    what it is, which layers changed
 saving        an adapter copied from its run
+combination   several LoRAs become one
 merging       adapters into their base
 prompts       read from files
 difference    two models on one prompt

@@ -10,13 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.after.saved import Saved
 from lora_exp.config.composition import compose
 from lora_exp.config.door import CONF
+from lora_exp.config.pairs import QUANTISATIONS
 from lora_exp.config.validation import TASKS
 from lora_exp.errors import SavedError
 from lora_exp.files.revision import is_commit
 
 # what a run's config may call to quantise its base: only settings are taken from it, no other code
 QUANT_TARGETS = ("lora_exp.model.loading.bnb_4bit", "lora_exp.model.loading.bnb_8bit")
-MODEL_KEYS = ("path", "revision", "gguf_file", "dtype", "random_weights")
+# a run's tools load its base by the same keys, except those that only the command line may set
+NOT_TAKEN = ("_target_", "trust_remote_code", "attn_implementation")
 # transformers would download code for other names, and a run's config may come from anybody
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -59,18 +61,20 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
     is_option = base is not None and (CONF / "model" / f"{base}.yaml").is_file()
     option = location if is_option else "local"
     path = [] if is_option else ["model.path=here"]  # replaced below
-    cfg = compose("tracking=none", f"model={option}", *path, f"quant={quant or 'none'}")
+    quantisation = quant or (saved.quant if saved.quant in QUANTISATIONS else "none")
+    cfg = compose("tracking=none", f"model={option}", *path, f"quant={quantisation}")
     values: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
     if not is_option:
         values["model"]["path"] = location
+    keys = values["model"].keys() - set(NOT_TAKEN)
     values["model"]["attn_implementation"] = _attention(saved)
     if base is None and saved.adapter is not None:
         run_model = _run_section(saved, "model", ("lora_exp.model.loading.load",))
-        values["model"] |= {key: run_model[key] for key in MODEL_KEYS if key in run_model}
+        values["model"] |= {key: run_model[key] for key in keys if key in run_model}
         if is_commit(recorded := saved.record.get("base")):
             values["model"]["revision"] = recorded
     if quant is None and saved.adapter is not None:
-        values["quant"] = _run_section(saved, "quant", QUANT_TARGETS) or None
+        values["quant"] = _run_section(saved, "quant", QUANT_TARGETS) or values["quant"]
     values["algorithm"]["task_type"] = saved.task_type
     return OmegaConf.create(values)
 

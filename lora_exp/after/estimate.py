@@ -22,12 +22,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_exp.adapter.attach import attach
 from lora_exp.config.door import CONF, plain
 from lora_exp.config.initialization import saved_as_plain_lora
+from lora_exp.config.pairs import QUANTISATIONS
 from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import CLASSES, Base, attention_of, unloadable
+from lora_exp.model.loading import Base, attention_of, unloadable
 from lora_exp.model.precision import dtype_of
+from lora_exp.model.prequantised import saved_form
 from lora_exp.model.requirement import (
     Step,
     is_tiled,
@@ -36,6 +38,7 @@ from lora_exp.model.requirement import (
     state_bytes,
     step_bytes,
 )
+from lora_exp.model.text_part import class_of
 from lora_exp.record.progress import quiet
 
 COMPARED = ("none", "nf4", "int8")  # options of conf/quant
@@ -75,6 +78,9 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet()
     config = model_config(cfg)
+    form = saved_form(config)
+    if form is not None and form.method in QUANTISATIONS and cfg.quant is None:  # as it is saved
+        cfg = _changed(cfg, {"quant": form.method}, quant=_quant_node(form.method))
     rows = [_row(variant, config, variant is cfg) for variant in _variants(cfg)]
     return {
         "name": cfg.name,
@@ -95,12 +101,19 @@ def _variants(cfg: DictConfig) -> Iterator[DictConfig]:
         if quant == cfg.choices.quant:
             yield cfg
         else:
-            node = OmegaConf.load(CONF / "quant" / f"{quant}.yaml") if quant != "none" else None
-            yield _changed(cfg, {"quant": quant}, quant=node)
+            yield _changed(cfg, {"quant": quant}, quant=_quant_node(quant))
     if cfg.peft is not None:
         model = plain(cfg.model) | {"dtype": "float32"}  # as in conf/peft/none.yaml
         choices = {"quant": "none", "peft": "none"}
         yield _changed(cfg, choices, quant=None, peft=None, adapter=None, model=model)
+
+
+def _quant_node(option: str) -> Any:
+    """Return an option of conf/quant; None: no quantisation. Only 4-bit types differ in size."""
+    if option == "none":
+        return None
+    node = OmegaConf.load(CONF / "quant" / f"{'nf4' if option == 'fp4' else option}.yaml")
+    return node
 
 
 def _changed(cfg: DictConfig, choices: dict[str, str], **sections: Any) -> DictConfig:
@@ -115,6 +128,9 @@ def _row(cfg: DictConfig, config: Any, chosen: bool) -> dict[str, Any]:
         validate(cfg)
     except ConfigError as error:
         return options | {"refused": error.faults[0][1]}
+    form = saved_form(config)
+    if form is not None and not form.dequantised and cfg.choices.quant != form.method:
+        return options | {"refused": f"the base was saved as {form.method}"}
     needed = need(cfg, config)
     return options | asdict(needed) | {"total": needed.total} | _measured(cfg)
 
@@ -138,7 +154,7 @@ def model_config(cfg: DictConfig) -> Any:
 def skeleton(cfg: DictConfig, config: Any) -> Any:
     """Return the model of a config without its weights: names, shapes and dtypes."""
     with torch.device("meta"):
-        return CLASSES[cfg.algorithm.task_type].from_config(
+        return class_of(config, cfg.algorithm.task_type).from_config(
             config,
             dtype=dtype_of(cfg.model.dtype),
             attn_implementation=attention_of(cfg.model.attn_implementation),

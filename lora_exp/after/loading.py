@@ -12,7 +12,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 from transformers import AutoTokenizer
 
 from lora_exp.adapter.mounting import mount, read_config
@@ -24,6 +23,7 @@ from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of, dequantise, sharing_copy
 from lora_exp.model.precision import autocast, is_quantised
 from lora_exp.model.special_tokens import ensure_pad_token
+from lora_exp.model.text_part import untie
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.console import console
 from lora_exp.record.progress import quiet
@@ -80,9 +80,20 @@ def load_adapter(
 
 
 def load_base(
-    saved: Saved, base: str | None = None, quant: str | None = None, dtype: str | None = None
+    saved: Saved,
+    base: str | None = None,
+    quant: str | None = None,
+    dtype: str | None = None,
+    whole: bool = False,
 ) -> Base:
-    """Load the base of what was saved, with `base_config`; `dtype` None: as in its run.
+    """Load the base of what was saved, with `base_config`.
+
+    Args:
+        saved: the adapter, or a whole model.
+        base: as for `base_config`.
+        quant: as for `base_config`.
+        dtype: of its weights; None: as in its run.
+        whole: a multimodal base with its towers.
 
     Raises:
         AdapterError: its weights are not those that the adapter was trained on.
@@ -92,9 +103,9 @@ def load_base(
     cfg.model.dtype = dtype or cfg.model.dtype
     # without a connection to the Hub this takes half a minute
     with console.status(f"loading {cfg.model.path}"):
-        loaded = base_of(cfg)
+        loaded = base_of(cfg, whole)
     if saved.adapter is not None:
-        check_base(saved, loaded.revision, base)
+        check_base(saved, loaded.revision, base, loaded.saved_as)
     return loaded
 
 
@@ -115,20 +126,26 @@ def check_name(saved: Saved, base: str | None) -> None:
         _check_same_name(saved, base)
 
 
-def check_base(saved: Saved, revision: str | None, base: str | None = None) -> None:
+def check_base(
+    saved: Saved, revision: str | None, base: str | None = None, saved_as: str | None = None
+) -> None:
     """Refuse a base of other weights than those that an adapter was trained on.
+
+    A base that was saved quantised and its original have other files: there the name counts.
 
     Args:
         saved: the adapter.
         revision: the base's commit or hash.
         base: its name or location, if not the one that the adapter names.
+        saved_as: how it was saved quantised.
 
     Raises:
         AdapterError: the run's record has another commit or hash; or the two cannot be compared,
             and the base has another name.
     """
     recorded = saved.record.get("base")
-    if not comparable(recorded, revision):
+    same_form = base is None or saved_as == saved.record.get("saved_as")
+    if not comparable(recorded, revision) or (recorded != revision and not same_form):
         _check_same_name(saved, base)
     elif recorded != revision:
         text = f"was trained on a base of other weights ({recorded}, not {revision})"
@@ -244,9 +261,5 @@ def _untie(model: Any) -> None:
     """Untie embeddings if one of the two was adapted, since a merge would change both."""
     base = model.get_base_model()
     first, last = base.get_input_embeddings(), base.get_output_embeddings()
-    if last is None or not base.config.tie_word_embeddings:
-        return
     if any(isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in (first, last)):
-        layer = getattr(last, "base_layer", getattr(last, "original_module", last))
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-        base.config.tie_word_embeddings = False
+        untie(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
-from transformers import set_seed
+from omegaconf import DictConfig
 
-from lora_exp.adapter.mounting import mount_beside
 from lora_exp.after.base_config import base_config, parse_base
+from lora_exp.after.combination import ALIASES, METHODS, Combination, check_plain, combine
 from lora_exp.after.loading import (
     check_base,
     check_name,
@@ -26,38 +26,21 @@ from lora_exp.after.loading import (
 )
 from lora_exp.after.output import check_free, output_folder
 from lora_exp.after.saved import MERGE_RECORD, Saved, check_same_base, find
-from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.files.revision import named
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import sha256
-from lora_exp.model.precision import stored_dtype
+from lora_exp.model.loading import Base
+from lora_exp.model.precision import is_quantised, stored_dtype
+from lora_exp.model.processor_files import copy_processor
 from lora_exp.model.special_tokens import set_end_tokens
+from lora_exp.model.text_part import fill_whole
 from lora_exp.record.card import merged_card
 from lora_exp.record.progress import quiet
 
+log = logging.getLogger("lora_exp")
 Into = Literal["original", "dequantised"]
-METHODS = (
-    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
-    "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
-)  # fmt: skip
-ALIASES = {"dare": "dare_linear"}  # of methods
 SIZE = re.compile(r"\d+(\.\d+)?[KMG]i?B")
-# settings of an adapter that peft ignores when it combines several
-NOT_COMBINED = (
-    "use_dora", "modules_to_save", "trainable_token_indices", "bias", "lora_bias",
-    "layer_replication", "target_parameters", "use_qalora", "use_bdlora", "arrow_config",
-    "alora_invocation_tokens", "monteclora_config", "velora_config",
-)  # fmt: skip
-SPARSE = ("ties", "dare", "magnitude")  # these keep a share of each adapter's weights
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How several adapters become one; unused for a single adapter."""
-
-    method: str  # by peft's name
-    weights: Sequence[float] | None  # of each adapter; None: 1 each
-    density: float  # the share of each adapter's weights that ties, dare and magnitude_prune keep
 
 
 def merge(
@@ -115,16 +98,18 @@ class _Merged:
 
     model: Any
     tokenizer: Any
+    base: DictConfig  # the config of the model that it was merged into
     record: dict[str, Any]  # what it was made from
 
     def save(self, folder: Path, first: Saved, max_shard_size: str) -> None:
         """Write weights, tokenizer, record and model card; the card of `first` is extended."""
         self.model.save_pretrained(str(folder), max_shard_size=max_shard_size)
         self.tokenizer.save_pretrained(str(folder))
+        copy_processor(self.base, folder)
         (folder / MERGE_RECORD).write_text(dumps(self.record, indent=1) + "\n", encoding="utf-8")
         card = first.folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        text = merged_card(self.record, first.task_type, text)
+        text = merged_card(self.record, text)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -142,10 +127,13 @@ def _merge(
     dtype = dtype or stored_dtype(base_config(first, base, "none").model)
     if into == "original":
         loaded_base = load_base(first, base, "none", dtype)
+        if is_quantised(loaded_base.model):
+            into = _dequantised(first, loaded_base)
     else:
-        loaded_base = in_floats(load_base(first, base))
+        loaded_base = load_base(first, base)
+    loaded_base = in_floats(loaded_base)
     for saved in several:
-        check_base(saved, loaded_base.revision, base)
+        check_base(saved, loaded_base.revision, base, loaded_base.saved_as)
     model = load(first, loaded_base, apart=len(several) > 1).model
     shares = list(combination.weights or [1.0] * len(several))
     if len(several) > 1:
@@ -155,18 +143,39 @@ def _merge(
     _check_finite(model)
     tokenizer = tokenizer_of(first, loaded_base)
     _set_stop_tokens(model, tokenizer)
+    if loaded_base.text_of:
+        quant = "none" if into == "original" else None
+        towers = in_floats(load_base(first, base, quant, dtype, whole=True))
+        loaded_base, model = towers, fill_whole(towers.model, model)
+        model = model.to(getattr(torch, dtype)) if dtype else model
     record: dict[str, Any] = {
         "adapters": [identity(saved) for saved in several],
         "base": {"path": loaded_base.path, "revision": loaded_base.revision},
         "dtype": str(model.dtype).removeprefix("torch."),
         "into": into,
-        "quant": first.settings.get("quant") if into == "dequantised" else None,
+        "quant": _quantisation(first) if into == "dequantised" else None,
+        "auto_class": loaded_base.auto_class,
     }
     if len(several) > 1:
         record |= {
             "method": combination.method, "weights": shares, "density": combination.density,
         }  # fmt: skip
-    return _Merged(model, tokenizer, record)
+    return _Merged(model, tokenizer, base_config(first, base, "none").model, record)
+
+
+def _quantisation(saved: Saved) -> dict[str, Any]:
+    """Return how the base of the training was quantised: the run's section, or as it was saved."""
+    return saved.settings.get("quant") or {"quant_type": saved.quant}
+
+
+def _dequantised(saved: Saved, base: Base) -> Into:
+    """Say that a base that was saved quantised has no other weights than its dequantised ones."""
+    log.warning(
+        "%s was saved quantised (%s): merged into its dequantised weights; --base %s=ORIGINAL"
+        " merges into the original",
+        base.path, base.saved_as, named(saved.base),
+    )  # fmt: skip
+    return "dequantised"
 
 
 def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
@@ -209,64 +218,7 @@ def _check_adapters(several: list[Saved], combination: Combination) -> None:
         if combination.method not in METHODS:
             raise AdapterError(f"method {combination.method!r} is none of {', '.join(METHODS)}")
         for saved in several:
-            _check_plain(saved)
-
-
-def _check_plain(saved: Saved) -> None:
-    """Refuse an adapter of which peft would silently drop something when it combines several."""
-    config = saved.adapter or {}
-    dropped = [key for key in NOT_COMBINED if config.get(key) not in (None, False, "none", [], {})]
-    rewriting = rewrites_base(config)
-    if config["peft_type"] != "LORA" or dropped or rewriting:
-        reason = rewriting if config["peft_type"] == "LORA" else config["peft_type"]
-        reason = ", ".join(dropped) or reason
-        raise AdapterError(f"{saved.folder}: only plain LoRAs are combined, this has {reason}")
-
-
-def combine(
-    model: Any, several: list[Saved], weights: list[float], method: str, density: float
-) -> None:
-    """Combine several adapters into one, and make it the active one.
-
-    Args:
-        model: a PeftModel with the first of them.
-        several: all of them.
-        weights: of each.
-        method: by peft's name.
-        density: the share of each adapter's weights that ties, dare and magnitude_prune keep.
-
-    Raises:
-        AdapterError: one does not fit, or the method cannot combine them.
-    """
-    names = ["default"]
-    for i, saved in enumerate(several[1:], 1):
-        mount_beside(model, str(saved.folder), f"adapter{i}")
-        names.append(f"adapter{i}")
-    set_seed(0)  # dare drops weights at random
-    sparse = {"density": density} if method.startswith(SPARSE) else {}
-    _place_by_name(model, names)
-    model.peft_config["default"].use_rslora = False  # or peft would scale the combined adapter
-    try:
-        model.add_weighted_adapter(names, weights, "merged", combination_type=method, **sparse)
-    except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise AdapterError(f"{method} cannot combine these: {error}") from error
-    model.set_adapter("merged")
-
-
-def _place_by_name(model: Any, names: list[str]) -> None:
-    """Name the modules of each adapter one by one.
-
-    peft gives the combined adapter layers_to_transform and exclude_modules of the first, which
-    would leave out modules of the others.
-    """
-    for name in names:
-        config = model.peft_config[name]
-        config.target_modules = {
-            place
-            for place, module in model.get_base_model().named_modules()
-            if isinstance(module, LoraLayer) and name in module.r
-        }
-        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+            check_plain(saved)
 
 
 def _check_finite(model: Any) -> None:

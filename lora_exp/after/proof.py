@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
+from lora_exp.after.combination import combine
 from lora_exp.after.difference import AdapterOff, Difference, Response, compare, respond
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, tokenizer_of
-from lora_exp.after.merging import combine, identity
+from lora_exp.after.merging import identity
 from lora_exp.after.prompts import prompts_of, read
 from lora_exp.after.saved import MERGE_RECORD, Saved, find, read_json
 from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
+from lora_exp.files.revision import named
 from lora_exp.model.loading import Base, exact_products
 from lora_exp.model.memory import give_back
 from lora_exp.model.precision import computing_in, is_quantised
@@ -109,6 +111,7 @@ def prove(
     merged_model, several = find(merged), [find(path) for path in adapters]
     _check_paths(merged_model, several)
     record = _merge_record(merged_model, several)
+    base = base or _merged_base(record, several[0])
     dtype = _stored_dtype(merged_model)
     base_model, reference = _reference(record, several, base, quant)
     exact = dtype == "float32" and not is_quantised(base_model.model)
@@ -160,6 +163,17 @@ def _merge_record(merged: Saved, several: list[Saved]) -> dict[str, Any]:
         text = f"was merged from {names}: give --adapter for each, in this order"
         raise AdapterError(f"{merged.folder} {text}")
     return record
+
+
+def _merged_base(record: dict[str, Any], first: Saved) -> str | None:
+    """Return the base that was merged into, if it was another than the adapter's; None: it was not.
+
+    An adapter that was trained on a quantised base is merged into the original of another name.
+    """
+    place = (record.get("base") or {}).get("path")
+    if place is None or first.record.get("saved_as") is None or place == first.base:
+        return None
+    return f"{named(first.base)}={place}"
 
 
 def _reference(

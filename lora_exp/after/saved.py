@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_exp.config.door import renamed
+from lora_exp.config.pairs import QUANTISATIONS
 from lora_exp.config.start import adapter_config
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from lora_exp.files.paths import asset, near_names
@@ -70,9 +71,12 @@ class Saved:
 
     @property
     def quant(self) -> str:
-        """The option of conf/quant of its run; a whole model is not quantised."""
-        choices = self.settings.get("choices") or {}
-        return str(choices.get("quant", "none")) if self.adapter is not None else "none"
+        """How its run's base was quantised, as conf/quant names it; a whole model is not."""
+        if self.adapter is None:
+            return "none"
+        chosen = str((self.settings.get("choices") or {}).get("quant", "none"))
+        saved_as = self.record.get("saved_as")
+        return str(saved_as) if chosen == "none" and saved_as in QUANTISATIONS else chosen
 
     @property
     def bias(self) -> Any:

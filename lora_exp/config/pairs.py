@@ -16,22 +16,23 @@ from lora_exp.config.initialization import (
 from lora_exp.config.ranges import Fault
 from lora_exp.files.paths import is_path
 
-FLOAT_BASE = "is initialised from float weights, and a quantised base has none; quant=none"
-# kind of adapter -> quantisation -> why the pair is refused; found by running them
-REFUSED: dict[str, dict[str, str]] = {
-    "dora": {"int8": "bitsandbytes drops the scale that the weight's norm needs; quant=nf4"},
-    **{kind: dict.fromkeys(("nf4", "fp4", "int8"), FLOAT_BASE) for kind in NEEDS_FLOATS},
+QUANTISATIONS = ("nf4", "fp4", "int8")  # options of conf/quant
+FLOAT_BASE = ("is initialised from float weights, and a quantised base has none", "quant=none")
+# kind of adapter -> quantisation -> why the pair is refused, and the cure; found by running them
+REFUSED: dict[str, dict[str, tuple[str, str]]] = {
+    "dora": {"int8": ("bitsandbytes drops the scale that the weight's norm needs", "quant=nf4")},
+    **{kind: dict.fromkeys(QUANTISATIONS, FLOAT_BASE) for kind in NEEDS_FLOATS},
 }
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 
 
 def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
     """Yield a fault for each combination that does not work, by values, not by options' names."""
-    quant = _quantisation(cfg)
-    if cfg.quant is not None and cfg.peft is None:
-        yield "peft", f"none trains every weight, but {quant} weights cannot be trained; quant=none"
-    if cfg.quant is not None and cfg.model.random_weights:
-        yield "model.random_weights", f"untrained weights cannot be loaded as {quant}; quant=none"
+    if cfg.quant is not None:
+        yield from quantised_faults(cfg, _quantisation(cfg))
+        if cfg.model.random_weights:
+            text = f"untrained weights cannot be loaded as {_quantisation(cfg)}; quant=none"
+            yield "model.random_weights", text
     yield from _moving_reference(cfg)
     if cfg.peft is None:
         return
@@ -39,9 +40,6 @@ def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
         text = "best, but adalora moves its ranks, and its checkpoints lack a part of that state"
         yield "keep", f"{text}; keep=last, and leave train.load_best_model_at_end out"
     init = initialization(cfg.peft)
-    for kind in ("dora", init) if cfg.peft.get("use_dora") else (init,):
-        if quant in REFUSED.get(kind, {}):
-            yield "peft", f"{kind} on {quant}: {REFUSED[kind][quant]}"
     if init in NEEDS_PREPARATION:
         yield "peft.init_lora_weights", f"{init} needs a preparation that a run does not make"
     patterns = cfg.peft.get("rank_pattern") or cfg.peft.get("alpha_pattern")
@@ -62,6 +60,29 @@ def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
     if is_prompt_method and cfg.algorithm.args.get("packing"):
         text = "after trained virtual tokens, packed rows would attend to each other; give false"
         yield "algorithm.args.packing", text
+
+
+def quantised_faults(cfg: DictConfig, quant: str, saved: bool = False) -> Iterator[Fault]:
+    """Yield a fault for each reason why a method cannot train on a quantised base.
+
+    Args:
+        cfg: the run's.
+        quant: nf4, fp4, int8, or another method of a base that was saved quantised.
+        saved: whether the base was saved so, and `quant` is not the run's own.
+    """
+    if cfg.peft is None:
+        text = f"none trains every weight, but {quant} weights cannot be trained"
+        yield "peft", f"{text}; {_cure('quant=none', saved)}"
+        return
+    init = initialization(cfg.peft)
+    for kind in ("dora", init) if cfg.peft.get("use_dora") else (init,):
+        if quant in REFUSED.get(kind, {}):
+            text, cure = REFUSED[kind][quant]
+            yield "peft", f"{kind} on {quant}: {text}; {_cure(cure, saved)}"
+
+
+def _cure(cure: str, saved: bool) -> str:
+    return f"take the base's unquantised original, with {cure}" if saved else cure
 
 
 def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:

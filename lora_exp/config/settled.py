@@ -27,7 +27,8 @@ from lora_exp.files.redaction import redact_text
 GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
-    "name", "choices", "tracking", "resume", "retry_failed", "strict", "trusted_targets",
+    "name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
+    "trusted_targets",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
@@ -125,11 +126,15 @@ def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:
 
 
 def _check_consent(values: Mapping[str, Any], overrides: Iterable[str]) -> None:
-    """Refuse code that came with a model, unless the command line (not a file) allows it."""
+    """Refuse what only the command line may allow: a model's own code, another base's name."""
     model = values.get("model") or {}
     if model.get("trust_remote_code") and "model.trust_remote_code=true" not in overrides:
         text = "runs code that came with the model; only the command line may allow it"
         raise ConfigError([("model.trust_remote_code", text)])
+    given = {split_override(override)[0] for override in overrides}
+    if values.get("adapter_base") is not None and "adapter_base" not in given:
+        text = "says that two bases are the same; only the command line may say so"
+        raise ConfigError([("adapter_base", text)])
 
 
 def _resumed(
@@ -142,6 +147,7 @@ def _resumed(
     _check_consent(values, overrides)
     current = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
     # keys that did not exist when the run was saved
+    current["adapter_base"] = values.get("adapter_base")
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
     if current["keep"] == "best" and not saves_each_best(values["train"]):

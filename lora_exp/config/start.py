@@ -44,8 +44,21 @@ def adapter_config(path: str) -> dict[str, Any]:
     return config
 
 
-def check_base(key: str, path: str, revision: str | None) -> None:
+def check_base(
+    key: str,
+    path: str,
+    revision: str | None,
+    saved_as: str | None = None,
+    consent: bool = False,
+) -> None:
     """Compare a base with the one that an adapter was trained on, if its run's record is there.
+
+    Args:
+        key: of the config, for errors.
+        path: the adapter.
+        revision: the base's commit or hash.
+        saved_as: how the base was saved quantised.
+        consent: whether a quantised base and its original, whose files differ, count as the same.
 
     Raises:
         ConfigError: the bases differ, even if their folders have the same name.
@@ -54,8 +67,11 @@ def check_base(key: str, path: str, revision: str | None) -> None:
     if not record.is_file():
         return
     try:
-        trained_on = json.loads(record.read_text(encoding="utf-8")).get("base")
+        values = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return
+    trained_on = values.get("base")
+    if consent and saved_as != values.get("saved_as"):
         return
     if comparable(trained_on, revision) and trained_on != revision:
         text = f"{path} was trained on a base of other weights ({trained_on}, not {revision})"
@@ -106,8 +122,12 @@ def _differences(
     if bool(config.get("use_dora")) != bool(peft.get("use_dora")):
         yield "peft", f"{path} is {'DoRA; peft=dora' if config.get('use_dora') else 'no DoRA'}"
     base, model = str(config["base_model_name_or_path"]), str(values["model"]["path"])
-    if named(base) != named(model):
-        yield "adapter", f"{path} was trained on {base}, not on {model}"
+    consent = values["adapter_base"]
+    if consent is not None and named(consent) != named(base):
+        yield "adapter_base", f"{consent}, but {path} was trained on {base}"
+    elif consent is None and named(base) != named(model):
+        text = f"{path} was trained on {base}, not on {model}"
+        yield "adapter", f"{text}; if they are the same, give adapter_base={named(base)}"
     task, required = config.get("task_type"), values["algorithm"]["task_type"]
     if task not in (required, None) and (task, required) != ("CAUSAL_LM", "SEQ_CLS"):
         yield "adapter", f"{path} was trained for {task}; this algorithm trains for {required}"

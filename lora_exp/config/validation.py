@@ -38,9 +38,9 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "retry_failed", "strict", "adapter", "objective", "goal", "keep",
-        "trusted_targets", "train", "rate", "samples", "model", "quant", "peft", "targets",
-        "algorithm", "data", "tracking", "lockstep", "choices",
+        "name", "seed", "resume", "retry_failed", "strict", "adapter", "adapter_base", "objective",
+        "goal", "keep", "trusted_targets", "train", "rate", "samples", "model", "quant", "peft",
+        "targets", "algorithm", "data", "tracking", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),

@@ -55,7 +55,8 @@ def prepared(
         DataError: some rows cannot be used.
     """
     args, shape = cfg.algorithm.args, cfg.algorithm.shape
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or math.inf
     if (args.get("max_length") or 0) > context:
         text = f"{args.max_length} is longer than the model's context of {context} tokens"
         raise ConfigError([("algorithm.args.max_length", text)])

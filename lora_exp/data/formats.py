@@ -187,6 +187,8 @@ FIELDS: dict[str, list[set[str]]] = {
     "text": [{"text"}],
     "prompt": [{"prompt"}],
 }
+# what goes to a model beside the text, as TRL and data sets of the Hub name it
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 # fields that later stages read, and which of them a row of each format keeps
 READ = {"messages", "text", "prompt", "completion", "chosen", "rejected"}
 KEPT: dict[str, set[str]] = {
@@ -233,8 +235,11 @@ def read_as(format: str, row: Row, as_chat: bool = False) -> Row:
         as_chat: whether plain texts of prompts and answers become turns.
 
     Raises:
-        FieldError: a field that cannot be used.
+        FieldError: a field that cannot be used, or images and sounds, which are not trained on.
     """
+    if carried := next((name for name in NOT_TEXT if row.get(name)), None):
+        text = f"field {carried!r} is not empty; only text can be trained on"
+        raise FieldError(f"{text}, so leave out the row or the column")
     shaped = FORMATS[format](row)
     unused = READ - KEPT[format] | ({"label"} - KEPT[format] if format != "prompt" else set())
     shaped = _without(shaped, *unused, "tools")

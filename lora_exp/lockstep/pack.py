@@ -11,6 +11,7 @@ import gc
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -178,13 +179,7 @@ class Pack:
 
 def base_view(base: Base) -> Base:
     """Return a base with its own modules and tokenizer, over the same weights."""
-    return Base(
-        sharing_copy(base.model),
-        copy.deepcopy(base.tokenizer),
-        base.path,
-        base.revision,
-        base.warning,
-    )
+    return replace(base, model=sharing_copy(base.model), tokenizer=copy.deepcopy(base.tokenizer))
 
 
 def is_plain_call(arguments: dict[str, Any]) -> bool:

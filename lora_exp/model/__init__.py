@@ -1,6 +1,8 @@
 """The base: frozen weights and their tokenizer.
 
 loading         the base, quantised while it loads
+prequantised    saved quantised: kept or dequantised
+text_part       language model of a multimodal one
 weights         all read, or drawn at random
 identity        what identifies a base's weights
 precision       what it computes in
@@ -13,4 +15,5 @@ vocabulary      tokens without an embedding
 memory          peak and free
 requirement     upper bound of training's memory
 processor       features that decide how it computes
+processor_files  what prepares images, copied
 """

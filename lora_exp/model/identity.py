@@ -11,12 +11,12 @@ from lora_exp.files.revision import is_commit
 
 
 def identity_of(
-    model: Any, path: str, revision: str | None, gguf_file: str | None
+    config: Any, path: str, revision: str | None, gguf_file: str | None
 ) -> tuple[str | None, str | None]:
     """Return what identifies a base's weights, and a warning if they are hard to find again.
 
     Args:
-        model: the base.
+        config: the base's, as it was read.
         path: `model.path` of the config.
         revision: `model.revision` of the config.
         gguf_file: the GGUF file in it, if the weights are GGUF.
@@ -25,7 +25,7 @@ def identity_of(
         The hub's commit or a hash of the local files, or None; a warning, or None.
     """
     if not asset(path).exists():
-        commit = getattr(model.config, "_commit_hash", None)
+        commit = getattr(config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
         return commit, None if is_commit(revision) else text
     digest = files_hash(asset(path), gguf_file)

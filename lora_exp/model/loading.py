@@ -16,9 +16,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
@@ -29,22 +26,19 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
 from lora_exp.model.identity import identity_of
 from lora_exp.model.mixture import without_router_logits
-from lora_exp.model.precision import dtype_of, lacks_bfloat16
+from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16
+from lora_exp.model.prequantised import (
+    SavedForm,
+    check_asked,
+    dequantised_copy,
+    forget_quantisation,
+    read_prequantised,
+    saved_form,
+)
 from lora_exp.model.scoring import scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
-from lora_exp.model.weights import (
-    check_unquantised,
-    gguf_as_floats,
-    random_model,
-    read_complete,
-    without_gguf,
-)
-
-CLASSES: dict[str, Any] = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-}
+from lora_exp.model.text_part import class_of, is_multimodal, name_body, text_of
+from lora_exp.model.weights import gguf_as_floats, random_model, read_complete, without_gguf
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,24 @@ class Base:
     path: str  # `model.path` of the config
     revision: str | None  # the hub commit that was loaded, or the SHA-256 of local weights
     warning: str | None  # what makes the base hard to load again
+    form: SavedForm | None = None  # how it was saved quantised
+    text_of: str | None = None  # the multimodal class whose language model it is
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, that reads it
+
+    @property
+    def saved_as(self) -> str | None:
+        """How its weights were saved quantised, such as nf4 or fp8; None: they were not."""
+        return self.form.method if self.form else None
+
+    @property
+    def held(self) -> str | None:
+        """What its weights are, if they were saved quantised: `nf4, as saved`; None: they were not.
+
+        Weights that load dequantised may be quantised anew: then the run's config says how.
+        """
+        if self.form is None or (self.form.dequantised and is_quantised(self.model)):
+            return None
+        return self.form.held
 
     @property
     def attention(self) -> str:
@@ -104,11 +116,13 @@ def load(
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
     task_type: str = "CAUSAL_LM",
+    whole: bool = False,
 ) -> Base:
     """Load a base, every weight frozen, and its tokenizer.
 
-    `task_type` is peft's: with SEQ_CLS the head returns one number. The other arguments are those
-    of conf/model/local.yaml; `quantization` comes from `bnb_4bit` or `bnb_8bit`.
+    `task_type` is peft's: with SEQ_CLS the head returns one number. `whole`: a multimodal base is
+    loaded with its towers, even where a text class reads it. The other arguments are those of
+    conf/model/local.yaml; `quantization` comes from `bnb_4bit` or `bnb_8bit`.
 
     Raises:
         ConfigError: there is no model at the path, or it cannot be loaded in this way.
@@ -116,65 +130,77 @@ def load(
     source = str(asset(path))
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     common = {key: value for key, value in common.items() if value is not None}
-    model_class = CLASSES[task_type]
-    options = {
-        **common,
-        **({"num_labels": 1} if task_type == "SEQ_CLS" else {}),
-        "dtype": dtype_of(dtype),
-        "attn_implementation": attention_of(attn_implementation),
-        **({"device_map": {"": device()}} if torch.cuda.is_available() or quantization else {}),
-    }
     gguf = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
-        if not gguf_file:
-            check_unquantised(AutoConfig.from_pretrained(source, **common))
+        config = AutoConfig.from_pretrained(source, **common, **gguf)
+        form = None if gguf_file or random_weights else saved_form(config)
+        if form and quantization:
+            check_asked(form, quantization)
+        options: dict[str, Any] = {**common, "dtype": dtype_of(dtype)}
+        options["attn_implementation"] = attention_of(attn_implementation)
+        options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
+        if torch.cuda.is_available() or quantization or form:
+            options["device_map"] = {"": device()}
+        model_class = class_of(config, task_type, whole)
         if random_weights:
             model = random_model(model_class, source, options).to(device())
         else:
-            model = _read(model_class, source, gguf_file, quantization, options)
+            model = _read(model_class, source, config, gguf_file, quantization, options)
     except ConfigError:  # also a ValueError, and names its key already
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        if "attn_implementation" in str(error) and attention_of(attn_implementation):
-            text = f"{path} cannot be computed with {attn_implementation}; auto takes what it has"
-            raise ConfigError([("model.attn_implementation", text)]) from error
-        raise unloadable(path, error) from error
+        raise unloadable(path, error, attn_implementation) from error
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
         model.__class__ = scored_at_last_token(loaded_class)
+    name_body(model)
     freeze(model, tokenizer)
-    return Base(model, tokenizer, path, *identity_of(model, path, revision, gguf_file))
+    identity = identity_of(config, path, revision, gguf_file)
+    left_out = text_of(model, config)
+    return Base(model, tokenizer, path, *identity, form, left_out, model_class.__name__)
 
 
 def _read(
     model_class: Any,
     source: str,
+    config: Any,
     gguf_file: str | None,
     quantization: BitsAndBytesConfig | None,
     options: dict[str, Any],
 ) -> Any:
-    """Read a model's weights, quantised while they are read."""
+    """Read a model's weights, quantised while they are read, or as they were saved."""
     quantized = {"quantization_config": quantization} if quantization else {}
-    if not gguf_file:
-        return read_complete(model_class, source, options | quantized)
-    if quantization:
-        # transformers cannot quantise while it reads GGUF: the weights become floats first, once
-        floats = gguf_as_floats(Path(source), gguf_file)
-        return read_complete(model_class, floats, options | quantized)
-    return without_gguf(read_complete(model_class, source, options | {"gguf_file": gguf_file}))
+    if gguf_file and not quantization:
+        return without_gguf(read_complete(model_class, source, options | {"gguf_file": gguf_file}))
+    form, of_whole = saved_form(config), is_multimodal(config)
+    # transformers cannot quantise such weights while it reads them: they become floats first, once
+    if gguf_file:
+        return read_complete(
+            model_class, gguf_as_floats(Path(source), gguf_file), options | quantized
+        )
+    if form and form.dequantised and quantization:
+        floats = dequantised_copy(source, form, config, options)
+        options = {key: value for key, value in options.items() if key != "revision"}
+        return read_complete(model_class, floats, options | quantized, of_whole)
+    if form:
+        return read_prequantised(model_class, source, form, quantization, options, of_whole)
+    return read_complete(model_class, source, options | quantized, of_whole)
 
 
-def base_of(cfg: DictConfig) -> Base:
-    """Load the base that a config names, with the head that its algorithm trains."""
+def base_of(cfg: DictConfig, whole: bool = False) -> Base:
+    """Load the base that a config names, with the head that its algorithm trains; see `load`."""
     quantization = build(cfg, "quant")
-    task_type = cfg.algorithm.task_type
-    base: Base = build(cfg, "model", quantization=quantization, task_type=task_type)
+    options = {"task_type": cfg.algorithm.task_type, "whole": whole}
+    base: Base = build(cfg, "model", quantization=quantization, **options)
     return base
 
 
-def unloadable(path: str, error: Exception) -> ConfigError:
+def unloadable(path: str, error: Exception, attn_implementation: str = "auto") -> ConfigError:
     """Return an error with one line of what transformers reports, which may be a page."""
+    if "attn_implementation" in str(error) and attention_of(attn_implementation):
+        text = f"{path} cannot be computed with {attn_implementation}; auto takes what it has"
+        return ConfigError([("model.attn_implementation", text)])
     reason = " ".join(str(error).split())
     place = "" if asset(path).exists() else "no such folder here; from the Hub: "
     return ConfigError([("model.path", f"{path} cannot be loaded: {place}{reason}")])
@@ -227,6 +253,7 @@ def dequantise(model: Any, dtype: torch.dtype) -> Any:
         model = model.dequantize(dtype=dtype).to(dtype)
     finally:
         logging.set_verbosity(verbosity)
+    forget_quantisation(model)
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # peft reads these before it merges
     return model.requires_grad_(False)
 

@@ -176,7 +176,8 @@ def _longest_row(trainer: Any) -> int:
     columns = getattr(rows, "column_names", None) or ()
     if "input_ids" in columns:
         return _longest_list(rows, "input_ids")
-    context = getattr(trainer.model.config, "max_position_embeddings", None) or 1024
+    config = trainer.model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 1024
     limit = int(getattr(args, "max_length", None) or min(1024, context))
     answers = [_longest_list(rows, name) for name in ANSWERS if name in columns]
     if answers:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,16 @@ from lora_exp.files.paths import cache_dir
 from lora_exp.files.whole import whole
 
 
-def check_unquantised(config: Any) -> None:
-    """Refuse a base that was saved quantised: it can be neither requantised nor merged into.
-
-    Raises:
-        ValueError: it was.
-    """
-    saved = getattr(config, "quantization_config", None)
-    if saved is not None:
-        method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
-        raise ValueError(f"it is quantised ({method}); name what it was made from, with quant=nf4")
-
-
-def read_complete(model_class: Any, source: str, options: dict[str, Any]) -> Any:
+def read_complete(
+    model_class: Any, source: str, options: dict[str, Any], of_whole: bool = False
+) -> Any:
     """Load a model whose files have every weight; only a classification head may be new.
+
+    Args:
+        model_class: an auto class.
+        source: a folder or a hub id.
+        options: of `from_pretrained`.
+        of_whole: whether the files also hold towers that the class leaves out.
 
     Raises:
         ValueError: some are missing or of other shapes; transformers would draw them at random.
@@ -58,9 +55,8 @@ def read_complete(model_class: Any, source: str, options: dict[str, Any]) -> Any
         key, saved, expected = mismatched[0]
         text = f"{len(mismatched)} of its weights have other sizes than its config.json says"
         raise ValueError(f"{text}, the first is {key}: {saved}, not {expected}")
-    if unexpected := sorted(
-        key for key in loading_info["unexpected_keys"] if not key.startswith(heads)
-    ):
+    unexpected = sorted(k for k in loading_info["unexpected_keys"] if not k.startswith(heads))
+    if unexpected and not of_whole:
         text = "%d weights in %s have no place in the model, the first is %s"
         logging.get_logger("lora_exp").warning(text, len(unexpected), source, unexpected[0])
     return model
@@ -82,9 +78,7 @@ def random_model(model_class: Any, source: str, options: dict[str, Any]) -> Any:
 
 
 def gguf_as_floats(folder: Path, gguf_file: str) -> str:
-    """Return a folder with a GGUF file's weights as float32 safetensors, written once and cached.
-
-    The cached copy of an earlier version of the file is deleted: copies would fill the disk.
+    """Return a folder with a GGUF file's weights as float32 safetensors; see `as_floats`.
 
     Raises:
         ConfigError: the file is not in a local folder.
@@ -93,17 +87,34 @@ def gguf_as_floats(folder: Path, gguf_file: str) -> str:
         text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
         raise ConfigError([("model.gguf_file", text)])
     file = (folder / gguf_file).resolve()
-    copies = cache_dir() / "gguf" / hashlib.sha256(str(file).encode()).hexdigest()[:32]
+    options = {"gguf_file": gguf_file}
+    return as_floats(
+        str(file),
+        f"{file.stat().st_size}-{file.stat().st_mtime_ns}",
+        lambda: without_gguf(read_complete(AutoModelForCausalLM, str(folder), options)),
+    )
+
+
+def as_floats(source: str, version: str, read: Callable[[], Any]) -> str:
+    """Return a folder with a model's weights as floats in safetensors, written once and cached.
+
+    The cached copy of another version is deleted: copies would fill the disk.
+
+    Args:
+        source: identifies the model.
+        version: of its files.
+        read: returns the model.
+    """
+    copies = cache_dir() / "floats" / hashlib.sha256(source.encode()).hexdigest()[:32]
     copies.mkdir(parents=True, exist_ok=True)
-    floats = copies / f"{file.stat().st_size}-{file.stat().st_mtime_ns}"
+    floats = copies / version
     lock = hold(copies / ".lock", wait=True)  # two runs may do this at once
     try:
         if not floats.is_dir():
             for stale in copies.iterdir():  # of an earlier version, or of a killed process
                 if stale.is_dir():
                     shutil.rmtree(stale)
-            options = {"gguf_file": gguf_file}
-            model = without_gguf(read_complete(AutoModelForCausalLM, str(folder), options))
+            model = read()
             with whole(floats) as staged:
                 model.save_pretrained(staged)
     finally:

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.door import plain
 from lora_exp.files.paths import asset
 from lora_exp.files.redaction import redact
-from lora_exp.model.loading import CLASSES
 
 SECTIONS = ("peft", "quant", "train", "algorithm")
 HERE = "path/to/this/folder"
@@ -48,7 +47,7 @@ Data, {_row_counts(record)}:
 To load it:
 
 ```python
-{_loading(cfg)}
+{_loading(cfg, record.get("auto_class", "AutoModelForCausalLM"))}
 ```
 
 ## Settings
@@ -90,19 +89,18 @@ def _metric_rows(metrics: Mapping[str, float]) -> str:
     )
 
 
-def merged_card(merge: Mapping[str, Any], task_type: str, card: str) -> str:
+def merged_card(merge: Mapping[str, Any], card: str) -> str:
     """Return the card of a merged model: its base and adapters, how to load it, its training.
 
     Args:
         merge: its merge.json.
-        task_type: peft's task type, like CAUSAL_LM.
         card: the model card of its first adapter.
     """
     adapters = ", ".join(f"`{a['name']}` (sha256 {a['sha256'][:12]})" for a in merge["adapters"])
     combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""
     quant = merge["quant"] or {}
     form = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
-    model_class = CLASSES[task_type].__name__
+    model_class = merge["auto_class"]
     training = LOADING.sub("", HEAD.sub("", card))
     return f"""---
 library_name: transformers
@@ -149,8 +147,7 @@ def _short(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def _loading(cfg: DictConfig) -> str:
-    model_class = CLASSES[cfg.algorithm.task_type].__name__
+def _loading(cfg: DictConfig, model_class: str) -> str:
     if cfg.peft is None:
         return (
             f"from transformers import {model_class}\n\n"

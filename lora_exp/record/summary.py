@@ -44,8 +44,8 @@ def announce(
 ) -> None:
     """Print the base, adapter and rows, and the first row with the tokens that count."""
     lines: dict[str, str | Text] = {
-        "base": f"{base.path}  {type(base.model).__name__}, {base.dtype}, {base.attention}",
-        "quantisation": cfg.choices.quant,
+        "base": _base(base),
+        "quantisation": base.held or cfg.choices.quant,
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
         "not adapted": _left_out(adapted),
@@ -69,6 +69,12 @@ def announce(
             print_and_log(f"[dim]{name}:[/]")
         print_and_log(preview(ids, labels, base.tokenizer))
     print_and_log("")
+
+
+def _base(base: Base) -> str:
+    """Return the base's class, and what it leaves out."""
+    left_out = f", the language model of {base.text_of}" if base.text_of else ""
+    return f"{base.path}  {type(base.model).__name__}{left_out}, {base.dtype}, {base.attention}"
 
 
 def _reference(cfg: DictConfig) -> str:

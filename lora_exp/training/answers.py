@@ -105,7 +105,8 @@ def left_padded(tokenizer: Any) -> Any:
 
 def room(model: Any, max_new_tokens: int) -> int:
     """Return how many prompt tokens fit into the context together with the answer."""
-    context = getattr(model.config, "max_position_embeddings", None) or 10**6
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 10**6
     return max(1, context - max_new_tokens - virtual_tokens(model))
 
 

@@ -26,7 +26,7 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.loading import Base, device
 from lora_exp.model.mixture import name_experts, without_router_logits
-from lora_exp.model.precision import autocast_dtype
+from lora_exp.model.precision import autocast_dtype, is_quantised
 from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
@@ -216,5 +216,5 @@ def _training_arguments(
 def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
     """Return the arguments that `train.bf16=null` stands for on this base."""
     dtype = autocast_dtype(base.model, trains_whole=cfg.peft is None)
-    half = {"fp16": dtype == torch.float16} if cfg.quant is not None else {}
+    half = {"fp16": dtype == torch.float16} if is_quantised(base.model) else {}
     return {"bf16": dtype == torch.bfloat16} | half

@@ -27,6 +27,8 @@ from lora_exp.adapter.targets import Targets, below, check_names, resolve
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.errors import ConfigError, TargetError
+from tests.conftest import tiny
+from tests.model.test_text_part import llava
 
 LORA = {"_target_": "peft.LoraConfig"}
 SMALL = {
@@ -219,3 +221,16 @@ def test_excluding_a_container_excludes_all_below_it(fresh_base: Any, tmp_path: 
     assert below(fresh_base.model, ["q_proj"]) == ["q_proj"]
     cfg = compose("peft.exclude_modules=[layers.0,mlp]")
     assert attach(fresh_base, cfg, tmp_path).modules == dict.fromkeys(ATTENTION, 3)
+
+
+def test_roles_and_names_stay_within_the_language_model(folder_of: Callable[[Any], Path]) -> None:
+    model = tiny(path=str(folder_of(llava()))).model
+    layers = [f"model.language_model.layers.{i}" for i in range(2)]
+    assert resolve(model, "qv", LORA).modules == [
+        f"{layer}.self_attn.{name}" for layer in layers for name in ("q_proj", "v_proj")
+    ]
+    assert not any("vision" in name for name in resolve(model, "all_linear", LORA).modules)
+    names = resolve(model, ["v_proj", "gate_proj"], LORA).modules  # the tower has a v_proj, too
+    assert names == ["gate_proj", *(f"{layer}.self_attn.v_proj" for layer in layers)]
+    with pytest.raises(TargetError, match="'fc1' is no module of the language model"):
+        resolve(model, ["fc1", "v_proj"], LORA)

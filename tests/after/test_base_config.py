@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from lora_exp import compose
 from lora_exp.after.base_config import base_config, parse_base
 from lora_exp.after.saved import find
 from lora_exp.errors import ConfigError, SavedError
@@ -48,6 +49,19 @@ def test_an_adapter_without_its_run_names_its_base_and_never_trusts_its_code(
     assert find(alone).run is None
     assert base_config(find(alone)).model.path == "pkg://lora_exp/assets/tiny"
     assert base_config(find(alone)).quant is None
+
+
+def test_a_base_is_loaded_by_all_keys_of_its_run_but_its_own_code(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = copy_run(trained("peft=lora"), tmp_path / "run")
+    own = compose("tracking=none").model
+    values = {key: f"own {key}" for key in own if key not in ("_target_", "attn_implementation")}
+    settings = OmegaConf.load(run / "config.yaml")
+    settings.model.update(values)
+    OmegaConf.save(settings, run / "config.yaml")
+    found = base_config(find(run)).model
+    assert {key for key in values if found[key] != values[key]} == {"trust_remote_code"}
 
 
 @pytest.mark.parametrize(

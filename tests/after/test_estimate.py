@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from lora_exp import compose
 from lora_exp.after.estimate import base_bytes, estimate, model_config, need, skeleton
 from lora_exp.errors import ConfigError, TargetError
-from lora_exp.model.loading import base_of
+from lora_exp.model.loading import base_of, bnb_4bit
 from tests.after.test_chat import run_cli
+from tests.conftest import ROOT
+from tests.model.test_prequantised import saved
 from tests.test_main import cli
 
 Trained = Callable[..., Path]
@@ -91,6 +93,17 @@ def test_an_8_bit_optimiser_keeps_small_tensors_in_32_bits() -> None:
     small = sum(count for count in counts if count < 4096)
     assert small
     assert need(cfg, config).optimizer == 2 * (sum(counts) - small) + 8 * small
+
+
+def test_a_base_saved_in_4_bits_is_counted_so_and_not_quantised_otherwise(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", bnb_4bit("nf4", True, "auto"))
+    result = estimate(compose("tracking=none", "model=local", f"model.path={folder}"))
+    rows = {(row["peft"], row["quant"]): row for row in result["rows"]}
+    assert rows["lora", "nf4"]["chosen"]
+    assert rows["lora", "int8"]["refused"] == "the base was saved as nf4"
+    assert rows["lora", "none"]["refused"] == "the base was saved as nf4"
+    plain = estimate(compose("tracking=none", "quant=nf4"))["rows"]
+    assert rows["lora", "nf4"]["total"] == next(r["total"] for r in plain if r["chosen"])
 
 
 def test_a_config_is_compared_with_other_quantisations_and_full_fine_tuning() -> None:

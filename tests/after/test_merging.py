@@ -10,20 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from lora_exp import compose
+from lora_exp.adapter.attach import attach
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import Proof, prove
 from lora_exp.after.saved import find
 from lora_exp.after.soundness import check_model
 from lora_exp.errors import AdapterError, ConfigError, SavedError
+from lora_exp.model.loading import bnb_4bit
 from tests.after.test_saved import ADALORA, copy_run
 from tests.conftest import tiny
+from tests.model.test_prequantised import saved
+from tests.model.test_text_part import llava, mllama
 
 Trained = Callable[..., Path]
+TOWER = "vision"
 METHODS = ["lora", "dora", "rslora", "pissa", "olora", "ia3", "vera", "oft", "ln_tuning", "adalora"]
 
 
@@ -61,6 +68,81 @@ def test_merging_into_the_dequantised_base_equals_the_adapter_on_the_quantised_b
     original = merge([run], tmp_path / "original", dtype="float32")
     assert prove(original, [run]).max_difference < 1e-4  # on the unquantised base
     assert not prove(original, [run], quant=quant).holds  # the quantised base has other weights
+
+
+@pytest.mark.parametrize(
+    "config", [llava(), mllama(cross_attention_layers=[])], ids=lambda config: config.model_type
+)
+def test_a_merge_keeps_the_towers_and_the_processor_of_a_multimodal_base(
+    config: Any, folder_of: Callable[[Any], Path], quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = folder_of(config)
+    (base / "preprocessor_config.json").write_text('{"size": 28}')
+    options = ["model=local", f"model.path={base}", "rate.model=30"]
+    with pytest.raises(ConfigError, match="longer than the model's context of 256 tokens"):
+        quick_run(*options, "algorithm.args.max_length=300", name="too_long")
+    run = quick_run(*options, "algorithm.args.max_length=128").directory
+    assert not [key for key in load_file(run / "adapter/adapter_model.safetensors") if TOWER in key]
+    merged = merge([run], tmp_path / "merged")
+    architecture = json.loads((base / "config.json").read_text())["architectures"]
+    assert json.loads((merged / "config.json").read_text())["architectures"] == architecture
+    assert (merged / "preprocessor_config.json").read_text() == '{"size": 28}'
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    assert before.keys() == after.keys()
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed
+    assert not [key for key in changed if TOWER in key or "projector" in key]
+    assert prove(merged, [run]).holds
+    auto_class = json.loads((run / "run.json").read_text())["auto_class"]
+    assert f"{auto_class}.from_pretrained" in (run / "adapter/README.md").read_text()
+    plain = PeftModel.from_pretrained(
+        getattr(transformers, auto_class).from_pretrained(base), run / "adapter"
+    )
+    ids = torch.tensor([[1, 40, 90, 7]])
+    assert torch.equal(plain(input_ids=ids).logits, load_adapter(run)[0](input_ids=ids).logits)
+
+
+@pytest.fixture
+def on_saved_nf4(
+    tmp_path: Path, quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """A run on a base that was saved in 4 bits."""
+    base = saved(tmp_path / "tiny-4bit", bnb_4bit("nf4", True, "auto"))
+    overrides = ["model=local", f"model.path={base}", "train.learning_rate=3e-3"]
+    directory: Path = quick_run(*overrides).directory
+    assert "nf4, as saved" in capsys.readouterr().out
+    return directory
+
+
+def test_an_adapter_of_a_saved_quantised_base_is_merged_into_its_dequantised_weights(
+    on_saved_nf4: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = on_saved_nf4
+    assert json.loads((run / "run.json").read_text())["saved_as"] == "nf4"
+    merged = merge([run], tmp_path / "merged", into="dequantised")
+    assert prove(merged, [run]).max_difference < 1e-3
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    assert "merged into its dequantised weights" not in caplog.text
+    same = merge([run], tmp_path / "same")
+    assert "--base tiny-4bit=ORIGINAL merges into the original" in caplog.text
+    assert json.loads((same / "merge.json").read_text())["into"] == "dequantised"
+
+
+def test_an_adapter_of_a_saved_quantised_base_is_merged_into_the_original_by_name(
+    on_saved_nf4: Path, tmp_path: Path
+) -> None:
+    run, original = on_saved_nf4, "lora_exp/assets/tiny"
+    with pytest.raises(AdapterError, match=r"tiny-4bit, not on lora_exp/assets/tiny; .*--base"):
+        merge([run], tmp_path / "refused", base=original)
+    merged = merge([run], tmp_path / "merged", base=f"tiny-4bit={original}", dtype="float32")
+    assert prove(merged, [run]).max_difference < 1e-4  # the record names the original
+    model, _ = load_adapter(run, base=f"tiny-4bit={original}")
+    assert model.get_base_model().quantization_method == "bitsandbytes"  # as in its run
+    go_on = [f"adapter={run}/adapter", "quant=nf4", "train.max_steps=1", "samples.rows=0"]
+    with pytest.raises(ConfigError, match=r"^adapter: .* give adapter_base=tiny-4bit$"):
+        compose(*go_on)
+    cfg = compose("tracking=none", *go_on, "adapter_base=tiny-4bit")
+    assert attach(tiny(bnb_4bit("nf4", True, "auto")), cfg, tmp_path).trainable
 
 
 def test_an_adapted_embedding_does_not_change_the_tied_head(
@@ -148,42 +230,6 @@ def test_a_merge_in_bfloat16_and_shards_is_proven(trained: Trained, tmp_path: Pa
     assert not prove(merged, [trained("peft=rslora")]).holds
 
 
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "lora"), ("rslora", "rslora")])
-def test_two_adapters_become_the_weighted_sum_of_their_updates(
-    trained: Trained, tmp_path: Path, methods: tuple[str, str]
-) -> None:
-    runs = [trained(f"peft={methods[0]}"), trained(f"peft={methods[1]}", "seed=7", "peft.r=4")]
-    merged = merge(runs, tmp_path / "merged", weights=[0.75, 0.25])
-    merged_model, _ = load_adapter(merged)
-    deltas = []
-    for run in runs:
-        adapted, _ = load_adapter(run, merge=True)
-        deltas.append(dict(adapted.named_parameters()))
-    plain, _ = load_adapter("lora_exp/assets/tiny")
-    for name, weight in plain.named_parameters():
-        expected = weight + 0.75 * (deltas[0][name] - weight) + 0.25 * (deltas[1][name] - weight)
-        assert torch.allclose(dict(merged_model.named_parameters())[name], expected, atol=1e-6)
-    record = json.loads((merged / "merge.json").read_text())
-    assert record["method"] == "cat"
-    assert record["weights"] == [0.75, 0.25]
-    assert len(record["adapters"]) == 2
-
-
-@pytest.mark.parametrize("method", ["linear", "ties", "dare", "svd"])
-def test_combining_by_each_of_pefts_methods_is_deterministic(
-    trained: Trained, tmp_path: Path, method: str
-) -> None:
-    runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
-    merged = [merge(runs, tmp_path / f"{i}", method=method) for i in range(2)]
-    first, second = (load_file(folder / "model.safetensors") for folder in merged)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert prove(merged[0], runs).holds
-    with pytest.raises(AdapterError, match=r"was merged from r16-all_linear.*, .*: give --adapter"):
-        prove(merged[0], runs[:1])
-    with pytest.raises(AdapterError, match="give --adapter for each"):
-        prove(merged[0], runs[::-1])
-
-
 def test_what_cannot_be_merged_is_an_error_and_leaves_no_files(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -234,17 +280,6 @@ def test_weights_that_leave_the_range_of_float16_are_never_saved(
     with pytest.raises(AdapterError, match=r"not finite .*; give --dtype float32"):
         merge([run], tmp_path / "merged", into="dequantised", dtype="float16")
     assert not (tmp_path / "merged").exists()
-
-
-def test_density_changes_the_result_and_is_recorded(trained: Trained, tmp_path: Path) -> None:
-    runs = [trained("peft=lora"), trained("peft=lora", "seed=7")]
-    merged = [
-        merge(runs, tmp_path / f"{density}", method="ties", density=density)
-        for density in (0.1, 0.9)
-    ]
-    first, second = (load_file(folder / "model.safetensors") for folder in merged)
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert prove(merged[0], runs).holds  # with the density in its record
 
 
 def test_an_adapter_of_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:

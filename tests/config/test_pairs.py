@@ -46,5 +46,5 @@ def test_a_pair_that_does_not_work_is_refused_with_the_reason(method: str, quant
     option = (CONF / "peft" / f"{method}.yaml").is_file()
     chosen = f"peft={method}" if option else f"+peft.init_lora_weights={method}"
     assert faults(chosen, f"quant={quant}")["peft"] == (
-        f"{method} on {quant}: {REFUSED[method][quant]}"
+        f"{method} on {quant}: {'; '.join(REFUSED[method][quant])}"
     )

@@ -63,6 +63,16 @@ def test_a_base_of_the_same_name_at_another_path_is_accepted(tmp_path: Path) -> 
     assert compose(save_adapter(tmp_path / "a", base_model_name_or_path="/models/tiny")).peft.r == 4
 
 
+def test_another_name_of_the_same_base_needs_consent(tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "a", base_model_name_or_path="some/tiny-4bit")
+    with pytest.raises(ConfigError, match=r"not on .*if they are the same, give adapter_base=tiny"):
+        compose(adapter)
+    with pytest.raises(ConfigError, match=r"^adapter_base: other, but .* on some/tiny-4bit"):
+        compose(adapter, "adapter_base=other")
+    assert compose(adapter, "adapter_base=tiny-4bit").peft.r == 4
+    assert compose(adapter, "adapter_base=some/tiny-4bit").peft.r == 4
+
+
 def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path) -> None:
     save_adapter(tmp_path / "run" / "adapter")
     with pytest.raises(ConfigError, match=f"that is a run, its adapter is {tmp_path}/run/adapter"):
@@ -92,3 +102,8 @@ def test_bases_are_compared_only_by_hashes_of_the_same_kind(tmp_path: Path) -> N
     check_base("adapter", str(adapter), "a" * 40)  # a commit of the hub, not comparable
     with pytest.raises(ConfigError, match="base of other weights"):
         check_base("adapter", str(adapter), "sha256:2")
+    with pytest.raises(ConfigError):  # consent is for a base that was saved in another form
+        check_base("adapter", str(adapter), "sha256:2", consent=True)
+    check_base("adapter", str(adapter), "sha256:2", saved_as="nf4", consent=True)
+    with pytest.raises(ConfigError):
+        check_base("adapter", str(adapter), "sha256:2", saved_as="nf4")

@@ -33,8 +33,13 @@ from tests.data.test_rows import CHAT, INSTRUCTION_ROW, read_rows, write_lines
         ([{"messages": [{"role": "user"}]}], r"messages\[0\]: field 'content' is missing"),
         ([{"messages": CHAT[:1]}], r"'messages' has no assistant turn"),
         ([], r"rows.jsonl: no rows"),
+        ([{"text": "x", "image": None}, {"text": "y", "image": "cat.png"}],
+         r"rows.jsonl:2: field 'image' is not empty; only text can be trained on"),
+        ([{"messages": CHAT, "audios": ["a.wav"]}], r"rows.jsonl:1: field 'audios' is not empty"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]}],
+         r"rows.jsonl:1: messages\[0\].content\[0\] is of type 'image'; only text"),
     ],
-)
+)  # fmt: skip
 def test_an_unusable_row_is_named(tmp_path: Path, lines: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_rows(write_lines(tmp_path / "rows.jsonl", *lines))

@@ -29,8 +29,8 @@ def test_a_folder_without_weights_gives_a_warning(tmp_path: Path) -> None:
 
 def test_a_base_of_the_hub_is_identified_by_its_commit() -> None:
     commit = "0123456789" * 4
-    model: Any = SimpleNamespace(config=SimpleNamespace(_commit_hash=commit))
-    assert identity_of(model, "some/where", commit, None) == (commit, None)
-    identity, warning = identity_of(model, "some/where", "main", None)
+    config: Any = SimpleNamespace(_commit_hash=commit)
+    assert identity_of(config, "some/where", commit, None) == (commit, None)
+    identity, warning = identity_of(config, "some/where", "main", None)
     assert identity == commit
     assert "is not pinned to a commit" in str(warning)

@@ -53,15 +53,6 @@ def test_weights_whose_sizes_differ_from_the_config_are_an_error(tmp_path: Path)
         load_base("model=local", f"model.path={folder}")
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_a_base_saved_quantised_is_refused_with_the_fix(tmp_path: Path, quant: str) -> None:
-    folder = tmp_path / "base"
-    load_base("quant=nf4").model.save_pretrained(folder)
-    load_base().tokenizer.save_pretrained(folder)
-    with pytest.raises(ConfigError, match=r"it is quantised \(bitsandbytes\); .* with quant=nf4"):
-        load_base("model=local", f"model.path={folder}", f"quant={quant}")
-
-
 def test_a_new_classification_head_is_not_reported_as_missing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
