@@ -246,6 +246,9 @@ def _untie(model: Any) -> None:
     first, last = base.get_input_embeddings(), base.get_output_embeddings()
     if last is None or not base.config.tie_word_embeddings:
         return
+    rows = getattr(last, "token_adapter", None)
+    if rows is not None and rows.tied_adapter is not None:
+        return  # the same trained rows go into both
     if any(isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in (first, last)):
         layer = getattr(last, "base_layer", getattr(last, "original_module", last))
         layer.weight = nn.Parameter(layer.weight.detach().clone())

@@ -6,6 +6,7 @@ Knows nothing of adapters, rows or trainers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +31,9 @@ from lora_exp.files.paths import asset
 from lora_exp.model.identity import identity_of
 from lora_exp.model.mixture import without_router_logits
 from lora_exp.model.precision import dtype_of, lacks_bfloat16
-from lora_exp.model.scoring import scored_at_last_token
+from lora_exp.model.scoring import register_classifier, scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
+from lora_exp.model.vocabulary import add_tokens as add_to
 from lora_exp.model.weights import (
     check_unquantised,
     gguf_as_floats,
@@ -40,6 +42,7 @@ from lora_exp.model.weights import (
     without_gguf,
 )
 
+STD = 0.02  # of new weights, where an architecture names none
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -103,6 +106,7 @@ def load(
     trust_remote_code: bool,
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
+    add_tokens: Sequence[str] = (),
     task_type: str = "CAUSAL_LM",
 ) -> Base:
     """Load a base, every weight frozen, and its tokenizer.
@@ -129,6 +133,8 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
         if not gguf_file:
             check_unquantised(AutoConfig.from_pretrained(source, **common))
+        if task_type == "SEQ_CLS":
+            register_classifier(AutoConfig.from_pretrained(source, **common, **gguf))
         if random_weights:
             model = random_model(model_class, source, options).to(device())
         else:
@@ -143,6 +149,7 @@ def load(
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
         model.__class__ = scored_at_last_token(loaded_class)
+    add_to(model, tokenizer, add_tokens)
     freeze(model, tokenizer)
     return Base(model, tokenizer, path, *identity_of(model, path, revision, gguf_file))
 
@@ -195,9 +202,10 @@ def new_head(model: Any) -> None:
 
     It is in float32 on every base, like every module that is trained whole.
     """
-    width = model.config.get_text_config().hidden_size
-    head = nn.Linear(width, model.config.num_labels, bias=False, device=model.device)
-    nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
+    config = model.config.get_text_config()
+    head = nn.Linear(config.hidden_size, model.config.num_labels, bias=False, device=model.device)
+    spread = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
+    nn.init.normal_(head.weight, std=spread or STD)
     model.score = head
 
 
