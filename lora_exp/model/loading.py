@@ -182,7 +182,7 @@ def base_of(cfg: DictConfig) -> Base:
 
 def unloadable(path: str, error: Exception) -> ConfigError:
     """Return an error with one line of what transformers reports, which may be a page."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()).partition(" Model type should be one of")[0]
     place = "" if asset(path).exists() else "no such folder here; from the Hub: "
     return ConfigError([("model.path", f"{path} cannot be loaded: {place}{reason}")])
 
