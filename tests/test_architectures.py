@@ -13,10 +13,11 @@ from scripts.architectures.__main__ import table
 from scripts.architectures.checks import Checks, write_rows
 from scripts.architectures.models import KINDS, make
 
-MOST_USED = (
-    "llama 3", "mistral, sliding", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2",
-    "granite", "glm4", "gpt_neox", "lfm2",
+DENSE = (
+    "llama 3", "mistral, sliding", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite",
+    "falcon_h1",
 )  # fmt: skip
+MIXTURES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", MOST_USED)
+@pytest.mark.parametrize("kind", [*DENSE, *MIXTURES])
 def test_an_adapter_of_this_kind_is_trained_opened_and_merged(kind: str, work: Path) -> None:
     checks = Checks(work, kind)
     make(kind, checks.model)
-    assert [checks.train(), checks.peft(), checks.merge()] == ["yes"] * 3
+    assert [checks.train(), checks.peft()] == ["yes"] * 2
+    if kind in DENSE:
+        assert checks.merge() == "yes"
 
 
 def test_the_table_has_a_row_for_each_kind_and_a_note_for_each_reason() -> None:
