@@ -22,11 +22,16 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/reference.md").read_text(), re.M)
-OURS = {"lora_exp", "hydra_plugins", "tests"}
+OURS = {"lora_exp", "hydra_plugins", "scripts", "tests"}
 PACKAGE = [
     path for folder in ("lora_exp", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
 ]
-SCRIPTS = [path for path in (ROOT / "scripts").iterdir() if "python" in path.read_text()[:30]]
+FILES = [path for path in (ROOT / "scripts").rglob("*") if path.suffix in ("", ".py")]
+SCRIPTS = [
+    path
+    for path in FILES
+    if path.is_file() and (path.suffix == ".py" or "python" in path.read_text()[:30])
+]
 TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
 # modules that import packages of an extra; they are imported only where it is installed
 NEEDED_EXTRA = {"lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve"}

@@ -2,6 +2,7 @@
 
 untrusted  untrusted files: no patterns, no code
 mounting   a saved adapter mounted, or refused
+rows       rows of embeddings that train
 roles      what each layer is for
 targets    roles and names, resolved
 attach     attach, save

@@ -28,6 +28,7 @@ from lora_exp.adapter.mounting import (
     read_config,
 )
 from lora_exp.adapter.roles import stacks_of
+from lora_exp.adapter.rows import added_rows, check_tokens
 from lora_exp.adapter.targets import Targets, below, check_names, resolve
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build, plain
@@ -87,7 +88,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
             # names are checked already, and peft does not know those of experts here
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             model = (
-                _saved_adapter(base.model, cfg)
+                _saved_adapter(base, cfg)
                 if cfg.adapter
                 else peft.get_peft_model(base.model, config)
             )
@@ -143,10 +144,12 @@ def _adapted(model: Any) -> dict[str, int]:
     return dict(sorted(Counter([*last, *stacks]).items()))
 
 
-def _saved_adapter(model: Any, cfg: DictConfig) -> Any:
+def _saved_adapter(base: Base, cfg: DictConfig) -> Any:
     """Put a saved adapter on the base, to train it further; a text model's may get a new head."""
     adapter_config(cfg.adapter)  # raises if it is gone, as a resumed run's may be
+    model = base.model
     config = read_config(cfg.adapter, model)
+    check_tokens(config, base, cfg.adapter)
     same_task = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
     if not same_task:  # the head is new, and peft would report it as missing
@@ -186,6 +189,8 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
             runtime[key] = dict(node[key] or {})
             stacks = stacks_of("experts", model)
             check_names(model, f"peft.{key}", runtime[key], stacks)
+    if rows := added_rows(base, cfg):
+        runtime["trainable_token_indices"] = rows
     if "init_r" in node:
         runtime["total_step"] = 10**9  # replaced by `AdaLora` when training begins
     return runtime, targets

@@ -16,6 +16,7 @@ import peft
 import torch
 from torch import Tensor
 
+from lora_exp.adapter.rows import make_room
 from lora_exp.adapter.untrusted import read_weights, resolve_patterns
 from lora_exp.errors import AdapterError, LoraExpError
 
@@ -44,6 +45,7 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
     if apart:
         check_embeddings(model, config, weights, path)
     _resize(model, weights)
+    make_room(model, config, path, apart)
     with fitting(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
         # AdaLoRA's weights, and experts
@@ -63,6 +65,7 @@ def mount_beside(model: Any, path: str, name: str) -> None:
     """
     config, weights = read_config(path, model.get_base_model()), read_weights(path)
     check_embeddings(model.get_base_model(), config, weights, path)
+    make_room(model.get_base_model(), config, path, apart=True)
     with fitting(path):
         model.add_adapter(name, config)
         loaded = peft.set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -21,6 +21,7 @@ endpoints     OpenAI's interface to loaded models
 serving       which models, by which engine
 publication   uploads to the Hub
 doctor        whether this machine can train
+models        models of conf/model, their sizes
 estimate      memory that a run needs
 pages         what the commands print
 

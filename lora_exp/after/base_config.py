@@ -96,7 +96,8 @@ def _run_section(saved: Saved, key: str, targets: tuple[str, ...]) -> dict[str, 
     node = saved.settings.get(key) or {}
     target = node.get("_target_") if isinstance(node, dict) else node
     values = node.values() if isinstance(node, dict) else [node]
-    if node and (target not in targets or any(isinstance(v, dict | list) for v in values)):
+    items = [item for v in values for item in (v if isinstance(v, list) else [v])]
+    if node and (target not in targets or any(isinstance(item, dict | list) for item in items)):
         cure = "give --base" if key == "model" else "give --quant"
         text = f"{key} is {target!r}, which may call other code than lora-exp's"
         raise SavedError(f"{saved.run}/config.yaml: {text}; {cure}")

@@ -38,6 +38,7 @@ from lora_exp.model.requirement import (
     state_bytes,
     step_bytes,
 )
+from lora_exp.model.scoring import register_classifier
 from lora_exp.model.text_part import class_of
 from lora_exp.record.progress import quiet
 
@@ -153,6 +154,8 @@ def model_config(cfg: DictConfig) -> Any:
 
 def skeleton(cfg: DictConfig, config: Any) -> Any:
     """Return the model of a config without its weights: names, shapes and dtypes."""
+    if cfg.algorithm.task_type == "SEQ_CLS":
+        register_classifier(config)
     with torch.device("meta"):
         return class_of(config, cfg.algorithm.task_type).from_config(
             config,
@@ -194,6 +197,7 @@ def need(cfg: DictConfig, config: Any) -> Need:
 def _without_initialization(cfg: DictConfig) -> DictConfig:
     """Return the config with default initialization of the adapter: others may need the weights."""
     values = plain(cfg) | {"adapter": None}
+    values["model"] = values["model"] | {"add_tokens": []}  # a few rows, and no tokenizer is here
     if "init_lora_weights" in (values["peft"] or {}):
         values["peft"]["init_lora_weights"] = True
     return OmegaConf.create(values)

@@ -261,5 +261,8 @@ def _untie(model: Any) -> None:
     """Untie embeddings if one of the two was adapted, since a merge would change both."""
     base = model.get_base_model()
     first, last = base.get_input_embeddings(), base.get_output_embeddings()
+    rows = getattr(last, "token_adapter", None)
+    if rows is not None and rows.tied_adapter is not None:
+        return  # the same trained rows go into both
     if any(isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in (first, last)):
         untie(base)

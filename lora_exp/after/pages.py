@@ -130,6 +130,24 @@ def doctor(findings: Iterable[Mapping[str, str]]) -> Table:
     return _findings("doctor", ((f["state"], f["what"], f["told"]) for f in findings))
 
 
+def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """Return the page of `lora-exp models`."""
+    table = Table(box=None)
+    table.add_column("model=", no_wrap=True)
+    table.add_column("", overflow="fold")
+    table.add_column("licence")
+    for name in ("parameters", "bfloat16", "int8", "nf4"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        count = row["parameters"]
+        parameters = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
+        sizes = (f"{row['bytes'][quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
+        table.add_row(row["option"], row["path"], row["licence"], parameters, *sizes)
+    text = "GiB of the weights, experts in float; a run's memory: lora-exp estimate model=..."
+    tried = "What works on each kind: docs/models.md. Any other model: model=local model.path=..."
+    return Group(table, Text(f"{text}\n{tried}", style="dim"))
+
+
 def proof(report: Mapping[str, Any]) -> RenderableType:
     """Return the page of `lora-exp check --adapter`."""
     lines = {

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_exp.adapter.several import is_adapted, save_classifier
 from lora_exp.model.loading import Base
+from lora_exp.model.scoring import register_classifier
 
 
 class Critic(nn.Module):
@@ -38,6 +39,7 @@ def save_value(model: Any, base: Base, folder: Path) -> None:
     else:
         config = copy.deepcopy(model.config)
         config.num_labels = 1
+        register_classifier(config)
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
         classifier.base_model.load_state_dict(critic.body.state_dict())
         classifier.score.load_state_dict(critic.score.state_dict())

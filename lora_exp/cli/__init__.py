@@ -2,7 +2,7 @@
 
 options   options that several commands share
 train     run, estimate
-look      inspect, check, evaluate, doctor
+look      inspect, check, evaluate, doctor, models
 make      save, merge, push
 use       chat, serve, generate
 __main__  python -m lora_exp.cli
@@ -65,6 +65,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     (LOOK, look.evaluate),
     (MAKE, make.push),
     (LOOK, look.doctor),
+    (LOOK, look.models),
     (TRAIN, train.estimate),
 )
 

@@ -1,4 +1,4 @@
-"""Commands of the help panel Look: inspect, check, evaluate, doctor."""
+"""Commands of the help panel Look: inspect, check, evaluate, doctor, models."""
 
 from __future__ import annotations
 
@@ -105,3 +105,11 @@ def doctor(as_json: Json = False) -> None:
     print_result(findings, pages.doctor, as_json)
     if any(finding["state"] == "wrong" for finding in findings):
         raise typer.Exit(1)
+
+
+def models(as_json: Json = False) -> None:
+    """List the models that can be named: licence, size and memory by quantisation."""
+    from lora_exp.after import models as listed
+    from lora_exp.after import pages
+
+    print_result(listed.models(), pages.models, as_json)

@@ -39,6 +39,9 @@ def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
     if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):
         text = "best, but adalora moves its ranks, and its checkpoints lack a part of that state"
         yield "keep", f"{text}; keep=last, and leave train.load_best_model_at_end out"
+    if cfg.model.get("add_tokens") and cfg.peft._target_ != "peft.LoraConfig":
+        text = f"{cfg.choices.peft} cannot train the embeddings of new tokens; peft=lora, or none"
+        yield "model.add_tokens", text
     init = initialization(cfg.peft)
     if init in NEEDS_PREPARATION:
         yield "peft.init_lora_weights", f"{init} needs a preparation that a run does not make"

@@ -214,6 +214,8 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
     values["train"] |= limits or {}
+    if not values["model"].get("add_tokens"):
+        values["model"].pop("add_tokens", None)  # earlier versions lacked it
     if not evaluations_act(values["train"]):
         reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
         values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}

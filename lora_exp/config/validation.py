@@ -26,6 +26,7 @@ from lora_exp.config.start import adapter_config
 from lora_exp.config.sweeping import sweep_faults
 from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
+from lora_exp.data.template import template_file
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.files.paths import asset, is_path, near_names
 from lora_exp.files.redaction import redact
@@ -233,7 +234,7 @@ def _files(cfg: DictConfig) -> Iterator[Fault]:
         if not isinstance(name, str):
             continue  # null, or a fault already
         try:
-            path = asset(name)
+            path = template_file(name) if key == "chat_template" else asset(name)
         except ConfigError as error:
             yield f"data.{key}", error.faults[0][1]
             continue

@@ -175,7 +175,7 @@ def _refused_rows(
     """Return the rows that the chat template refuses: where each was read -> why."""
     if any(isinstance(row["prompt"], list) for row in rows) and not tokenizer.chat_template:
         text = "the rows are chats, but the tokenizer has no chat template; give"
-        raise DataError(f"{text} data.chat_template=<file.jinja>, or rows of plain text")
+        raise DataError(f"{text} data.chat_template=chatml or a file.jinja, or rows of plain text")
     refused = {}
     for number, row in enumerate(rows):
         try:

@@ -16,9 +16,9 @@ from lora_exp.data.conversion import Columns, Converted
 from lora_exp.data.conversion import convert as convert
 from lora_exp.data.reading import OnError, files, lines
 from lora_exp.data.shapes import location_of, reshape
+from lora_exp.data.template import template_file
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
-from lora_exp.files.paths import asset
 from lora_exp.files.whole import sha256
 
 Format = Literal[
@@ -210,9 +210,9 @@ def pairs(seed: int, rows: int, eval_rows: int, chat_template: str | None) -> Ro
 def _template(path: str | None) -> str | None:
     if path is None:
         return None
-    if not asset(path).is_file():
+    if not template_file(path).is_file():
         raise DataError(f"data.chat_template: no such file: {path}")
-    return asset(path).read_text(encoding="utf-8")
+    return template_file(path).read_text(encoding="utf-8")
 
 
 def _read_files(

@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError, LoraExpError
+from lora_exp.files.paths import asset
 
 SECONDS = 3.0  # the limit for one row
+SHIPPED = {"chatml": "pkg://lora_exp/assets/chatml.jinja"}  # name -> file
+TURN_END = "<|im_end|>"  # ChatML's
 MARK = "7051846925306172"  # digits: neither trimming, case, JSON nor HTML changes them
 
 
@@ -146,14 +150,23 @@ def in_time() -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous_handler)
 
 
+def template_file(name: str) -> Path:
+    """Return the file of a shipped template, or of the path itself."""
+    return asset(SHIPPED.get(name, name))
+
+
 def prepare(tokenizer: Any, template: str | None, day: date) -> None:
     """Set a tokenizer's chat template, if one is given, and a day that it uses for today.
 
-    So a run and its resumes render the same text on every day.
+    So a run and its resumes render the same text on every day. Our ChatML ends turns with the EOS
+    token where its own is none of the tokenizer's: several tokens would never end an answer.
 
     Raises:
         ConfigError: the template computes the format of the date.
     """
+    is_chatml = template == template_file("chatml").read_text(encoding="utf-8")
+    if template is not None and is_chatml and TURN_END not in tokenizer.get_vocab():
+        template = template.replace(f"'{TURN_END}'", "eos_token")
     if template is not None:
         tokenizer.chat_template = template
     if "strftime_now" in str(tokenizer.chat_template):

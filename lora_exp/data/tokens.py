@@ -101,7 +101,7 @@ def tokenise(
     if any("messages" in row for row in rows) and not tokenizer.chat_template:
         raise DataError(
             "the rows are chats, but the tokenizer has no chat template; give data.chat_template="
-            "<file.jinja>, or rows of prompt and completion"
+            "chatml or a file.jinja, or rows of prompt and completion"
         )
     key = _key(rows, tokenizer, max_length, completion_only, separate)
     folder = cache_dir() / "tokens" / key

@@ -116,6 +116,8 @@ def solitary(job: Job) -> str | None:
         return f"{cfg.choices.peft} is not LoRA"
     if start := rewrites_base(peft):
         return f"{start} starts from weights of its own"
+    if cfg.model.get("add_tokens"):
+        return "model.add_tokens trains new rows of the embedding"
     obstacles = {
         "use_dora": "DoRA needs the norm of the weights that it changes",
         "modules_to_save": "modules_to_save trains modules of the base",

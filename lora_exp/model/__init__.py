@@ -11,7 +11,7 @@ mixture         routers of mixtures of experts
 participation   layers that get a gradient
 packing         whether packed rows stay apart
 scoring         scores at a row's last token
-vocabulary      tokens without an embedding
+vocabulary      tokens and their embeddings
 memory          peak and free
 requirement     upper bound of training's memory
 processor       features that decide how it computes

@@ -6,6 +6,7 @@ Knows nothing of adapters, rows or trainers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +36,13 @@ from lora_exp.model.prequantised import (
     read_prequantised,
     saved_form,
 )
-from lora_exp.model.scoring import scored_at_last_token
+from lora_exp.model.scoring import register_classifier, scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.model.text_part import class_of, is_multimodal, name_body, text_of
+from lora_exp.model.vocabulary import add_tokens as add_to
 from lora_exp.model.weights import gguf_as_floats, random_model, read_complete, without_gguf
+
+STD = 0.02  # of new weights, where an architecture names none
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def load(
     trust_remote_code: bool,
     random_weights: bool,
     quantization: BitsAndBytesConfig | None,
+    add_tokens: Sequence[str] = (),
     task_type: str = "CAUSAL_LM",
     whole: bool = False,
 ) -> Base:
@@ -142,6 +147,8 @@ def load(
         options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
         if torch.cuda.is_available() or quantization or form:
             options["device_map"] = {"": device()}
+        if task_type == "SEQ_CLS":
+            register_classifier(config)
         model_class = class_of(config, task_type, whole)
         if random_weights:
             model = random_model(model_class, source, options).to(device())
@@ -154,6 +161,7 @@ def load(
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
         model.__class__ = scored_at_last_token(loaded_class)
+    add_to(model, tokenizer, add_tokens)
     name_body(model)
     freeze(model, tokenizer)
     identity = identity_of(config, path, revision, gguf_file)
@@ -201,7 +209,7 @@ def unloadable(path: str, error: Exception, attn_implementation: str = "auto") -
     if "attn_implementation" in str(error) and attention_of(attn_implementation):
         text = f"{path} cannot be computed with {attn_implementation}; auto takes what it has"
         return ConfigError([("model.attn_implementation", text)])
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()).partition(" Model type should be one of")[0]
     place = "" if asset(path).exists() else "no such folder here; from the Hub: "
     return ConfigError([("model.path", f"{path} cannot be loaded: {place}{reason}")])
 
@@ -221,9 +229,10 @@ def new_head(model: Any) -> None:
 
     It is in float32 on every base, like every module that is trained whole.
     """
-    width = model.config.get_text_config().hidden_size
-    head = nn.Linear(width, model.config.num_labels, bias=False, device=model.device)
-    nn.init.normal_(head.weight, std=model.config.get_text_config().initializer_range)
+    config = model.config.get_text_config()
+    head = nn.Linear(config.hidden_size, model.config.num_labels, bias=False, device=model.device)
+    spread = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
+    nn.init.normal_(head.weight, std=spread or STD)
     model.score = head
 
 

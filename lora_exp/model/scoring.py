@@ -13,7 +13,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+
+def register_classifier(config: Any) -> None:
+    """Make a classifier for an architecture that transformers has none for, as for Mamba.
+
+    It is transformers' generic one: the body, and a linear head `score` without a bias. Afterwards
+    `AutoModelForSequenceClassification` loads and makes it, in this process.
+
+    Raises:
+        ValueError: the architecture has no body of its own either.
+    """
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    if kind not in MODEL_MAPPING:
+        raise ValueError(f"{kind.__name__} has neither a classifier nor a body to put one on")
+    body = MODEL_MAPPING[kind]
+    body = body[0] if isinstance(body, tuple) else body
+    classes = body.__mro__
+    pretrained = classes[classes.index(PreTrainedModel) - 1]  # the architecture's own
+    name = kind.__name__.removesuffix("Config").removesuffix("Text")
+    namespace = {
+        "base_model_prefix": pretrained.base_model_prefix,
+        "config_class": kind,
+        "__module__": pretrained.__module__,  # else transformers leaves buffers uninitialised
+    }
+    bases = (GenericForSequenceClassification, pretrained)
+    classifier = type(f"{name}ForSequenceClassification", bases, namespace)
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
 def last_token(mask_BS: Tensor) -> Tensor:

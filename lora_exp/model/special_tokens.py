@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from lora_exp.data.template import turn_end
+from lora_exp.errors import ConfigError
+
+# names of special tokens that tokenizers keep for padding, or for nothing; images have others
+UNUSED = (re.compile(r"(?i)(?<!image_)(?<!video_)(?<!vision_)(?<!audio_)pad"),
+          re.compile(r"(?i)reserved|unused"))  # fmt: skip
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -35,9 +41,35 @@ def set_end_tokens(model: Any, tokenizer: Any) -> None:
 
 
 def ensure_pad_token(tokenizer: Any) -> None:
-    """Let a tokenizer without a pad token pad with its EOS token."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    """Let a tokenizer without a pad token pad with a special token that no text has.
+
+    Where there is none it pads with its EOS token; labels, scores and answers do not take that for
+    padding, since they are masked by position.
+
+    Raises:
+        ConfigError: it has no such token, and no EOS token.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    if (unused := unused_token(tokenizer)) is None and tokenizer.eos_token is None:
+        fix = "name its eos_token in tokenizer_config.json"
+        raise ConfigError(
+            [("model.path", f"its tokenizer has neither a pad nor an EOS token; {fix}")]
+        )
+    tokenizer.pad_token = unused or tokenizer.eos_token
+
+
+def unused_token(tokenizer: Any) -> str | None:
+    """Return a special token that pads, is reserved, or stands for the unknown; None: no such."""
+    added = tokenizer.added_tokens_decoder
+    used = {tokenizer.bos_token, tokenizer.eos_token}
+    special = [
+        str(added[i]) for i in sorted(added) if added[i].special and str(added[i]) not in used
+    ]
+    for pattern in UNUSED:
+        if names := [name for name in special if pattern.search(name)]:
+            return names[0]
+    return tokenizer.unk_token if tokenizer.unk_token in special else None
 
 
 def without_end(tokenizer: Any) -> Any:

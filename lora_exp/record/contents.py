@@ -39,10 +39,11 @@ def changed_files(directory: Path, cfg: DictConfig) -> list[str]:
 
 def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:
     from lora_exp.data.reading import files
+    from lora_exp.data.template import template_file
 
     current = {name: sha256(asset(name)) for name in recorded if asset(name).is_file()}
     if cfg.data.get("chat_template"):
-        text = asset(cfg.data.chat_template).read_text(encoding="utf-8")
+        text = template_file(cfg.data.chat_template).read_text(encoding="utf-8")
         current["chat_template"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     if cfg.data._target_ == "lora_exp.data.rows.jsonl":  # a glob may match other files than before
         for pattern in filter(None, (cfg.data.path, cfg.data.eval_path)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lora_exp import compose, load_adapter, run
 from lora_exp.adapter.mounting import fitting, mount, mount_beside, read_config
@@ -20,6 +22,7 @@ from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError
+from tests.adapter.test_rows import base_folder
 from tests.conftest import tiny
 
 Trained = Callable[..., Path]
@@ -160,3 +163,27 @@ def test_a_starting_adapter_that_does_not_fit_the_classifier_is_refused(
     save_file(weights | {removed: weights[removed][:, 1:].contiguous()}, file)
     with pytest.raises(AdapterError, match="does not fit this base: size mismatch"):
         run(compose(*reward), tmp_path / "size")
+
+
+@pytest.mark.parametrize(("tied", "tying"), [(True, True), (True, False), (False, False)])
+def test_adapters_of_embedding_and_output_layer_compute_as_in_peft(
+    tmp_path: Path, tied: bool, tying: bool
+) -> None:
+    """As another tool saves them, which adapts both layers of a base as one, or apart."""
+    folder = base_folder(tmp_path / "base", tied)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens", "lm_head"], init_lora_weights=False,
+        task_type="CAUSAL_LM", ensure_weight_tying=tying,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(base, config).save_pretrained(str(tmp_path / "adapter"))
+        plain = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        ours, _ = load_adapter(tmp_path / "adapter", base=str(folder))
+        assert torch.equal(ours(input_ids=ids).logits, expected)
+        merged, _ = load_adapter(tmp_path / "adapter", base=str(folder), merge=True)
+        assert torch.allclose(merged(input_ids=ids).logits, expected, atol=1e-4)

@@ -20,7 +20,6 @@ from lora_exp.after.estimate import base_bytes, estimate, model_config, need, sk
 from lora_exp.errors import ConfigError, TargetError
 from lora_exp.model.loading import base_of, bnb_4bit
 from tests.after.test_chat import run_cli
-from tests.conftest import ROOT
 from tests.model.test_prequantised import saved
 from tests.test_main import cli
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from lora_exp.data.examples import prompts
-from lora_exp.data.template import Form, form_of, prepare, render_chat, turn_end
+from lora_exp.data.template import Form, form_of, prepare, render_chat, template_file, turn_end
 from lora_exp.data.tokens import tokenise
 from lora_exp.errors import ConfigError, DataError
 from tests.data.test_tokens import chat, trained_text
+from tests.model.test_special_tokens import plain_tokenizer
 
 
 def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
@@ -44,6 +45,21 @@ def test_a_template_that_prints_the_date_gets_the_date_of_the_run(
     prepare(tokenizer, template, date(2025, 2, 3))
     assert render_chat(chat("q")["messages"], tokenizer) == text
     assert tokenizer.chat_template == template  # the template to save is unchanged
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s>"])
+def test_the_shipped_chatml_ends_an_answer_with_one_token(base: Any, end: str) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer) if end == "<|im_end|>" else plain_tokenizer([])
+    tokenizer.eos_token, tokenizer.chat_template = end, None
+    with pytest.raises(DataError, match=r"no chat template; give data\.chat_template=chatml or"):
+        prompts([{"prompt": chat("q")["messages"], "answer": "a"}], tokenizer, 99, "train")
+    prepare(tokenizer, template_file("chatml").read_text(), date(2025, 2, 3))
+    turns = [*chat("q", "a")["messages"], {"role": "user", "content": "r"}]
+    start = "<|im_start|>"
+    assert render_chat(turns, tokenizer, answer=True) == (
+        f"{start}user\nq{end}\n{start}assistant\na{end}\n{start}user\nr{end}\n{start}assistant\n"
+    )
+    assert turn_end(tokenizer) == end
 
 
 def test_another_date_is_another_cache_entry(base: Any) -> None:

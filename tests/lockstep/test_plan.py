@@ -43,6 +43,7 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["peft=olora"], "olora starts"),
         (["peft.modules_to_save=[norm]"], "modules_to_save"),
         (["peft.bias=lora_only"], "biases"),
+        (['model.add_tokens=["<a>"]'], "model.add_tokens trains new rows"),
         (["algorithm=pretrain", "model.random_weights=true"], "random_weights"),
         (["lockstep.max_jobs=1"], "lockstep.max_jobs=1"),
         (["+train.neftune_noise_alpha=5"], "NEFTune"),

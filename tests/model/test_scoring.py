@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from lora_exp.model.scoring import last_token, scored_at_last_token
 from tests.conftest import tiny
@@ -45,6 +52,54 @@ def test_with_a_separate_pad_token_scores_equal_transformers_bit_for_bit() -> No
         assert torch.equal(model(**inputs).logits, expected)
         assert model(**inputs, labels=torch.ones(2)).loss is not None
     assert type(model).__name__ == "GPT2ForSequenceClassification"
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "opt"])
+def test_an_architecture_without_a_classifier_gets_a_head_on_its_body(
+    kind: str, tmp_path: Path
+) -> None:
+    """OPT has one, but no range for the head's weights; Falcon-H1's buffers are computed."""
+    from lora_exp import compose, load_adapter, run
+    from lora_exp.after.merging import merge
+    from lora_exp.after.proof import prove
+
+    base = save_base(kind, tmp_path / "base")
+    values = ["model=local", f"model.path={base}", "tracking=none", "samples.rows=0"]
+    values += ["data=demo_pairs", "data.rows=16", "data.eval_rows=4", "train.max_steps=2"]
+    values += ["train.learning_rate=1e-2", "train.per_device_train_batch_size=4"]
+    values += ["peft.target_modules=[in_proj]"] * (kind != "opt")
+    saved = run(compose(*values, "algorithm=reward"), tmp_path / "reward").saved
+    head = load_file(saved / "adapter_model.safetensors")["base_model.model.score.weight"]
+    model, _ = load_adapter(saved)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    body = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").base_model.eval()
+    with torch.no_grad():
+        score = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert score.isfinite().all()
+        with model.disable_adapter():
+            hidden = model.get_base_model().base_model(ids).last_hidden_state
+        assert torch.allclose(hidden, body(ids).last_hidden_state, atol=1e-5)
+    assert head.shape == (1, body.config.hidden_size)
+    merged = merge([saved], tmp_path / "merged")
+    assert prove(merged, [saved]).holds
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """Save a tiny model of random weights, with the embedded tokenizer."""
+    sizes: dict[str, dict[str, Any]] = {
+        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "falcon_h1": {
+            "intermediate_size": 64, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+            "mamba_d_state": 8, "mamba_n_groups": 1, "head_dim": 8, "num_key_value_heads": 2,
+        },
+    }  # fmt: skip
+    common = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "eos_token_id": 2}
+    common |= {"num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **common, **sizes[kind])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny().tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_a_reward_is_trained_measured_and_used_at_the_same_token(
