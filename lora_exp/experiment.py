@@ -122,9 +122,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         record.update(
             place=place.name,
-            attention=base.attention,
-            saved_as=base.saved_as,
-            auto_class=base.auto_class,
+            **base.facts,
             counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
             **hashes,
         )

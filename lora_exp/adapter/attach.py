@@ -79,6 +79,23 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     if cfg.adapter:
         consent = cfg.adapter_base is not None
         check_base("adapter", cfg.adapter, base.revision, base.saved_as, consent)
+    model, targets = _mounted(base, cfg)
+    _check_adapted(model, targets)
+    config = model.peft_config["default"]
+    modules = _adapted(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    start = None
+    if not cfg.adapter and saved_as_plain_lora(vars(config)):
+        start = directory / "start"
+        _save_start(model, config, start)
+    callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
+    return Adapted(
+        model, cfg.choices.peft, modules, trainable, total, start, callbacks, targets.left_out
+    )
+
+
+def _mounted(base: Base, cfg: DictConfig) -> tuple[Any, Targets]:
+    """Put the config's adapter on a base, a new one or a saved one, and return its targets."""
     runtime, targets = ({}, Targets([])) if cfg.adapter else _runtime(base, cfg)
     config = None if cfg.adapter else build(cfg, "peft", **runtime)
     try:
@@ -96,8 +113,6 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         raise
     except (ValueError, UserWarning) as error:
         raise ConfigError([("peft", str(error))]) from error
-    _check_adapted(model, targets)
-    config = model.peft_config["default"]
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which peft unfreezes on 4-bit layers
             parameter.requires_grad_(False)
@@ -106,16 +121,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         head.bias = None  # trl reads it, and peft's wrapper of a tied head has only weights
     # peft's card names this machine's folders and is slow to write; `save` writes ours
     model.create_or_update_model_card = lambda *_: None
-    modules = _adapted(model)
-    trainable, total = model.get_nb_trainable_parameters()
-    start = None
-    if not cfg.adapter and saved_as_plain_lora(vars(config)):
-        start = directory / "start"
-        _save_start(model, config, start)
-    callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
-    return Adapted(
-        model, cfg.choices.peft, modules, trainable, total, start, callbacks, targets.left_out
-    )
+    return model, targets
 
 
 def _check_adapted(model: Any, targets: Targets) -> None:

@@ -65,11 +65,8 @@ def resolve(
     if stacks and (not is_lora or hindrance):
         raise _no_experts(is_lora, hindrance)
     renamed = _renamed_by_peft(model, modules) if is_lora else set()
-    why_not = _refused_by_peft(model, modules) | _without_part(model, modules, base)
-    if renamed and (quantised or hindrance):
-        reason = "peft adapts it as a parameter, without " + (hindrance or "quantised weights")
-        why_not |= dict.fromkeys(renamed, reason)
-    left_out = dict(sorted(why_not.items()))
+    hindrance = hindrance or ("quantised weights" if quantised else None)
+    left_out = _why_not(model, modules, renamed, hindrance, base)
     _check_remains(names or [""], modules - left_out.keys() | stacks, left_out)
     parameters = stacks | {f"{name}.weight" for name in renamed - left_out.keys()}
     modules -= renamed | left_out.keys()
@@ -83,6 +80,17 @@ def resolve(
         _shortest(parameters, [name for name, _ in model.named_parameters()], 2),
         left_out,
     )
+
+
+def _why_not(
+    model: Any, modules: set[str], renamed: set[str], hindrance: str | None, base: str | None
+) -> dict[str, str]:
+    """Return the modules that cannot be adapted, sorted, and why."""
+    why_not = _refused_by_peft(model, modules) | _without_part(model, modules, base)
+    if hindrance:
+        text = f"peft adapts it as a parameter, without {hindrance}"
+        why_not |= dict.fromkeys(renamed, text)
+    return dict(sorted(why_not.items()))
 
 
 def _of_roles(model: Any, roles: list[str]) -> tuple[set[str], set[str]]:

@@ -38,7 +38,6 @@ from lora_exp.model.requirement import (
     state_bytes,
     step_bytes,
 )
-from lora_exp.model.scoring import register_classifier
 from lora_exp.model.text_part import class_of
 from lora_exp.record.progress import quiet
 
@@ -154,8 +153,6 @@ def model_config(cfg: DictConfig) -> Any:
 
 def skeleton(cfg: DictConfig, config: Any) -> Any:
     """Return the model of a config without its weights: names, shapes and dtypes."""
-    if cfg.algorithm.task_type == "SEQ_CLS":
-        register_classifier(config)
     with torch.device("meta"):
         return class_of(config, cfg.algorithm.task_type).from_config(
             config,

@@ -21,9 +21,10 @@ from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import named
-from lora_exp.model.loading import Base, exact_products
+from lora_exp.model.loading import Base
 from lora_exp.model.memory import give_back
 from lora_exp.model.precision import computing_in, is_quantised
+from lora_exp.model.quantised import exact_products
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import ACT2CLS
@@ -95,7 +95,7 @@ def adapter_obstacle(body: Any, fused: dict[str, str]) -> str | None:
     for name, module in body.named_modules():
         if name not in fused or not isinstance(module, BaseTunerLayer):
             continue
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
             return f"{name} is adapted by {type(module).__name__}"
         if not isinstance(module.get_base_layer(), LINEAR):
             return f"{name} is no linear layer"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from greenlet import getcurrent, greenlet
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -67,6 +67,8 @@ def stop_at_layers(body: nn.Module, linears: Collection[str]) -> None:
         modules[name].forward = _stopping(name, layer.forward)
     for name in modules.keys() & set(linears):
         base = modules[name]
+        if isinstance(base, ParamWrapper):  # it computes with a weight of its own
+            continue
         base = base.get_base_layer() if isinstance(base, LoraLayer) else base
         base.forward = _stopping_at_product(name, base.forward)
 

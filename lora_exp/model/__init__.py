@@ -1,6 +1,7 @@
 """The base: frozen weights and their tokenizer.
 
 loading         the base, quantised while it loads
+quantised       what stays in floats, and back
 prequantised    saved quantised: kept or dequantised
 text_part       language model of a multimodal one
 weights         all read, or drawn at random

@@ -6,7 +6,8 @@ Knows nothing of adapters, rows or trainers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
-from transformers.utils import logging
 
 from lora_exp.config.door import build
 from lora_exp.errors import ConfigError
@@ -32,15 +32,21 @@ from lora_exp.model.prequantised import (
     SavedForm,
     check_asked,
     dequantised_copy,
-    forget_quantisation,
     read_prequantised,
     saved_form,
 )
-from lora_exp.model.scoring import register_classifier, scored_at_last_token
+from lora_exp.model.quantised import quantised_share, skip
+from lora_exp.model.scoring import scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.model.text_part import class_of, is_multimodal, name_body, text_of
 from lora_exp.model.vocabulary import add_tokens as add_to
-from lora_exp.model.weights import gguf_as_floats, random_model, read_complete, without_gguf
+from lora_exp.model.weights import (
+    check_gguf,
+    gguf_as_floats,
+    random_model,
+    read_complete,
+    without_gguf,
+)
 
 STD = 0.02  # of new weights, where an architecture names none
 
@@ -57,6 +63,7 @@ class Base:
     form: SavedForm | None = None  # how it was saved quantised
     text_of: str | None = None  # the multimodal class whose language model it is
     auto_class: str = "AutoModelForCausalLM"  # of transformers, that reads it
+    quantised: tuple[float, str] | None = None  # see `quantised_share`
 
     @property
     def saved_as(self) -> str | None:
@@ -79,6 +86,16 @@ class Base:
         return str(self.model.config.get_text_config()._attn_implementation)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """How it was loaded, for the record."""
+        return {
+            "attention": self.attention,
+            "saved_as": self.saved_as,
+            "quantised_share": self.quantised and round(self.quantised[0], 4),
+            "auto_class": self.auto_class,
+        }
+
+    @property
     def dtype(self) -> str:
         """The dtype of its weights, by torch's name."""
         return str(self.model.dtype).removeprefix("torch.")
@@ -88,11 +105,13 @@ def bnb_4bit(
     quant_type: Literal["nf4", "fp4"],
     double_quant: bool,
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    skip_modules: Sequence[str] | None = None,
 ) -> BitsAndBytesConfig:
     """Return bitsandbytes' 4-bit settings, `quant_type` nf4 or fp4.
 
     BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo. Products run in
-    bfloat16, or in float16 on a GPU that has no bfloat16, unless `compute_dtype` names one.
+    bfloat16, or in float16 on a GPU that has no bfloat16, unless `compute_dtype` names one. The
+    modules called `skip_modules` stay in floats.
     """
     if compute_dtype == "auto":
         compute_dtype = "float16" if lacks_bfloat16() else "bfloat16"
@@ -101,12 +120,22 @@ def bnb_4bit(
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype_of(compute_dtype),
+        llm_int8_skip_modules=list(skip_modules or ()) or None,
     )
 
 
-def bnb_8bit(outlier_threshold: float) -> BitsAndBytesConfig:
-    """Return bitsandbytes' 8-bit settings; activations above the threshold stay in float."""
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=outlier_threshold)
+def bnb_8bit(
+    outlier_threshold: float, skip_modules: Sequence[str] | None = None
+) -> BitsAndBytesConfig:
+    """Return bitsandbytes' 8-bit settings; activations above the threshold stay in float.
+
+    So do the modules called `skip_modules`.
+    """
+    return BitsAndBytesConfig(
+        load_in_8bit=True,
+        llm_int8_threshold=outlier_threshold,
+        llm_int8_skip_modules=list(skip_modules or ()) or None,
+    )
 
 
 def load(
@@ -132,41 +161,55 @@ def load(
     Raises:
         ConfigError: there is no model at the path, or it cannot be loaded in this way.
     """
-    source = str(asset(path))
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    common = {key: value for key, value in common.items() if value is not None}
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common, **gguf)
-        config = AutoConfig.from_pretrained(source, **common, **gguf)
+    source, gguf = str(asset(path)), {"gguf_file": gguf_file} if gguf_file else {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options |= {"revision": revision} if revision is not None else {}
+    with _named(path, attn_implementation):
+        if gguf_file and quantization:
+            check_gguf(Path(source), gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options, **gguf)
+        config = AutoConfig.from_pretrained(source, **options, **gguf)
         form = None if gguf_file or random_weights else saved_form(config)
-        if form and quantization:
-            check_asked(form, quantization)
-        options: dict[str, Any] = {**common, "dtype": dtype_of(dtype)}
-        options["attn_implementation"] = attention_of(attn_implementation)
-        options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
+        options |= {"dtype": dtype_of(dtype)}
+        options |= {"attn_implementation": attention_of(attn_implementation)}
         if torch.cuda.is_available() or quantization or form:
             options["device_map"] = {"": device()}
         if task_type == "SEQ_CLS":
-            register_classifier(config)
+            options["num_labels"] = 1
         model_class = class_of(config, task_type, whole)
+        if form and quantization:
+            check_asked(form, quantization)
+        skip(quantization, model_class, config)
         if random_weights:
             model = random_model(model_class, source, options).to(device())
         else:
             model = _read(model_class, source, config, gguf_file, quantization, options)
-    except ConfigError:  # also a ValueError, and names its key already
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise unloadable(path, error, attn_implementation) from error
+    share = quantised_share(model)
+    _prepare(model, tokenizer, task_type, add_tokens)
+    identity = identity_of(config, path, revision, gguf_file)
+    text, auto_class = text_of(model, config), model_class.__name__
+    return Base(model, tokenizer, path, *identity, form, text, auto_class, share)
+
+
+def _prepare(model: Any, tokenizer: Any, task_type: str, add_tokens: Sequence[str]) -> None:
+    """Freeze a model that was just read, after what changes its classes and embeddings."""
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
         model.__class__ = scored_at_last_token(loaded_class)
     add_to(model, tokenizer, add_tokens)
     name_body(model)
     freeze(model, tokenizer)
-    identity = identity_of(config, path, revision, gguf_file)
-    left_out = text_of(model, config)
-    return Base(model, tokenizer, path, *identity, form, left_out, model_class.__name__)
+
+
+@contextmanager
+def _named(path: str, attn_implementation: str) -> Iterator[None]:
+    """Name the base in the error if it cannot be loaded."""
+    try:
+        yield
+    except ConfigError:  # also a ValueError, and names its key already
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unloadable(path, error, attn_implementation) from error
 
 
 def _read(
@@ -251,29 +294,6 @@ def sharing_copy(model: Any) -> Any:
         states = (getattr(owner, "quant_state", None) for owner in (module, weight))
         shared += [state for state in states if state is not None]
     return copy.deepcopy(model, {id(x): x for x in shared})
-
-
-def dequantise(model: Any, dtype: torch.dtype) -> Any:
-    """Replace a quantised model's layers by plain ones with the dequantised weights."""
-    exact_products(model, dtype)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the dtype that is requested here
-    try:
-        model = model.dequantize(dtype=dtype).to(dtype)
-    finally:
-        logging.set_verbosity(verbosity)
-    forget_quantisation(model)
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # peft reads these before it merges
-    return model.requires_grad_(False)
-
-
-def exact_products(model: Any, dtype: torch.dtype) -> None:
-    """Let 4-bit layers dequantise their weights to this dtype, and multiply in it."""
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            state.dtype = dtype
-            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def freeze(model: Any, tokenizer: Any) -> None:

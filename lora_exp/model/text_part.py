@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from lora_exp.model.scoring import register_classifier
+
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -37,12 +39,13 @@ def class_of(config: Any, task_type: str, whole: bool = False) -> Any:
         ValueError: transformers has no such class.
     """
     chosen = CLASSES[task_type]
+    if task_type == "SEQ_CLS":
+        register_classifier(config)
     if task_type == "CAUSAL_LM" and is_multimodal(config) and (whole or not _has(chosen, config)):
         return AutoModelForMultimodalLM
     if not _has(chosen, config):
         text = f"transformers has no {chosen.__name__.removeprefix('AutoModelFor')} class"
-        cure = "; take a base that has one" if task_type == "SEQ_CLS" else ""
-        raise ValueError(f"{text} of kind {config.model_type}{cure}")
+        raise ValueError(f"{text} of kind {config.model_type}")
     return chosen
 
 

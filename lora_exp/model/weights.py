@@ -77,15 +77,19 @@ def random_model(model_class: Any, source: str, options: dict[str, Any]) -> Any:
     )
 
 
-def gguf_as_floats(folder: Path, gguf_file: str) -> str:
-    """Return a folder with a GGUF file's weights as float32 safetensors; see `as_floats`.
+def check_gguf(folder: Path, gguf_file: str) -> None:
+    """Refuse to quantise a GGUF file that is not in a local folder.
 
     Raises:
-        ConfigError: the file is not in a local folder.
+        ConfigError: it is not.
     """
     if not (folder / gguf_file).is_file():
         text = f"{gguf_file} of a hub model cannot be quantised; download it, and name its folder"
         raise ConfigError([("model.gguf_file", text)])
+
+
+def gguf_as_floats(folder: Path, gguf_file: str) -> str:
+    """Return a folder with a GGUF file's weights as float32 safetensors; see `as_floats`."""
     file = (folder / gguf_file).resolve()
     options = {"gguf_file": gguf_file}
     return as_floats(

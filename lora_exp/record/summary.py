@@ -19,6 +19,7 @@ from lora_exp.record.console import curve, facts, print_and_log, size
 from lora_exp.record.progress import preview
 from lora_exp.record.run import Record
 
+ALMOST_ALL = 0.9  # of the layers' weights; below, what is not quantised is named
 FIELDS = (
     "prompt", "completion", "messages", "text", "chosen", "rejected", "label", "tools", "answer",
     "task",
@@ -45,7 +46,7 @@ def announce(
     """Print the base, adapter and rows, and the first row with the tokens that count."""
     lines: dict[str, str | Text] = {
         "base": _base(base),
-        "quantisation": base.held or cfg.choices.quant,
+        "quantisation": _quantisation(cfg, base),
         "adapter": _adapter(cfg, adapted),
         "adapted": ", ".join(f"{name} x{n}" for name, n in adapted.modules.items()) or "-",
         "not adapted": _left_out(adapted),
@@ -75,6 +76,16 @@ def _base(base: Base) -> str:
     """Return the base's class, and what it leaves out."""
     left_out = f", the language model of {base.text_of}" if base.text_of else ""
     return f"{base.path}  {type(base.model).__name__}{left_out}, {base.dtype}, {base.attention}"
+
+
+def _quantisation(cfg: DictConfig, base: Base) -> Text:
+    """Return how the base is quantised, and how much of its layers."""
+    text = Text(base.held or cfg.choices.quant)
+    if base.quantised is not None:
+        share, in_floats = base.quantised
+        rest = f"; in floats: {in_floats}" if share < ALMOST_ALL else ""
+        text.append(f", {share:.0%} of the layers' weights{rest}", style="yellow" if rest else "")
+    return text
 
 
 def _reference(cfg: DictConfig) -> str:

@@ -16,7 +16,8 @@ from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
-from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit, dequantise
+from lora_exp.model.loading import Base, bnb_4bit, bnb_8bit
+from lora_exp.model.quantised import dequantise
 from tests.conftest import tiny
 
 NF4, INT8 = bnb_4bit("nf4", True, "auto"), bnb_8bit(6.0)

@@ -1,0 +1,113 @@
+"""A quantised base: what stays in floats, how much of it is quantised, and back to floats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils import logging
+
+from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.model.prequantised import forget_quantisation
+
+
+def skip(quantization: BitsAndBytesConfig | None, model_class: Any, config: Any) -> None:
+    """Add the output heads to the modules that stay in floats: transformers would forget them.
+
+    Args:
+        quantization: with `quant.skip_modules`; changed in place.
+        model_class: an auto class.
+        config: the base's.
+
+    Raises:
+        ConfigError: no module has one of the names.
+    """
+    if quantization is None or not quantization.llm_int8_skip_modules:
+        return
+    names = quantization.llm_int8_skip_modules
+    with torch.device("meta"):
+        skeleton = model_class.from_config(config)
+    last_names = {name.rpartition(".")[2] for name, _ in skeleton.named_modules()}
+    for name in names:
+        if not any(f".{module}".endswith(f".{name}") for module, _ in skeleton.named_modules()):
+            text = f"no module of {type(skeleton).__name__} is called {name!r}"
+            near = did_you_mean(name, last_names)
+            raise ConfigError([("quant.skip_modules", f"{text}{near}")])
+    quantization.llm_int8_skip_modules = [*names, *get_keys_to_not_convert(skeleton)]
+
+
+def quantised_share(model: Any) -> tuple[float, str] | None:
+    """Return the share of the layers' weights that is held in 4 or 8 bits, and what is not.
+
+    bitsandbytes leaves classes other than nn.Linear alone. Embeddings, output heads and vectors
+    (biases, norms) are no layers' weights.
+
+    Args:
+        model: the base, just loaded.
+
+    Returns:
+        From 0 to 1; the names of the largest weights that are floats, most first. None: the base
+        is not quantised by bitsandbytes.
+
+    Raises:
+        ConfigError: nothing is quantised.
+    """
+    if getattr(model, "quantization_method", None) != "bitsandbytes":
+        return None
+    quantised, floats = 0, Counter[str]()
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or any(module is head for head in heads):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            if parameter.is_floating_point():
+                last = name.rpartition(".")[2]
+                floats[last if key == "weight" else f"{last}.{key}"] += parameter.numel()
+            else:  # packed: two weights of 4 bits are a byte
+                quantised += module.in_features * module.out_features
+    in_floats = ", ".join(name for name, _ in floats.most_common(4))
+    if not quantised:
+        text = f"bitsandbytes quantises no layer of {type(model).__name__} ({in_floats})"
+        raise ConfigError([("quant", f"{text}; give quant=none")])
+    return quantised / (quantised + floats.total()), in_floats
+
+
+def dequantise(model: Any, dtype: torch.dtype) -> Any:
+    """Replace a quantised model's layers by plain ones with the dequantised weights."""
+    exact_products(model, dtype)
+    classes = {name: getattr(module, "source_cls", None) for name, module in model.named_modules()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the dtype that is requested here
+    try:
+        model = model.dequantize(dtype=dtype).to(dtype)
+    finally:
+        logging.set_verbosity(verbosity)
+    for name in [name for name, original in classes.items() if original is Conv1D]:
+        model.set_submodule(name, _conv1d(model.get_submodule(name)))
+    forget_quantisation(model)
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # peft reads these before it merges
+    return model.requires_grad_(False)
+
+
+def _conv1d(linear: nn.Linear) -> Any:
+    """Return the layer that was transposed to be quantised, as GPT-2's: else no class reads it."""
+    layer = Conv1D(linear.out_features, 0)
+    layer.nx, layer.bias = linear.in_features, linear.bias
+    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    return layer
+
+
+def exact_products(model: Any, dtype: torch.dtype) -> None:
+    """Let 4-bit layers dequantise their weights to this dtype, and multiply in it."""
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+            module.compute_dtype, module.compute_type_is_set = dtype, True

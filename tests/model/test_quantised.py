@@ -1,0 +1,74 @@
+"""A quantised base: its share, what stays in floats, and layers that GPT-2 has transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
+from transformers.pytorch_utils import Conv1D
+
+from lora_exp import compose
+from lora_exp.errors import ConfigError
+from lora_exp.model.loading import base_of
+from lora_exp.model.quantised import dequantise, quantised_share
+from tests.model.test_mixture import GRANITE
+
+GPT2 = GPT2Config(vocab_size=512, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+FALCON = FalconConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, alibi=False
+)
+
+
+def load(folder: Path, *overrides: str) -> Any:
+    return base_of(compose("model=local", f"model.path={folder}", *overrides))
+
+
+def test_the_share_of_a_mixture_leaves_out_its_experts(folder_of: Callable[[Any], Path]) -> None:
+    base = load(folder_of(GRANITE), "quant=nf4")
+    experts, attention = 4 * 3 * 32 * 32, 4 * 32 * 32  # gate, up and down; q, k, v and o
+    router = 4 * 32
+    share, in_floats = base.quantised
+    assert share == pytest.approx(attention / (attention + experts + router))
+    assert in_floats.startswith("experts.gate_up_proj, experts.down_proj")
+    assert base.facts["quantised_share"] == round(share, 4)
+    assert quantised_share(load(folder_of(GRANITE)).model) is None
+
+
+def test_a_base_of_which_nothing_is_quantised_is_refused(folder_of: Callable[[Any], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"^quant: .*no layer of FalconFor.*give quant=none$"):
+        load(folder_of(FALCON), "quant=int8")
+
+
+def test_named_modules_and_the_head_stay_in_floats() -> None:
+    model = base_of(compose("quant=nf4", "quant.skip_modules=[o_proj,layers.0.mlp]")).model
+    layer, later = model.model.layers[0], model.model.layers[1]
+    floats = (layer.self_attn.o_proj, layer.mlp.up_proj, later.self_attn.o_proj, model.lm_head)
+    assert not any(isinstance(module, Linear4bit) for module in floats)
+    assert isinstance(layer.self_attn.q_proj, Linear4bit)
+    assert isinstance(later.mlp.up_proj, Linear4bit)
+    with pytest.raises(ConfigError, match=r"skip_modules: no module of Llama.* 'o_prj'.*o_proj"):
+        base_of(compose("quant=int8", "quant.skip_modules=[o_prj]"))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_transposed_layers_are_dequantised_to_their_class(
+    folder_of: Callable[[Any], Path], tmp_path: Path, quant: str
+) -> None:
+    folder = folder_of(GPT2)
+    quantised = load(folder, f"quant={quant}").model.eval()
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    model = dequantise(quantised, torch.float32)
+    layer, expected = model.transformer.h[0].mlp.c_fc, original.transformer.h[0].mlp.c_fc
+    assert type(layer) is Conv1D
+    assert torch.allclose(layer.weight, expected.weight, atol=0.02)
+    assert torch.equal(layer.bias, expected.bias)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(saved(input_ids=ids).logits, model(input_ids=ids).logits)
