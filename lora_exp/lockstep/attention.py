@@ -1,39 +1,33 @@
-"""Attention and positions: computed for each job by itself, in the job's own shape.
+"""Attention between the fused projections: each job's heads in its own shape, mask and cache.
 
 Shapes as in `segment`.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 
-from lora_exp.lockstep.segment import Pass, aligned, split
+from lora_exp.lockstep.segment import Pass, PerSegment, aligned, split
+
+NAME = "lockstep"  # of `attention` in transformers' list
+POSITIONS = ("position_embeddings", "position_ids")
+PASTS = ("past_key_values", "layer_past")  # of an attention module
 
 
-class Positions(nn.Module):
-    """Replaces a rotary embedding: computes each job's in its own shape, once a pass."""
-
-    def __init__(self, base: nn.Module, body: Any) -> None:
-        super().__init__()
-        self.base = base
-        self.body = body
-
-    def forward(self, x_1NC: Tensor, position_ids: Tensor, *rest: Any, **more: Any) -> Any:
-        """Return cosines and sines, [1, N, D] each."""
-        p = self.body.current
-        parts = []
-        for s, x in zip(p.segments, split(x_1NC, p.sizes), strict=False):
-            embedded = self.base(s.rows(x), s.positions, *rest, **more)
-            parts.append([s.flat(t)[None] for t in embedded])
-        if p.filling:
-            parts.append([t.new_zeros(1, p.filling, *t.shape[2:]) for t in parts[0]])
-        return tuple(torch.cat(some, 1) for some in zip(*parts, strict=True))
+def own_function(module: Any, implementation: str) -> Callable[..., Any] | None:
+    """Return the function by which an attention module computes its heads; None: not known."""
+    if implementation == "sdpa":
+        return sdpa_attention_forward
+    own = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+    return own if implementation == "eager" else None
 
 
 def attention(
@@ -42,31 +36,96 @@ def attention(
     key_1HND: Tensor,
     value_1HND: Tensor,
     attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention within each job's rows, with the job's own shape, mask and cache.
 
     Returns:
         The output of the heads, [1, N, H, D], and None for the weights.
     """
-    p: Pass = module.fused_body.current
+    body = module.fused_body
+    p: Pass = body.current
+    compute = own_function(module, body.implementation)
+    assert compute is not None
+    arguments = {"attention_mask": attention_mask, **more}
     streams = (split(t, p.sizes, 2) for t in (query_1HND, key_1HND, value_1HND))
     out = []
-    for s, *embedded in zip(p.segments, *streams, strict=False):
-        b, length = s.input_ids_BS.shape
-        q, k, v = (
-            aligned(t).reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1) for t in embedded
-        )
-        if s.past is not None:
-            k, v = s.past.update(k, v, module.layer_idx)
-        attended_BSHD, _ = sdpa_attention_forward(module, q, k, v, s.mask, scaling=scaling)
+    for i, (s, *heads) in enumerate(zip(p.segments, *streams, strict=False)):
+        q, k, v = (_own_heads(t, *s.input_ids_BS.shape) for t in heads)
+        past = p.own(i, body.pasts)
+        if past is not None:
+            k, v = past.update(k, v, module.layer_idx)
+
+        def heads_of_job(
+            own: dict[str, Any] = p.own_arguments(i, arguments),
+            qkv: tuple[Tensor, ...] = (q, k, v),
+        ) -> Tensor:
+            attended: Tensor = compute(module, *qkv, **own)[0]
+            return attended
+
+        attended_BSHD = body.in_stream(i, heads_of_job)
         out.append(attended_BSHD.reshape(1, s.tokens, *attended_BSHD.shape[2:]))
     if p.filling:
         out.append(out[0].new_zeros(1, p.filling, *out[0].shape[2:]))
     return torch.cat(out, 1), None
 
 
-AttentionInterface.register("lockstep", attention)
-AttentionMaskInterface.register("lockstep", lambda *_, **__: None)  # each segment has its own mask
+def _own_heads(t_1HND: Tensor, b: int, length: int) -> Tensor:
+    """Return a job's heads, [B, H, S, D], laid out in memory as in a run alone."""
+    t = aligned(t_1HND)
+    if t.stride(1) < t.stride(2):  # the tokens come first in memory
+        t_NHD = t.transpose(1, 2)[0]
+        return t_NHD.reshape(b, length, *t_NHD.shape[1:]).transpose(1, 2)
+    t_BHSD = t.reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1)
+    return t_BHSD.contiguous()
+
+
+
+
+class FusedAttention(nn.Module):
+    """Replaces an attention module: its projections run once for all jobs, its heads do not."""
+
+    def __init__(self, base: nn.Module, body: Any) -> None:
+        """Replace a module whose parts are replaced by fused ones.
+
+        Args:
+            base: the module.
+            body: the `FusedBody`; it is no nn.Module, so it does not become a submodule.
+        """
+        super().__init__()
+        self.base = base
+        self.body = body
+        self.parameter_names = list(inspect.signature(base.forward).parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the module's own attribute: other code reads its settings."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output; positions lie side by side, `attention` fills the caches."""
+        arguments = dict(zip(self.parameter_names, args, strict=False)) | kwargs
+        p: Pass = self.body.current
+        with self.body.known():
+            for name in POSITIONS:
+                if isinstance(value := arguments.get(name), PerSegment):
+                    arguments[name] = _positions(p, value)
+        self.body.pasts = None
+        for name in PASTS:
+            if arguments.get(name) is not None:
+                self.body.pasts, arguments[name] = arguments[name], None
+        return self.base(**arguments)
+
+
+def _positions(p: Pass, value: PerSegment) -> Any:
+    def side_by_side(tensors: tuple[Any, ...]) -> Any:
+        return p.side_by_side([s.flat(t)[None] for t, s in zip(tensors, p.segments, strict=True)])
+
+    if isinstance(value.values[0], tuple):
+        return tuple(side_by_side(some) for some in zip(*value.values, strict=True))
+    return side_by_side(value.values)
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,8 +1,9 @@
 """One pass over the base for the rows of several jobs, with the bits of each job alone.
 
-Tokens of all jobs lie side by side, [1, N]: no padding between jobs. Layers that compute each
-token by itself (norms, products, activations) run once for all jobs; attention runs for each job in
-its own shape and with its own mask; each adapter gets only its own job's tokens.
+Each job's body runs its own forward, and stops at each layer (see `layers`). There the tokens of
+all jobs lie side by side, [1, N]: no padding between jobs. Norms, products and activations of the
+layer run once for all jobs; each adapter gets only its own job's tokens; what mixes tokens, and
+what is not known, runs for each job by itself (see `segmentwise`).
 
 Shapes as in `segment`.
 """
@@ -10,102 +11,136 @@ Shapes as in `segment`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2CLS
-from transformers.masking_utils import create_causal_mask
 
-from lora_exp.lockstep.attention import Positions
+from lora_exp.lockstep import attention, proof
+from lora_exp.lockstep.attention import FusedAttention
 from lora_exp.lockstep.classes import LayerSignature, RowClasses
-from lora_exp.lockstep.eligibility import preserved_random_state
+from lora_exp.lockstep.eligibility import kind_of, preserved_random_state
 from lora_exp.lockstep.grouping import Sizes, group, on_grid
+from lora_exp.lockstep.hub import out_of_memory
+from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, layers_of, stop_at_layers
 from lora_exp.lockstep.linear import Adapter, FusedLinear
 from lora_exp.lockstep.rowwise import Rowwise, Unmeasured
-from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment, split
+from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
+from lora_exp.lockstep.segmentwise import SegmentWise, outputs_of
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.loading import sharing_copy
 
 log = logging.getLogger("lora_exp")
-# rows, tokens and padding of the jobs in a test pass; one token a row, as in generation, is in it
-SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
-ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
 Groupings = tuple[LayerGroups | None, ...]  # by layer
 MAX_GROUPINGS = 1000  # combinations of numbers of rows whose groups are cached
 MAX_TOTALS = 64  # different lengths of passes; beyond these, lengths are rounded up to a grid
 
 
 class FusedBody:
-    """A copy of the base's body that runs the rows of several jobs in one pass."""
+    """A copy of the base's body whose layers run the rows of several jobs at once."""
 
     def __init__(self, body: Any, mode: str) -> None:
-        self.reference, self.reference_config = sharing_copy(body), body.config
+        self.reference = sharing_copy(body)
+        stop_at_layers(self.reference)
+        self.implementation = body.config._attn_implementation
         self.body = sharing_copy(body)
-        self.body.config._attn_implementation = "lockstep"
+        self.body.config._attn_implementation = attention.NAME
         self.mode = mode
-        self.current = Pass([], 0, None)
+        self.current, self.runs = Pass([], 0, None), ()
+        self.pasts: Any = None  # the jobs' caches, while an attention module runs for all of them
+        self.depth = 0  # of modules that are known to keep jobs apart, see `proof`
         self.context: PassContext | None = None
         self.proven: dict[PassContext, bool] = {}
+        self.why_apart: dict[PassContext, str] = {}  # of contexts that are not proven
+        # whether only products are shared, and each job runs its own layers, by proven context
+        self.own_layers: dict[PassContext, bool] = {}
         self.classes = RowClasses(str(body.device))
         # by context and numbers of rows: the filling, and the groups of each layer
         self.groupings: dict[tuple[PassContext, Sizes], tuple[int, Groupings]] = {}
         self.totals: set[int] = set()
         self.layers: list[Rowwise] = []
         self.linears: dict[str, FusedLinear] = {}
-        for name, module in list(self.body.named_modules()):
-            if (replacement := self._replacement(name, module)) is not None:
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.body.get_submodule(parent), leaf, replacement)
-        replacements = Rowwise | Positions
+        self.jobs: dict[int, tuple[Any, Callable[..., Any]]] = {}  # bodies, and their own forward
+        self.blocks = layers_of(self.body)
+        for name, block in self.blocks.items():
+            self._replace_children(name, block)
+        replacements = Rowwise | FusedAttention | SegmentWise
         self.modules = [m for m in self.body.modules() if not isinstance(m, replacements)]
         for module in self.body.modules():
             object.__setattr__(module, "fused_body", self)  # `attention` reads the segments from it
             if hasattr(module, "gradient_checkpointing"):
-                module._gradient_checkpointing_func = partial(
-                    checkpoint,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=self._recompute_contexts,
-                )
+                module._gradient_checkpointing_func = self._checkpoint
 
-    def _replacement(self, name: str, module: nn.Module) -> nn.Module | None:
-        """Return what replaces a module; None if it stays."""
-        index = len(self.layers)
-        if isinstance(module, nn.Linear):
-            self.linears[name] = FusedLinear(module, self, index)
-            self.layers.append(self.linears[name])
-            return self.linears[name]
-        if "RotaryEmbedding" in type(module).__name__:
-            return Positions(module, self)
-        norm = "Norm" in type(module).__name__
-        if norm or isinstance(module, ACTIVATIONS):
-            self.layers.append(Rowwise(module, self, index, divisible=not norm))
-            return self.layers[-1]
-        return None
+    def _replace_children(self, path: str, parent: nn.Module, only_linear: bool = False) -> None:
+        """Replace the modules below one of a layer, by their kind."""
+        for leaf, module in list(parent.named_children()):
+            name, kind = f"{path}.{leaf}", kind_of(module, self.reference)
+            if kind == "linear":
+                self.linears[name] = FusedLinear(module, self, len(self.layers))
+                self.layers.append(self.linears[name])
+                setattr(parent, leaf, self.linears[name])
+            elif only_linear:
+                self._replace_children(name, module, only_linear)
+            elif kind in ("norm", "activation"):
+                divisible = kind == "activation"
+                self.layers.append(Rowwise(module, self, len(self.layers), divisible))
+                setattr(parent, leaf, self.layers[-1])
+            elif kind in ("attention", "other"):
+                self._replace_children(name, module, only_linear=kind == "other")
+                fused = FusedAttention(module, self) if kind == "attention" else None
+                setattr(parent, leaf, fused or SegmentWise(module, self, name))
+            else:
+                self._replace_children(name, module)
 
     def enter(self, context: PassContext) -> bool:
         """Set the context of the passes that follow, and return whether they are exact in it.
 
         This is tested once for each context: passes over random rows, of each job alone and of all
-        jobs, must equal the base's own forward.
+        jobs, must equal the base's own forward. If the layers are not exact when they run once for
+        all jobs, each job runs its own, and only their products are shared. A test that fails in
+        any way proves nothing.
         """
         context.compute_state.restore()
         self._set_context(context)
         if context not in self.proven:
             with preserved_random_state():
-                torch.manual_seed(0)  # the same rows in every process
-                try:
-                    self.proven[context] = self._is_exact()
-                except Unmeasured as error:
-                    log.info("lockstep: jobs share no pass: %s", error)
-                    self.proven[context] = False
+                self.proven[context] = self._prove(context)
         return self.proven[context]
+
+    def _prove(self, context: PassContext) -> bool:
+        self.reference.train(context.training)
+        for own_layers in (False, True):
+            self.own_layers[context] = own_layers
+            torch.manual_seed(0)  # the same rows in every process
+            try:
+                different = proof.difference(self)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                different = described(error)
+            finally:
+                torch.clear_autocast_cache()
+            if different is None:
+                return True
+            log.debug("lockstep: %s layers: %s", "own" if own_layers else "fused", different)
+            self._forget(context)
+        self.distrust(context, different)
+        return False
+
+    def distrust(self, context: PassContext, reason: str) -> None:
+        """Share no further pass in a context."""
+        self.proven[context], self.why_apart[context] = False, reason
+        log.info("lockstep: jobs share no pass: %s", reason)
+
+    def _forget(self, context: PassContext) -> None:
+        for layer in self.layers:
+            layer.signatures.pop(context, None)
+        self.groupings.clear()
 
     def _set_context(self, context: PassContext) -> None:
         if context == self.context:
@@ -115,33 +150,6 @@ class FusedBody:
             module.training = context.training
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = context.checkpointing
-
-    def _is_exact(self) -> bool:
-        """Compare passes over some jobs' random rows with the base's own forward."""
-        device = self.body.device
-        self.reference.train(self.body.training)
-        segments, expected = [], {}
-        for job, (b, length, padding) in enumerate(SHAPES):
-            ids = torch.randint(self.reference_config.vocab_size, (b, length), device=device)
-            mask = torch.ones_like(ids)
-            mask[0, :padding] = 0  # on the left, where a mask is needed
-            segments.append(Segment(-1 - job, ids, mask, None, None, RandomState.now()))
-            out = self.reference(input_ids=ids, attention_mask=mask, use_cache=False)
-            expected[-1 - job] = out.last_hidden_state
-        for s in segments:  # these passes also show each layer the shape of its rows
-            if not self._equals(Pass([s], 0, None), expected):
-                return False
-        return all(self._equals(p, expected) for p in self.passes(segments))
-
-    def _equals(self, p: Pass, expected: dict[int, Tensor]) -> bool:
-        for s, hidden in zip(p.segments, self.forward(p), strict=True):
-            assert s.attention_mask is not None
-            real = s.attention_mask.bool()
-            equal = torch.equal(hidden[real], expected[s.job][real])
-            close = torch.allclose(hidden[real], expected[s.job][real], rtol=1e-2, atol=1e-2)
-            if not (equal if self.mode == "exact" else close):
-                return False
-        return True
 
     def passes(self, segments: list[Segment]) -> list[Pass]:
         """Return the passes for segments of the current context: one pass, if the norms allow it.
@@ -185,61 +193,117 @@ class FusedBody:
         if len(p.segments) == 1:
             return 0, 0
         by_layer = p.layer_groups or (None,) * len(self.layers)
-        groups = [by_layer[linear.index] for linear in self.linears.values()]
+        assert self.context is not None
+        used = [linear for linear in self.linears.values() if self.context in linear.signatures]
+        groups = [by_layer[linear.index] for linear in used]
         shared = [g for of_layer in groups if of_layer for g in of_layer.groups]
         count = sum(len(g.members) for g in shared if len(g.members) > 1)
         return count, len(groups) * len(p.segments)
 
-    def attach(self, job: int, body: Any) -> None:
-        """Add a job's adapter, which is on the job's own copy of the body."""
+    def attach(self, job: int, body: Any, own_forward: Callable[..., Any]) -> None:
+        """Add a job: its own copy of the body, with its adapter, and the body's own forward."""
+        stop_at_layers(body)
+        self.jobs[job] = body, own_forward
         for name, module in body.named_modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and name in self.linears:
                 self.linears[name].adapters[job] = Adapter(module)
 
     def detach(self, job: int) -> None:
-        """Remove a job's adapter."""
+        """Remove a job."""
+        self.jobs.pop(job, None)
         for linear in self.linears.values():
             linear.adapters.pop(job, None)
 
+    def own_module(self, job: int, name: str) -> nn.Module:
+        """Return a module of a job's own body; of the reference while passes are tested."""
+        body, _ = self.jobs.get(job, (self.reference, None))
+        module: nn.Module = body.get_submodule(name)
+        return module
+
     def adapter_is_off(self, job: int) -> bool:
         """Return whether a job's adapter is switched off."""
-        adapters = (linear.adapters.get(job) for linear in self.linears.values())
-        return not any(next(adapter.active(), None) for adapter in adapters if adapter is not None)
+        layers = (m for m in self.jobs[job][0].modules() if isinstance(m, LoraLayer))
+        return not any(next(Adapter.active_of(layer), None) for layer in layers)
 
-    def forward(self, p: Pass) -> list[Tensor]:
+    def forward(self, p: Pass) -> list[Any]:
         """Run the body over all segments of a pass, in the current context.
 
         Returns:
-            Each segment's last hidden states, [B, S, C].
+            The output that the body's own forward has for each segment.
         """
-        segments = p.segments
-        device = segments[0].input_ids_BS.device
-        for s in segments:
-            b, length = s.input_ids_BS.shape
-            cached = s.past.get_seq_length() if s.past is not None else 0
-            s.positions = s.position_ids
-            if s.positions is None:
-                s.positions = torch.arange(length, device=device)[None] + cached
-            embeddings = self.body.get_input_embeddings().weight.new_empty((b, length, 1))
-            s.mask = create_causal_mask(
-                self.reference_config, embeddings, s.attention_mask, s.past, s.positions
-            )
-        filler = [torch.zeros(p.filling, dtype=torch.long, device=device)] if p.filling else []
-        ids_N = torch.cat([*(s.input_ids_BS.reshape(-1) for s in segments), *filler])
-        positions_N = torch.cat([*(s.flat(s.positions) for s in segments), *filler])
-        with self._running(p):
-            hidden_1NC = self.body(
-                input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False
-            ).last_hidden_state
-        return [s.rows(part) for s, part in zip(segments, split(hidden_1NC, p.sizes), strict=False)]
+        runs = []
+        for s in p.segments:
+            forward = self.jobs[s.job][1] if s.job in self.jobs else self.reference
+            runs.append(Run(partial(forward, **s.arguments)))
+        carried = Carried()
+        with self._running(p, tuple(runs)):
+            try:
+                answers: list[Any] = [self.resume(run, i) for i, run in enumerate(runs)]
+                while any(isinstance(answer, LayerCall) for answer in answers):
+                    outputs = self._layer(p, answers, carried)
+                    answers = [self.resume(run, i, outputs[i]) for i, run in enumerate(runs)]
+            finally:
+                for run in runs:
+                    if run:  # it has begun and not ended: something failed
+                        run.throw()
+        return answers
+
+    def _layer(self, p: Pass, calls: list[Any], carried: Carried) -> Any:
+        """Return each segment's output of a layer at which all have arrived."""
+        if len({getattr(call, "name", None) for call in calls}) > 1:
+            raise Unmeasured("the jobs compute different layers")
+        assert self.context is not None
+        if not self.own_layers[self.context]:
+            return carried.divided(p, self.blocks[calls[0].name](**carried.merged(p, calls)))
+        layers = [self.own_module(s.job, calls[0].name) for s in p.segments]
+        own = [partial(alone, m, **c.arguments) for m, c in zip(layers, calls, strict=True)]
+        compute = partial(outputs_of, self, own)
+        with self.known():
+            return self._checkpoint(compute) if self.context.checkpointing else compute()
+
+    def resume(self, run: Run, index: int, *answer: Any) -> Any:
+        """Let a segment's own forward go on, with its job's random stream, to its next call."""
+        return self.in_stream(index, partial(run.switch, *answer))
+
+    def in_stream(self, index: int, function: Callable[[], Any]) -> Any:
+        """Call a function that draws, if it does, from a segment's job's random stream."""
+        assert self.context is not None
+        with self.known():
+            if not self.context.training:
+                return function()
+            s = self.current.segments[index]
+            s.random.restore()
+            try:
+                return function()
+            finally:
+                s.random = RandomState.now()
 
     @contextmanager
-    def _running(self, p: Pass) -> Iterator[None]:
-        previous, self.current = self.current, p
+    def known(self) -> Iterator[None]:
+        """Mark operations within as known to keep the jobs' rows apart."""
+        self.depth += 1
         try:
             yield
         finally:
-            self.current = previous
+            self.depth -= 1
+
+    @contextmanager
+    def _running(self, p: Pass, runs: tuple[Run, ...] = ()) -> Iterator[None]:
+        previous = self.current, self.runs
+        self.current, self.runs = p, runs
+        try:
+            yield
+        finally:
+            self.current, self.runs = previous
+
+    def _checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=self._recompute_contexts,
+        )
 
     def _recompute_contexts(self) -> tuple[Any, Any]:
         """Return checkpoint's two contexts: a layer is recomputed in the pass in which it ran."""
@@ -262,3 +326,9 @@ class FusedBody:
         finally:
             for s, random in zip(p.segments, current_states, strict=True):
                 s.random = random
+
+
+def described(error: BaseException) -> str:
+    """Return an error's type and the first line of its text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

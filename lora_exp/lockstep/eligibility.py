@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,44 +10,92 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.activations import ACT2CLS
 
+from lora_exp.lockstep.attention import PASTS, own_function
+from lora_exp.lockstep.layers import LINEAR, layers_of
+from lora_exp.lockstep.segment import CACHES
 from lora_exp.lockstep.state import RandomState
 
+ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
+CAPTURING = "transformers.utils.output_capturing"
 REQUIRES_GRAD = "make_inputs_require_grads"  # transformers' name of it
 
 
 def base_obstacle(model: Any) -> str | None:
-    """Return why jobs on this base cannot share a pass; None if they can."""
-    body, config = model.base_model, model.config
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config._attn_implementation != "sdpa" or not body._supports_attention_backend:
-        return f"its attention is {config._attn_implementation}, not sdpa"
-    if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
-        return "its attention slides"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary embedding ({rope}) depends on the longest row"
-    if getattr(config, "attention_dropout", 0) or any(
-        isinstance(m, nn.Dropout) and m.p for m in body.modules()
-    ):
-        return "it has dropout of its own"
-    for module in body.modules():
-        supported = isinstance(module, nn.Linear | nn.Embedding) or "Norm" in type(module).__name__
-        if not supported and list(module.parameters(recurse=False)):
-            return f"{type(module).__name__} has weights that are no linear layer's"
+    """Return why jobs on this base cannot share a pass; None if they may."""
+    if model.config.is_encoder_decoder:
+        return "it is an encoder with a decoder"
+    body = model.base_model
+    layers = layers_of(body)
+    if not layers:
+        return f"the layers of {type(body).__name__} are not transformers' GradientCheckpointingLayer"
+    if not any(isinstance(m, LINEAR) for layer in layers.values() for m in layer.modules()):
+        return f"{type(next(iter(layers.values()))).__name__} has no linear layer"
     return None
 
 
-def adapter_obstacle(model: Any) -> str | None:
-    """Return why a model's adapter cannot share a pass; None if it can."""
-    for name, module in model.base_model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+def fused_kinds(body: Any) -> dict[str, str]:
+    """Return the kinds of all modules of a body's layers that run once for all jobs, by name."""
+    kinds: dict[str, str] = {}
+
+    def add(path: str, parent: nn.Module) -> None:
+        for leaf, module in parent.named_children():
+            kind = kind_of(module, body)
+            if kind != "other":
+                kinds[f"{path}.{leaf}"] = kind
+            if kind in ("attention", "container"):
+                add(f"{path}.{leaf}", module)
+
+    for name, layer in layers_of(body).items():
+        add(name, layer)
+    return kinds
+
+
+def kind_of(module: nn.Module, body: Any) -> str:
+    """Return the kind of a module in a layer, which decides how it runs for several jobs.
+
+    Returns:
+        `linear`, `norm` and `activation` compute each row by itself and are measured; `attention`
+        may run once for all jobs, but for the function that computes its heads; a `container` has
+        only such modules; anything `other` runs for each job by itself.
+    """
+    if isinstance(module, LINEAR):
+        return "linear"
+    if isinstance(module, nn.Dropout) and module.p:
+        return "other"
+    if "Norm" in type(module).__name__:
+        return "norm"
+    if isinstance(module, ACTIVATIONS):
+        return "activation"
+    parameters = inspect.signature(module.forward).parameters
+    if "attention_mask" in parameters and hasattr(module, "is_causal"):
+        return "attention" if own_function(module, body.config._attn_implementation) else "other"
+    mixes = {"attention_mask", *PASTS, *CACHES} & set(parameters)
+    if mixes or list(module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
+        return "other"
+    kinds = {kind_of(child, body) for child in module.children()}
+    is_dropout_only = not (kinds - {"container"})
+    rowwise = kinds <= {"linear", "norm", "activation", "container"} and "activation" in kinds
+    return "container" if rowwise or is_dropout_only else "other"
+
+
+def adapter_obstacle(body: Any, fused: dict[str, str]) -> str | None:
+    """Return why a body's adapter cannot share a pass; None if it can.
+
+    Args:
+        body: the job's, with its adapter.
+        fused: see `fused_kinds`; elsewhere any adapter acts as it does alone.
+    """
+    for name, module in body.named_modules():
+        if name not in fused or not isinstance(module, BaseTunerLayer):
+            continue
+        if not isinstance(module, LoraLayer):
             return f"{name} is adapted by {type(module).__name__}"
-        if isinstance(module, LoraLayer):
-            if not isinstance(module.get_base_layer(), nn.Linear):
-                return f"{name} is no linear layer"
-            if module.lora_variant:
-                return f"{name} has {type(next(iter(module.lora_variant.values()))).__name__}"
+        if not isinstance(module.get_base_layer(), LINEAR):
+            return f"{name} is no linear layer"
+        if module.lora_variant:
+            return f"{name} has {type(next(iter(module.lora_variant.values()))).__name__}"
     return None
 
 
@@ -60,8 +109,12 @@ def hooked(body: Any, shared: Any) -> str:
     known = {id(hook) for module in shared.modules() for hook in _hooks(module)}
     for name, module in body.named_modules():
         for hook in _hooks(module):
-            # gradient checkpointing lets embeddings require a gradient; a pass sees to that
-            if id(hook) not in known and getattr(hook, "__name__", "") != REQUIRES_GRAD:
+            # gradient checkpointing lets embeddings require a gradient: the job's own do; outputs
+            # are captured in modules that run for each job by itself, or the proof fails
+            harmless = getattr(hook, "__name__", "") == REQUIRES_GRAD or (
+                getattr(hook, "__module__", "") == CAPTURING
+            )
+            if id(hook) not in known and not harmless:
                 return f"{name} has the hook {getattr(hook, '__qualname__', hook)}"
     return ""
 

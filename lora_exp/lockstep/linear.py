@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_exp.lockstep.rowwise import Rowwise
-from lora_exp.lockstep.segment import Pass, Segment, split
+from lora_exp.lockstep.segment import Pass, Segment, aligned, split
 from lora_exp.lockstep.state import RandomState
 
 
@@ -35,9 +35,9 @@ class Adapter:
             self.base_product = None
         return out
 
-    def active(self) -> Iterator[tuple[nn.Module, Tensor, Tensor, float]]:
-        """Yield dropout, A, B and scaling of each adapter that is switched on."""
-        layer = self.layer
+    @staticmethod
+    def active_of(layer: Any) -> Iterator[tuple[nn.Module, Tensor, Tensor, float]]:
+        """Yield dropout, A, B and scaling of each adapter of a layer that is switched on."""
         for name in () if layer.disable_adapters else layer.active_adapters:
             if name in layer.lora_A:
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -70,11 +70,41 @@ class FusedLinear(Rowwise):
         self.adapters: dict[int, Adapter] = {}  # a plain dict: the modules belong to the jobs
 
     def forward(self, x_1NC: Tensor) -> Tensor:
-        """Return the adapted products, [1, N, C]."""
-        p: Pass = self.body.current
-        if self.body.mode == "bmm":
-            return self._stacked(x_1NC, p)
-        products = self.products(x_1NC, p)
+        """Return the adapted products, [1, N, C]; of [N, C] also as [N, C]."""
+        flat = self.is_flat(x_1NC)
+        with self.body.known():
+            x_1NC = x_1NC[None] if flat else x_1NC
+            p: Pass = self.body.current
+            stacked = self.body.mode == "bmm"
+            output = self._stacked(x_1NC, p) if stacked else self._adapted(x_1NC, p, flat)
+            return output[0] if flat else output
+
+    def together(self, parts: list[Tensor], p: Pass) -> list[Tensor | None]:
+        """Return the base's products, without adapters, of the rows of jobs that may share them.
+
+        Args:
+            parts: each segment's rows, in its own shape.
+            p: the pass.
+
+        Returns:
+            Each segment's products; None where the job has to compute them by itself.
+        """
+        products: list[Tensor | None] = [None] * len(parts)
+        for g in self.groups((parts[0].shape[-1],), parts[0].dtype, p):
+            if len(g.members) == 1:
+                continue
+            inputs = [parts[i].reshape(-1, parts[i].shape[-1]) for i in g.members]
+            if filling := g.rows - sum(map(len, inputs)):
+                inputs.append(inputs[0].new_zeros(filling, inputs[0].shape[-1]))
+            y_1NC = self.base(torch.cat(inputs)[None])
+            # not views for autograd: a job's own code may write into its part
+            shared = torch.unsafe_split_with_sizes(y_1NC, [len(x) for x in inputs], 1)
+            for i, part in zip(g.members, shared, strict=False):
+                products[i] = aligned(part).view(*parts[i].shape[:-1], part.shape[-1])
+        return products
+
+    def _adapted(self, x_1NC: Tensor, p: Pass, flat: bool) -> Tensor:
+        products = self.products(x_1NC, p, flat)
         if not self.adapters:
             return products if isinstance(products, Tensor) else torch.cat(products, 1)
         parts = split(products, p.sizes) if isinstance(products, Tensor) else products
@@ -83,7 +113,8 @@ class FusedLinear(Rowwise):
         for i, (s, x) in enumerate(zip(p.segments, split(x_1NC, p.sizes), strict=False)):
             layer = self.adapters.get(s.job)
             if layer is not None:
-                adapted = layer(s.rows(x), s.rows(parts[i]), s)
+                own = (s.rows(t[0] if flat else t) for t in (x, parts[i]))
+                adapted = layer(*own, s)
                 out[i] = adapted.reshape(1, s.tokens, -1)
         return torch.cat(out, 1)
 
@@ -96,7 +127,7 @@ class FusedLinear(Rowwise):
             (s, x, active)
             for s, x in parts
             if (layer := self.adapters.get(s.job))
-            for active in layer.active()
+            for active in Adapter.active_of(layer.layer)
         ]
         if not stacked:
             return y_1NC

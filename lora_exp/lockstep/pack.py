@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, hooked
+from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, fused_kinds, hooked
 from lora_exp.lockstep.hub import Hub
 from lora_exp.lockstep.passes import Passes
-from lora_exp.lockstep.segment import PassContext
+from lora_exp.lockstep.segment import CACHES, PassContext
 from lora_exp.lockstep.state import ComputeState
 from lora_exp.model.loading import Base, base_of, device, sharing_copy
 from lora_exp.model.memory import free_bytes, reset_peak
@@ -57,6 +57,7 @@ class Pack:
         self.job_bytes: dict[int, int] = {}  # estimated bytes of each job, without the base
         self.loss_bytes = 0  # bytes of one job's loss while it is computed
         self.free_bytes, self.admitting = 0, False
+        self.obstacles: dict[int, str] = {}  # why a job shares no pass
         self.measured: dict[str, Any] = {}  # results before training, shared by equal jobs
         self._base = base
 
@@ -71,13 +72,10 @@ class Pack:
 
     def join(self, job: int, trainer: Any) -> None:
         """Let a trainer share forward and backward passes, if its base and adapter allow it."""
-        model = trainer.model.get_base_model()
-        body = model.base_model
+        body = trainer.model.get_base_model().base_model
         assert self._base is not None
-        obstacle = base_obstacle(self._base.model) or adapter_obstacle(model)
-        if getattr(trainer.args, "activation_offloading", False):
-            obstacle = "activation_offloading moves the activations that a pass keeps"
-        if obstacle:
+        if obstacle := self._obstacle(body, trainer.args):
+            self.obstacles[job] = obstacle
             log.info("lockstep: this job shares the base but no pass: %s", obstacle)
             return
         loss = loss_bytes(trainer)
@@ -102,6 +100,26 @@ class Pack:
 
         trainer.accelerator.backward = shared_backward
 
+    def _obstacle(self, body: Any, args: Any) -> str | None:
+        """Return why a job cannot share a pass; None if it may."""
+        assert self._base is not None
+        if getattr(args, "activation_offloading", False):
+            return "activation_offloading moves the activations that a pass keeps"
+        base = self._base.model
+        return base_obstacle(base) or adapter_obstacle(body, fused_kinds(base.base_model))
+
+    def why_apart(self, job: int) -> str | None:
+        """Return why a job shared no pass, or none while it trained; None if it shared them."""
+        if job in self.obstacles:
+            return self.obstacles[job]
+        training, evaluation = map(self.passes.why_apart, (True, False))
+        if training and evaluation and training != evaluation:
+            return f"in training: {training}; in evaluation: {evaluation}"
+        if training and evaluation:
+            return training
+        part = "training" if training else "evaluation"
+        return f"in {part}: {training or evaluation}" if training or evaluation else None
+
     def widen(self) -> None:
         """Admit as many jobs as memory has room for, if all were as large as the largest so far."""
         self.admitting = True
@@ -117,43 +135,29 @@ class Pack:
 
     def _shared_forward(self, job: int, body: Any) -> Callable[..., Any]:
         own_forward = body.forward
+        signature = inspect.signature(own_forward)
         layers = [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
         assert self._base is not None
         shared, hooks = self._base.model.base_model, None
 
-        def forward(
-            input_ids: Tensor | None = None,
-            attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None,
-            past_key_values: Any = None,
-            use_cache: bool | None = None,
-            **rest: Any,
-        ) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal hooks
-            arguments = {
-                "input_ids": input_ids, "attention_mask": attention_mask,
-                "position_ids": position_ids, "past_key_values": past_key_values,
-                "use_cache": use_cache, **rest,
-            }  # fmt: skip
+            arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
             if job in self.passes.verification.excluded or not is_plain_call(arguments):
                 return own_forward(**arguments)
             grad = torch.is_grad_enabled()
             if grad and hooks is None:  # those of a trainer come when it begins
                 hooks = hooked(body, shared)
                 if hooks:
+                    self.obstacles[job] = f"in training: {hooks}"
                     log.info("lockstep: this job computes its own passes: %s", hooks)
             if hooks:
                 return own_forward(**arguments)
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             context = PassContext(ComputeState.now(), body.training, checkpointing)
-            request = {
-                "input_ids_BS": input_ids, "attention_mask": attention_mask,
-                "position_ids": position_ids, "past": past_key_values,
-            }  # fmt: skip
-            hidden = self.hub.ask(job, context, arguments["input_ids"].numel(), 0, request)
-            if hidden is None:
-                return own_forward(**arguments)
-            return BaseModelOutputWithPast(hidden, past_key_values)
+            size = arguments["input_ids"].numel()
+            output = self.hub.ask(job, context, size, 0, arguments)
+            return own_forward(**arguments) if output is None else output
 
         return forward
 
@@ -170,16 +174,17 @@ def base_view(base: Base) -> Base:
 
 
 def is_plain_call(arguments: dict[str, Any]) -> bool:
-    """Return whether a call of the body needs only hidden states (and its cache filled)."""
-    arguments = {k: v for k, v in arguments.items() if v is not None and v is not False}
-    mask, past = arguments.get("attention_mask"), arguments.get("past_key_values")
-    accepted = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
-             "return_dict", "num_items_in_batch"}  # fmt: skip
+    """Return whether a call of the body can be a part of a pass."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    caches = [arguments[name] for name in CACHES if arguments.get(name) is not None]
+    captured = [k for k, v in arguments.items() if k.startswith("output_") and v]
     return (
-        set(arguments) <= accepted
-        and "input_ids" in arguments
+        isinstance(ids, Tensor)
+        and arguments.get("inputs_embeds") is None
+        and arguments.get("labels") is None
+        and arguments.get("return_dict") is not False
+        and set(captured) <= {"output_router_logits"}
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
-        and (past is None or type(past) is DynamicCache)
-        and not (arguments.get("use_cache") and past is None)
+        and all(type(cache) is DynamicCache for cache in caches)
         and not torch.is_inference_mode_enabled()
     )

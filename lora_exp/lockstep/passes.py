@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,14 @@ class Tape:
     siblings: list[Tape]  # the tapes of the same pass, whose graph they share
     segment: Segment  # before the pass drew random numbers
     context: PassContext
-    hidden: Tensor | None  # None: the graph was dropped, the pass must be repeated
-    leaf: Tensor  # a detached copy, given to the job; where its own backward ends
-    reference: Tensor | None = None  # hidden states of the job's own model, if verified
+    ends: list[Tensor] | None  # hidden states, router logits; None: the graph was dropped, the
+    # pass must be repeated
+    leaves: list[Tensor]  # detached copies, given to the job; where its own backward ends
+    reference: list[Tensor] | None = None  # the same of the job's own model, if verified
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients of the job's loss."""
+        return [leaf.grad for leaf in self.leaves]
 
 
 class Passes:
@@ -47,7 +53,8 @@ class Passes:
         self.members: dict[int, Member] = {}  # the jobs' own models, to repeat a pass alone
         self.tapes: dict[int, list[Tape]] = {}  # of each job's passes before their backward
         self.verification = Verification(verify if mode == "exact" else 0, self.members)
-        self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0}
+        self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0,
+                       "shared forward": 0, "shared backward": 0}  # fmt: skip
         self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
 
     def add(self, job: int, body: Any, base: Any) -> None:
@@ -60,9 +67,9 @@ class Passes:
         """
         if self.fused is None:
             self.fused = FusedBody(base, self.mode)
-        self.fused.attach(job, body)
-        self.tapes[job] = []
         self.members[job] = Member(body, body.forward, adapters(body))
+        self.fused.attach(job, body, body.forward)
+        self.tapes[job] = []
 
     def drop_tapes(self, job: int) -> None:
         """Drop a job's part of all graphs."""
@@ -86,7 +93,17 @@ class Passes:
     def report(self) -> dict[str, Any]:
         """Return the counts of passes, verifications and shared products so far, for run.json."""
         shared = self.counts["together"] / max(1, self.counts["products"])
-        return {**self.verification.report(), "products_together": round(shared, 4)}
+        return {
+            "shared_passes": self.counts["shared forward"],
+            "shared_backward_passes": self.counts["shared backward"],
+            **self.verification.report(),
+            "products_together": round(shared, 4),
+        }
+
+    def why_apart(self, training: bool) -> str | None:
+        """Return why jobs share no pass while they train, or are evaluated; None: they do."""
+        reasons = self.fused.why_apart.items() if self.fused is not None else ()
+        return next((why for context, why in reasons if context.training == training), None)
 
     def serve(self, requests: list[Request]) -> list[Any]:
         """Answer requests with the same key; see `Server`."""
@@ -100,7 +117,7 @@ class Passes:
         assert self.fused is not None
         if not self.fused.enter(context):
             return [None] * len(requests)
-        segments = [Segment(job=r.job, random=r.random, **r.payload) for r in requests]
+        segments = [Segment(r.job, r.payload, r.random) for r in requests]
         advanced = [copy.copy(s) for s in segments]  # the pass draws from their random states
         grad = context.compute_state.grad
         sources = list(range(len(advanced))) if grad else self._sources(advanced)
@@ -109,33 +126,31 @@ class Passes:
         try:
             results = self._run([advanced[i] for i in distinct], started, context)
         except Unmeasured as error:
-            log.info("lockstep: jobs share no pass any more: %s", error)
-            self.fused.proven[context] = False
+            self.fused.distrust(context, str(error))
             return [None] * len(requests)
-        hidden_of = dict(zip(distinct, results, strict=True))
+        result_of = dict(zip(distinct, results, strict=True))
         self.counts["forward"] += 1
         self.counts["most jobs"] = max(self.counts["most jobs"], len(distinct))
         siblings: list[Tape] = []
         answers = []
-        for source, request, before, after in zip(
-            sources, requests, segments, advanced, strict=True
-        ):
-            hidden, reference = hidden_of[source]
-            request.random = after.random
-            if hidden.requires_grad:
-                self.trained_tokens[0] += after.tokens
-                leaf = hidden.detach().requires_grad_()
-                siblings.append(Tape(siblings, before, context, hidden, leaf, reference))
-                self.tapes[request.job].append(siblings[-1])
-                hidden = leaf
+        for i, (source, request) in enumerate(zip(sources, requests, strict=True)):
+            output, reference = result_of[source]
+            request.random = advanced[i].random
+            ends, leaves = [], []
             # jobs that share a result may write into it
-            answers.append(hidden if source == requests.index(request) else hidden.clone())
+            answer = output if source == i else copy.deepcopy(output)
+            answer = cut(answer, ends, leaves)
+            if ends:
+                self.trained_tokens[0] += advanced[i].tokens
+                siblings.append(Tape(siblings, segments[i], context, ends, leaves, reference))
+                self.tapes[request.job].append(siblings[-1])
+            answers.append(answer)
         return answers
 
     def _run(
         self, segments: list[Segment], before: list[Segment], context: PassContext
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Return the segments' hidden states, and for verified ones those of the job's own model.
+    ) -> list[tuple[Any, list[Tensor] | None]]:
+        """Return the segments' outputs, and for verified ones the ends of the job's own graph.
 
         Args:
             segments: the pass advances their random states and fills their caches.
@@ -143,26 +158,26 @@ class Passes:
             context: of the pass.
         """
         assert self.fused is not None
-        lengths = [s.past.get_seq_length() if s.past is not None else 0 for s in segments]
-        results: list[tuple[Tensor, Tensor | None]] = []
+        caches = [snapshot(s.past) for s in segments]
+        results: list[tuple[Any, list[Tensor] | None]] = []
         try:
             for p in self.fused.passes(segments):
                 check = self.verification.choose(context, p)
-                hidden = self.fused.forward(p)
-                reference: list[Tensor | None] = [None] * len(hidden)
+                outputs = self.fused.forward(p)
+                self.counts["shared forward"] += len(outputs) > 1
+                reference: list[list[Tensor] | None] = [None] * len(outputs)
                 if check is not None:
-                    since = before[len(results) : len(results) + len(hidden)]
+                    since = before[len(results) : len(results) + len(outputs)]
                     reference[check.index] = self.verification.verify(
-                        check, since, hidden[check.index], context, self.fused
+                        check, since, outputs[check.index], context, self.fused
                     )
-                results += zip(hidden, reference, strict=True)
+                results += zip(outputs, reference, strict=True)
                 together, products = self.fused.count_products(p)
                 self.counts["together"] += together
                 self.counts["products"] += products
         except BaseException:
-            for s, length in zip(segments, lengths, strict=True):
-                if s.past is not None:
-                    s.past.crop(length)
+            for cached in caches:
+                cached()
             raise
         finally:
             torch.clear_autocast_cache()
@@ -190,7 +205,10 @@ class Passes:
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        tapes = {job: [t for t in self.tapes[job] if t.leaf.grad is not None] for job in jobs}
+        tapes = {
+            job: [t for t in self.tapes[job] if any(g is not None for g in t.gradients())]
+            for job in jobs
+        }
         try:
             for turn in range(max(map(len, tapes.values()))):  # the last pass first, as in autograd
                 latest = [own[-1 - turn] for own in tapes.values() if turn < len(own)]
@@ -202,6 +220,7 @@ class Passes:
                 drop_graph(job_tapes)
             raise
         self.counts["backward"] += 1
+        self.counts["shared backward"] += sum(bool(own) for own in tapes.values()) > 1
         for p, grad in zip(parameters, before, strict=True):
             if grad is not None:
                 p.grad = grad if p.grad is None else grad.add_(p.grad)
@@ -209,26 +228,31 @@ class Passes:
 
     def _backward_once(self, tapes: list[Tape], parameters: list[nn.Parameter]) -> None:
         assert self.fused is not None
-        dropped = [t for t in tapes if t.hidden is None]
+        dropped = [t for t in tapes if t.ends is None]
         for context in {t.context for t in dropped}:
             batch = [t for t in dropped if t.context == context]
             self.fused.enter(context)
             parts = self.fused.passes([copy.copy(t.segment) for t in batch])
-            hiddens = [hidden for p in parts for hidden in self.fused.forward(p)]
+            outputs = [output for p in parts for output in self.fused.forward(p)]
             torch.clear_autocast_cache()
-            for tape, hidden in zip(batch, hiddens, strict=True):
-                tape.hidden = hidden
+            for tape, output in zip(batch, outputs, strict=True):
+                cut(output, ends := [], [])
+                tape.ends = ends
         PLAIN.restore()  # backward runs outside autocast, as in a run alone
-        ends = [t.hidden for t in tapes if t.hidden is not None]
+        roots = [
+            (end, leaf.grad)
+            for t in tapes
+            for end, leaf in zip(t.ends or (), t.leaves, strict=True)
+            if leaf.grad is not None
+        ]
         checked = [(t, t.reference) for t in tapes if t.reference is not None]
         earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:
-            torch.autograd.backward(ends, [t.leaf.grad for t in tapes], inputs=parameters)
+            ends, gradients = zip(*roots, strict=True)
+            torch.autograd.backward(ends, gradients, inputs=parameters)
             for (tape, reference), before in zip(checked, earlier, strict=True):
-                job = tape.segment.job
-                assert tape.leaf.grad is not None
                 self.verification.verify_gradients(
-                    job, reference, tape.leaf.grad, before, self.fused
+                    tape.segment.job, reference, tape.gradients(), before, self.fused
                 )
         finally:
             for tape in tapes:  # the graph is used up, also for siblings without a request
@@ -238,7 +262,7 @@ class Passes:
 def drop_graph(tapes: list[Tape]) -> None:
     """Drop the graph of a pass; the pass is repeated when its backward is needed."""
     for tape in tapes:
-        tape.hidden = tape.reference = None
+        tape.ends = tape.reference = None
 
 
 def adapters(body: Any) -> dict[str, nn.Parameter]:
@@ -250,3 +274,37 @@ def adapters(body: Any) -> dict[str, nn.Parameter]:
         for weight, parameter in layer.named_parameters()
         if not weight.startswith("base_layer.")
     }
+
+
+def cut(value: Any, ends: list[Tensor], leaves: list[Tensor]) -> Any:
+    """Return an output with its tensors cut from their graph; collect both sides of the cut."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        for end, leaf in zip(ends, leaves, strict=True):
+            if end is value:
+                return leaf
+        ends.append(value)
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+    if isinstance(value, dict):  # a ModelOutput
+        for key, part in value.items():
+            value[key] = cut(part, ends, leaves)
+    elif isinstance(value, tuple):
+        return tuple(cut(part, ends, leaves) for part in value)
+    return value
+
+
+def snapshot(past: Any) -> Callable[[], None]:
+    """Return what restores a cache: attention replaces its tensors, others write into theirs."""
+    layers = past.layers if past is not None else []
+    saved = [
+        {k: copy.deepcopy(v) if isinstance(v, list | dict) else v for k, v in vars(layer).items()}
+        for layer in layers
+    ]
+
+    def restore() -> None:
+        del layers[len(saved) :]
+        for layer, values in zip(layers, saved, strict=True):
+            vars(layer).clear()
+            vars(layer).update(values)
+
+    return restore

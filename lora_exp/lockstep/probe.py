@@ -16,6 +16,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 DISTINCT = 4  # different rows, for a layer whose weight the probe does not choose
 COUNTS = (2, 40, 150)  # numbers of rows with which independence of rows is tested
@@ -43,9 +44,10 @@ class Probe:
         self.layer: Any = layer
         self.heads_first = heads_first
         self.remainder: Tensor | None = None  # the output if all sums were exact
-        if isinstance(layer, nn.Linear):
-            x_C, columns = _cancelling(layer.in_features, generator)
-            y_O, rows = _cancelling(layer.out_features, generator)
+        if isinstance(layer, nn.Linear | Conv1D):
+            outputs, inputs = _sizes(layer)
+            x_C, columns = _cancelling(inputs, generator)
+            y_O, rows = _cancelling(outputs, generator)
             drawn = LARGEST * (2 * torch.rand(len(y_O), len(x_C), generator=generator) - 1)
             scaling = columns[::BLOCK]  # one weight in each block is the largest: equal scales
             drawn[:, scaling] = LARGEST * drawn[:, scaling].sign()
@@ -125,8 +127,16 @@ class Probe:
             y_1NO = self.layer(x_1NC)
         computed = [y_1NO.detach()]
         if grad:
-            computed += torch.autograd.grad(y_1NO, x_1NC, dy_1NO.to(y_1NO.dtype))
+            with torch.autocast(x_1NC.device.type, enabled=False):  # as backward of a run
+                computed += torch.autograd.grad(y_1NO, x_1NC, dy_1NO.to(y_1NO.dtype))
         return computed
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Return how many channels a linear layer has out and in."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
 
 
 def _cancelling(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -194,6 +204,7 @@ def _with_weight(layer: Any, weight_OC: Tensor, generator: torch.Generator) -> A
         )
     elif type(weight) is nn.Parameter and weight.is_floating_point():
         converted = weight_OC.to(weight.device, weight.dtype)
+        converted = converted.T.contiguous() if isinstance(layer, Conv1D) else converted
         copied._parameters["weight"] = nn.Parameter(converted, requires_grad=False)
     else:
         return None

@@ -52,11 +52,23 @@ class Rowwise(nn.Module):
         Raises:
             Unmeasured: see `products`.
         """
-        parts = self.products(x_1NC, self.body.current)
-        return parts if isinstance(parts, Tensor) else torch.cat(parts, 1)
+        flat = self.is_flat(x_1NC)
+        with self.body.known():
+            parts = self.products(x_1NC[None] if flat else x_1NC, self.body.current, flat)
+            output = parts if isinstance(parts, Tensor) else torch.cat(parts, 1)
+            return output[0] if flat else output
 
-    def products(self, x_1NC: Tensor, p: Pass) -> Tensor | list[Tensor]:
+    def is_flat(self, x: Tensor) -> bool:
+        """Return whether rows come as [N, C]."""
+        return x.dim() == 2 and x.shape[0] == sum(self.body.current.sizes)
+
+    def products(self, x_1NC: Tensor, p: Pass, flat: bool = False) -> Tensor | list[Tensor]:
         """Return the layer's output of all rows, in one piece or in pieces of `Pass.sizes`.
+
+        Args:
+            x_1NC: the rows.
+            p: the pass.
+            flat: whether a job alone computes [B S, C], not [B, S, C].
 
         Raises:
             Unmeasured: the shape does not show which rows are which job's, or the rows of several
@@ -64,43 +76,51 @@ class Rowwise(nn.Module):
         """
         rows = sum(p.sizes)
         heads_first = x_1NC.dim() == 4 and x_1NC.shape[1] != rows == x_1NC.shape[2]
-        is_shared = len(p.segments) > 1
         if x_1NC.dim() < 3 or not (heads_first or x_1NC.shape[:2] == (1, rows)):
-            if is_shared:
+            if len(p.segments) > 1:
                 raise Unmeasured(f"{type(self.base).__name__} is given {list(x_1NC.shape)}")
             output: Tensor = self.base(x_1NC)
             return output
-        context: PassContext = self.body.context
-        if context not in self.signatures or self.signatures[context].dtype != x_1NC.dtype:
-            _, second, third, *rest = x_1NC.shape
-            shape = (second, *rest) if heads_first else (third, *rest)
-            self.signatures[context] = LayerSignature.of(
-                self.base, shape, x_1NC.dtype, context, heads_first
-            )
-        layer_groups = p.layer_groups[self.index] if p.layer_groups is not None else None
-        measured = layer_groups is not None and layer_groups.dtype == x_1NC.dtype
+        shape = x_1NC.shape[1:2] + x_1NC.shape[3:] if heads_first else x_1NC.shape[2:]
+        groups = self.groups(tuple(shape), x_1NC.dtype, p, heads_first)
         undivided = not self.divisible or heads_first
-        if is_shared and undivided and not measured and self.body.mode == "exact":
-            raise Unmeasured(f"{type(self.base).__name__} is given {x_1NC.dtype}")
-        if layer_groups is None or not measured:
-            groups = tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
-        else:
-            groups = layer_groups.groups
-        all_rows = groups[0].is_whole_pass(p.segments, rows) or self.body.mode == "bmm"
-        if undivided or all_rows:
+        if undivided or groups[0].is_whole_pass(p.segments, rows) or self.body.mode == "bmm":
             output = self.base(x_1NC)
             return output
-        return self._grouped(x_1NC, p, groups)
+        return self._grouped(x_1NC, p, groups, flat)
 
-    def _grouped(self, x_1NC: Tensor, p: Pass, groups: tuple[Group, ...]) -> list[Tensor]:
+    def groups(
+        self, shape: tuple[int, ...], dtype: torch.dtype, p: Pass, heads_first: bool = False
+    ) -> tuple[Group, ...]:
+        """Return which segments of a pass share a product, and note the shape of a row.
+
+        Raises:
+            Unmeasured: rows that may not be divided have another dtype than was measured.
+        """
+        context: PassContext = self.body.context
+        if context not in self.signatures or self.signatures[context].dtype != dtype:
+            self.signatures[context] = LayerSignature.of(
+                self.base, shape, dtype, context, heads_first
+            )
+        layer_groups = p.layer_groups[self.index] if p.layer_groups is not None else None
+        if layer_groups is not None and layer_groups.dtype == dtype:
+            return layer_groups.groups
+        undivided = not self.divisible or heads_first
+        if len(p.segments) > 1 and undivided and self.body.mode == "exact":
+            raise Unmeasured(f"{type(self.base).__name__} is given {dtype}")
+        return tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
+
+    def _grouped(
+        self, x_1NC: Tensor, p: Pass, groups: tuple[Group, ...], flat: bool
+    ) -> list[Tensor]:
         parts = split(x_1NC, p.sizes)
         out = parts[:]
         for g in groups:
             if len(g.members) == 1:
                 (i,) = g.members
                 s = p.segments[i]
-                y = self.base(s.rows(parts[i]))
-                out[i] = y.reshape(1, s.tokens, *y.shape[2:])
+                y = self.base(s.rows(parts[i][0] if flat else parts[i]))
+                out[i] = y.reshape(1, s.tokens, *y.shape[1 if flat else 2 :])
                 continue
             inputs = [parts[i] for i in g.members]
             filling = g.rows - sum(p.sizes[i] for i in g.members)

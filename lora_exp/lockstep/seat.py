@@ -66,7 +66,8 @@ class Seat:
 
     def report(self) -> dict[str, Any]:
         """Return how the pack's passes were shared and verified so far."""
-        return {"lockstep": self.pack.passes.report()}
+        why_apart = {"why_apart": self.pack.why_apart(self.job)}
+        return {"lockstep": self.pack.passes.report() | why_apart}
 
     def leave(self) -> None:
         """Free the seat; if other jobs wait for it, also collect the job's garbage."""

@@ -5,6 +5,7 @@ Shapes: N tokens of all jobs; B rows, S tokens a row of one job; H heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,8 @@ from lora_exp.lockstep.state import ComputeState, RandomState
 ALIGNMENT = (
     64  # bytes: torch allocates tensors at multiples, and kernels may depend on it (odd widths)
 )
+
+CACHES = ("past_key_values", "cache_params")  # arguments and outputs that are caches
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,29 @@ class Segment:
     """One job's rows in a pass."""
 
     job: int
-    input_ids_BS: Tensor
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    past: Any  # the job's own key-value cache while it generates
+    arguments: dict[str, Any]  # of the call of the job's body
     random: RandomState  # the job's stream, from which its dropout draws
-    mask: Any = None  # the job's attention mask, made by the pass, as are the positions
-    positions: Any = None  # of the tokens, [1 or B, S]
+
+    @property
+    def input_ids_BS(self) -> Tensor:
+        """Return the tokens."""
+        ids: Tensor = self.arguments["input_ids"]
+        return ids
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Return which tokens are no padding, those in the cache included."""
+        return self.arguments.get("attention_mask")
+
+    @property
+    def past(self) -> Any:
+        """Return the job's own key-value cache while it generates."""
+        return next((past for name in CACHES if (past := self.arguments.get(name)) is not None), None)
+
+    def arguments_with(self, past: Any) -> dict[str, Any]:
+        """Return the arguments with another cache in place of the job's own."""
+        names = [name for name in CACHES if self.arguments.get(name) is not None]
+        return self.arguments | dict.fromkeys(names, past)
 
     @cached_property
     def tokens(self) -> int:
@@ -49,14 +68,17 @@ class Segment:
 
     def equals_request(self, other: Segment) -> bool:
         """Return whether the other segment has the same inputs, and no cache."""
-        ours, theirs = ((s.input_ids_BS, s.attention_mask, s.position_ids) for s in (self, other))
-        return other.past is None and all(
-            a is b or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in zip(ours, theirs, strict=True)
-        )
+        ours, theirs = ({**s.arguments} for s in (self, other))
+        return other.past is None and ours.keys() == theirs.keys() and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor)
+            else a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b)
+            for a, b in ((value, theirs[key]) for key, value in ours.items())
+        )  # fmt: skip
 
     def rows(self, x_1NC: Tensor) -> Tensor:
-        """Return this segment's tokens in the shape of its own job, [B, S, C]."""
+        """Return this segment's tokens in the shape of its own job: [B, S, C], or [B S, C]."""
+        if x_1NC.dim() == 2:
+            return aligned(x_1NC)
         return aligned(x_1NC).view(*self.input_ids_BS.shape, *x_1NC.shape[2:])
 
     def flat(self, x_BS: Tensor) -> Tensor:
@@ -71,6 +93,21 @@ class LayerGroups:
 
     dtype: torch.dtype  # of the rows for which this was measured
     groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class PerSegment:
+    """An argument that each segment has its own value of; code that uses it as one fails."""
+
+    values: tuple[Any, ...]
+
+    def __bool__(self) -> bool:
+        """Refuse to be one condition for all."""
+        raise TypeError("a condition that differs between the jobs of a pass")
+
+
+class Absent:
+    """The value of an argument that a segment's call does not have."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +131,58 @@ class Pass:
     def sizes(self) -> list[int]:
         """Return the number of tokens of each segment, and last that of the filling, if any."""
         return [*(s.tokens for s in self.segments), *([self.filling] if self.filling else [])]
+
+    def dim_of_rows(self, x: Any) -> int | None:
+        """Return the dimension of the pass's tokens: 1 of [1, N, ...], 0 of [N, C]; else None."""
+        rows = sum(self.sizes)
+        if not isinstance(x, Tensor):
+            return None
+        if x.dim() > 2 and x.shape[:2] == (1, rows):
+            return 1
+        return 0 if x.dim() == 2 and x.shape[0] == rows else None
+
+    def own(self, index: int, value: Any) -> Any:
+        """Return a segment's value of an argument: its rows in its own shape, or its own object."""
+        if isinstance(value, PerSegment):
+            return value.values[index]
+        dim = self.dim_of_rows(value)
+        if dim is None:
+            return value
+        return self.segments[index].rows(split(value, self.sizes, dim)[index])
+
+    def own_arguments(self, index: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that a segment's call has, with its own values."""
+        own = {name: self.own(index, value) for name, value in arguments.items()}
+        return {name: value for name, value in own.items() if value is not Absent}
+
+    def joined(self, values: Sequence[Any]) -> Any:
+        """Return what is the inverse of `own`, for one value of each segment.
+
+        Returns:
+            A value that all have in common as it is, rows side by side, [1, N, C] or [N, C], or
+            what each has of its own.
+        """
+        first = values[0]
+        if isinstance(first, bool | int | float | str | None) or first is Absent:
+            common = all(type(v) is type(first) and v == first for v in values)
+            return first if common else PerSegment(tuple(values))
+        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            return PerSegment(tuple(values))
+        if all(v.dim() == 3 and v.shape[:2] == s.input_ids_BS.shape for v, s in self._with(values)):
+            return self.side_by_side(values)
+        if all(v.dim() == 2 and v.shape[0] == s.tokens for v, s in self._with(values)):
+            return self.side_by_side([v[None] for v in values])[0]
+        return PerSegment(tuple(values))
+
+    def side_by_side(self, values: Sequence[Tensor]) -> Tensor:
+        """Return values of each segment's tokens as those of the pass, [1, N, ...]."""
+        parts = [v.reshape(1, s.tokens, *v.shape[2:]) for v, s in self._with(values)]
+        if self.filling:
+            parts.append(parts[0].new_zeros(1, self.filling, *parts[0].shape[2:]))
+        return torch.cat(parts, 1)
+
+    def _with(self, values: Sequence[Any]) -> list[tuple[Any, Segment]]:
+        return list(zip(values, self.segments, strict=True))
 
 
 def aligned(x: Tensor) -> Tensor:

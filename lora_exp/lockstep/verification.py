@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.lockstep.eligibility import preserved_random_state
+from lora_exp.lockstep.proof import tensors_of, without_padding
 from lora_exp.lockstep.segment import Pass, PassContext, Segment, split
 
 log = logging.getLogger("lora_exp")
@@ -39,13 +40,7 @@ class Member:
             context.compute_state.restore()
             segment.random.restore()
             try:
-                return self.forward(
-                    input_ids=segment.input_ids_BS,
-                    attention_mask=segment.attention_mask,
-                    position_ids=segment.position_ids,
-                    past_key_values=past,
-                    use_cache=past is not None,
-                )
+                return self.forward(**segment.arguments_with(past))
             finally:
                 torch.clear_autocast_cache()
 
@@ -91,7 +86,7 @@ class Verification:
             "passes": self.passes,
             "verified": self.verified,
             "differences": self.differences[:],
-            "proven": not self.differences,
+            "proven": not self.differences if self.fraction or self.differences else None,
         }
 
     def choose(self, context: PassContext, p: Pass) -> Check | None:
@@ -123,63 +118,72 @@ class Verification:
         return Check(index, past, keys[index])
 
     def verify(
-        self, check: Check, before: list[Segment], hidden: Tensor, context: PassContext, fused: Any
-    ) -> Tensor | None:
-        """Compare a job's hidden states with those of its own model.
+        self, check: Check, before: list[Segment], output: Any, context: PassContext, fused: Any
+    ) -> list[Tensor] | None:
+        """Compare a job's hidden states, and what else its body returns, with its own model's.
 
         Args:
             check: the job's segment.
             before: all segments of the pass, in their states before it.
-            hidden: the job's hidden states from the pass, [B, S, C].
+            output: the body's output from the pass.
             context: of the pass.
             fused: the `FusedBody` that computed it.
 
         Returns:
-            The hidden states of the job's own model, with their graph; None if there is no graph or
-            if they could not be computed (the pass is then used without verification).
+            The tensors of its own model's output that have a graph; None if there are none or if
+            they could not be computed (the pass is then used without verification).
         """
         s = before[check.index]
         try:
-            output = self.members[s.job].forward_alone(s, check.past, context)
-            reference: Tensor = output.last_hidden_state
+            alone = tensors_of(self.members[s.job].forward_alone(s, check.past, context))
         except Exception as error:  # often too little memory; the pass itself has worked
             log.info("lockstep: a pass is not verified: %s", error)
             return None
         self.verified += 1
         self._tokens[1] += s.tokens
         self._verified_keys |= check.keys
-        actual, expected = hidden, reference
-        if s.attention_mask is not None:  # nobody uses the results of padding
-            real = s.attention_mask[:, -s.input_ids_BS.shape[1] :].bool()
-            actual, expected = hidden[real], reference[real]
-        if count := count_differences(actual, expected):
+        pairs = list(zip(tensors_of(output), alone, strict=True))
+        differing = [
+            (count, actual.numel())
+            for actual, expected in pairs
+            if (count := count_differences(*(without_padding(s, t) for t in (actual, expected))))
+        ]
+        if differing:
+            count, total = differing[0]
             fused.classes.forget()
-            self._record_difference(s.job, f"{count} of {actual.numel()} hidden values differ")
+            self._record_difference(s.job, f"{count} of {total} hidden values differ")
             try:
                 where = _first_layer(check, before, self.members[s.job], context, fused)
             except Exception as error:  # the difference is already recorded
                 where = f"its layer is not known ({error})"
             self._record_difference(s.job, where)
             return None
-        return reference if reference.requires_grad else None
+        return [t for t in alone if t.requires_grad] or None
 
     def verify_gradients(
-        self, job: int, reference: Tensor, gradient: Tensor, before: Gradients, fused: Any
+        self,
+        job: int,
+        reference: list[Tensor],
+        gradients: list[Tensor | None],
+        before: Gradients,
+        fused: Any,
     ) -> None:
         """Compare a job's gradients with those of its own model.
 
         Args:
             job: the job's number.
-            reference: the hidden states of its own model, [B, S, C].
-            gradient: of the job's loss with respect to the hidden states, [B, S, C].
+            reference: the tensors of its own model's output that have a graph.
+            gradients: of the job's loss with respect to them.
             before: the job's gradients before the backward of the pass.
             fused: the `FusedBody` that computed the pass.
         """
         trained = self.members[job].trained
         try:
             parameters = [trained[name] for name in before]
+            roots = [(t, g) for t, g in zip(reference, gradients, strict=True) if g is not None]
+            ends, given = zip(*roots, strict=True)
             added: Sequence[Tensor | None] = torch.autograd.grad(
-                reference, parameters, gradient, allow_unused=True
+                ends, parameters, given, allow_unused=True
             )
         except Exception as error:
             log.info("lockstep: gradients are not verified: %s", error)

@@ -164,7 +164,7 @@ def _run_all(pipe: Connection, context: HydraContext, task: TaskFunction, warm: 
             for number, config in seats.jobs:
                 report.run(number, config)
         else:
-            _pack(seats, report)
+            _train_pack(seats, report)
             gc.unfreeze()  # free the pack and its base
             gc.collect()
     pipe.send(("over",))
@@ -234,7 +234,7 @@ def portable(result: JobReturn) -> JobReturn:
     return result
 
 
-def _pack(seats: Seats, report: _Report) -> None:
+def _train_pack(seats: Seats, report: _Report) -> None:
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table

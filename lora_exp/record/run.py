@@ -92,7 +92,7 @@ class Record:
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
         changed = changes(renamed(saved), self._config)
         changed = {key: pair for key, pair in changed.items() if key not in NOT_COMPARED}
-        if not self.values.get("lockstep", {}).get("proven", True) and (
+        if self.values.get("lockstep", {}).get("proven") is False and (
             self._config["lockstep"]["on_difference"] == "retrain"
         ):
             text = f"passes of {self.directory} differed from the run alone: start it anew, or"
@@ -147,7 +147,7 @@ class Record:
     def update(self, **values: Any) -> None:
         """Set fields and write the file; `metrics` are merged, and `proven: false` stays."""
         metrics = self.values["metrics"] | values.pop("metrics", {})
-        unproven = not self.values.get("lockstep", {}).get("proven", True)
+        unproven = self.values.get("lockstep", {}).get("proven") is False
         self.values |= {**values, "metrics": metrics}
         if unproven:
             self.values["lockstep"]["proven"] = False

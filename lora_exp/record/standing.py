@@ -129,7 +129,7 @@ def mark_unproven(directory: Path) -> None:
 def is_unproven(directory: Path) -> bool:
     """Return whether a directory's run is marked as not proven equal to a run alone."""
     try:
-        return not _record(directory).get("lockstep", {}).get("proven", True)
+        return _record(directory).get("lockstep", {}).get("proven") is False
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -379,7 +379,7 @@ CHANGING_PROCESSOR = """
 import os, signal, sys
 from lora_exp.lockstep import worker
 
-pack = worker._pack
+pack = worker._train_pack
 
 def on_changing_processor(seats, report):
     first = seats.jobs[0][0] == 0
@@ -405,7 +405,7 @@ def on_changing_processor(seats, report):
     finally:
         nn.functional.linear, Verification.choose = LINEAR, original
 
-worker._pack = on_changing_processor
+worker._train_pack = on_changing_processor
 from lora_exp.__main__ import main
 main()
 """

@@ -12,7 +12,7 @@ from lora_exp.lockstep.state import RandomState
 def segments(*shapes: tuple[int, int]) -> list[Segment]:
     ids = [torch.zeros(b, length, dtype=torch.long) for b, length in shapes]
     random = RandomState.now()
-    return [Segment(job, x, None, None, None, random) for job, x in enumerate(ids)]
+    return [Segment(job, {"input_ids": x}, random) for job, x in enumerate(ids)]
 
 
 def test_a_jobs_rows_are_aligned_like_a_tensor_of_their_own() -> None:

@@ -123,7 +123,7 @@ def verified_segments(sizes: list[list[int]], fraction: float) -> list[int | Non
     random, indices = RandomState.now(), []
     for pass_sizes in sizes:
         ids = [torch.zeros(1, n, dtype=torch.long) for n in pass_sizes]
-        segments = [Segment(i, x, None, None, None, random) for i, x in enumerate(ids)]
+        segments = [Segment(i, {"input_ids": x}, random) for i, x in enumerate(ids)]
         check = chooser.choose(CONTEXT, Pass(segments, 0, None))
         if check is not None:  # as if verified without a difference
             chooser._verified_keys |= check.keys
