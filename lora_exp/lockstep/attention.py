@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_exp.lockstep.segment import Pass, PerSegment, aligned, split
 
+EAGER = "eager_attention_forward"  # transformers' name of it in each model's module
 NAME = "lockstep"  # of `attention` in transformers' list
 POSITIONS = ("position_embeddings", "position_ids")
 PASTS = ("past_key_values", "layer_past")  # of an attention module
@@ -25,9 +27,9 @@ PASTS = ("past_key_values", "layer_past")  # of an attention module
 def own_function(module: Any, implementation: str) -> Callable[..., Any] | None:
     """Return the function by which an attention module computes its heads; None: not known."""
     if implementation == "sdpa":
-        return sdpa_attention_forward
-    own = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
-    return own if implementation == "eager" else None
+        return sdpa_attention_forward  # type: ignore[no-any-return]
+    own = vars(sys.modules[type(module).__module__])
+    return own.get(EAGER) if implementation == "eager" else None
 
 
 def attention(
@@ -56,14 +58,8 @@ def attention(
         if past is not None:
             k, v = past.update(k, v, module.layer_idx)
 
-        def heads_of_job(
-            own: dict[str, Any] = p.own_arguments(i, arguments),
-            qkv: tuple[Tensor, ...] = (q, k, v),
-        ) -> Tensor:
-            attended: Tensor = compute(module, *qkv, **own)[0]
-            return attended
-
-        attended_BSHD = body.in_stream(i, heads_of_job)
+        own = partial(compute, module, q, k, v, **p.own_arguments(i, arguments))
+        attended_BSHD = body.in_stream(i, own)[0]
         out.append(attended_BSHD.reshape(1, s.tokens, *attended_BSHD.shape[2:]))
     if p.filling:
         out.append(out[0].new_zeros(1, p.filling, *out[0].shape[2:]))
@@ -78,8 +74,6 @@ def _own_heads(t_1HND: Tensor, b: int, length: int) -> Tensor:
         return t_NHD.reshape(b, length, *t_NHD.shape[1:]).transpose(1, 2)
     t_BHSD = t.reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1)
     return t_BHSD.contiguous()
-
-
 
 
 class FusedAttention(nn.Module):

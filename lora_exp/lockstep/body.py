@@ -22,16 +22,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_exp.lockstep import attention, proof
-from lora_exp.lockstep.attention import FusedAttention
 from lora_exp.lockstep.classes import LayerSignature, RowClasses
-from lora_exp.lockstep.eligibility import kind_of, preserved_random_state
+from lora_exp.lockstep.eligibility import described, preserved_random_state
+from lora_exp.lockstep.fusing import FusedLayers
 from lora_exp.lockstep.grouping import Sizes, group, on_grid
 from lora_exp.lockstep.hub import out_of_memory
-from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, layers_of, stop_at_layers
-from lora_exp.lockstep.linear import Adapter, FusedLinear
-from lora_exp.lockstep.rowwise import Rowwise, Unmeasured
+from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, stop_at_layers
+from lora_exp.lockstep.linear import Adapter
+from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
-from lora_exp.lockstep.segmentwise import SegmentWise, outputs_of
+from lora_exp.lockstep.segmentwise import outputs_of
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.loading import sharing_copy
 
@@ -46,12 +46,12 @@ class FusedBody:
 
     def __init__(self, body: Any, mode: str) -> None:
         self.reference = sharing_copy(body)
-        stop_at_layers(self.reference)
         self.implementation = body.config._attn_implementation
         self.body = sharing_copy(body)
         self.body.config._attn_implementation = attention.NAME
         self.mode = mode
-        self.current, self.runs = Pass([], 0, None), ()
+        self.current = Pass([], 0, None)
+        self.runs: tuple[Run, ...] = ()  # of its segments
         self.pasts: Any = None  # the jobs' caches, while an attention module runs for all of them
         self.depth = 0  # of modules that are known to keep jobs apart, see `proof`
         self.context: PassContext | None = None
@@ -63,39 +63,14 @@ class FusedBody:
         # by context and numbers of rows: the filling, and the groups of each layer
         self.groupings: dict[tuple[PassContext, Sizes], tuple[int, Groupings]] = {}
         self.totals: set[int] = set()
-        self.layers: list[Rowwise] = []
-        self.linears: dict[str, FusedLinear] = {}
-        self.jobs: dict[int, tuple[Any, Callable[..., Any]]] = {}  # bodies, and their own forward
-        self.blocks = layers_of(self.body)
-        for name, block in self.blocks.items():
-            self._replace_children(name, block)
-        replacements = Rowwise | FusedAttention | SegmentWise
-        self.modules = [m for m in self.body.modules() if not isinstance(m, replacements)]
-        for module in self.body.modules():
-            object.__setattr__(module, "fused_body", self)  # `attention` reads the segments from it
+        layers = FusedLayers(self.body, self)
+        self.blocks, self.layers, self.linears = layers.blocks, layers.rowwise, layers.linears
+        self.modules = layers.modules
+        for module in self.modules:
             if hasattr(module, "gradient_checkpointing"):
                 module._gradient_checkpointing_func = self._checkpoint
-
-    def _replace_children(self, path: str, parent: nn.Module, only_linear: bool = False) -> None:
-        """Replace the modules below one of a layer, by their kind."""
-        for leaf, module in list(parent.named_children()):
-            name, kind = f"{path}.{leaf}", kind_of(module, self.reference)
-            if kind == "linear":
-                self.linears[name] = FusedLinear(module, self, len(self.layers))
-                self.layers.append(self.linears[name])
-                setattr(parent, leaf, self.linears[name])
-            elif only_linear:
-                self._replace_children(name, module, only_linear)
-            elif kind in ("norm", "activation"):
-                divisible = kind == "activation"
-                self.layers.append(Rowwise(module, self, len(self.layers), divisible))
-                setattr(parent, leaf, self.layers[-1])
-            elif kind in ("attention", "other"):
-                self._replace_children(name, module, only_linear=kind == "other")
-                fused = FusedAttention(module, self) if kind == "attention" else None
-                setattr(parent, leaf, fused or SegmentWise(module, self, name))
-            else:
-                self._replace_children(name, module)
+        stop_at_layers(self.reference, self.linears)
+        self.jobs: dict[int, tuple[Any, Callable[..., Any]]] = {}  # bodies, and their own forward
 
     def enter(self, context: PassContext) -> bool:
         """Set the context of the passes that follow, and return whether they are exact in it.
@@ -128,19 +103,16 @@ class FusedBody:
             if different is None:
                 return True
             log.debug("lockstep: %s layers: %s", "own" if own_layers else "fused", different)
-            self._forget(context)
-        self.distrust(context, different)
+            for layer in self.layers:
+                layer.signatures.pop(context, None)
+            self.groupings.clear()
+        self.distrust(context, str(different))
         return False
 
     def distrust(self, context: PassContext, reason: str) -> None:
         """Share no further pass in a context."""
         self.proven[context], self.why_apart[context] = False, reason
         log.info("lockstep: jobs share no pass: %s", reason)
-
-    def _forget(self, context: PassContext) -> None:
-        for layer in self.layers:
-            layer.signatures.pop(context, None)
-        self.groupings.clear()
 
     def _set_context(self, context: PassContext) -> None:
         if context == self.context:
@@ -193,7 +165,6 @@ class FusedBody:
         if len(p.segments) == 1:
             return 0, 0
         by_layer = p.layer_groups or (None,) * len(self.layers)
-        assert self.context is not None
         used = [linear for linear in self.linears.values() if self.context in linear.signatures]
         groups = [by_layer[linear.index] for linear in used]
         shared = [g for of_layer in groups if of_layer for g in of_layer.groups]
@@ -202,7 +173,7 @@ class FusedBody:
 
     def attach(self, job: int, body: Any, own_forward: Callable[..., Any]) -> None:
         """Add a job: its own copy of the body, with its adapter, and the body's own forward."""
-        stop_at_layers(body)
+        stop_at_layers(body, self.linears)
         self.jobs[job] = body, own_forward
         for name, module in body.named_modules():
             if isinstance(module, LoraLayer) and name in self.linears:
@@ -326,9 +297,3 @@ class FusedBody:
         finally:
             for s, random in zip(p.segments, current_states, strict=True):
                 s.random = random
-
-
-def described(error: BaseException) -> str:
-    """Return an error's type and the first line of its text."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

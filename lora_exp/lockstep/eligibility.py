@@ -29,7 +29,7 @@ def base_obstacle(model: Any) -> str | None:
     body = model.base_model
     layers = layers_of(body)
     if not layers:
-        return f"the layers of {type(body).__name__} are not transformers' GradientCheckpointingLayer"
+        return f"{type(body).__name__} has no layers of transformers' GradientCheckpointingLayer"
     if not any(isinstance(m, LINEAR) for layer in layers.values() for m in layer.modules()):
         return f"{type(next(iter(layers.values()))).__name__} has no linear layer"
     return None
@@ -38,10 +38,11 @@ def base_obstacle(model: Any) -> str | None:
 def fused_kinds(body: Any) -> dict[str, str]:
     """Return the kinds of all modules of a body's layers that run once for all jobs, by name."""
     kinds: dict[str, str] = {}
+    implementation = body.config._attn_implementation
 
     def add(path: str, parent: nn.Module) -> None:
         for leaf, module in parent.named_children():
-            kind = kind_of(module, body)
+            kind = kind_of(module, implementation)
             if kind != "other":
                 kinds[f"{path}.{leaf}"] = kind
             if kind in ("attention", "container"):
@@ -52,8 +53,12 @@ def fused_kinds(body: Any) -> dict[str, str]:
     return kinds
 
 
-def kind_of(module: nn.Module, body: Any) -> str:
+def kind_of(module: nn.Module, implementation: str) -> str:
     """Return the kind of a module in a layer, which decides how it runs for several jobs.
+
+    Args:
+        module: the module.
+        implementation: transformers' name of how the body computes attention.
 
     Returns:
         `linear`, `norm` and `activation` compute each row by itself and are measured; `attention`
@@ -70,11 +75,11 @@ def kind_of(module: nn.Module, body: Any) -> str:
         return "activation"
     parameters = inspect.signature(module.forward).parameters
     if "attention_mask" in parameters and hasattr(module, "is_causal"):
-        return "attention" if own_function(module, body.config._attn_implementation) else "other"
+        return "attention" if own_function(module, implementation) else "other"
     mixes = {"attention_mask", *PASTS, *CACHES} & set(parameters)
     if mixes or list(module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
         return "other"
-    kinds = {kind_of(child, body) for child in module.children()}
+    kinds = {kind_of(child, implementation) for child in module.children()}
     is_dropout_only = not (kinds - {"container"})
     rowwise = kinds <= {"linear", "norm", "activation", "container"} and "activation" in kinds
     return "container" if rowwise or is_dropout_only else "other"
@@ -125,6 +130,12 @@ def _hooks(module: nn.Module) -> list[Any]:
         module._backward_pre_hooks, module._backward_hooks,
     )  # fmt: skip
     return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def described(error: BaseException) -> str:
+    """Return an error's type and the first line of its text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager

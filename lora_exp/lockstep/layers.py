@@ -9,7 +9,7 @@ their linear layers, whose products are shared.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +55,20 @@ def layers_of(body: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def stop_at_layers(body: nn.Module) -> None:
-    """Let the forward of a body's layers, within a `Run`, be computed by whoever runs it."""
-    for path, layer in layers_of(body).items():
-        layer.forward = _stopping(path, layer.forward)
-        for name, module in layer.named_modules():
-            base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            if isinstance(base, LINEAR) and ".base_layer" not in name:
-                base.forward = _stopping_at_product(f"{path}.{name}", base.forward)
+def stop_at_layers(body: nn.Module, linears: Collection[str]) -> None:
+    """Let a body's layers and linear layers, within a `Run`, be computed by whoever runs it.
+
+    Args:
+        body: a job's, with its adapter or without.
+        linears: names of linear layers of the base.
+    """
+    modules: dict[str, Any] = dict(body.named_modules())
+    for name, layer in layers_of(body).items():
+        modules[name].forward = _stopping(name, layer.forward)
+    for name in modules.keys() & set(linears):
+        base = modules[name]
+        base = base.get_base_layer() if isinstance(base, LoraLayer) else base
+        base.forward = _stopping_at_product(name, base.forward)
 
 
 def _stopping(name: str, own_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +115,7 @@ class Carried:
 
     def merged(self, p: Pass, calls: list[LayerCall]) -> dict[str, Any]:
         """Return the arguments of one layer for all segments."""
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name in dict.fromkeys(name for call in calls for name in call.arguments):
             values = [call.arguments.get(name, Absent) for call in calls]
             if self.whole is not None and all(map(self._is_unchanged, values, self.parts)):

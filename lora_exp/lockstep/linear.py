@@ -113,8 +113,8 @@ class FusedLinear(Rowwise):
         for i, (s, x) in enumerate(zip(p.segments, split(x_1NC, p.sizes), strict=False)):
             layer = self.adapters.get(s.job)
             if layer is not None:
-                own = (s.rows(t[0] if flat else t) for t in (x, parts[i]))
-                adapted = layer(*own, s)
+                own_x, product = (s.rows(t[0] if flat else t) for t in (x, parts[i]))
+                adapted = layer(own_x, product, s)
                 out[i] = adapted.reshape(1, s.tokens, -1)
         return torch.cat(out, 1)
 

@@ -18,8 +18,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import DynamicCache
 
-from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, fused_kinds, hooked
-from lora_exp.lockstep.hub import Hub
+from lora_exp.lockstep.eligibility import (
+    adapter_obstacle,
+    base_obstacle,
+    described,
+    fused_kinds,
+    hooked,
+)
+from lora_exp.lockstep.hub import Hub, out_of_memory
 from lora_exp.lockstep.passes import Passes
 from lora_exp.lockstep.segment import CACHES, PassContext
 from lora_exp.lockstep.state import ComputeState
@@ -74,7 +80,15 @@ class Pack:
         """Let a trainer share forward and backward passes, if its base and adapter allow it."""
         body = trainer.model.get_base_model().base_model
         assert self._base is not None
-        if obstacle := self._obstacle(body, trainer.args):
+        obstacle = self._obstacle(body, trainer.args)
+        if not obstacle:
+            try:
+                self.passes.add(job, body, self._base.model.base_model)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                obstacle = described(error)
+        if obstacle:
             self.obstacles[job] = obstacle
             log.info("lockstep: this job shares the base but no pass: %s", obstacle)
             return
@@ -83,7 +97,6 @@ class Pack:
         self.loss_bytes = max(self.loss_bytes, loss)
         if self.admitting:
             self.widen()
-        self.passes.add(job, body, self._base.model.base_model)
         body.forward = self._shared_forward(job, body)
         backward = trainer.accelerator.backward
 

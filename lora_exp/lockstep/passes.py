@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_exp.lockstep.body import FusedBody
-from lora_exp.lockstep.hub import Request
+from lora_exp.lockstep.hub import Request, out_of_memory
+from lora_exp.lockstep.outputs import cut, snapshot
 from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import PassContext, Segment
 from lora_exp.lockstep.state import PLAIN
@@ -125,8 +125,13 @@ class Passes:
         started = [segments[i] for i in distinct]
         try:
             results = self._run([advanced[i] for i in distinct], started, context)
-        except Unmeasured as error:
-            self.fused.distrust(context, str(error))
+        except Exception as error:
+            if isinstance(error, Unmeasured):
+                self.fused.distrust(context, str(error))
+            elif len(requests) > 1 or out_of_memory(error):
+                raise  # the hub serves fewer at once
+            else:  # the job's own forward, if it fails too, shows where
+                log.debug("lockstep: a pass of one job failed", exc_info=True)
             return [None] * len(requests)
         result_of = dict(zip(distinct, results, strict=True))
         self.counts["forward"] += 1
@@ -136,7 +141,8 @@ class Passes:
         for i, (source, request) in enumerate(zip(sources, requests, strict=True)):
             output, reference = result_of[source]
             request.random = advanced[i].random
-            ends, leaves = [], []
+            ends: list[Tensor] = []
+            leaves: list[Tensor] = []
             # jobs that share a result may write into it
             answer = output if source == i else copy.deepcopy(output)
             answer = cut(answer, ends, leaves)
@@ -236,8 +242,8 @@ class Passes:
             outputs = [output for p in parts for output in self.fused.forward(p)]
             torch.clear_autocast_cache()
             for tape, output in zip(batch, outputs, strict=True):
-                cut(output, ends := [], [])
-                tape.ends = ends
+                tape.ends = []
+                cut(output, tape.ends, [])
         PLAIN.restore()  # backward runs outside autocast, as in a run alone
         roots = [
             (end, leaf.grad)
@@ -248,8 +254,8 @@ class Passes:
         checked = [(t, t.reference) for t in tapes if t.reference is not None]
         earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:
-            ends, gradients = zip(*roots, strict=True)
-            torch.autograd.backward(ends, gradients, inputs=parameters)
+            gradients = [gradient for _, gradient in roots]
+            torch.autograd.backward([end for end, _ in roots], gradients, inputs=parameters)
             for (tape, reference), before in zip(checked, earlier, strict=True):
                 self.verification.verify_gradients(
                     tape.segment.job, reference, tape.gradients(), before, self.fused
@@ -274,37 +280,3 @@ def adapters(body: Any) -> dict[str, nn.Parameter]:
         for weight, parameter in layer.named_parameters()
         if not weight.startswith("base_layer.")
     }
-
-
-def cut(value: Any, ends: list[Tensor], leaves: list[Tensor]) -> Any:
-    """Return an output with its tensors cut from their graph; collect both sides of the cut."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        for end, leaf in zip(ends, leaves, strict=True):
-            if end is value:
-                return leaf
-        ends.append(value)
-        leaves.append(value.detach().requires_grad_())
-        return leaves[-1]
-    if isinstance(value, dict):  # a ModelOutput
-        for key, part in value.items():
-            value[key] = cut(part, ends, leaves)
-    elif isinstance(value, tuple):
-        return tuple(cut(part, ends, leaves) for part in value)
-    return value
-
-
-def snapshot(past: Any) -> Callable[[], None]:
-    """Return what restores a cache: attention replaces its tensors, others write into theirs."""
-    layers = past.layers if past is not None else []
-    saved = [
-        {k: copy.deepcopy(v) if isinstance(v, list | dict) else v for k, v in vars(layer).items()}
-        for layer in layers
-    ]
-
-    def restore() -> None:
-        del layers[len(saved) :]
-        for layer, values in zip(layers, saved, strict=True):
-            vars(layer).clear()
-            vars(layer).update(values)
-
-    return restore

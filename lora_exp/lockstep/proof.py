@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_exp.lockstep.outputs import tensors_of, without_padding
 from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import CACHES, Pass, Segment
 from lora_exp.lockstep.state import PLAIN, ComputeState, RandomState
@@ -24,19 +25,22 @@ from lora_exp.lockstep.state import PLAIN, ComputeState, RandomState
 SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
 # operations whose result for one number depends on that number alone, rounded as IEEE 754 says
 ONE_BY_ONE = frozenset(
-    "add add_ sub sub_ mul mul_ div div_ neg abs clamp clamp_ relu where masked_fill maximum minimum "
-    "cat stack split split_with_sizes chunk unbind view _unsafe_view reshape transpose permute t "
-    "slice select narrow expand clone copy_ _to_copy to unsqueeze squeeze alias detach contiguous "
-    "new_zeros new_empty zeros empty zeros_like empty_like full ones unfold flatten movedim "
-    "lift_fresh scalar_tensor repeat".split()
-)
+    {
+        "add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "abs", "relu",
+        "clamp", "clamp_", "where", "masked_fill", "maximum", "minimum", "cat", "stack", "split",
+        "split_with_sizes", "unbind", "view", "_unsafe_view", "reshape", "transpose", "permute",
+        "t", "slice", "select", "expand", "clone", "copy_", "_to_copy", "unsqueeze", "squeeze",
+        "alias", "detach", "new_zeros", "new_empty", "zeros", "empty", "zeros_like",
+        "empty_like", "full", "ones", "lift_fresh", "scalar_tensor", "repeat",
+    }
+)  # fmt: skip
 
 
-class OneByOne(TorchDispatchMode):
+class OneByOne(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses other operations than `ONE_BY_ONE` outside of a fused body's known modules."""
 
     def __init__(self, fused: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fused = fused
 
     def __torch_dispatch__(
@@ -169,22 +173,3 @@ def _equal(s: Segment, output: Any, expected: Any, mode: str) -> bool:
 
 def _same(a: Tensor, b: Tensor, mode: str) -> bool:
     return torch.equal(a, b) if mode == "exact" else torch.allclose(a, b, rtol=1e-2, atol=1e-2)
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return the tensors of a body's output: hidden states first; not those of a cache."""
-    found: list[Tensor] = []
-    values = output.values() if isinstance(output, dict) else output
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += tensors_of(value)
-    return found
-
-
-def without_padding(s: Segment, x: Tensor) -> Tensor:
-    """Return the rows of a segment's tensor that somebody uses: not those of padding."""
-    if s.attention_mask is None or x.shape[:2] != s.input_ids_BS.shape:
-        return x
-    return x[s.attention_mask[:, -s.input_ids_BS.shape[1] :].bool()]

@@ -54,7 +54,8 @@ class Segment:
     @property
     def past(self) -> Any:
         """Return the job's own key-value cache while it generates."""
-        return next((past for name in CACHES if (past := self.arguments.get(name)) is not None), None)
+        caches = (self.arguments.get(name) for name in CACHES)
+        return next((cache for cache in caches if cache is not None), None)
 
     def arguments_with(self, past: Any) -> dict[str, Any]:
         """Return the arguments with another cache in place of the job's own."""

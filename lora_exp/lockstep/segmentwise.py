@@ -8,7 +8,7 @@ Shapes as in `segment`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class SegmentWise(nn.Module):
         return partial(module, *positional, **p.own_arguments(index, kwargs))
 
 
-def outputs_of(body: Any, calls: list[Callable[[], Any]]) -> list[Any]:
+def outputs_of(body: Any, calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """Return what the jobs' calls return; products at which all arrive are shared.
 
     Args:
@@ -67,10 +67,11 @@ def outputs_of(body: Any, calls: list[Callable[[], Any]]) -> list[Any]:
         calls: of each job's own module or layer.
     """
     if body.runs:  # the calls are parts of the jobs' forwards
-        runs, first = body.runs, [(call,) for call in calls]
+        runs = body.runs
+        answers = [body.resume(run, i, calls[i]) for i, run in enumerate(runs)]
     else:  # they are recomputed
-        runs, first = tuple(map(Run, calls)), [() for _ in calls]
-    answers = [body.resume(run, i, *first[i]) for i, run in enumerate(runs)]
+        runs = tuple(map(Run, calls))
+        answers = [body.resume(run, i) for i, run in enumerate(runs)]
     while any(isinstance(answer, ProductCall) for answer in answers):
         products = _products(body, answers)
         answers = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.lockstep.eligibility import preserved_random_state
-from lora_exp.lockstep.proof import tensors_of, without_padding
+from lora_exp.lockstep.outputs import tensors_of, without_padding
 from lora_exp.lockstep.segment import Pass, PassContext, Segment, split
 
 log = logging.getLogger("lora_exp")
