@@ -45,7 +45,7 @@ TESTED_ELSEWHERE = {
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     "training": {"place"},  # alone in every run, on a seat in lockstep/test_contract.py
     # whole packs in lockstep/test_contract.py run all of these
-    "lockstep": {"rowwise", "linear", "body", "passes", "seat"},
+    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
     # proofs are tested in test_merging.py, the others with their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }

@@ -9,8 +9,13 @@ probe         rows that show summation order
 classes       numbers of rows computed alike
 rowwise       a layer run once for several
 linear        a base layer, the jobs' adapters
+outputs       what a body returns
 verification  passes compared with runs alone
-attention     positions and attention, per job
+attention     heads computed for each job
+layers        a body's forward, layer by layer
+segmentwise   modules run for each job
+fusing        which modules run for all
+proof         random rows, together and alone
 body          one pass for several jobs
 passes        one forward, one backward for all
 pack          jobs that share a base

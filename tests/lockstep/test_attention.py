@@ -1,38 +1,53 @@
-"""Positions are computed for each job in its own shape, as its run alone computes them."""
+"""Heads are computed for each job in its own shape and layout, with its own positions."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lora_exp.lockstep.attention import Positions
-from lora_exp.lockstep.segment import Pass
+from lora_exp.lockstep.attention import FusedAttention, _own_heads, own_function
+from lora_exp.lockstep.segment import Pass, PerSegment
+from tests.lockstep.kinds import small_model
 from tests.lockstep.test_segment import segments
 
 
-class Threaded(nn.Module):
-    """A rotary embedding whose last bits depend on the number of elements, as with 3 threads."""
+def test_a_jobs_heads_lie_in_memory_as_in_a_run_alone() -> None:
+    x_1NHD = torch.randn(1, 10, 4, 16)  # as projected: the tokens come first
+    heads = _own_heads(x_1NHD.transpose(1, 2), 2, 5)
+    alone = x_1NHD.view(2, 5, 4, 16).transpose(1, 2)
+    assert torch.equal(heads, alone)
+    assert heads.stride() == alone.stride()
+    contiguous = _own_heads(x_1NHD.transpose(1, 2).contiguous(), 2, 5)
+    assert torch.equal(contiguous, alone)
+    assert contiguous.is_contiguous()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=4))
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(x, position_ids)
-        return cos + 2.0**-20 * position_ids.shape[1], sin + 2.0**-20 * position_ids.shape[1]
+class Positions(nn.Module):
+    """Returns what it is given."""
+
+    def forward(self, x: Tensor, position_embeddings: Any, past_key_values: Any = None) -> Any:
+        return position_embeddings, past_key_values
 
 
-def test_each_job_has_the_positions_of_its_run_alone() -> None:
+def test_positions_lie_side_by_side_and_caches_are_set_aside() -> None:
     p = Pass(segments((2, 5), (1, 9)), 3, None)
-    p.segments[0].positions = torch.arange(5)[None]
-    p.segments[1].positions = torch.arange(4, 13)[None]
-    base, x = Threaded(), torch.zeros(1, sum(p.sizes), 64)
-    together = Positions(base, SimpleNamespace(current=p))(x, torch.zeros(1, 22))
-    for i in range(2):  # cosines, sines
-        first, second = (base(x[:, :1], s.positions)[i][0] for s in p.segments)
-        filling = torch.zeros(3, first.shape[-1])
-        assert torch.equal(together[i], torch.cat([first, first, second, filling])[None])
+    own = [(torch.randn(1, 5, 4), torch.randn(1, 5, 4)), (torch.randn(1, 9, 4),) * 2]
+    body: Any = SimpleNamespace(current=p, known=lambda: torch.no_grad())
+    module = FusedAttention(Positions(), body)
+    caches = PerSegment(("one", "other"))
+    (cos, _), past = module(torch.zeros(1, 22, 8), PerSegment(tuple(own)), past_key_values=caches)
+    expected = [own[0][0], own[0][0], own[1][0], torch.zeros(1, 3, 4)]
+    assert torch.equal(cos, torch.cat(expected, 1))
+    assert past is None
+    assert body.pasts is caches
+
+
+def test_the_function_that_a_kind_computes_its_heads_with_is_its_own() -> None:
+    layer = small_model("soft-capped").model.layers[0].self_attn
+    own = own_function(layer, "eager")
+    assert own is not None
+    assert own.__module__ == type(layer).__module__
+    assert own_function(layer, "flex_attention") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def test_four_different_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -
         ["model.dtype=bfloat16"],
         ["algorithm=pretrain"],
         ["algorithm.args.packing=true", "algorithm.args.max_length=128"],
+        ["+algorithm.args.padding_free=true"],
         ["train.per_device_train_batch_size=1", "data.max_rows=8"],
     ],
     ids=lambda setting: "+".join(setting),
@@ -49,7 +51,11 @@ def test_jobs_equal_their_runs_alone_under_every_setting(
     results, pack = run_packed(jobs, tmp_path / "pack", *setting)
     for packed, alone in zip(results, run_alone(jobs, tmp_path, *setting), strict=True):
         assert outputs(packed) == outputs(alone)
-    assert pack.passes.counts["most jobs"] == 2
+    # not only the passes of evaluation were shared
+    assert pack.passes.counts["shared backward"] == pack.passes.counts["backward"] == 6
+    record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
+    assert record["shared_backward_passes"] == 6
+    assert record["why_apart"] is None
 
 
 ARGUMENTS = [
