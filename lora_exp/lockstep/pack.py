@@ -83,17 +83,18 @@ class Pack:
         obstacle = self._obstacle(body, trainer.args)
         if not obstacle:
             try:
+                loss = loss_bytes(trainer)
+                self.job_bytes[job] = training_bytes(trainer) - loss
                 self.passes.add(job, body, self._base.model.base_model)
             except Exception as error:
                 if out_of_memory(error):
                     raise
                 obstacle = described(error)
+                self.leave(job)
         if obstacle:
             self.obstacles[job] = obstacle
             log.info("lockstep: this job shares the base but no pass: %s", obstacle)
             return
-        loss = loss_bytes(trainer)
-        self.job_bytes[job] = training_bytes(trainer) - loss
         self.loss_bytes = max(self.loss_bytes, loss)
         if self.admitting:
             self.widen()

@@ -125,7 +125,9 @@ def _head(config: Any, step: Step) -> int:
 
 
 def _cache(config: Any, step: Step) -> int:
-    """Return the bytes of keys and values, 4 for each number."""
+    """Return the bytes of keys and values, 4 for each number; states of other mixers are few."""
+    if getattr(config, "num_attention_heads", None) is None:
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = 2 * heads * (config.hidden_size // config.num_attention_heads)
     return int(step.sampled * 4 * config.num_hidden_layers * width)

@@ -39,7 +39,7 @@ def test_four_different_jobs_equal_four_runs_alone(tmp_path: Path, quant: str) -
         ["model.dtype=bfloat16"],
         ["algorithm=pretrain"],
         ["algorithm.args.packing=true", "algorithm.args.max_length=128"],
-        ["+algorithm.args.padding_free=true"],
+        ["+algorithm.args.padding_free=true", "algorithm.args.max_length=null"],
         ["train.per_device_train_batch_size=1", "data.max_rows=8"],
     ],
     ids=lambda setting: "+".join(setting),

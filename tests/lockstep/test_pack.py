@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_exp import compose, run
 from lora_exp.errors import DivergedError
+from lora_exp.lockstep import proof
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
@@ -216,13 +217,27 @@ def test_a_pass_is_repeated_for_a_job_whose_backward_is_later(
         assert all(torch.equal(results[n][1][name], weight) for name, weight in weights.items())
 
 
-def test_a_base_that_cannot_be_fused_is_still_shared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("training_only", [True, False])
+def test_a_base_whose_proof_fails_is_still_shared_and_the_reason_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training_only: bool
+) -> None:
+    prove = proof.difference
+
+    def break_proof(fused: Any) -> str | None:
+        if training_only and not fused.context.training:
+            return prove(fused)
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(proof, "difference", break_proof)
     jobs = [["peft.r=2"], ["peft.r=4", "peft.lora_dropout=0.1"]]
-    eager = "model.attn_implementation=eager"
-    results, pack = run_packed(jobs, tmp_path / "pack", eager)
-    assert pack.passes.counts["most jobs"] == 0
-    for packed, alone in zip(results, run_alone(jobs, tmp_path, eager), strict=True):
+    results, pack = run_packed(jobs, tmp_path / "pack")
+    assert pack.passes.counts["shared backward"] == 0
+    assert (pack.passes.counts["shared forward"] > 0) == training_only
+    for packed, alone in zip(results, run_alone(jobs, tmp_path), strict=True):
         assert outputs(packed) == outputs(alone)
+    record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
+    reason = "RuntimeError: broken on purpose"
+    assert record["why_apart"] == (f"in training: {reason}" if training_only else reason)
 
 
 MEMORY = """

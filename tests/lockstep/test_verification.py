@@ -105,6 +105,7 @@ def test_without_verification_a_difference_is_not_detected(tmp_path: Path) -> No
     alone = run_alone(jobs, tmp_path / "alone", *SAME_ROWS)
     assert any(outputs(results[n]) != outputs(alone[n]) for n in range(2))
     assert pack.passes.report()["verified"] == 0
+    assert pack.passes.report()["proven"] is None  # nothing was verified
 
 
 def test_every_pass_can_be_verified_with_caches_dropout_and_checkpointing(tmp_path: Path) -> None:
