@@ -260,8 +260,8 @@ def _watching_outputs(body: nn.Module, callback: Callable[[str, Tensor], None]) 
 
     handles = [
         module.register_forward_hook(lambda _m, _x, output, name=name: hook(name, output))
-        for name, module in body.named_modules()
-        if name
+        for path, module in body.named_modules()
+        if (name := path.replace(".base.", "."))  # below what a `FusedBody` has in its place
     ]
     try:
         yield
