@@ -17,11 +17,16 @@ def without_router_logits(model: Any) -> None:
 
 
 def name_experts(model: Any) -> None:
-    """Set `num_experts`, by which TRL computes the load-balancing loss: not every config has it."""
+    """Set `num_experts`, by which TRL computes the load-balancing loss: not every config has it.
+
+    A dense model of a mixture's class, as the small Granite 4, has no routers to balance.
+    """
     config = model.config.get_text_config()
     count = getattr(config, "num_local_experts", None)
     if count is not None and getattr(config, "num_experts", None) is None:
         config.num_experts = count
+    if expert_count(config) is None and hasattr(config, "router_aux_loss_coef"):
+        config.router_aux_loss_coef = 0.0
 
 
 def expert_count(config: Any) -> int | None:

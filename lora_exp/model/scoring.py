@@ -30,9 +30,11 @@ def register_classifier(config: Any) -> None:
     `AutoModelForSequenceClassification` loads and makes it, in this process.
 
     Raises:
-        ValueError: the architecture has no body of its own either.
+        ValueError: the architecture has no body of its own either, or answers with a decoder.
     """
     kind = type(config)
+    if config.is_encoder_decoder:
+        raise ValueError("an encoder-decoder has no head that scores texts; take a causal model")
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return
     if kind not in MODEL_MAPPING:

@@ -15,6 +15,7 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from lora_exp.errors import ConfigError
 from lora_exp.model.scoring import last_token, scored_at_last_token
 from tests.conftest import tiny
 
@@ -133,3 +134,8 @@ def test_a_reward_is_trained_measured_and_used_at_the_same_token(
     policy = attach(other, cfg, tmp_path)
     rewards = AdapterReward(str(saved), cfg, policy.model, other.tokenizer, "reward")
     assert rewards([turns[:1]], [turns[1:]])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_encoder_decoder_has_no_reward_head(t5: Path) -> None:
+    with pytest.raises(ConfigError, match="an encoder-decoder has no head that scores texts"):
+        tiny(path=str(t5), task_type="SEQ_CLS")
