@@ -20,9 +20,10 @@ from lora_exp.after.saved import NO_BIAS, Saved, find
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
-from lora_exp.model.loading import Base, base_of, sharing_copy
+from lora_exp.model.loading import Base, base_of
 from lora_exp.model.precision import autocast, is_quantised
 from lora_exp.model.quantised import dequantise
+from lora_exp.model.sharing import sharing_copy
 from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.model.text_part import untie
 from lora_exp.model.vocabulary import missing_embeddings

@@ -33,7 +33,7 @@ from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
 from lora_exp.lockstep.segmentwise import outputs_of
 from lora_exp.lockstep.state import RandomState
-from lora_exp.model.loading import sharing_copy
+from lora_exp.model.sharing import sharing_copy
 
 log = logging.getLogger("lora_exp")
 Groupings = tuple[LayerGroups | None, ...]  # by layer

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lora_exp.lockstep.eligibility import (
     adapter_obstacle,
@@ -30,9 +31,10 @@ from lora_exp.lockstep.hub import Hub, out_of_memory
 from lora_exp.lockstep.passes import Passes
 from lora_exp.lockstep.segment import CACHES, PassContext
 from lora_exp.lockstep.state import ComputeState
-from lora_exp.model.loading import Base, base_of, device, sharing_copy
+from lora_exp.model.loading import Base, base_of, device
 from lora_exp.model.memory import free_bytes, reset_peak
 from lora_exp.model.requirement import loss_bytes, training_bytes
+from lora_exp.model.sharing import sharing_copy
 
 # tokens in one pass: more exceed a CPU's caches, and do not use a GPU better
 MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -194,8 +196,16 @@ def is_plain_call(arguments: dict[str, Any]) -> bool:
         and arguments.get("return_dict") is not False
         and set(captured) <= {"output_router_logits"}
         and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
-        and all(type(cache) is DynamicCache for cache in caches)
-        # of pure state spaces: verified passes that continue from their states have differed
-        and arguments.get("cache_params") is None
+        and all(map(_holds_keys, caches))
         and not torch.is_inference_mode_enabled()
     )
+
+
+def _holds_keys(cache: Any) -> bool:
+    """Return whether a cache holds keys and values only.
+
+    Verified passes that continued from the states of recurrent layers have differed.
+    """
+    layers = getattr(cache, "layers", ())
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    return type(cache) is DynamicCache and not recurrent

@@ -11,6 +11,7 @@ special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
 participation   layers that get a gradient
 packing         whether packed rows stay apart
+sharing         several models over the same weights
 scoring         scores at a row's last token
 vocabulary      tokens and their embeddings
 memory          peak and free

@@ -5,7 +5,6 @@ Knows nothing of adapters, rows or trainers.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,12 +169,11 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **options, **gguf)
         config = AutoConfig.from_pretrained(source, **options, **gguf)
         form = None if gguf_file or random_weights else saved_form(config)
-        options |= {"dtype": dtype_of(dtype)}
-        options |= {"attn_implementation": attention_of(attn_implementation)}
+        attention = attention_of(attn_implementation)
+        options |= {"dtype": dtype_of(dtype), "attn_implementation": attention}
         if torch.cuda.is_available() or quantization or form:
             options["device_map"] = {"": device()}
-        if task_type == "SEQ_CLS":
-            options["num_labels"] = 1
+        options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
         model_class = class_of(config, task_type, whole)
         if form and quantization:
             check_asked(form, quantization)
@@ -187,8 +185,8 @@ def load(
     share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
     identity = identity_of(config, path, revision, gguf_file)
-    text, auto_class = text_of(model, config), model_class.__name__
-    return Base(model, tokenizer, path, *identity, form, text, auto_class, share)
+    kind = text_of(model, config), model_class.__name__
+    return Base(model, tokenizer, path, *identity, form, *kind, share)
 
 
 def _prepare(model: Any, tokenizer: Any, task_type: str, add_tokens: Sequence[str]) -> None:
@@ -277,23 +275,6 @@ def new_head(model: Any) -> None:
     spread = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
     nn.init.normal_(head.weight, std=spread or STD)
     model.score = head
-
-
-def sharing_copy(model: Any) -> Any:
-    """Copy the tree of modules, not the tensors: weights and quantisation states are the originals.
-
-    8-bit layers move their weights' scales when first used: here this is done before the copy.
-    """
-    shared: list[Any] = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
-            module.init_8bit_state()
-        state = getattr(module, "state", None)
-        shared += [t for t in vars(state).values() if isinstance(t, torch.Tensor)] if state else []
-        weight = getattr(module, "weight", None)
-        states = (getattr(owner, "quant_state", None) for owner in (module, weight))
-        shared += [state for state in states if state is not None]
-    return copy.deepcopy(model, {id(x): x for x in shared})
 
 
 def freeze(model: Any, tokenizer: Any) -> None:

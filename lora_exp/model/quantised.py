@@ -32,13 +32,15 @@ def skip(quantization: BitsAndBytesConfig | None, model_class: Any, config: Any)
     names = quantization.llm_int8_skip_modules
     with torch.device("meta"):
         skeleton = model_class.from_config(config)
-    last_names = {name.rpartition(".")[2] for name, _ in skeleton.named_modules()}
+    known, skipped = [name for name, _ in skeleton.named_modules()], set()
     for name in names:
-        if not any(f".{module}".endswith(f".{name}") for module, _ in skeleton.named_modules()):
+        whole = {module for module in known if f".{module}".endswith(f".{name}")}
+        if not whole:
             text = f"no module of {type(skeleton).__name__} is called {name!r}"
-            near = did_you_mean(name, last_names)
+            near = did_you_mean(name, {module.rpartition(".")[2] for module in known})
             raise ConfigError([("quant.skip_modules", f"{text}{near}")])
-    quantization.llm_int8_skip_modules = [*names, *get_keys_to_not_convert(skeleton)]
+        skipped |= whole
+    quantization.llm_int8_skip_modules = sorted({*skipped, *get_keys_to_not_convert(skeleton)})
 
 
 def quantised_share(model: Any) -> tuple[float, str] | None:

@@ -16,7 +16,8 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from lora_exp.files.paths import asset
 from lora_exp.lockstep.pack import Pack
-from lora_exp.model.loading import Base, bnb_4bit, sharing_copy
+from lora_exp.model.loading import Base, bnb_4bit
+from lora_exp.model.sharing import sharing_copy
 from lora_exp.training.place import Alone
 from tests.conftest import tiny
 from tests.lockstep.runs import DIVERSE_JOBS, Collator, outputs, run_alone, run_packed, text_rows

@@ -21,7 +21,8 @@ from lora_exp.lockstep import proof
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
-from lora_exp.model.loading import Base, sharing_copy
+from lora_exp.model.loading import Base
+from lora_exp.model.sharing import sharing_copy
 from tests.conftest import ROOT
 from tests.lockstep.runs import (
     COMMON,
