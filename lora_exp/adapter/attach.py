@@ -29,7 +29,7 @@ from lora_exp.adapter.mounting import (
 )
 from lora_exp.adapter.roles import stacks_of
 from lora_exp.adapter.rows import added_rows, check_tokens
-from lora_exp.adapter.targets import Targets, below, check_names, resolve
+from lora_exp.adapter.targets import Targets, below, check_names, of_parameters, resolve
 from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build, plain
 from lora_exp.config.initialization import saved_as_plain_lora
@@ -102,6 +102,7 @@ def _mounted(base: Base, cfg: DictConfig) -> tuple[Any, Targets]:
         with warnings.catch_warnings():
             # peft would replace an invalid block size by another
             warnings.filterwarnings("error", "Invalid `oft_block_size`")
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft decides by the class
             # names are checked already, and peft does not know those of experts here
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
             model = (
@@ -125,7 +126,7 @@ def _mounted(base: Base, cfg: DictConfig) -> tuple[Any, Targets]:
 
 
 def _check_adapted(model: Any, targets: Targets) -> None:
-    """Refuse an adapter on other layers than were asked for: peft may rename targets.
+    """Refuse an adapter on more or fewer layers than were asked for: peft may rename targets.
 
     Raises:
         ConfigError: with the first of them.
@@ -136,6 +137,11 @@ def _check_adapted(model: Any, targets: Targets) -> None:
     adapted += getattr(tuner, "targeted_parameter_names", [])
     if asked and (others := [name for name in adapted if not f".{name}".endswith(asked)]):
         text = f"peft adapts {len(others)} layers that were not asked for, the first is {others[0]}"
+        raise ConfigError([("peft.target_modules", text)])
+    ends = [f".{name}" for name in adapted]
+    missing = [name for name in asked if not any(end.endswith(name) for end in ends)]
+    if adapted and missing and not model.peft_config["default"].exclude_modules:
+        text = f"peft does not adapt {missing[0][1:]}, which was asked for; name other layers"
         raise ConfigError([("peft.target_modules", text)])
 
 
@@ -155,7 +161,7 @@ def _saved_adapter(base: Base, cfg: DictConfig) -> Any:
     adapter_config(cfg.adapter)  # raises if it is gone, as a resumed run's may be
     model = base.model
     config = read_config(cfg.adapter, model)
-    check_tokens(config, base, cfg.adapter)
+    check_tokens(config, base, cfg)
     same_task = config.task_type in (cfg.algorithm.task_type, None)
     config.task_type, config.inference_mode = cfg.algorithm.task_type, False
     if not same_task:  # the head is new, and peft would report it as missing
@@ -192,9 +198,9 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
         runtime["exclude_modules"] = below(model, node.exclude_modules)
     for key in ("rank_pattern", "alpha_pattern"):
         if key in node:
-            runtime[key] = dict(node[key] or {})
-            stacks = stacks_of("experts", model)
-            check_names(model, f"peft.{key}", runtime[key], stacks)
+            stacks, values = stacks_of("experts", model), dict(node[key] or {})
+            check_names(model, f"peft.{key}", values, stacks)
+            runtime[key] = of_parameters(values, targets)
     if rows := added_rows(base, cfg):
         runtime["trainable_token_indices"] = rows
     if "init_r" in node:

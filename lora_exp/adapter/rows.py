@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from transformers import AutoTokenizer
 
 from lora_exp.errors import AdapterError, ConfigError
 from lora_exp.model.loading import Base
@@ -53,21 +55,39 @@ def _names_one_of(names: Any, layers: dict[str, Any]) -> bool:
 
 def trained_rows(config: Any) -> int:
     """Return how many rows the embeddings need for the tokens that an adapter trains; 0: any."""
+    return 1 + max(_indices(config), default=-1)
+
+
+def _indices(config: Any) -> list[int]:
     indices = getattr(config, "trainable_token_indices", None) or ()
     lists = indices.values() if isinstance(indices, dict) else [indices]
-    return 1 + max((max(ids, default=-1) for ids in lists), default=-1)
+    return [index for ids in lists for index in ids]
 
 
-def check_tokens(config: Any, base: Base, path: str) -> None:
-    """Refuse to train an adapter further if the tokens that it added are not in the tokenizer.
+def check_tokens(config: Any, base: Base, cfg: DictConfig) -> None:
+    """Refuse to train an adapter further if its added tokens are not those of the tokenizer.
 
     Raises:
         ConfigError: `model.add_tokens` is not that of its run.
     """
     missing = trained_rows(config) - len(base.tokenizer)
     if missing > 0:
-        text = f"{path} adds {missing} tokens to its base; give {ADDED} as its run had it"
+        text = f"{cfg.adapter} adds {missing} tokens to its base; give {ADDED} as its run had it"
         raise ConfigError([("adapter", text)])
+    tokens = list(cfg.model.get("add_tokens") or ())
+    if not tokens:
+        return
+    ids = base.tokenizer.convert_tokens_to_ids(tokens)
+    if not {*ids} <= {*_indices(config)}:
+        text = f"{cfg.adapter} does not train them, and a saved adapter gets no new rows; leave out"
+        raise ConfigError([(ADDED, text)])
+    folder = Path(cfg.adapter).expanduser()
+    if not (folder / "tokenizer_config.json").is_file():  # of another program
+        return
+    saved = AutoTokenizer.from_pretrained(str(folder)).convert_ids_to_tokens(ids)
+    if saved != tokens:
+        text = f"{cfg.adapter} has {saved} in their place; give these, in this order"
+        raise ConfigError([(ADDED, text)])
 
 
 def make_room(model: Any, config: Any, path: str, apart: bool) -> None:
@@ -80,11 +100,14 @@ def make_room(model: Any, config: Any, path: str, apart: bool) -> None:
         apart: whether others share the base.
 
     Raises:
-        AdapterError: others share the base.
+        AdapterError: others share the base, or it is one of many more tokens.
     """
     needed, rows = trained_rows(config), len(model.get_input_embeddings().weight)
     if needed <= rows:
         return
+    if needed > rows + len(_indices(config)):
+        text = f"does not fit this base: it trains token {needed - 1} of {rows}"
+        raise AdapterError(f"{path} {text}")
     if apart:
         text = f"adds tokens: it needs {needed} embeddings, and its base has {rows}"
         raise AdapterError(f"{path} {text}; merge it alone first, then take the model")

@@ -69,6 +69,7 @@ def resolve(
     left_out = _why_not(model, modules, renamed, hindrance, base)
     _check_remains(names or [""], modules - left_out.keys() | stacks, left_out)
     parameters = stacks | {f"{name}.weight" for name in renamed - left_out.keys()}
+    parameters -= _excluded(parameters, below(model, settings.get("exclude_modules") or ()))
     modules -= renamed | left_out.keys()
     if roles and not stacks and {*roles} & {"all_linear", "mlp"}:
         text = f"experts are a role of their own: {wanted}+experts"
@@ -80,6 +81,12 @@ def resolve(
         _shortest(parameters, [name for name, _ in model.named_parameters()], 2),
         left_out,
     )
+
+
+def _excluded(parameters: set[str], excluded: list[str]) -> set[str]:
+    """Return the parameters of excluded modules: peft excludes modules only."""
+    ends = tuple(f".{name}" for name in excluded)
+    return {name for name in parameters if f".{name}".rpartition(".")[0].endswith(ends)}
 
 
 def _why_not(
@@ -223,7 +230,7 @@ def check_names(model: Any, key: str, names: Iterable[str], stacks: Iterable[str
 
 
 def below(model: Any, names: Iterable[str]) -> list[str]:
-    """Return names for `exclude_modules`: in place of a container, the layers below it.
+    """Return names for `exclude_modules`: of a container, also the layers below it.
 
     Args:
         model: the base.
@@ -232,8 +239,23 @@ def below(model: Any, names: Iterable[str]) -> list[str]:
     excluded: set[str] = set()
     modules = dict(model.named_modules())
     for name in names:
-        named = (m for m in modules if f".{m}".endswith(f".{name}"))
-        containers = [m for m in named if any(modules[m].children())]
-        inside = tuple(f"{container}." for container in containers)
-        excluded |= {m for m in modules if m.startswith(inside)} if inside else {name}
+        inside = tuple(f"{m}." for m in modules if f".{m}".endswith(f".{name}"))
+        excluded |= {name} | {m for m in modules if m.startswith(inside)}
     return sorted(excluded)
+
+
+def of_parameters(values: Mapping[str, Any], targets: Targets) -> dict[str, Any]:
+    """Return ranks or alphas by name, with `.weight` after layers that peft adapts as parameters.
+
+    Args:
+        values: by names of modules or stacks, whole or the last parts.
+        targets: what is adapted.
+    """
+    weights = [f".{name}" for name in targets.parameters if name.endswith(".weight")]
+
+    def name_of(key: str) -> str:
+        end = f".{key}.weight"
+        is_weight = any(weight.endswith(end) or end.endswith(weight) for weight in weights)
+        return f"{key}.weight" if is_weight else key
+
+    return {name_of(key): value for key, value in values.items()}

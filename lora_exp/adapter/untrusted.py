@@ -91,6 +91,7 @@ def resolve_patterns(config: Any, model: Any, path: str) -> None:
         for name in [names] if isinstance(names, str) else names:
             if not PLAIN.fullmatch(name):
                 raise AdapterError(f"{path}: {key}: {name!r} is no name of a module")
+    _check_token_indices(config, path)
     if config.peft_type == "ADALORA":
         return  # its rank_pattern has names of weights, no patterns
     search.names += [name for name, _ in model.named_parameters()]
@@ -105,6 +106,19 @@ def resolve_patterns(config: Any, model: Any, path: str) -> None:
                     values.setdefault(name, value)
         if patterns:
             setattr(config, key, values)
+
+
+def _check_token_indices(config: Any, path: str) -> None:
+    """Refuse `trainable_token_indices` that are no lists of numbers.
+
+    Raises:
+        AdapterError: they are not.
+    """
+    indices = getattr(config, "trainable_token_indices", None) or []
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices]
+    for ids in lists:
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise AdapterError(f"{path}: trainable_token_indices: {ids!r} is no list of numbers")
 
 
 def _listed_targets(config: Any) -> Iterable[str]:

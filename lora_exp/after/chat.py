@@ -75,7 +75,7 @@ def open_chat(
         loaded = load(first, in_floats(loaded_base))
         models = {first.name: Loaded(first.name, merged(loaded.model).eval(), loaded.tokenizer)}
     else:
-        models = {loaded.name: loaded for loaded in side_by_side(several, loaded_base)}
+        models = {loaded.name: loaded for loaded in side_by_side(several, loaded_base, base)}
         models[OFF] = Loaded(OFF, loaded_base.model.eval(), models[first.name].tokenizer)
     return Conversation(models, first.name, system)
 

@@ -30,6 +30,7 @@ from lora_exp.files.paths import asset
 from lora_exp.model.loading import Base, attention_of, unloadable
 from lora_exp.model.precision import dtype_of
 from lora_exp.model.prequantised import saved_form
+from lora_exp.model.quantised import skipped
 from lora_exp.model.requirement import (
     Step,
     is_tiled,
@@ -152,14 +153,21 @@ def model_config(cfg: DictConfig) -> Any:
 
 
 def skeleton(cfg: DictConfig, config: Any) -> Any:
-    """Return the model of a config without its weights: names, shapes and dtypes."""
-    with torch.device("meta"):
-        return class_of(config, cfg.algorithm.task_type).from_config(
-            config,
-            dtype=dtype_of(cfg.model.dtype),
-            attn_implementation=attention_of(cfg.model.attn_implementation),
-            trust_remote_code=cfg.model.trust_remote_code,
-        )
+    """Return the model of a config without its weights: names, shapes and dtypes.
+
+    Raises:
+        ConfigError: transformers has no class for it, or not with this attention.
+    """
+    try:
+        with torch.device("meta"):
+            return class_of(config, cfg.algorithm.task_type).from_config(
+                config,
+                dtype=dtype_of(cfg.model.dtype),
+                attn_implementation=attention_of(cfg.model.attn_implementation),
+                trust_remote_code=cfg.model.trust_remote_code,
+            )
+    except ValueError as error:
+        raise unloadable(cfg.model.path, error, cfg.model.attn_implementation) from error
 
 
 def need(cfg: DictConfig, config: Any) -> Need:
@@ -221,6 +229,7 @@ def base_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:
     if quant is None:
         return total
     not_quantised = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+    not_quantised += skipped(model, quant.get("skip_modules") or ())
     for name, module in model.named_modules():
         linear = type(module) is nn.Linear or isinstance(module, Conv1D)
         if linear and should_convert_module(name, not_quantised):

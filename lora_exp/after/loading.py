@@ -194,15 +194,20 @@ def load(saved: Saved, base: Base, trainable: bool = False, apart: bool = False)
     return Loaded(saved.name, model, tokenizer)
 
 
-def side_by_side(several: list[Saved], base: Base) -> list[Loaded]:
+def side_by_side(several: list[Saved], base: Base, place: str | None = None) -> list[Loaded]:
     """Put several adapters on one base: each has its own modules, and all share the weights.
+
+    Args:
+        several: the adapters.
+        base: with the weights that they were trained on.
+        place: its name or location, if not the one that they name.
 
     Raises:
         AdapterError: one does not fit, belongs to another base, or would change it.
     """
     loaded: list[Loaded] = []
     for saved in several:
-        check_base(saved, base.revision)
+        check_base(saved, base.revision, place, base.saved_as)
         check_apart(saved)
         shared = replace(base, model=sharing_copy(base.model))
         loaded.append(load(saved, shared, apart=True))

@@ -144,8 +144,7 @@ def _merge(
     tokenizer = tokenizer_of(first, loaded_base)
     _set_stop_tokens(model, tokenizer)
     if loaded_base.text_of:
-        quant = "none" if into == "original" else None
-        towers = in_floats(load_base(first, base, quant, dtype, whole=True))
+        towers = in_floats(load_base(first, base, "none", dtype, whole=True))  # never quantised
         loaded_base, model = towers, fill_whole(towers.model, model)
         model = model.to(getattr(torch, dtype)) if dtype else model
     record: dict[str, Any] = {

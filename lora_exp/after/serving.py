@@ -104,7 +104,7 @@ def _load(several: list[Saved], base: str | None, quant: str | None) -> list[Loa
     loaded_base = load_base(several[0], base, quant)
     if several[0].adapter is None:
         return [load(several[0], loaded_base)]
-    adapters = side_by_side(several, loaded_base)
+    adapters = side_by_side(several, loaded_base, base)
     return [*adapters, Loaded(BASE, loaded_base.model.eval(), adapters[0].tokenizer)]
 
 

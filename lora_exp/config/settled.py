@@ -144,7 +144,7 @@ def _resumed(
     saved = OmegaConf.load(Path(run_dir(cfg.resume)) / "config.yaml")
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
     values = resumed_config(renamed(values), cfg, choices, overrides)
-    _check_consent(values, overrides)
+    _check_consent(values | {"adapter_base": None}, overrides)  # given when the run began
     current = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
     # keys that did not exist when the run was saved
     current["adapter_base"] = values.get("adapter_base")
@@ -214,8 +214,14 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
     values["train"] |= limits or {}
-    if not values["model"].get("add_tokens"):
-        values["model"].pop("add_tokens", None)  # earlier versions lacked it
+    # as earlier versions wrote it, which had no such keys, and sdpa for what auto is
+    model, quant = values["model"], values.get("quant")
+    if not model.get("add_tokens"):
+        model.pop("add_tokens", None)
+    if model.get("attn_implementation") == "auto":
+        model["attn_implementation"] = "sdpa"
+    if isinstance(quant, dict) and not quant.get("skip_modules"):
+        quant.pop("skip_modules", None)
     if not evaluations_act(values["train"]):
         reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
         values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}

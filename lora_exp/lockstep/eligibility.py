@@ -69,16 +69,22 @@ def kind_of(module: nn.Module, implementation: str) -> str:
         return "linear"
     if isinstance(module, nn.Dropout) and module.p:
         return "other"
-    if "Norm" in type(module).__name__:
+    has_linear = any(isinstance(m, LINEAR) for m in module.modules())
+    if "Norm" in type(module).__name__ and not has_linear:
         return "norm"
     if isinstance(module, ACTIVATIONS):
         return "activation"
     parameters = inspect.signature(module.forward).parameters
     if "attention_mask" in parameters and hasattr(module, "is_causal"):
-        return "attention" if own_function(module, implementation) else "other"
+        # trainers change the dropout of a job's own modules only
+        drops = any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
+        return "attention" if own_function(module, implementation) and not drops else "other"
     mixes = {"attention_mask", *PASTS, *CACHES} & set(parameters)
-    if mixes or list(module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
+    own_tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if mixes or own_tensors or isinstance(module, nn.ModuleList):
         return "other"
+    if not list(module.children()):  # code that is not known
+        return "container" if isinstance(module, nn.Dropout | nn.Identity) else "other"
     kinds = {kind_of(child, implementation) for child in module.children()}
     is_dropout_only = not (kinds - {"container"})
     rowwise = kinds <= {"linear", "norm", "activation", "container"} and "activation" in kinds

@@ -101,11 +101,14 @@ def _stopping_at_product(name: str, own_forward: Callable[..., Any]) -> Callable
 
 def alone(layer: Any, **arguments: Any) -> Any:
     """Run a layer's own forward; whoever calls it recomputes it, so it keeps its tensors."""
-    checkpointing, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    modules = [m for m in layer.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in modules:  # layers may have layers inside
+        module.gradient_checkpointing = False
     try:
         return layer.forward.alone(**arguments)
     finally:
-        layer.gradient_checkpointing = checkpointing
+        for module in modules:
+            module.gradient_checkpointing = True
 
 
 class Carried:

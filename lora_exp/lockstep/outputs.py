@@ -42,8 +42,8 @@ def cut(value: Any, ends: list[Tensor], leaves: list[Tensor]) -> Any:
     if isinstance(value, dict):  # a ModelOutput
         for key, part in value.items():
             value[key] = cut(part, ends, leaves)
-    elif isinstance(value, tuple):
-        return tuple(cut(part, ends, leaves) for part in value)
+    elif isinstance(value, tuple | list):
+        return type(value)(cut(part, ends, leaves) for part in value)
     return value
 
 

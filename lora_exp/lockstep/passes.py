@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_exp.lockstep.body import FusedBody
+from lora_exp.lockstep.eligibility import described
 from lora_exp.lockstep.hub import Request, out_of_memory
 from lora_exp.lockstep.outputs import cut, snapshot
 from lora_exp.lockstep.rowwise import Unmeasured
@@ -74,15 +75,15 @@ class Passes:
     def drop_tapes(self, job: int) -> None:
         """Drop a job's part of all graphs."""
         for tape in self.tapes[job]:
+            # without this job, whose backward failed, its rows cannot be computed again
+            if tape.context.checkpointing and tape.ends is not None:
+                drop_graph(tape.siblings)
             tape.siblings.remove(tape)
         self.tapes[job].clear()
 
     def remove(self, job: int) -> None:
         """Remove a job."""
         if self.tapes.get(job):
-            for tape in self.tapes[job]:
-                if tape.context.checkpointing:  # layers cannot be recomputed without its adapter
-                    drop_graph(tape.siblings)
             self.drop_tapes(job)
         self.tapes.pop(job, None)
         self.members.pop(job, None)
@@ -119,8 +120,8 @@ class Passes:
             return [None] * len(requests)
         segments = [Segment(r.job, r.payload, r.random) for r in requests]
         advanced = [copy.copy(s) for s in segments]  # the pass draws from their random states
-        grad = context.compute_state.grad
-        sources = list(range(len(advanced))) if grad else self._sources(advanced)
+        draws = context.compute_state.grad or context.training  # dropout, from each job's stream
+        sources = list(range(len(advanced))) if draws else self._sources(advanced)
         distinct = sorted(set(sources))
         started = [segments[i] for i in distinct]
         try:
@@ -132,6 +133,7 @@ class Passes:
                 raise  # the hub serves fewer at once
             else:  # the job's own forward, if it fails too, shows where
                 log.debug("lockstep: a pass of one job failed", exc_info=True)
+                self.fused.distrust(context, described(error))
             return [None] * len(requests)
         result_of = dict(zip(distinct, results, strict=True))
         self.counts["forward"] += 1

@@ -126,19 +126,19 @@ def _embeddings(fused: Any) -> Iterator[list[Tensor]]:
 
 
 def _gradients(outputs: list[Any], embedded: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of random sums of hidden states; none where gradients are off."""
+    """Return the gradients of random sums of all outputs; none where gradients are off."""
     if not embedded:
         return ()
-    hidden = [output.last_hidden_state for output in outputs]
-    drawn = [torch.Generator(h.device).manual_seed(h.numel()) for h in hidden]
+    tensors = [x for output in outputs for x in tensors_of(output) if x.requires_grad]
+    drawn = [torch.Generator(x.device).manual_seed(x.numel()) for x in tensors]
     weights = [
-        torch.randn(h.shape, generator=g, device=h.device).to(h.dtype)
-        for h, g in zip(hidden, drawn, strict=True)
+        torch.randn(x.shape, generator=g, device=x.device).to(x.dtype)
+        for x, g in zip(tensors, drawn, strict=True)
     ]
     modes = ComputeState.now()
     PLAIN.restore()  # backward runs outside autocast
     try:
-        return torch.autograd.grad(hidden, embedded, weights)
+        return torch.autograd.grad(tensors, embedded, weights)
     finally:
         modes.restore()
 
@@ -155,10 +155,9 @@ def _segment(fused: Any, job: int, b: int, length: int, padding: int) -> Segment
     ids = torch.randint(config.vocab_size, (b, length), device=device)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0  # on the left, where a mask is needed
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if not fused.context.compute_state.grad:
-        arguments["use_cache"] = True
-    elif hasattr(config, "output_router_logits"):  # of a mixture of experts, for its balance loss
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    arguments["use_cache"] = not fused.context.compute_state.grad
+    if hasattr(config, "output_router_logits"):  # of a mixture of experts, for its balance loss
         arguments["output_router_logits"] = True
     return Segment(-1 - job, arguments, RandomState.now())
 

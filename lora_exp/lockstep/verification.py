@@ -181,9 +181,9 @@ class Verification:
         try:
             parameters = [trained[name] for name in before]
             roots = [(t, g) for t, g in zip(reference, gradients, strict=True) if g is not None]
-            ends, given = zip(*roots, strict=True)
+            ends, weights = zip(*roots, strict=True)
             added: Sequence[Tensor | None] = torch.autograd.grad(
-                ends, parameters, given, allow_unused=True
+                ends, parameters, weights, allow_unused=True
             )
         except Exception as error:
             log.info("lockstep: gradients are not verified: %s", error)
@@ -221,6 +221,8 @@ def _first_layer(
     check: Check, before: list[Segment], member: Member, context: PassContext, fused: Any
 ) -> str:
     """Repeat the pass and the job's own forward, and name the first layer that differs."""
+    if fused.own_layers.get(context):
+        return "its layer is not known: each job runs its own layers"
     s = before[check.index]
     if any(segment.past is not None for segment in before):
         return "its layer is not known: a cache cannot be filled twice"

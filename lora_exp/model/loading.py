@@ -177,7 +177,7 @@ def load(
         model_class = class_of(config, task_type, whole)
         if form and quantization:
             check_asked(form, quantization)
-        skip(quantization, model_class, config)
+        skip(quantization, model_class, config, trust_remote_code)
         if random_weights:
             model = random_model(model_class, source, options).to(device())
         else:
@@ -206,7 +206,7 @@ def _named(path: str, attn_implementation: str) -> Iterator[None]:
         yield
     except ConfigError:  # also a ValueError, and names its key already
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise unloadable(path, error, attn_implementation) from error
 
 

@@ -35,5 +35,5 @@ def expert_count(config: Any) -> int | None:
     for holder in (config, getattr(config, "ffn_config", None)):
         for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
             if count := getattr(holder, name, None):
-                return int(count)
+                return max(count) if isinstance(count, list) else int(count)  # one for each layer
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,31 +17,47 @@ from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.model.prequantised import forget_quantisation
 
 
-def skip(quantization: BitsAndBytesConfig | None, model_class: Any, config: Any) -> None:
+def skip(
+    quantization: BitsAndBytesConfig | None, model_class: Any, config: Any, trust_remote_code: bool
+) -> None:
     """Add the output heads to the modules that stay in floats: transformers would forget them.
 
     Args:
         quantization: with `quant.skip_modules`; changed in place.
         model_class: an auto class.
         config: the base's.
+        trust_remote_code: whether code that came with it may run.
 
     Raises:
         ConfigError: no module has one of the names.
     """
     if quantization is None or not quantization.llm_int8_skip_modules:
         return
-    names = quantization.llm_int8_skip_modules
     with torch.device("meta"):
-        skeleton = model_class.from_config(config)
-    known, skipped = [name for name, _ in skeleton.named_modules()], set()
+        skeleton = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    names = skipped(skeleton, quantization.llm_int8_skip_modules)
+    quantization.llm_int8_skip_modules = sorted({*names, *get_keys_to_not_convert(skeleton)})
+
+
+def skipped(model: Any, names: Sequence[str]) -> set[str]:
+    """Return the whole names of the modules that stay in floats; all below them do, too.
+
+    Args:
+        model: its weights may be on the meta device.
+        names: of `quant.skip_modules`: whole, or the last parts.
+
+    Raises:
+        ConfigError: no module has one of the names.
+    """
+    known, whole = [name for name, _ in model.named_modules()], set()
     for name in names:
-        whole = {module for module in known if f".{module}".endswith(f".{name}")}
-        if not whole:
-            text = f"no module of {type(skeleton).__name__} is called {name!r}"
+        found = {module for module in known if f".{module}".endswith(f".{name}")}
+        if not found:
+            text = f"no module of {type(model).__name__} is called {name!r}"
             near = did_you_mean(name, {module.rpartition(".")[2] for module in known})
             raise ConfigError([("quant.skip_modules", f"{text}{near}")])
-        skipped |= whole
-    quantization.llm_int8_skip_modules = sorted({*skipped, *get_keys_to_not_convert(skeleton)})
+        whole |= found
+    return whole
 
 
 def quantised_share(model: Any) -> tuple[float, str] | None:
@@ -77,7 +94,7 @@ def quantised_share(model: Any) -> tuple[float, str] | None:
     in_floats = ", ".join(name for name, _ in floats.most_common(4))
     if not quantised:
         text = f"bitsandbytes quantises no layer of {type(model).__name__} ({in_floats})"
-        raise ConfigError([("quant", f"{text}; give quant=none")])
+        raise ConfigError([("quant", f"{text}; give quant=none (--quant none)")])
     return quantised / (quantised + floats.total()), in_floats
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from lora_exp.model.scoring import register_classifier
+from lora_exp.model.vocabulary import grow
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -39,7 +40,7 @@ def class_of(config: Any, task_type: str, whole: bool = False) -> Any:
         ValueError: transformers has no such class.
     """
     chosen = CLASSES[task_type]
-    if task_type == "SEQ_CLS":
+    if task_type == "SEQ_CLS" and (config.is_encoder_decoder or not _has(chosen, config)):
         register_classifier(config)
     if task_type == "CAUSAL_LM" and is_multimodal(config) and (whole or not _has(chosen, config)):
         return AutoModelForMultimodalLM
@@ -116,6 +117,7 @@ def fill_whole(whole: Any, text: Any) -> Any:
     """
     if not is_tied(text):
         untie(whole)
+    grow(whole, len(text.get_input_embeddings().weight))
     pairs = [
         (_name_of(text, old).rpartition(".")[0], _name_of(whole, new).rpartition(".")[0])
         for old, new in (

@@ -108,6 +108,13 @@ def test_an_adapter_with_new_tokens_is_trained_further(
     start = f"adapter={learned / 'adapter'}"
     with pytest.raises(ConfigError, match=r"adds 2 tokens to its base; give model\.add_tokens"):
         trained_on(base, rows, tmp_path / "without", start, "model.add_tokens=[]")
+    others = {
+        '["<storm>","<calm>"]': r"^model.add_tokens: .*\['<calm>', '<storm>'\] in their place",
+        '["<calm>","<storm>","<fog>"]': r"^model.add_tokens: .* does not train them",
+    }
+    for tokens, fault in others.items():
+        with pytest.raises(ConfigError, match=fault):
+            trained_on(base, rows, tmp_path / str(len(tokens)), start, f"model.add_tokens={tokens}")
     further = trained_on(base, rows, tmp_path / "further", start)
     assert digest(further / "adapter") != digest(learned / "adapter")
     load_adapter(further)
@@ -121,6 +128,26 @@ def test_new_tokens_are_refused_beside_other_adapters(learned: Path) -> None:
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="needs 514 embeddings, and its base has 512"):
         mount_beside(model, str(learned / "adapter"), "second")
+
+
+@pytest.mark.parametrize(
+    ("indices", "fault"),
+    [
+        ("abc", "'abc' is no list of numbers"),
+        ({"embed_tokens": [5, None]}, "is no list of numbers"),
+        ([1_000_000_000], "trains token 1000000000 of 512"),
+    ],
+)
+def test_indices_from_a_stranger_are_checked(
+    learned: Path, tmp_path: Path, indices: Any, fault: str
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(learned / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = config | {"trainable_token_indices": indices}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(AdapterError, match=fault):
+        load_adapter(folder)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.errors import ConfigError, TargetError
 from tests.conftest import tiny
+from tests.model.test_quantised import load
 from tests.model.test_text_part import llava
 
 LORA = {"_target_": "peft.LoraConfig"}
@@ -215,6 +216,33 @@ def test_layers_that_take_no_part_or_that_peft_refuses_are_left_out() -> None:
     mamba = on_meta(FalconMambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))
     (reason,) = resolve(mamba, "all_linear", LORA).left_out.values()
     assert reason == "peft does not adapt it on falcon_mamba"
+
+
+def test_excluded_layers_are_not_adapted_as_parameters_either() -> None:
+    settings = LORA | {"exclude_modules": ["shared_experts", "layers.0.mlp.up_proj"]}
+    targets = resolve(on_meta(DOTS), "all_linear+experts", settings)
+    dense = ["model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.gate_proj.weight"]
+    assert targets.parameters == sorted([*EXPERTS, *dense])
+    only_dense = LORA | {"exclude_modules": ["experts"]}
+    assert "experts" not in str(resolve(on_meta(DOTS), "all_linear+experts", only_dense).parameters)
+
+
+def test_ranks_of_layers_that_are_adapted_as_parameters_are_theirs(
+    folder_of: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    base = load(folder_of(DOTS))
+    cfg = compose(
+        "peft.r=4", "peft.rank_pattern={up_proj:2,shared_experts.down_proj:8,q_proj:1}",
+        "peft.alpha_pattern={up_proj:16}",
+    )  # fmt: skip
+    model = attach(base, cfg, tmp_path).model
+    layer = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    ranks = {name.partition("layers.")[2]: m.r["default"] for name, m in layer.items()}
+    assert ranks["0.mlp.up_proj"] == ranks["1.mlp.shared_experts.up_proj"] == 2
+    assert ranks["1.mlp.shared_experts.down_proj"] == 8
+    assert (ranks["0.mlp.down_proj"], ranks["0.self_attn.q_proj"]) == (4, 1)
+    scaling = next(m.scaling for name, m in layer.items() if name.endswith("0.mlp.up_proj"))
+    assert scaling == {"default": 8.0}
 
 
 def test_excluding_a_container_excludes_all_below_it(fresh_base: Any, tmp_path: Path) -> None:

@@ -63,8 +63,13 @@ def loaded_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "quant", [["none"], ["nf4"], ["int8"], ["fp4", "quant.double_quant=false"]], ids=lambda q: q[0]
-)
+    "quant",
+    [
+        ["none"], ["nf4"], ["int8", "quant.skip_modules=[layers.0,o_proj]"],
+        ["fp4", "quant.double_quant=false"],
+    ],
+    ids=lambda q: q[0],
+)  # fmt: skip
 def test_a_quantised_base_takes_the_estimated_bytes(quant: list[str]) -> None:
     cfg = compose("tracking=none", f"quant={quant[0]}", *quant[1:])
     model = skeleton(cfg, model_config(cfg))

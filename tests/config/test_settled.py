@@ -61,6 +61,15 @@ def test_evaluations_that_set_the_rate_are_in_the_fingerprint(scheduler: str, eq
     assert (fingerprint(first) == fingerprint(second)) == equal
 
 
+def test_new_keys_leave_the_fingerprints_of_earlier_versions() -> None:
+    assert fingerprint(compose("tracking=none")).startswith("f5a16768e415e7d4")  # before them
+    assert fingerprint(compose("tracking=none", "quant=nf4")).startswith("adce10781d6038e8")
+    skipping = compose("tracking=none", "quant=nf4", "quant.skip_modules=[o_proj]")
+    assert not fingerprint(skipping).startswith("adce10781d6038e8")
+    eager = compose("tracking=none", "model.attn_implementation=eager")
+    assert not fingerprint(eager).startswith("f5a16768e415e7d4")
+
+
 def test_an_earlier_runs_fingerprint_does_not_change() -> None:
     config = {
         "name": "before", "train": {"max_steps": 5, "save_steps": 2}, "lockstep": {"mode": "exact"},

@@ -42,11 +42,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def small_model(kind: str) -> Any:
+def small_model(kind: str, **more: Any) -> Any:
     """Return a model of a kind, with random weights that are not trained."""
     name, changes = KINDS[kind]
     torch.manual_seed(0)
-    arguments = SMALL | changes
+    arguments = SMALL | changes | more
     implementation = arguments.pop("attn_implementation", "sdpa")
     config = getattr(transformers, f"{name}Config")(**arguments)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)

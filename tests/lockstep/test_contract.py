@@ -20,7 +20,16 @@ from lora_exp.model.loading import Base, bnb_4bit
 from lora_exp.model.sharing import sharing_copy
 from lora_exp.training.place import Alone
 from tests.conftest import tiny
-from tests.lockstep.runs import DIVERSE_JOBS, Collator, outputs, run_alone, run_packed, text_rows
+from tests.lockstep.kinds import small_model
+from tests.lockstep.runs import (
+    COMMON,
+    DIVERSE_JOBS,
+    Collator,
+    outputs,
+    run_alone,
+    run_packed,
+    text_rows,
+)
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
@@ -57,6 +66,37 @@ def test_jobs_equal_their_runs_alone_under_every_setting(
     record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
     assert record["shared_backward_passes"] == 6
     assert record["why_apart"] is None
+
+
+PAIRS = ["algorithm=dpo", "data=demo_pairs", "data.rows=64", "data.eval_rows=8", "tracking=none"]
+PAIRS += ["train.per_device_train_batch_size=4", "train.save_strategy=no", "samples.rows=2"]
+PAIRS += ["samples.max_new_tokens=8", "train.logging_steps=1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("transposed weights", PAIRS),  # trl stops the dropout of a job's own modules
+        ("experts", ["train.gradient_checkpointing=true"]),
+        ("hybrid", ["train.gradient_checkpointing=true"]),
+        ("sliding by layer", ["model.dtype=bfloat16"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_jobs_on_other_kinds_of_models_equal_their_runs_alone(
+    base: Any, tmp_path: Path, kind: str, settings: list[str]
+) -> None:
+    folder = tmp_path / "base"
+    small_model(kind, vocab_size=512, eos_token_id=2, bos_token_id=1).save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    common = ["model=local", f"model.path={folder}", "train.max_steps=3", *settings]
+    jobs = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8", "seed=3"]]
+    defaults = [] if settings is PAIRS else COMMON
+    results, pack = run_packed(jobs, tmp_path / "pack", *common, defaults=defaults)
+    runs_alone = run_alone(jobs, tmp_path, *common, defaults=defaults)
+    for packed, alone in zip(results, runs_alone, strict=True):
+        assert outputs(packed) == outputs(alone)
+    assert pack.passes.counts["shared backward"] == pack.passes.counts["backward"] == 3
 
 
 ARGUMENTS = [
