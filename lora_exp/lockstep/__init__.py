@@ -7,6 +7,7 @@ grouping      which rows share a product
 segment       one job's rows in a pass
 probe         rows that show summation order
 classes       numbers of rows computed alike
+replacement   in place of a base module
 rowwise       a layer run once for several
 linear        a base layer, the jobs' adapters
 outputs       what a body returns

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lora_exp.lockstep.replacement import Replacement
 from lora_exp.lockstep.segment import Pass, PerSegment, aligned, split
 
 EAGER = "eager_attention_forward"  # transformers' name of it in each model's module
@@ -76,7 +77,7 @@ def _own_heads(t_1HND: Tensor, b: int, length: int) -> Tensor:
     return t_BHSD.contiguous()
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Replacement):
     """Replaces an attention module: its projections run once for all jobs, its heads do not."""
 
     def __init__(self, base: nn.Module, body: Any) -> None:
@@ -86,17 +87,8 @@ class FusedAttention(nn.Module):
             base: the module.
             body: the `FusedBody`; it is no nn.Module, so it does not become a submodule.
         """
-        super().__init__()
-        self.base = base
-        self.body = body
+        super().__init__(base, body)
         self.parameter_names = list(inspect.signature(base.forward).parameters)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the module's own attribute: other code reads its settings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output; positions lie side by side, `attention` fills the caches."""

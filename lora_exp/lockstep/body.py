@@ -30,7 +30,7 @@ from lora_exp.lockstep.hub import out_of_memory
 from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, stop_at_layers
 from lora_exp.lockstep.linear import Adapter
 from lora_exp.lockstep.rowwise import Unmeasured
-from lora_exp.lockstep.segment import CACHES, LayerGroups, Pass, PassContext, Segment
+from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
 from lora_exp.lockstep.segmentwise import outputs_of
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.sharing import sharing_copy
@@ -227,12 +227,7 @@ class FusedBody:
         if not self.own_layers[self.context]:
             return carried.divided(p, self.blocks[calls[0].name](**carried.merged(p, calls)))
         layers = [self.own_module(s.job, calls[0].name) for s in p.segments]
-        # a layer that is recomputed must not fill its cache again
-        gone = dict.fromkeys((*CACHES, *attention.PASTS)) if self.context.checkpointing else {}
-        own = [
-            partial(alone, m, **c.arguments | {k: v for k, v in gone.items() if k in c.arguments})
-            for m, c in zip(layers, calls, strict=True)
-        ]
+        own = [partial(alone, m, **c.arguments) for m, c in zip(layers, calls, strict=True)]
         compute = partial(outputs_of, self, own)
         with self.known():
             return self._checkpoint(compute) if self.context.checkpointing else compute()

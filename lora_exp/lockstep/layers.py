@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lora_exp.lockstep.attention import PASTS
 from lora_exp.lockstep.rowwise import Unmeasured
-from lora_exp.lockstep.segment import Absent, Pass, PerSegment
+from lora_exp.lockstep.segment import CACHES, Absent, Pass, PerSegment
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -102,6 +103,8 @@ def _stopping_at_product(name: str, own_forward: Callable[..., Any]) -> Callable
 def alone(layer: Any, **arguments: Any) -> Any:
     """Run a layer's own forward; whoever calls it recomputes it, so it keeps its tensors."""
     modules = [m for m in layer.modules() if getattr(m, "gradient_checkpointing", False)]
+    if modules and layer.training:  # a layer that is recomputed must not fill its cache again
+        arguments |= dict.fromkeys(arguments.keys() & {*CACHES, *PASTS})
     for module in modules:  # layers may have layers inside
         module.gradient_checkpointing = False
     try:

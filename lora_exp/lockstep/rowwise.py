@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_exp.lockstep.classes import LayerSignature
 from lora_exp.lockstep.grouping import Group
+from lora_exp.lockstep.replacement import Replacement
 from lora_exp.lockstep.segment import Pass, PassContext, split
 
 
@@ -16,7 +17,7 @@ class Unmeasured(Exception):
     """A layer would compute several jobs' rows together, but that was not measured to be exact."""
 
 
-class Rowwise(nn.Module):
+class Rowwise(Replacement):
     """Replaces a norm or activation of a `FusedBody`; `FusedLinear` also adds adapters.
 
     The pass decides whether the layer computes the rows of all jobs at once, in groups, or each
@@ -34,17 +35,9 @@ class Rowwise(nn.Module):
                 also used by the residual connection, and if it were cut in pieces, the gradients
                 would be added in another order.
         """
-        super().__init__()
-        self.base = base
-        self.body, self.index, self.divisible = body, index, divisible
+        super().__init__(base, body)
+        self.index, self.divisible = index, divisible
         self.signatures: dict[PassContext, LayerSignature] = {}  # of its latest rows, by context
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the layer's own attribute: other code reads its settings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def forward(self, x_1NC: Tensor) -> Tensor:
         """Return the layer's output, [1, N, ...].

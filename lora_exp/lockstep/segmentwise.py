@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_exp.lockstep.layers import ProductCall, Run
+from lora_exp.lockstep.replacement import Replacement
 from lora_exp.lockstep.segment import Pass
 
 
-class SegmentWise(nn.Module):
+class SegmentWise(Replacement):
     """Replaces a module of a `FusedBody`."""
 
     def __init__(self, base: nn.Module, body: Any, name: str) -> None:
@@ -29,16 +30,8 @@ class SegmentWise(nn.Module):
             body: the `FusedBody`; it is no nn.Module, so it does not become a submodule.
             name: of the module, also in the jobs' own bodies.
         """
-        super().__init__()
-        self.base = base
-        self.body, self.name = body, name
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the module's own attribute: other code reads its settings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
+        super().__init__(base, body)
+        self.name = name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the jobs' own modules side by side, as `Pass.joined` does."""
