@@ -15,6 +15,7 @@ LoraExpError
 └── DivergedError (ArithmeticError)  the loss or a gradient is not finite any more
 
 Interrupted (KeyboardInterrupt)      not an error: the run was asked to stop, and can be resumed
+└── Paused                           a job waits for others of its sweep; its launcher resumes it
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, *messages: str) -> None:
         super().__init__(*(messages or ("asked to stop",)))
+
+
+class Paused(Interrupted):
+    """A job has saved a checkpoint and waits for other jobs of its sweep; it will be resumed."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], count: int = 3) -> str:

@@ -6,7 +6,6 @@ Only this module knows all of them; the config is read-only.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,26 +27,24 @@ from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
 from lora_exp.data.tokens import Tokens
-from lora_exp.errors import ConfigError, DivergedError, Interrupted
+from lora_exp.errors import ConfigError, Interrupted
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.loading import Base
-from lora_exp.model.memory import peak_bytes
 from lora_exp.model.packing import keeps_rows_apart
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
-from lora_exp.record.console import print_and_log
 from lora_exp.record.metrics import Metrics, Nowhere, Tracker
 from lora_exp.record.progress import Progression, quiet
 from lora_exp.record.run import Record, input_hashes
 from lora_exp.record.summary import announce, conclude, counts
-from lora_exp.training.best import best_evaluation, saved_step
-from lora_exp.training.checkpoint import newest
-from lora_exp.training.guards import check_finite, check_stepped
+from lora_exp.training.best import best_evaluation
+from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.interruption import stop
-from lora_exp.training.measure import after, before, objective_name
+from lora_exp.training.loop import train_to_end
+from lora_exp.training.measure import after, before, objective_name, present
 from lora_exp.training.place import Alone, Place
 from lora_exp.training.trainer import tokens_trained, trainer_of
 
@@ -61,7 +58,7 @@ class Result:
     objective: float
     metrics: dict[str, float]
     directory: Path
-    saved: Path
+    saved: Path | None  # None: the run was stopped early, and `early_stopping.keep` is false
 
 
 def run(
@@ -111,7 +108,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     data = prepared(shaped, base.tokenizer, adapted.model, cfg)
     rows, shaped = _without_refused(rows, shaped, data, base)
     tracker = _tracker(cfg, record, sweep)
-    board, clock, saved = place.board(), Clock(), None
+    board, clock, saved, ended = place.board(), Clock(), None, "failed"
     try:
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
@@ -130,16 +127,22 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         place.join(trainer)
         samples = before(cfg, trainer, base, rows.eval, record, place)
         objective = objective_name(cfg.objective, record.values["metrics"], held_out)
+        measure = partial(present, objective, cfg, trainer, base, rows.eval)
+        stopping = EarlyStopping(cfg, record, place, objective, measure).joined(trainer)
         set_seed(cfg.seed)  # training draws the same numbers, whatever was measured
-        _train(trainer, cfg.resume, record, clock)
+        train_to_end(trainer, cfg.resume, record, clock)
         with _checkpoint_if_interrupted(trainer):
-            samples = after(cfg, trainer, base, rows.eval, record, samples)
-            saved = _save_artifacts(cfg, trainer, adapted, base, rows, record)
+            stopping.conclude(trainer)
+            if not stopping.prunes:
+                samples = after(cfg, trainer, base, rows.eval, record, samples)
+            if not stopping.prunes or stopping.keeps:
+                saved = _save_artifacts(cfg, trainer, adapted, base, rows, record)
             tracker.samples(samples, trainer.state.global_step)
             _record_result(cfg, record, trainer, objective, started)
+            ended = record.ends_as
     finally:
         board.close()
-        tracker.finish(record.summary(), saved)
+        tracker.finish(record.summary(), saved, ended)
         if report := place.report():
             record.update(**report)
     metrics = record.values["metrics"]
@@ -253,45 +256,3 @@ def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
         config=redact(plain(cfg)),
     )
     return tracker or Nowhere()
-
-
-def _train(trainer: Any, resume: str | None, record: Record, clock: Clock) -> None:
-    checkpoint, first = _checkpoint(record, resume)
-    if checkpoint and record.values["choices"]["peft"] == "adalora":
-        text = "adalora moves its ranks, and its checkpoints lack a part of that state"
-        raise ConfigError([("resume", f"{text}; start a new run")])
-    started = time.perf_counter()
-    clock.begin()
-    with stop.until_a_step_ends():
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = clock.seconds  # without evaluations
-    check_stepped(trainer.state)
-    if not math.isfinite(output.training_loss):
-        raise DivergedError(f"the training loss ended as {output.training_loss}")
-    check_finite(trainer.model.named_parameters(), trainer.state.global_step)
-    step = saved_step(trainer)
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry and entry["step"] <= step]
-    record.update(
-        steps=trainer.state.global_step,
-        saved_step=step,
-        metrics={
-            "train/loss": losses[-1] if losses else output.training_loss,
-            "train/seconds": time.perf_counter() - started,
-            "train/steps_per_s": (trainer.state.global_step - first) / seconds,
-            "train/tokens_per_s": clock.tokens / seconds,
-            "peak_bytes": float(peak_bytes()),
-        },
-    )
-
-
-def _checkpoint(record: Record, resume: str | None) -> tuple[str | None, int]:
-    """Return a resumed run's newest intact checkpoint, and its step; later metrics are deleted."""
-    if not resume:
-        return None, 0
-    checkpoint, step = newest(record.directory / "checkpoints", record.values["tracking_id"])
-    if checkpoint is None:
-        log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
-    record.rewind(step)
-    print_and_log(f"goes on from step {step}")
-    return str(checkpoint) if checkpoint else None, step

@@ -37,6 +37,7 @@ PAGES = sorted(
 ROOM_OF_GROUP = {
     "data": "data", "model": "model", "quant": "model", "peft": "adapter", "targets": "adapter",
     "algorithm": "algorithm", "tracking": "tracking",
+    "early_stopping": "early_stopping",
 }  # fmt: skip
 # modules without their own test file, by room, and why
 TESTED_ELSEWHERE = {

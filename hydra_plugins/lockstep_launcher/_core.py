@@ -11,24 +11,25 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import (
     JobReturn,
     configure_log,
-    filter_overrides,
     run_job,
     setup_globals,
 )
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lora_exp.config.overrides import split_override
-from lora_exp.config.sweeping import too_long
-from lora_exp.config.validation import job_config
-from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError
+from hydra_plugins.lockstep_launcher._jobs import common_keys, composed_job
+from lora_exp.early_stopping.bracket import Bracket
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError, Paused
 from lora_exp.files.lock import Lock
-from lora_exp.lockstep.plan import Job, Plan, labels, plan, show
-from lora_exp.lockstep.worker import Seats, Worker, failed, without_hydra
+from lora_exp.lockstep.brackets import brackets, forecasts, stopped_before
+from lora_exp.lockstep.plan import Job, Plan, plan, show
+from lora_exp.lockstep.work import Work, apart, together
+from lora_exp.lockstep.worker import Worker, failed, returned
 from lora_exp.record.contents import CHANGED, changed_files
 from lora_exp.record.standing import (
+    how_ended,
     is_unproven,
     mark_unproven,
+    objective_value,
     run_status,
     set_aside,
     write_status,
@@ -54,17 +55,21 @@ def launch(
     worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
     state, stop_immediately = _Launch(launcher), False
     try:
-        common = _common(job_overrides)
+        common = common_keys(job_overrides)
         jobs = [
-            _compose_job(launcher, list(overrides), initial_job_idx + i, ours, common)
+            composed_job(launcher, list(overrides), initial_job_idx + i, ours, common)
             for i, overrides in enumerate(job_overrides)
         ]
-        launch_plan = plan(jobs) if ours else Plan((), (), tuple((job, "") for job in jobs))
+        launch_plan = (
+            plan(jobs, stopped_before(jobs))
+            if ours
+            else Plan((), (), tuple((job, "") for job in jobs))
+        )
         if ours:
             # after a launch's first batch the summary is its own
             holds_sweep = initial_job_idx == 0 and (folder / SUMMARY).is_file()
             _check_sweep_dir(launch_plan, len(jobs), holds_sweep)
-            show(launch_plan)
+            show(launch_plan, forecasts(brackets(jobs, {})))
             refused = any(job.error for job, _ in launch_plan.without_training)
             write_command(folder, hydra, keep=refused)
         state.run(launch_plan, {job.number: job for job in jobs}, worker)
@@ -78,37 +83,6 @@ def launch(
             lock.release()
         configure_log(hydra.hydra_logging, hydra.verbose)
     return [state.returns[job.number] for job in jobs]
-
-
-def _common(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Return the keys that all jobs of a sweep override alike."""
-    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return sorted(split_override(override)[0] for override in shared)
-
-
-def _compose_job(
-    launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
-) -> Job:
-    """Compose a job as every launcher does, and settle its config as the job itself will."""
-    log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
-    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(
-        launcher.config, overrides
-    )
-    with open_dict(config):
-        config.hydra.job.id = config.hydra.job.num = number
-        if ours:  # Hydra's list of keys that do not distinguish jobs
-            config.hydra.job.config.override_dirname.exclude_keys += common
-    directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-    if faults := list(too_long(directory)):
-        raise ConfigError(faults)
-    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
-        config.hydra.runtime.output_dir = str(directory.absolute())
-    try:
-        master = launcher.config.hydra
-        settled = job_config(without_hydra(config), config.hydra, master) if ours else None
-    except LoraExpError as error:  # the job itself raises it again, in its own directory
-        return Job(number, config, None, directory, tuple(overrides), error)
-    return Job(number, config, settled, directory, tuple(overrides))
 
 
 def _check_sweep_dir(launch_plan: Plan, count: int, holds_sweep: bool) -> None:
@@ -135,6 +109,8 @@ class _Launch:
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
         self.unproven_jobs: list[int] = []  # not proven equal to runs alone
+        self.brackets: dict[int, Bracket] = {}
+        self.paused: set[int] = set()  # they wait at a rung for other jobs
         self.deaths = 0  # of workers, while no job was running
 
     def run(self, launch_plan: Plan, jobs: dict[int, Job], worker: Worker) -> None:
@@ -145,22 +121,27 @@ class _Launch:
             if job.error is not None and (job.directory / "run.json").is_file():
                 # the run in the directory is another one: its files stay unchanged
                 self.ended(job.number, failed(job.config, job.error))
+            elif job.settled is not None and how_ended(job.directory)[0] == "pruned":
+                self.ended(job.number, returned(job.config, objective_value(job.directory)))
             else:
                 self.ended(job.number, self._run_here(job))
         hydra = self.launcher.config.hydra
         configure_log(hydra.hydra_logging, hydra.verbose)  # these jobs have changed it
-        work = [_seats(pack) for pack in launch_plan.packs]
         alone = [job for job, _ in launch_plan.alone]
         for job in alone:
             self._set_aside(job)
         for job in [*alone, *(job for pack in launch_plan.packs for job in pack)]:
             _set_aside_changed(job)
-        self.train([*work, _alone(alone)], worker)
+        self.train(launch_plan, worker)
         self.retrain()
 
-    def train(self, work: list[Seats], worker: Worker) -> None:
-        """Send work; the running jobs of a dead worker are retried alone, once, then the rest."""
-        while work := [rest for seats in work if (rest := self._unfinished(seats)).jobs]:
+    def train(self, launch_plan: Plan, worker: Worker) -> None:
+        """Send work; the running jobs of a dead worker are retried alone, once, then the rest.
+
+        Jobs that wait for others at a rung have paused; they are sent again when all have ended
+        or paused.
+        """
+        while work := self._work(launch_plan):
             try:
                 worker.run(work, self)
             except LoraExpError as error:
@@ -174,15 +155,14 @@ class _Launch:
                 for number in lost:
                     write_status(self.jobs[number].directory, "interrupted", str(error))
                 for number in lost:
-                    self._retry_alone(number)
+                    self._retryapart(number)
                     self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
                     stop.check()
                 worker.replace()
             else:
-                if any(self._unfinished(seats).jobs for seats in work):
-                    raise Interrupted  # only the worker was asked to stop, and did
                 stop.check()
-                return
+                if any(n not in self.paused for part in work for n in self._unfinished(part)):
+                    raise Interrupted  # only the worker was asked to stop, and did
 
     def stopped(self) -> None:
         """Mark the jobs that were running as interrupted, after the worker has ended."""
@@ -198,14 +178,14 @@ class _Launch:
                 job.number, set_aside(job.directory),
             )  # fmt: skip
 
-    def _retry_alone(self, number: int) -> None:
+    def _retryapart(self, number: int) -> None:
         job = self.jobs[number]
         if number in self.unproven_jobs:
             mark_unproven(job.directory)
         self._set_aside(job)
         worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
         try:
-            worker.run([_alone([job])], self)
+            worker.run([apart([job], self._brackets())], self)
         except LoraExpError as error:
             stop.check()
             text = f"{error}, also when it was tried again, alone"
@@ -214,10 +194,29 @@ class _Launch:
         finally:
             worker.stop()
 
-    def _unfinished(self, seats: Seats) -> Seats:
-        numbers = [n for n, _ in seats.jobs if n not in self.returns]
-        jobs = [self.jobs[number] for number in numbers]
-        return _alone(jobs) if seats.mode is None else _seats(tuple(jobs))
+    def _work(self, launch_plan: Plan) -> list[Work]:
+        """Return the jobs that have not ended, with what is known of those to compare them with.
+
+        Raises:
+            LoraExpError: all jobs have paused, and none had reported anything new.
+        """
+        earlier, self.brackets = self.brackets, self._brackets()
+        if self.paused and self.brackets == earlier:
+            raise LoraExpError(f"jobs {sorted(self.paused)} wait for each other's rungs")
+        packs = [
+            [job for job in pack if job.number not in self.returns] for pack in launch_plan.packs
+        ]
+        alone = [job for job, _ in launch_plan.alone if job.number not in self.returns]
+        work = [together(pack, self.brackets) for pack in packs if pack]
+        return [*work, apart(alone, self.brackets)] if alone else work
+
+    def _brackets(self) -> dict[int, Bracket]:
+        results = {n: result._return_value for n, result in self.returns.items()}
+        failed = {n: isinstance(value, Exception) for n, value in results.items()}
+        return brackets(self.jobs.values(), failed)
+
+    def _unfinished(self, part: Work) -> list[int]:
+        return [number for number, _ in part.jobs if number not in self.returns]
 
     def _run_here(self, job: Job) -> JobReturn:
         """Run a job that needs no training, in this process."""
@@ -233,6 +232,9 @@ class _Launch:
     def began(self, number: int) -> None:
         """Call Hydra's callbacks, which are in this process."""
         self.running.add(number)
+        if number in self.paused:
+            self.paused.discard(number)
+            return
         self.launcher.hydra_context.callbacks.on_job_start(
             config=self.jobs[number].config, task_function=self.launcher.task_function
         )
@@ -261,12 +263,15 @@ class _Launch:
             self._mark_unproven(number)
         for number in numbers:
             if self.jobs[number].config.lockstep.on_difference == "retrain":
-                self._retry_alone(number)
+                self._retryapart(number)
                 stop.check()
 
     def ended(self, number: int, result: JobReturn) -> None:
         """Keep a job's result and call Hydra's callbacks."""
         self.running.discard(number)
+        if isinstance(result._return_value, Paused):
+            self.paused.add(number)
+            return
         self.returns[number] = result
         self.launcher.hydra_context.callbacks.on_job_end(
             config=self.jobs[number].config, job_return=result
@@ -279,21 +284,3 @@ def _set_aside_changed(job: Job) -> None:
         names = ", ".join(changed_files(job.directory, job.settled))
         text = "job %d is trained again, since %s changed; %s keeps what it was"
         log.warning(text, job.number, names, set_aside(job.directory, CHANGED))
-
-
-def _seats(jobs: tuple[Job, ...]) -> Seats:
-    configs = tuple((job.number, job.config) for job in jobs)
-    lockstep: Any = (
-        jobs[0].config.lockstep if jobs else OmegaConf.create({"mode": "exact", "verify": 0})
-    )
-    return Seats(
-        configs,
-        lockstep.mode,
-        lockstep.get("max_jobs"),
-        tuple(labels(jobs).values()),
-        lockstep.verify,
-    )
-
-
-def _alone(jobs: list[Job]) -> Seats:
-    return Seats(tuple((job.number, job.config) for job in jobs), None, None)

@@ -196,7 +196,7 @@ def _of_run(run: Path) -> Saved:
     for name in ("adapter", "model"):
         if (run / name).is_dir():
             return find(run / name)
-    from lora_exp.training.checkpoint import checkpoints_by_step, flaw, owner
+    from lora_exp.training.manifest import checkpoints_by_step, flaw, owner
 
     checkpoints = checkpoints_by_step(run / "checkpoints")
     for step in sorted(checkpoints, reverse=True):
@@ -209,7 +209,7 @@ def _of_run(run: Path) -> Saved:
 
 def _check_whole(folder: Path) -> None:
     """Refuse a checkpoint that differs from its manifest."""
-    from lora_exp.training.checkpoint import MANIFEST, flaw, owner
+    from lora_exp.training.manifest import MANIFEST, flaw, owner
 
     run_id = owner(folder)
     if (folder / MANIFEST).exists() and (reason := flaw(folder, run_id or "")) is not None:

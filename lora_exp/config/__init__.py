@@ -15,6 +15,7 @@ learning        settings under which nothing is learnt
 arguments       mistakes inside arguments, missing packages
 owned           arguments that a run sets itself
 pairs           settings that do not work together
+stopping        early stopping that cannot work
 sweeping        Hydra's section of a sweep
 mistakes        Hydra's errors as our own
 validation      every fault of a config

@@ -24,7 +24,9 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.paths import near_names
 from lora_exp.files.redaction import redact_text
 
-GROUPS = ("model", "quant", "peft", "targets", "algorithm", "data", "tracking")  # one option each
+GROUPS = (
+    "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "early_stopping",
+)  # one option each  # fmt: skip
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
     "name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
@@ -34,6 +36,7 @@ NOT_COMPUTED = (
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
     r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
+    r"|early_stopping"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
@@ -149,6 +152,7 @@ def _resumed(
     # keys that did not exist when the run was saved
     current["adapter_base"] = values.get("adapter_base")
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    current["early_stopping"] = values.get("early_stopping")
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
     if current["keep"] == "best" and not saves_each_best(values["train"]):
         text = "best, but the run saves no checkpoint of each evaluation, so the best may be lost"
@@ -213,6 +217,8 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
+    if "patience" not in (values["early_stopping"] or {}):
+        del values["early_stopping"]  # the other rules do not change what a finished run saves
     values["train"] |= limits or {}
     # as earlier versions wrote it, which had no such keys, and sdpa for what auto is
     model, quant = values["model"], values.get("quant")

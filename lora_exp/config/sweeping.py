@@ -11,16 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.overrides import split_override
 from lora_exp.config.ranges import Fault
 
+OURS = "hydra_plugins.lockstep_launcher"
 MAX_NAME_BYTES = 255  # of a folder's name, on every common file system
 
 
-def sweep_faults(hydra: DictConfig, master: DictConfig | None, goal: str) -> Iterator[Fault]:
+def sweep_faults(hydra: DictConfig, master: DictConfig | None, cfg: DictConfig) -> Iterator[Fault]:
     """Yield a fault for each setting of a sweep that has no effect, or opposes the goal.
 
     Args:
         hydra: the `hydra` section of one job.
         master: that of the whole sweep, if it is known.
-        goal: `goal` of the job's config.
+        cfg: the job's settled config.
     """
     overridden = {split_override(override)[0] for override in hydra.overrides.task}
     params = (hydra.sweeper.get("params") or {}) if hydra.get("sweeper") else {}
@@ -36,8 +37,12 @@ def sweep_faults(hydra: DictConfig, master: DictConfig | None, goal: str) -> Ite
         if master is not None and OmegaConf.select(hydra, key) != OmegaConf.select(master, key):
             text = "a preset's has no effect in a sweep over presets; give it on the command"
             yield f"hydra.{key.partition('.')[0]}", f"{text} line, or launch the preset by itself"
-    if is_sweep and (opposing := _opposing_key(hydra, goal)):
-        yield opposing, f"is against goal={goal}: the sweeper would look for the worst"
+    if is_sweep and (opposing := _opposing_key(hydra, cfg.goal)):
+        yield opposing, f"is against goal={cfg.goal}: the sweeper would look for the worst"
+    launcher = str(OmegaConf.select(hydra, "launcher._target_"))
+    if is_sweep and "first_rung" in (cfg.early_stopping or {}) and not launcher.startswith(OURS):
+        text = f"{cfg.choices.early_stopping} compares jobs, and this launcher runs each by itself"
+        yield "early_stopping", f"{text}; hydra/launcher=lockstep, which is the default"
 
 
 def too_long(directory: Path) -> Iterator[Fault]:

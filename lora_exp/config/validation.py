@@ -23,6 +23,7 @@ from lora_exp.config.ranges import Fault, is_number, range_faults
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
+from lora_exp.config.stopping import stopping_faults
 from lora_exp.config.sweeping import sweep_faults
 from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
@@ -41,7 +42,7 @@ KEYS = {
     "": (
         "name", "seed", "resume", "retry_failed", "strict", "adapter", "adapter_base", "objective",
         "goal", "keep", "trusted_targets", "train", "rate", "samples", "model", "quant", "peft",
-        "targets", "algorithm", "data", "tracking", "lockstep", "choices",
+        "targets", "algorithm", "data", "tracking", "early_stopping", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
@@ -70,7 +71,7 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
     common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
     overrides = list(hydra.overrides.task)
     settled = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
-    if faults := list(sweep_faults(hydra, master, settled.goal)):
+    if faults := list(sweep_faults(hydra, master, settled)):
         raise ConfigError(faults)
     return settled
 
@@ -86,7 +87,7 @@ def validate(cfg: DictConfig) -> DictConfig:
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
         faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
-        faults += [*_algorithm(cfg), *pair_faults(cfg), *_files(cfg)]
+        faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg), *_files(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -105,7 +106,7 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
             yield key, "is not a section; choose an option of its group, or leave it as it is"
             return
-    for key in ("model", "quant", "peft", "data", "tracking"):
+    for key in ("model", "quant", "peft", "data", "tracking", "early_stopping"):
         node = cfg[key]
         if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
             text = f"is no option of conf/{key} (null is {key}=none); a preset may have set values"

@@ -22,6 +22,8 @@ passes        one forward, one backward for all
 pack          jobs that share a base
 seat          a job's place in a pack
 plan          which jobs train together
+brackets      which jobs are compared
 table         a pack on one screen
+work          jobs for a worker
 worker        the process that trains a plan
 """

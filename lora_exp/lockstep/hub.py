@@ -57,6 +57,7 @@ class Hub:
         self._queue: deque[tuple[int, Callable[[], None]]] = deque()
         self._live: dict[int, greenlet] = {}
         self._waiting: dict[int, Request] = {}
+        self._conditions: dict[int, Callable[[], bool]] = {}  # of jobs that wait for others
         self._request_count = 0
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
@@ -98,8 +99,24 @@ class Hub:
             state.restore()
             request.random.restore()
 
+    def wait_for(self, job: int, condition: Callable[[], bool]) -> None:
+        """Wait, in the running job, until a condition holds or no other job can change it."""
+        random, state = RandomState.now(), ProcessState.now()
+        self._conditions[job] = condition
+        try:
+            self._main.switch()
+        finally:
+            state.restore()
+            random.restore()
+
     def _serve(self) -> None:
         """Serve waiting requests: forwards before backwards; the reverse if memory has run out."""
+        ready = [job for job, holds in sorted(self._conditions.items()) if holds()]
+        if not ready and not self._waiting:
+            ready = sorted(self._conditions)
+        for job in ready:
+            del self._conditions[job]
+            self._switch(job)
         if not self._waiting:
             return
         low_memory = self.max_batch is not None
@@ -181,6 +198,7 @@ class Hub:
     def _end(self, error: BaseException) -> None:
         """Raise the error in every job, so that each can finish its record."""
         self._waiting.clear()
+        self._conditions.clear()
         for job in list(self._live):
             try:
                 self._switch(job, error=type(error)(*error.args))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,13 @@ class Plan:
     alone: tuple[tuple[Job, str], ...]  # with the reason
 
 
-def plan(jobs: Iterable[Job]) -> Plan:
-    """Group jobs with the same base into packs; a job that would change its base runs alone."""
+def plan(jobs: Iterable[Job], stopped: Container[int] = ()) -> Plan:
+    """Group jobs with the same base into packs; a job that would change its base runs alone.
+
+    Args:
+        jobs: of a sweep.
+        stopped: numbers of those that an earlier launch has stopped, and that stay stopped.
+    """
     without_training: list[tuple[Job, str]] = []
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
@@ -82,6 +87,8 @@ def plan(jobs: Iterable[Job]) -> Plan:
             job.directory, job.settled
         ):
             without_training.append((job, "finished before, not run again"))
+        elif job.number in stopped:
+            without_training.append((job, "stopped early before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
             text = f"{status} before, not run again but with retry_failed=true"
             without_training.append((job, text))
@@ -164,8 +171,8 @@ def _short(label: str) -> str:
     return label if len(label) <= LABEL else f"{label[: LABEL // 2]}…{label[-LABEL // 2 + 1 :]}"
 
 
-def show(planned: Plan) -> None:
-    """Print the plan: job numbers and how they run."""
+def show(planned: Plan, comparisons: Iterable[tuple[list[int], str]] = ()) -> None:
+    """Print the plan: job numbers and how they run, then which are compared and how."""
     from rich.text import Text
 
     from lora_exp.record.console import console
@@ -177,9 +184,9 @@ def show(planned: Plan) -> None:
         lines.append((f"in lockstep ({first.lockstep.mode}) on {where}", list(pack)))
     lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(planned.alone).items()]
     console.print(Text("     jobs", style="dim"))
-    for text, jobs in lines:
-        numbers = _ranges([job.number for job in jobs])
-        console.print(Text.assemble((f"{numbers:>9}  ", "bold"), text))
+    numbered = [([job.number for job in jobs], text) for text, jobs in lines]
+    for numbers, text in (*numbered, *comparisons):
+        console.print(Text.assemble((f"{_ranges(numbers):>9}  ", "bold"), text))
     for job, _ in planned.without_training:
         if job.error is not None:
             console.print(Text(f"job {job.number}: {job.error}"))

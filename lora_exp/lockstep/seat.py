@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from lora_exp.config.door import plain
+from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.lockstep.pack import Pack
 from lora_exp.model.loading import Base
 from lora_exp.record.progress import Board
@@ -28,8 +30,20 @@ UNTRAINED = (
 class Seat:
     """A job's place in a pack."""
 
-    def __init__(self, pack: Pack, job: int, board: Board) -> None:
-        self.pack, self.job, self._board = pack, job, board
+    def __init__(
+        self, pack: Pack, index: int, board: Board, job: int = 0, bracket: Bracket | None = None
+    ) -> None:
+        """Create the place of a job.
+
+        Args:
+            pack: the job's.
+            index: of the job in its pack.
+            board: the job's row of the pack's table.
+            job: its number in the sweep.
+            bracket: the jobs that it is compared with; some may be in other packs.
+        """
+        self.pack, self.index, self._board = pack, index, board
+        self.job, self.bracket = job, bracket
         self.name = f"lockstep, {pack.mode}"
 
     def base(self, cfg: DictConfig) -> Base:
@@ -62,16 +76,20 @@ class Seat:
 
     def join(self, trainer: Any) -> None:
         """Share the pack's passes from here on."""
-        self.pack.join(self.job, trainer)
+        self.pack.join(self.index, trainer)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, or no other job of the pack can bring it about."""
+        self.pack.hub.wait_for(self.index, condition)
 
     def report(self) -> dict[str, Any]:
         """Return how the pack's passes were shared and verified so far."""
-        why_apart = {"why_apart": self.pack.why_apart(self.job)}
+        why_apart = {"why_apart": self.pack.why_apart(self.index)}
         return {"lockstep": self.pack.passes.report() | why_apart}
 
     def leave(self) -> None:
         """Free the seat; if other jobs wait for it, also collect the job's garbage."""
-        self.pack.leave(self.job)
+        self.pack.leave(self.index)
         if self.pack.hub.queued:
             gc.unfreeze()
             gc.collect()

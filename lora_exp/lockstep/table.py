@@ -91,12 +91,21 @@ class Table:
         else:
             self.console.print(self._summary())
 
-    def ended(self, row: Row, status: str) -> None:
-        """Set a job's final status; print it if there is no terminal."""
-        row.status = status
+    def ended(self, row: Row, status: str, reason: str = "") -> None:
+        """Set a job's final status; print it if there is no terminal.
+
+        Args:
+            row: the job's.
+            status: as in run.json.
+            reason: why it ended early, if it did; no more of its steps are expected then.
+        """
+        row.status = f"{status}: {reason}" if reason else status
+        if reason:
+            row.steps = row.step
         if not self.console.is_terminal:
-            loss = f"  loss {row.shown['loss']}" if row.shown else ""
-            line = f"job {row.number} ({row.name}): {status} at step {row.step}{loss}"
+            loss = f"  loss {row.shown['loss']}" if "loss" in row.shown else ""
+            at = "" if reason else f" at step {row.step}"
+            line = f"job {row.number} ({row.name}): {row.status}{at}{loss}"
             self.console.print(Text(line))
 
     def _rendered(self) -> RenderableType:

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -23,10 +23,16 @@ from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lora_exp.errors import DivergedError, Interrupted, LoraExpError
+from lora_exp.early_stopping.bracket import Bracket
+from lora_exp.errors import DivergedError, Interrupted, LoraExpError, Paused
+from lora_exp.lockstep.work import Work
+from lora_exp.record.standing import how_ended
 from lora_exp.training.interruption import stop
+from lora_exp.training.place import Alone, here
 
-Config = tuple[int, DictConfig]
+STATUSES = {
+    DivergedError: "diverged", Paused: "paused", Interrupted: "interrupted", Exception: "failed",
+}  # fmt: skip
 # packages whose errors can be sent to the launcher
 SENDABLE = ("builtins", "lora_exp", "hydra", "omegaconf")
 
@@ -38,17 +44,6 @@ def end_with_parent(launcher: int) -> None:
         prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != launcher:
         raise SystemExit(130)
-
-
-@dataclass(frozen=True)
-class Seats:
-    """Jobs that share a base, and in which mode; None: each has the process to itself."""
-
-    jobs: tuple[Config, ...]
-    mode: str | None
-    max_jobs: int | None
-    names: tuple[str, ...] = ()
-    verify: float = 0.0
 
 
 class Launch(Protocol):
@@ -80,7 +75,7 @@ class Worker:
         self.process.start()
         other_end.close()
 
-    def run(self, work: list[Seats], launch: Launch) -> None:
+    def run(self, work: list[Work], launch: Launch) -> None:
         """Send work and pass on its events, until all of it is done or the worker has died.
 
         Raises:
@@ -99,7 +94,7 @@ class Worker:
         self.process.join()
         raise LoraExpError(f"the worker was {_exit_reason(self.process.exitcode or 0)}")
 
-    def _send(self, work: list[Seats]) -> None:
+    def _send(self, work: list[Work]) -> None:
         with suppress(OSError):  # it has died; `_received` notices
             self.pipe.send(work)
 
@@ -158,16 +153,30 @@ def _run_all(pipe: Connection, context: HydraContext, task: TaskFunction, warm: 
     if warm:
         import lora_exp.experiment
         import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
-    for seats in pipe.recv():
-        report = _Report(pipe, context, task)
-        if seats.mode is None:
-            for number, config in seats.jobs:
-                report.run(number, config)
-        else:
-            _train_pack(seats, report)
-            gc.unfreeze()  # free the pack and its base
-            gc.collect()
-    pipe.send(("over",))
+    while parts := _received(pipe):
+        for work in parts:
+            _run(work, pipe, context, task)
+        pipe.send(("over",))
+
+
+def _received(pipe: Connection) -> list[Work]:
+    """Wait for work; none: the launcher has no more."""
+    try:
+        return list(pipe.recv())
+    except EOFError:
+        return []
+
+
+def _run(work: Work, pipe: Connection, context: HydraContext, task: TaskFunction) -> None:
+    report = _Report(pipe, context, task, work.brackets)
+    if work.mode is not None:
+        _train_pack(work, report)
+        gc.unfreeze()  # free the pack and its base
+        gc.collect()
+        return
+    for number, config in work.jobs:
+        here.set(Alone(number, work.brackets.get(number)))
+        report.run(number, config)
 
 
 @dataclass
@@ -175,6 +184,7 @@ class _Report:
     pipe: Connection
     context: HydraContext
     task: TaskFunction
+    brackets: Mapping[int, Bracket]
 
     def send(self, *message: Any) -> None:
         try:
@@ -200,6 +210,9 @@ class _Report:
             result = failed(config, error)
         except Exception as error:  # Hydra's errors, before or after the task
             result = failed(config, error)
+        value = result._return_value
+        if number in self.brackets and not isinstance(value, Interrupted):
+            self.brackets[number].end(number, failed=isinstance(value, Exception))
         self.send("ended", number, portable(result))
         return result
 
@@ -214,12 +227,17 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 def failed(config: DictConfig, error: BaseException) -> JobReturn:
     """Return the result of a job that ended before Hydra could return one."""
+    return returned(config, error, JobStatus.FAILED)
+
+
+def returned(config: DictConfig, value: Any, status: JobStatus = JobStatus.COMPLETED) -> JobReturn:
+    """Return the result of a job that Hydra has not run."""
     result = JobReturn()
     result.cfg = without_hydra(config)
     result.hydra_cfg = OmegaConf.masked_copy(config, "hydra")
     result.overrides = list(config.hydra.overrides.task)
     result.working_dir, result.task_name = str(Path.cwd()), config.hydra.job.name
-    result.return_value, result.status = error, JobStatus.FAILED
+    result.return_value, result.status = value, status
     return result
 
 
@@ -234,39 +252,38 @@ def portable(result: JobReturn) -> JobReturn:
     return result
 
 
-def _train_pack(seats: Seats, report: _Report) -> None:
+def _train_pack(work: Work, report: _Report) -> None:
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table
     from lora_exp.model.memory import keep_freed
-    from lora_exp.training.place import here
 
     keep_freed()
-    rows = [Row(n, name) for (n, _), name in zip(seats.jobs, seats.names, strict=True)]
-    pack = Pack(seats.mode or "exact", seats.max_jobs, seats.verify)
+    rows = [Row(n, name) for (n, _), name in zip(work.jobs, work.names, strict=True)]
+    pack = Pack(work.mode or "exact", work.max_jobs, work.verify)
     table = Table("in lockstep", rows, pack.passes.trained_tokens)
 
     def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:
-            here.set(Seat(pack, index, rows[index]))
+            here.set(Seat(pack, index, rows[index], number, work.brackets.get(number)))
             result = report.run(number, config)
-            table.ended(rows[index], _status(result._return_value))
+            table.ended(rows[index], *_ended(result))
 
         return run
 
     def report_difference(indices: list[int], difference: str) -> None:
-        report.send("unproven", [seats.jobs[index][0] for index in indices], difference)
+        report.send("unproven", [work.jobs[index][0] for index in indices], difference)
 
     pack.passes.verification.on_difference = report_difference
     pack.hub.tick = table.tick
     with table.open():
-        pack.hub.run(job(index, *arguments) for index, arguments in enumerate(seats.jobs))
+        pack.hub.run(job(index, *arguments) for index, arguments in enumerate(work.jobs))
 
 
-def _status(returned: Any) -> str:
-    """Return how a job ended: its status, as in run.json."""
-    if isinstance(returned, DivergedError):
-        return "diverged"
-    if isinstance(returned, Interrupted):
-        return "interrupted"
-    return "failed" if isinstance(returned, Exception) else "finished"
+def _ended(result: JobReturn) -> tuple[str, str]:
+    """Return how a job ended, as in run.json, and why it ended early, if it did."""
+    returned = result._return_value
+    for kind, status in STATUSES.items():
+        if isinstance(returned, kind):
+            return status, ""
+    return how_ended(Path(str(result.hydra_cfg.hydra.runtime.output_dir)))  # type: ignore[union-attr]

@@ -24,8 +24,14 @@ class Tracker(Protocol):
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Take the answers before and after training."""
 
-    def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
-        """Take the final metrics and the saved folder (None: the run failed), and close."""
+    def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
+        """Take the final metrics, the saved folder and how the run ended, and close.
+
+        Args:
+            summary: metrics and counts.
+            saved: None: nothing was saved.
+            ended: `finished`, `pruned` or `failed`.
+        """
 
 
 class Nowhere:
@@ -39,7 +45,7 @@ class Nowhere:
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Do nothing: samples.jsonl has them."""
 
-    def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
+    def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         """Do nothing."""
 
 

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.door import plain, renamed
 from lora_exp.config.resume import LIMITS, changes
 from lora_exp.config.settled import fingerprint
-from lora_exp.errors import ConfigError, DivergedError, LoraExpError
+from lora_exp.errors import ConfigError, DivergedError, LoraExpError, Paused
 from lora_exp.files.lock import Lock
 from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
@@ -50,7 +50,7 @@ class Record:
         Raises:
             ConfigError: the directory holds another run, is not that to resume, or is in use.
         """
-        self.directory = directory
+        self.directory, self.ends_as = directory, "finished"  # or pruned
         path = directory / "run.json"
         resumes = cfg.resume is not None and Path(cfg.resume).resolve() == directory.resolve()
         if cfg.resume is not None and not resumes:
@@ -132,7 +132,7 @@ class Record:
             self._compare_versions()
         write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
         self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
-        self.update(status="running", error=None)
+        self.update(status="running", error=None, stopped=None)
 
     def _compare_versions(self) -> None:
         current, earlier = versions(), self.values["versions"]
@@ -203,7 +203,7 @@ class Record:
                 raise refused from error
             raise
         else:
-            self.update(status="finished")
+            self.update(status=self.ends_as)
         finally:
             self.lock.release()
 
@@ -211,6 +211,7 @@ class Record:
         """Record the error that ended the run."""
         status = "diverged" if isinstance(error, DivergedError) else "failed"
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
+        status = "paused" if isinstance(error, Paused) else status
         is_ours = isinstance(error, LoraExpError)
         text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         try:

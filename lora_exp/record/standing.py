@@ -99,6 +99,29 @@ def objective_value(directory: Path) -> float:
     return math.nan if value is None else float(value)
 
 
+def how_ended(directory: Path) -> tuple[str, str]:
+    """Return a run's recorded status, and why it ended early, if it did.
+
+    A task that is not ours has no record: it has `finished`.
+    """
+    try:
+        record = _record(directory)
+        return str(record["status"]), str((record.get("stopped") or {}).get("reason", ""))
+    except (OSError, ValueError, KeyError):
+        return "finished", ""
+
+
+def rung_reports(directory: Path) -> list[dict[str, Any]]:
+    """Return what a run has reported at rungs: `rung`, `step`, `value`; none if it cannot be read.
+
+    A value that was not a number is null.
+    """
+    try:
+        return list(_record(directory).get("rungs") or ())
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
 def error_text(directory: Path) -> str:
     """Return the error of a failed run."""
     return str(_record(directory)["error"])

@@ -156,7 +156,7 @@ def unused(rows: Rows) -> list[str]:
     return [name for name in columns if name not in FIELDS]
 
 
-def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
+def conclude(record: Record, objective: str, place: str, saved: Path | None) -> None:
     """Print the metrics before and after training, and where everything was saved."""
     metrics: dict[str, Any] = record.values["metrics"]
     table = Table()
@@ -175,12 +175,13 @@ def conclude(record: Record, objective: str, place: str, saved: Path) -> None:
     lines = {
         "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
         "objective": f"{objective} {metrics[objective]:.4f}",
+        "stopped early": _stopped(record),
         "evaluations": _best(record),
         "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
         "speed": _speed(metrics),
         "peak memory": size(int(metrics["peak_bytes"])),
         "run": str(record.directory),
-        saved.name: str(saved),
+        **({saved.name: str(saved)} if saved else {}),
         "W&B": place,
     }
     print_and_log(facts("", {key: value for key, value in lines.items() if value != "none"}))
@@ -193,12 +194,20 @@ def _best(record: Record) -> str:
         return "none"
     extreme = "highest" if best["goal"] == "maximize" else "lowest"
     text = f"{best['metric']} {extreme} at step {best['step']}: {best['value']:.4g}"
+    if saved is None:
+        return f"{text}; nothing is saved"
     text += f"; saved is step {saved}"
     if best["step"] == saved:
         return text
     if best["checkpoint"]:
         return f"{text} (the best lies in {best['checkpoint']}; keep=best saves it)"
     return f"{text} (keep=best saves the best)"
+
+
+def _stopped(record: Record) -> str:
+    """Return which rule ended the training before its last step, and why."""
+    stopped = record.values.get("stopped")
+    return f"{stopped['rule']}: {stopped['reason']}" if stopped else "none"
 
 
 def _speed(metrics: dict[str, Any]) -> str:

@@ -135,7 +135,8 @@ def sweep_table(folder: Path, rows: list[dict[str, Any]]) -> Table:
         values = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
         numbers = [r["objective"], *(r["metrics"].get(key) for key in shown_metrics)]
         number_texts = [short(n) if n is not None else "-" for n in numbers]
-        status = r["status"] + ("" if r["proven"] else ", not proven equal")
+        stopped = f": {r['stopped']['reason']}" if r.get("stopped") else ""
+        status = r["status"] + stopped + ("" if r["proven"] else ", not proven equal")
         table.add_row(r["job"], *(Text(c) for c in values), *number_texts, Text(status))
     return table
 
@@ -148,7 +149,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def best_job(folder: Path) -> Path | None:
     """Return the directory of a sweep's best job; None: no job has finished."""
-    rows = [r for r in read_rows(folder) if r["objective"] is not None]
+    rows = [r for r in read_rows(folder) if r["objective"] is not None and r["status"] != "pruned"]
     return folder / rows[0]["job"] if rows else None
 
 
@@ -209,6 +210,7 @@ def job_row(directory: Path, overrides: list[str], job_return: Any) -> dict[str,
         "judged_by": record.get("objective"),
         "goal": record.get("goal"),
         "status": record.get("status", "failed"),
+        "stopped": record.get("stopped"),
         "error": redact(error),
         "overrides": dict(pairs),
         "proven": record.get("lockstep", {}).get("proven") is not False,
@@ -224,7 +226,7 @@ def read_row(directory: Path) -> dict[str, Any]:
     record = json.loads(path.read_text()) if path.is_file() else {}
     result = JobReturn()
     result._return_value = LoraExpError(record.get("error") or f"see {directory}/run.log")
-    if record.get("status") == "finished":
+    if record.get("status") in ("finished", "pruned"):
         result._return_value = record["metrics"][record["objective"]]
     saved = directory / ".hydra" / "overrides.yaml"
     overrides: Any = OmegaConf.load(saved) if saved.is_file() else []
@@ -254,11 +256,17 @@ def _read_summary(path: Path) -> list[dict[str, Any]]:
     return rows if is_ours else []
 
 
-def sort_key(row: dict[str, Any]) -> float:
-    """Return the key that sorts the best row first, rows without an objective last."""
+def sort_key(row: dict[str, Any]) -> tuple[float, float]:
+    """Return the key that sorts the best row first.
+
+    Jobs that trained to their end stand before pruned ones, of which the later stands first; rows
+    without an objective are last.
+    """
     if row["objective"] is None:
-        return math.inf
-    return -float(row["objective"]) if row["goal"] == "maximize" else float(row["objective"])
+        return math.inf, math.inf
+    value = float(row["objective"])
+    pruned_at = row["stopped"]["step"] if row["status"] == "pruned" else math.inf
+    return -pruned_at, -value if row["goal"] == "maximize" else value
 
 
 def varied_keys(rows: list[dict[str, Any]]) -> list[str]:

@@ -87,8 +87,10 @@ class Wandb:
                 table.add_data(*(sample[column] for column in columns))
             self.run.log({"samples": table}, step=step)
 
-    def finish(self, summary: dict[str, Any], saved: Path | None) -> None:
-        """Send the summary and the adapter, and close the run."""
+    def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
+        """Send the summary and the adapter, and close the run; a pruned one gets a tag."""
+        if ended == "pruned":
+            self.run.tags = (*(self.run.tags or ()), ended)
         self.run.summary.update(summary)
         # artifacts are staged in the run's directory, so that it can be synced from elsewhere
         with _environment("WANDB_DATA_DIR", str(self.data_dir)):
@@ -98,7 +100,7 @@ class Wandb:
                 for path in sorted(saved.iterdir()):  # add_dir would print
                     artifact.add_file(str(path))
                 self.run.log_artifact(artifact)
-            self.run.finish(exit_code=1 if saved is None else 0)
+            self.run.finish(exit_code=1 if ended == "failed" else 0)
         Wandb.live -= 1
         written = self.data_dir.glob("offline-run-*/*.wandb")
         if self.mode == "offline" and not any(file.stat().st_size for file in written):

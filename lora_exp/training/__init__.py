@@ -5,9 +5,12 @@ guards        stops on NaN and missing gradients
 housekeeping  saves repeated work in each step
 averages      evaluations as means over tokens
 best          which evaluation was the best
-checkpoint    complete or absent; finds the newest
+manifest      a checkpoint's hashes; the newest intact
+checkpoint    complete or absent; the best kept
 answers       greedy answers before and after
 place         alone, or in a lockstep pack
 measure       held-out rows before and after
+early_stopping measured at rungs, stopped there
 trainer       the algorithm's trainer, built and guarded
+loop          from a checkpoint to the end
 """

@@ -1,13 +1,11 @@
-"""Checkpoints that are complete or absent, hashed, and marked with their run.
+"""Checkpoints of a trainer: complete or absent, the best kept.
 
-Knows files and trainers' methods, nothing of configs. A checkpoint has what transformers saves,
-and what it leaves out: rollouts, the encoders of trained prompts, a reference that is updated.
+Knows trainers' methods, nothing of configs. A checkpoint has what transformers saves, and what it
+leaves out: rollouts, the encoders of trained prompts, a reference that is updated.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
 from collections.abc import Iterable
 from functools import cache
@@ -21,82 +19,15 @@ from transformers.trainer_utils import TrainOutput
 
 from lora_exp.adapter.untrusted import numbers_only
 from lora_exp.errors import CheckpointError
-from lora_exp.files.whole import clear, sha256, whole
+from lora_exp.files.whole import whole
 from lora_exp.training.averages import Averages
 from lora_exp.training.best import Watched
+from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.guards import check_finite
 from lora_exp.training.interruption import stop
+from lora_exp.training.manifest import PREFIX, checkpoints_by_step, flaw, owner, seal
 
-log = logging.getLogger("lora_exp")
-MANIFEST, ROLLOUT = "manifest.json", "rollout.pt"
-TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
-PREFIX = "checkpoint-"
-
-
-def _hashed_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def seal(folder: Path, run: str, step: int) -> None:
-    """Write a checkpoint's manifest: its run, its step and the hash of each of its files."""
-    files = {str(path.relative_to(folder)): sha256(path) for path in _hashed_files(folder)}
-    text = json.dumps({"run": run, "step": step, "files": files}, indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def flaw(folder: Path, run: str) -> str | None:
-    """Return why a run cannot resume from a checkpoint, or None if it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, saved_run, step = manifest["files"], manifest["run"], manifest["step"]
-        present = {str(path.relative_to(folder)): path for path in _hashed_files(folder)}
-        present = {name: path for name, path in present.items() if not name.startswith(".")}
-        if missing := sorted(files.keys() - present.keys()):
-            return f"lacks {', '.join(missing)}"
-        if extra := sorted(present.keys() - files.keys()):
-            return f"has files that it was not saved with: {', '.join(extra)}"
-        if changed := [name for name in files if sha256(present[name]) != files[name]]:
-            return f"is damaged: {', '.join(changed)} changed since it was written"
-    except FileNotFoundError:
-        return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"cannot be read ({type(error).__name__}: {error})"
-    if saved_run != run or folder.name != f"{PREFIX}{step}":
-        return "belongs to another run"
-    return None
-
-
-def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints in a folder, of any run: step -> path."""
-    names = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
-    return {int(name): path for name, path in names.items() if name.isdigit()}
-
-
-def owner(folder: Path) -> str | None:
-    """Return the run that a checkpoint's manifest names, or None."""
-    try:
-        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def newest(folder: Path, run: str) -> tuple[Path | None, int]:
-    """Return the newest intact checkpoint of a run, and its step.
-
-    Newer ones that are damaged or of another run are reported once and renamed.
-    """
-    clear(folder)
-    checkpoints = checkpoints_by_step(folder)
-    for step in sorted(checkpoints, reverse=True):
-        path = checkpoints[step]
-        reason = flaw(path, run)
-        if reason is None:
-            return path, step
-        aside = path.with_name(f"unused-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        log.warning("%s %s; it is set aside as %s", path, reason, aside.name)
-    return None, 0
+ROLLOUT, TRAINED, REFERENCE = "rollout.pt", "trained.safetensors", "reference.safetensors"
 
 
 class Checkpoints:
@@ -104,6 +35,7 @@ class Checkpoints:
 
     owner = ""  # the run whose checkpoints these are
     watched = Watched("loss", maximize=False)
+    early_stopping: EarlyStopping | None = None
     model: Any
     state: Any
     args: Any
@@ -113,7 +45,7 @@ class Checkpoints:
     _holds_best = False  # the model has the best checkpoint's weights, not the last step's
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
-        """Train; if the checkpoint is of the last step, only load it, or one more step would run.
+        """Train; a checkpoint after which no step is left is only loaded, or one more would run.
 
         Returns:
             transformers' `TrainOutput`.
@@ -124,7 +56,8 @@ class Checkpoints:
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         loader = self.get_train_dataloader()  # type: ignore[attr-defined]
         *_, steps = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
-        if state.global_step < steps:
+        stops = self.early_stopping and self.early_stopping.resumed(self, state, steps, folder)
+        if state.global_step < steps and not stops:
             options["resume_from_checkpoint"] = resume_from_checkpoint
             return super().train(**options)  # type: ignore[misc]
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -154,6 +87,8 @@ class Checkpoints:
             self._postponed = step
             return
         super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
+        if self.early_stopping is not None:
+            self.early_stopping.step_ended(self)
         if stop.asked:
             self.ensure_checkpoint()
             stop.check()

@@ -33,7 +33,7 @@ def before(
     if cfg.resume and any(name.startswith("before/") for name in record.values["metrics"]):
         return record.samples()
     trainer_metrics, accuracy, answers = place.untrained(
-        cfg, trainer, lambda: _measure("before", cfg, trainer, base, held_out)
+        cfg, trainer, lambda: _measure("before training", cfg, trainer, base, held_out, 0)
     )
     metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
     record.update(metrics={f"before/{name}": value for name, value in metrics.items()})
@@ -60,13 +60,39 @@ def after(
     samples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Measure after training, and add the answers to those from before."""
-    trainer_metrics, accuracy, answers = _measure("after", cfg, trainer, base, held_out)
+    step = saved_step(trainer)
+    measured = _measure("after training", cfg, trainer, base, held_out, step)
+    trainer_metrics, accuracy, answers = measured
     metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
     pairs = zip(samples, answers, strict=True)
     samples = [sample | {"after": a.text} for sample, a in pairs]
     record.write_samples(samples)
     return samples
+
+
+def present(
+    objective: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]
+) -> dict[str, float]:
+    """Measure a trainer's present weights, as far as an objective needs it.
+
+    Neither the random state nor the training is changed. An evaluation that the trainer has made
+    at this step is not repeated.
+
+    Returns:
+        Metrics by name, the objective among them.
+    """
+    step = trainer.state.global_step
+    if objective == "train/loss":
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {objective: float(losses[-1])}
+    if objective.removeprefix("eval/") in cfg.algorithm.metrics:
+        metrics = _all_metrics(cfg, _evaluated(trainer, step), None, [])
+    else:
+        with torch.random.fork_rng():
+            measured = _measure(f"at step {step}", cfg, trainer, base, held_out, step)
+        metrics = _all_metrics(cfg, *measured)
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def objective_name(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:
@@ -84,30 +110,29 @@ def objective_name(wanted: str, metrics: dict[str, float], held_out: Tokens | No
     raise ConfigError([("objective", text)])
 
 
-def _measure(when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]) -> Measured:
-    metrics = _latest_evaluation(trainer)
-    if metrics is None:
-        metrics = {}
-        if trainer.eval_dataset is not None:
-            trainer.evaluate()
-            metrics = _evaluation(trainer.state.log_history[-1])  # it logs more than it returns
+def _measure(
+    when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row], step: int
+) -> Measured:
+    """Evaluate and answer with the trainer's present weights, which are those of a step."""
+    metrics = _evaluated(trainer, step)
     with trainer.accelerator.autocast():  # in the precision that the loss is computed in
         if not trainer.model.can_generate():
             return metrics, None, []
         accuracy = None
         if held_out and "chosen" in held_out[0]:
             accuracy = preference_accuracy(trainer.model, base.tokenizer, held_out, trainer.args)
-        what = f"{when} training"
-        answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, what)
+        answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, when)
         return metrics, accuracy, answers
 
 
-def _latest_evaluation(trainer: Any) -> dict[str, float] | None:
-    """Return the evaluation of the trainer's present weights, or None if there was none."""
-    step = saved_step(trainer)
+def _evaluated(trainer: Any, step: int) -> dict[str, float]:
+    """Return the trainer's evaluation of its present weights, which are those of a step."""
     history = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
     entries = [entry for entry in history if step and entry["step"] == step]
-    return _evaluation(entries[-1]) if entries else None
+    if not entries and trainer.eval_dataset is not None:
+        trainer.evaluate()
+        entries = [trainer.state.log_history[-1]]  # it logs more than it returns
+    return _evaluation(entries[-1]) if entries else {}
 
 
 def _evaluation(entry: dict[str, Any]) -> dict[str, float]:

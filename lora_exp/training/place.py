@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
+    from lora_exp.early_stopping.bracket import Bracket
     from lora_exp.model.loading import Base
     from lora_exp.record.progress import Board
     from lora_exp.training.answers import Answer
@@ -26,6 +27,8 @@ class Place(Protocol):
     """The interface of a place."""
 
     name: str  # for the run's record
+    job: int  # its number in a sweep
+    bracket: Bracket | None  # the jobs that it is compared with
 
     def base(self, cfg: DictConfig) -> Base:
         """Return the base for the run's adapter."""
@@ -39,6 +42,9 @@ class Place(Protocol):
     def join(self, trainer: Any) -> None:
         """Prepare a trainer that is about to measure and train."""
 
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, or no other job of the place can bring it about."""
+
     def report(self) -> dict[str, Any]:
         """Return what the place adds to the run's record after training."""
 
@@ -50,6 +56,10 @@ class Alone:
     """A process of its own: nothing is shared."""
 
     name = "alone"
+
+    def __init__(self, job: int = 0, bracket: Bracket | None = None) -> None:
+        """Create the place of a run, or of a job that is compared with others of its sweep."""
+        self.job, self.bracket = job, bracket
 
     def base(self, cfg: DictConfig) -> Base:
         """Load the base."""
@@ -71,6 +81,9 @@ class Alone:
 
     def join(self, trainer: Any) -> None:
         """Leave the trainer as it is."""
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Do nothing: no other job is here."""
 
     def report(self) -> dict[str, Any]:
         """Return nothing: alone there is nothing to add."""

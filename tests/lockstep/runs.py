@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from lora_exp import compose, run
+from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
 from lora_exp.lockstep.table import Row
@@ -39,13 +40,14 @@ def run_packed(
     verify: float = 1,
     defaults: list[str] = COMMON,
     wrap: Callable[[int, Callable[[], Any]], Any] = lambda _, train: train(),
+    bracket: Bracket | None = None,
 ) -> tuple[list[Any], Pack]:
     """Train jobs as one pack; a job's result is what it returned or raised."""
     pack = Pack(mode, max_jobs, verify)
     results: list[Any] = [None] * len(jobs)
 
     def job(n: int) -> None:
-        seat = Seat(pack, n, Row(n, str(n)))
+        seat = Seat(pack, n, Row(n, str(n)), n, bracket)
         try:
             cfg = compose(*defaults, *common, *jobs[n])
             results[n] = wrap(n, lambda: run(cfg, folder / str(n), place=seat))

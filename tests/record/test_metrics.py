@@ -53,5 +53,5 @@ def test_nowhere_accepts_every_call() -> None:
     nowhere = Nowhere()
     nowhere.log({}, 0)
     nowhere.samples([], 0)
-    nowhere.finish({}, Path("saved"))
+    nowhere.finish({}, Path("saved"), "finished")
     assert nowhere.place == "none"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora_exp import compose, run
 from lora_exp.config.door import CONF
 from lora_exp.errors import CheckpointError, ConfigError, DivergedError
-from lora_exp.training.checkpoint import MANIFEST, flaw, newest, seal
+from lora_exp.training.manifest import MANIFEST, flaw, newest, seal
 from tests.conftest import QUICK
 from tests.test_experiment import copied, digest, mark_killed
 

@@ -1,0 +1,230 @@
+"""A run is measured at rungs and evaluations, and ends early where its rule says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import TrainerCallback
+
+from lora_exp.config.door import build
+from lora_exp.config.stopping import warm_up_problem
+from lora_exp.early_stopping.bracket import Verdict
+from lora_exp.early_stopping.rules import Comparing, Patience, Rule
+from lora_exp.early_stopping.rungs import rung_steps
+from lora_exp.errors import ConfigError, Paused
+from lora_exp.record.run import Record
+from lora_exp.training.best import Watched
+from lora_exp.training.interruption import stop
+from lora_exp.training.place import Place
+
+log = logging.getLogger("lora_exp")
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Where and why a run ended early; it becomes `stopped` of its record."""
+
+    rule: str
+    step: int
+    value: float
+    reason: str
+
+
+class EarlyStopping(TrainerCallback):  # type: ignore[misc]
+    """What `early_stopping` asks of one run; without a rule it does nothing."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        record: Record,
+        place: Place,
+        objective: str,
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        """Create it for one run.
+
+        Args:
+            cfg: the run's.
+            record: the run's; reports and verdicts are written to it.
+            place: where the run trains: it may know the jobs to compare it with.
+            objective: the name of the metric that jobs are compared by.
+            measure: returns metrics of the present weights, with that one; it changes nothing.
+        """
+        self.rule: Rule | None = build(cfg, "early_stopping")
+        self.name = str(cfg.choices.get("early_stopping"))
+        self.record, self.place, self.objective, self.measure = record, place, objective, measure
+        metric = getattr(self.rule, "metric", None) or cfg.objective
+        name = str(metric).removeprefix("eval/")
+        maximize = cfg.goal == "maximize" if metric == cfg.objective else not name.endswith("loss")
+        self.watched = Watched(name, maximize)
+        self.needs_rows = not isinstance(self.rule, Comparing) or cfg.objective != "train/loss"
+        self.warmup_steps = cfg.train.warmup_steps
+        self.stopped: Stopped | None = None
+
+    def joined(self, trainer: Any) -> EarlyStopping:
+        """Act on a trainer from here on.
+
+        Raises:
+            ConfigError: the run has no held-out rows to be measured on.
+        """
+        if self.rule is not None and trainer.eval_dataset is None and self.needs_rows:
+            text = "measures held-out rows, and there are none; data.eval_path or data.eval_share"
+            raise ConfigError([("early_stopping", f"{text} gives some")])
+        trainer.add_callback(self)
+        trainer.early_stopping = self
+        return self
+
+    @property
+    def prunes(self) -> bool:
+        """Return whether the run was stopped as a loser; a run out of patience is finished."""
+        return self.stopped is not None and not isinstance(self.rule, Patience)
+
+    @property
+    def keeps(self) -> bool:
+        """Return whether a run that is stopped as a loser saves its adapter and a checkpoint."""
+        return bool(getattr(self.rule, "keep", False))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check the first rung, now that the number of steps is known.
+
+        Raises:
+            ConfigError: it is inside the warm-up.
+        """
+        if isinstance(self.rule, Comparing):
+            first = self.rule.shares()[0]
+            if problem := warm_up_problem(first, self.warmup_steps, state.max_steps):
+                raise ConfigError([("early_stopping.first_rung", problem)])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the training loss logged at a rung, if jobs are compared by it."""
+        if self.objective == "train/loss" and state.global_step in self._rungs(state.max_steps):
+            control.should_log = True
+
+    def resumed(self, trainer: Any, state: Any, steps: int, checkpoint: Path) -> bool:
+        """Report the rungs that a resumed run has passed; return whether the run stops there.
+
+        Args:
+            trainer: the run's; its model may get the checkpoint's weights.
+            state: the checkpoint's.
+            steps: of the whole training.
+            checkpoint: its folder.
+
+        Raises:
+            Paused: other jobs have not reached one of the rungs yet.
+        """
+        before, trainer.state = trainer.state, state
+        try:
+            return self._resumed(trainer, steps, checkpoint)
+        finally:
+            trainer.state = before
+
+    def _resumed(self, trainer: Any, steps: int, checkpoint: Path) -> bool:
+        step = trainer.state.global_step
+        for rung, rung_step in enumerate(self._rungs(steps)):
+            if rung_step <= step and self.stopped is None:
+                value = self._recorded(rung, rung_step)
+                if value is None and rung_step == step:
+                    trainer._load_from_checkpoint(str(checkpoint))
+                    value = self._measured(rung, step, steps)
+                self._judge(trainer, rung, rung_step, value)
+        if self.stopped is None:
+            self._evaluated(trainer)
+        return self.stopped is not None
+
+    def step_ended(self, trainer: Any) -> None:
+        """Measure and compare at a rung, or look at a new evaluation; the trainer may stop.
+
+        Raises:
+            Paused: other jobs have not reached the rung yet, and cannot while this one waits.
+        """
+        state = trainer.state
+        for rung, step in enumerate(self._rungs(state.max_steps)):
+            if step == state.global_step and self.stopped is None:
+                value = self._measured(rung, step, state.max_steps)
+                self._judge(trainer, rung, step, value)
+        if self.stopped is None:
+            self._evaluated(trainer)
+        if self.stopped is not None:
+            trainer.control.should_training_stop = True
+
+    def _rungs(self, steps: int) -> list[int]:
+        is_compared = isinstance(self.rule, Comparing) and self.place.bracket is not None
+        return rung_steps(self.rule.shares(), steps) if is_compared else []  # type: ignore[union-attr]
+
+    def _recorded(self, rung: int, step: int) -> float | None:
+        """Return what the run reported at a rung before it was interrupted."""
+        for report in self.record.values.get("rungs", []):
+            if (report["rung"], report["step"]) == (rung, step):
+                return float("nan") if report["value"] is None else float(report["value"])
+        return None
+
+    def _measured(self, rung: int, step: int, steps: int) -> float:
+        """Measure the present weights at a rung, and record the report before it is judged."""
+        metrics = self.measure()
+        value = metrics[self.objective]
+        report = {"rung": rung, "step": step, "steps": steps, "value": value}
+        reports = {r["rung"]: r for r in self.record.values.get("rungs", [])} | {rung: report}
+        self.record.update(rungs=[reports[key] for key in sorted(reports)], metrics=metrics)
+        return value
+
+    def _judge(self, trainer: Any, rung: int, step: int, value: float | None) -> None:
+        bracket, job = self.place.bracket, self.place.job
+        assert bracket is not None
+        bracket.report(job, rung, value)
+        verdict = bracket.verdict(job, rung)
+        if verdict is None:
+            self.place.wait_for(lambda: bracket.verdict(job, rung) is not None)
+            verdict = bracket.verdict(job, rung)
+        if verdict is None:
+            if step == trainer.state.global_step:
+                trainer.ensure_checkpoint()
+            stop.check()
+            raise Paused(f"waits at step {step} for other jobs of its sweep")
+        if value is not None:
+            self._record_verdict(rung, step, value, verdict)
+
+    def _record_verdict(self, rung: int, step: int, value: float, verdict: Verdict) -> None:
+        rank = {"rank": verdict.rank, "of": verdict.of}
+        reports = self.record.values["rungs"]
+        self.record.update(rungs=[r | (rank if r["rung"] == rung else {}) for r in reports])
+        log.info("rung %d at step %d: %d of %d", rung, step, verdict.rank, verdict.of)
+        if not verdict.survives:
+            reason = f"{verdict.rank} of {verdict.of} at step {step}"
+            self.stopped = Stopped(self.name, step, value, reason)
+
+    def _evaluated(self, trainer: Any) -> None:
+        """Apply a rule about evaluations to those up to now."""
+        if self.rule is None or isinstance(self.rule, Comparing):
+            return
+        key = f"eval_{self.watched.name}"
+        values = [(e["step"], e[key]) for e in trainer.state.log_history if e.get(key) is not None]
+        evaluations = [(step, value) for step, value in values if step]
+        if not evaluations or evaluations[-1][0] != trainer.state.global_step:
+            return
+        step, value = evaluations[-1]
+        if isinstance(self.rule, Patience):
+            sign = -1 if self.watched.maximize else 1
+            reason = self.rule.reason([(s, sign * v) for s, v in evaluations])
+        else:
+            reason = self.rule.reason(step, value)
+        if reason:
+            self.stopped = Stopped(self.name, step, float(value), reason)
+
+    def conclude(self, trainer: Any) -> None:
+        """Record where and why the training ended early, if it did."""
+        if self.stopped is None:
+            return
+        if self.prunes:
+            self.record.ends_as = "pruned"
+            if self.objective not in self.record.values["metrics"]:
+                self.record.update(metrics=self.measure())
+            if self.keeps:
+                trainer.ensure_checkpoint()
+            else:
+                self.record.update(saved_step=None)
+        self.record.update(stopped=asdict(self.stopped))

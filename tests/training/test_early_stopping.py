@@ -1,0 +1,55 @@
+"""A run alone ends early by its evaluations; one that kept a checkpoint goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_exp import compose, run
+from lora_exp.errors import ConfigError
+
+EVALUATED = ["tracking=none", "train.max_steps=6", "train.eval_strategy=steps"]
+EVALUATED += ["train.eval_steps=2", "train.save_strategy=no", "samples.rows=0"]
+
+
+def record_of(result: Any) -> dict[str, Any]:
+    return dict(json.loads((result.directory / "run.json").read_text()))
+
+
+def test_a_run_out_of_patience_is_finished_and_saved(quick_run: Callable[..., Any]) -> None:
+    rule = ["early_stopping=patience", "early_stopping.patience=1", "early_stopping.min_delta=50"]
+    record = record_of(result := quick_run(*EVALUATED, *rule))
+    assert (record["status"], record["steps"]) == ("finished", 4)
+    assert record["stopped"]["reason"] == "no improvement of more than 50 since step 2"
+    assert (result.saved / "adapter_model.safetensors").is_file()
+    assert record["metrics"]["eval/loss"] == record["stopped"]["value"]
+
+
+def test_a_run_beyond_a_bound_is_pruned_and_goes_on_exactly_from_what_it_kept(
+    tmp_path: Path, quick_run: Callable[..., Any]
+) -> None:
+    rule = ["early_stopping=threshold", "early_stopping.upper=1", "early_stopping.n_warmup_steps=3"]
+    record = record_of(pruned := quick_run(*EVALUATED, *rule, "early_stopping.keep=true"))
+    assert (record["status"], record["steps"]) == ("pruned", 4)
+    assert "is above upper=1" in record["stopped"]["reason"]
+    assert pruned.objective == record["stopped"]["value"]
+    assert (pruned.directory / "checkpoints/checkpoint-4").is_dir()
+    assert (pruned.saved / "adapter_model.safetensors").is_file()
+    again = run(compose(f"resume={pruned.directory}"), pruned.directory)
+    assert record_of(again)["steps"] == 4  # the rule still holds
+    resumed = run(compose(f"resume={pruned.directory}", "early_stopping=none"), pruned.directory)
+    record = record_of(resumed)
+    assert (record["status"], record["steps"], record["stopped"]) == ("finished", 6, None)
+    whole = quick_run(*EVALUATED, name="whole")
+    name = "adapter_model.safetensors"
+    assert (resumed.saved / name).read_bytes() == (whole.saved / name).read_bytes()
+
+
+def test_without_held_out_rows_there_is_nothing_to_judge_by(quick_run: Callable[..., Any]) -> None:
+    data = ["data=jsonl", "data.path=pkg://lora_exp/assets/demo_train.jsonl", "data.eval_share=0"]
+    with pytest.raises(ConfigError, match="early_stopping: measures held-out rows"):
+        quick_run("tracking=none", *data, "early_stopping=patience")
