@@ -117,6 +117,17 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
     assert '"train/loss"' in json.dumps(read_records(tmp_path))
 
 
+def test_a_pruned_run_is_finished_and_tagged(tmp_path: Path) -> None:
+    rule = ["early_stopping=threshold", "early_stopping.upper=1", "samples.rows=0"]
+    offline_run([*rule, "train.eval_strategy=steps", "train.eval_steps=1"], tmp_path)
+    records = read_records(tmp_path)
+    tags = [record["run"]["tags"] for record in records if record["type"] == "run"]
+    assert "pruned" in tags[-1]
+    assert {"peft=lora", "early_stopping=threshold"} <= set(tags[-1])
+    (end,) = (record["exit"] for record in records if record["type"] == "exit")
+    assert not end.get("exit_code")
+
+
 def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]) -> None:
     assert not (quick_run().directory / "wandb").exists()
 
