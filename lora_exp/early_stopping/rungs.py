@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 ROUNDING = 1e-9  # 1/9 * 3 * 3 is not exactly 1
 
@@ -17,3 +18,10 @@ def rung_steps(shares: Sequence[float], steps: int) -> list[int]:
     """
     numbers = [max(1, math.ceil(share * steps - ROUNDING)) for share in shares]
     return [step for step in numbers if step < steps]
+
+
+def reported_value(report: Mapping[str, Any]) -> float | None:
+    """Return the value of a report in run.json, where NaN is null; None: it was not measured."""
+    if report.get("measured") is False:
+        return None
+    return math.nan if report["value"] is None else float(report["value"])

@@ -13,7 +13,7 @@ from lora_exp.config.door import build, plain
 from lora_exp.config.resume import acting_limit
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Comparing
-from lora_exp.early_stopping.rungs import rung_steps
+from lora_exp.early_stopping.rungs import reported_value, rung_steps
 from lora_exp.lockstep.plan import Job
 from lora_exp.record.standing import FAILED, how_ended, rung_reports, training_limits
 
@@ -76,7 +76,7 @@ def _bracket(jobs: list[Job], failed: Mapping[int, bool]) -> Bracket:
     return bracket
 
 
-def _reports(job: Job, rule: Comparing) -> Iterator[tuple[int, float]]:
+def _reports(job: Job, rule: Comparing) -> Iterator[tuple[int, float | None]]:
     """Yield rung and value of a job's reports, without those of another rule or another length."""
     train: Any = job.settled.train  # type: ignore[union-attr]
     limit = acting_limit(train)
@@ -85,5 +85,4 @@ def _reports(job: Job, rule: Comparing) -> Iterator[tuple[int, float]]:
     for report in rung_reports(job.directory):
         rung, steps = report["rung"], rung_steps(rule.shares(), report["steps"])
         if rung < len(steps) and steps[rung] == report["step"]:
-            value = report["value"]
-            yield rung, float("nan") if value is None else float(value)
+            yield rung, reported_value(report)

@@ -112,10 +112,7 @@ def how_ended(directory: Path) -> tuple[str, str]:
 
 
 def rung_reports(directory: Path) -> list[dict[str, Any]]:
-    """Return what a run has reported at rungs: `rung`, `step`, `value`; none if it cannot be read.
-
-    A value that was not a number is null.
-    """
+    """Return what a run has reported at rungs, as in run.json; none if it cannot be read."""
     try:
         return list(_record(directory).get("rungs") or ())
     except (OSError, ValueError, AttributeError):

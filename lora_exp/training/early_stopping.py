@@ -13,9 +13,8 @@ from transformers import TrainerCallback
 
 from lora_exp.config.door import build
 from lora_exp.config.stopping import warm_up_problem
-from lora_exp.early_stopping.bracket import Verdict
 from lora_exp.early_stopping.rules import Comparing, Patience, Rule
-from lora_exp.early_stopping.rungs import rung_steps
+from lora_exp.early_stopping.rungs import reported_value, rung_steps
 from lora_exp.errors import ConfigError, Paused
 from lora_exp.record.run import Record
 from lora_exp.training.best import Watched
@@ -126,12 +125,16 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     def _resumed(self, trainer: Any, steps: int, checkpoint: Path) -> bool:
         step = trainer.state.global_step
         for rung, rung_step in enumerate(self._rungs(steps)):
-            if rung_step <= step and self.stopped is None:
-                value = self._recorded(rung, rung_step)
-                if value is None and rung_step == step:
-                    trainer._load_from_checkpoint(str(checkpoint))
-                    value = self._measured(rung, step, steps)
-                self._judge(trainer, rung, rung_step, value)
+            if rung_step > step or self.stopped is not None:
+                break
+            report = self._reported(rung, rung_step)
+            if report is None and rung_step == step:
+                trainer._load_from_checkpoint(str(checkpoint))
+                report = self._measured(rung, step, steps)
+            elif report is None:  # it was trained this far without rungs, or with others
+                report = {"rung": rung, "step": rung_step, "steps": steps, "measured": False}
+                self._record(report, {})
+            self._judge(trainer, report)
         if self.stopped is None:
             self._evaluated(trainer)
         return self.stopped is not None
@@ -145,8 +148,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         state = trainer.state
         for rung, step in enumerate(self._rungs(state.max_steps)):
             if step == state.global_step and self.stopped is None:
-                value = self._measured(rung, step, state.max_steps)
-                self._judge(trainer, rung, step, value)
+                self._judge(trainer, self._measured(rung, step, state.max_steps))
         if self.stopped is None:
             self._evaluated(trainer)
         if self.stopped is not None:
@@ -156,25 +158,28 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         is_compared = isinstance(self.rule, Comparing) and self.place.bracket is not None
         return rung_steps(self.rule.shares(), steps) if is_compared else []  # type: ignore[union-attr]
 
-    def _recorded(self, rung: int, step: int) -> float | None:
+    def _reported(self, rung: int, step: int) -> dict[str, Any] | None:
         """Return what the run reported at a rung before it was interrupted."""
-        for report in self.record.values.get("rungs", []):
-            if (report["rung"], report["step"]) == (rung, step):
-                return float("nan") if report["value"] is None else float(report["value"])
-        return None
+        reports = self.record.values.get("rungs", [])
+        return next((r for r in reports if (r["rung"], r["step"]) == (rung, step)), None)
 
-    def _measured(self, rung: int, step: int, steps: int) -> float:
+    def _measured(self, rung: int, step: int, steps: int) -> dict[str, Any]:
         """Measure the present weights at a rung, and record the report before it is judged."""
         metrics = self.measure()
-        value = metrics[self.objective]
-        report = {"rung": rung, "step": step, "steps": steps, "value": value}
-        reports = {r["rung"]: r for r in self.record.values.get("rungs", [])} | {rung: report}
-        self.record.update(rungs=[reports[key] for key in sorted(reports)], metrics=metrics)
-        return value
+        report = {"rung": rung, "step": step, "steps": steps, "value": metrics[self.objective]}
+        self._record(report, metrics)
+        return report
 
-    def _judge(self, trainer: Any, rung: int, step: int, value: float | None) -> None:
+    def _record(self, report: dict[str, Any], metrics: dict[str, float]) -> None:
+        reports = {r["rung"]: r for r in self.record.values.get("rungs", [])}
+        reports[report["rung"]] = report
+        self.record.update(rungs=[reports[rung] for rung in sorted(reports)], metrics=metrics)
+
+    def _judge(self, trainer: Any, report: dict[str, Any]) -> None:
+        """Compare the run with the others of its bracket, and wait for them if need be."""
         bracket, job = self.place.bracket, self.place.job
         assert bracket is not None
+        rung, step, value = report["rung"], report["step"], reported_value(report)
         bracket.report(job, rung, value)
         verdict = bracket.verdict(job, rung)
         if verdict is None:
@@ -185,13 +190,9 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
                 trainer.ensure_checkpoint()
             stop.check()
             raise Paused(f"waits at step {step} for other jobs of its sweep")
-        if value is not None:
-            self._record_verdict(rung, step, value, verdict)
-
-    def _record_verdict(self, rung: int, step: int, value: float, verdict: Verdict) -> None:
-        rank = {"rank": verdict.rank, "of": verdict.of}
-        reports = self.record.values["rungs"]
-        self.record.update(rungs=[r | (rank if r["rung"] == rung else {}) for r in reports])
+        if value is None:
+            return
+        self._record(report | {"rank": verdict.rank, "of": verdict.of}, {})
         log.info("rung %d at step %d: %d of %d", rung, step, verdict.rank, verdict.of)
         if not verdict.survives:
             reason = f"{verdict.rank} of {verdict.of} at step {step}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from lora_exp import compose, run
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Halving
-from lora_exp.lockstep.brackets import forecasts, stopped_before
+from lora_exp.lockstep.brackets import brackets, forecasts, stopped_before
 from lora_exp.lockstep.plan import Job
 from tests.conftest import QUICK
 from tests.lockstep.runs import COMMON, run_alone, run_packed
@@ -112,9 +113,22 @@ def plan_jobs(sweep: Path, *overrides: str) -> list[Job]:
     return jobs
 
 
-def test_jobs_with_other_rules_or_objectives_are_not_compared() -> None:
-    from lora_exp.lockstep.brackets import brackets
+def test_reports_of_another_length_or_other_rungs_do_not_count(tmp_path: Path) -> None:
+    cfg = compose(*STEPS, "early_stopping=halving", "train.warmup_steps=0")
+    job = Job(0, cfg, cfg, tmp_path)
+    report = {"rung": 0, "step": 2, "steps": 8, "value": None}  # rungs of eta=2; of eta=3: 1, 3
+    late = {"rung": 1, "step": 3, "steps": 8, "measured": False}
+    (tmp_path / "run.json").write_text(json.dumps({"rungs": [report, late]}))
+    (tmp_path / "config.yaml").write_text("train: {max_steps: 8}\n")
+    assert brackets([job], {})[0].values == {0: {1: None}}
+    report["step"] = 1
+    (tmp_path / "run.json").write_text(json.dumps({"rungs": [report]}))
+    assert math.isnan(brackets([job], {})[0].values[0][0] or 0)
+    (tmp_path / "config.yaml").write_text("train: {max_steps: 4}\n")  # raised since
+    assert brackets([job], {})[0].values == {}
 
+
+def test_jobs_with_other_rules_or_objectives_are_not_compared() -> None:
     overrides = [[], ["seed=1"], ["early_stopping.eta=2"], ["early_stopping=none"],
                  ["early_stopping=patience"], ["objective=eval/mean_token_accuracy",
                                                "goal=maximize"]]  # fmt: skip

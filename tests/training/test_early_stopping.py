@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
+from lora_exp.config.door import build
+from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import ConfigError
+from lora_exp.training.place import Alone
+from tests.conftest import QUICK
 
 EVALUATED = ["tracking=none", "train.max_steps=6", "train.eval_strategy=steps"]
 EVALUATED += ["train.eval_steps=2", "train.save_strategy=no", "samples.rows=0"]
@@ -47,6 +51,21 @@ def test_a_run_beyond_a_bound_is_pruned_and_goes_on_exactly_from_what_it_kept(
     whole = quick_run(*EVALUATED, name="whole")
     name = "adapter_model.safetensors"
     assert (resumed.saved / name).read_bytes() == (whole.saved / name).read_bytes()
+
+
+def test_measuring_at_a_rung_with_answers_changes_nothing(
+    tmp_path: Path, quick_run: Callable[..., Any]
+) -> None:
+    settings = ["tracking=none", *QUICK, "train.max_steps=6", "peft.lora_dropout=0.1"]
+    settings += ["train.eval_strategy=no", "objective=eval/exact_match", "goal=maximize"]
+    cfg = compose(*settings, "early_stopping=halving", "early_stopping.first_rung=0.5")
+    place = Alone(3, Bracket(build(cfg, "early_stopping"), True, frozenset({3})))
+    judged = run(cfg, tmp_path / "judged", place=place)
+    report = {"rung": 0, "step": 3, "steps": 6, "value": 0.0, "rank": 1, "of": 1}
+    assert record_of(judged)["rungs"] == [report]
+    plain = quick_run(*settings, name="plain")
+    name = "adapter_model.safetensors"
+    assert (judged.saved / name).read_bytes() == (plain.saved / name).read_bytes()
 
 
 def test_without_held_out_rows_there_is_nothing_to_judge_by(quick_run: Callable[..., Any]) -> None:
