@@ -57,9 +57,10 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         self.rule: Rule | None = build(cfg, "early_stopping")
         self.name = str(cfg.choices.get("early_stopping"))
         self.record, self.place, self.objective, self.measure = record, place, objective, measure
-        metric = getattr(self.rule, "metric", None) or cfg.objective
-        name = str(metric).removeprefix("eval/")
-        maximize = cfg.goal == "maximize" if metric == cfg.objective else not name.endswith("loss")
+        objective_name = str(cfg.objective).removeprefix("eval/")
+        name = str(getattr(self.rule, "metric", None) or objective_name).removeprefix("eval/")
+        is_cost = name.endswith(("loss", "kl"))
+        maximize = cfg.goal == "maximize" if name == objective_name else not is_cost
         self.watched = Watched(name, maximize)
         self.needs_rows = not isinstance(self.rule, Comparing) or cfg.objective != "train/loss"
         self.warmup_steps = cfg.train.warmup_steps
