@@ -43,7 +43,12 @@ from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here
 
 log = logging.getLogger("lora_exp")
-MAY_CHANGE = ("retry_failed", "lockstep.", *LIMITS)  # overrides when a sweep is resumed
+MAY_CHANGE = (
+    "retry_failed",
+    "lockstep.",
+    "hydra.sweeper.trials",
+    *LIMITS,
+)  # overrides when a sweep is resumed
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from filelock import Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
@@ -29,6 +29,7 @@ from lora_exp.search.study import distinct, propose
 from lora_exp.search.trial import State, Trial
 
 LOCK = ".search.lock"
+Judge = tuple[str | None, str | None]  # an objective's name and its goal
 
 
 def sweep(sweeper: Any, arguments: Sequence[str]) -> list[JobReturn]:
@@ -97,21 +98,17 @@ class _Search:
     def _launch(self, journal: Journal, numbers: range) -> list[JobReturn]:
         """Launch a batch, of which trials may have ended before, and write the results."""
         trials = [journal.trials[number] for number in numbers]
-        configs = [self._compose(trial.overrides) for trial in trials]
-        if faults := [(f"trial {n}", text) for n, c in zip(numbers, configs, strict=True)
-                      if (text := self._judged_otherwise(_judge(c)))]:  # fmt: skip
-            raise ConfigError(faults)
+        judges = (self._judge_of(trial) for trial in trials)
+        self._check_judges(dict(zip(numbers, judges, strict=True)))
         overrides = [[*self.space.common, *trial.overrides] for trial in trials]
         results = list(self.sweeper.launcher.launch(overrides, initial_job_idx=numbers[0]))
         errors = [result._return_value for result in results]
         if all(isinstance(error, ConfigError) for error in errors):
             raise errors[0]
-        ended = []
-        for number, config, result in zip(numbers, configs, results, strict=True):
-            record = _record(config, number)
-            if text := self._judged_otherwise((record.get("objective"), record.get("goal"))):
-                raise ConfigError([(f"trial {number}", text)])
-            ended.append(_ended(journal.trials[number], result, record))
+        records = [_record(result) for result in results]
+        judges = ((record.get("objective"), record.get("goal")) for record in records)
+        self._check_judges(dict(zip(numbers, judges, strict=True)))
+        ended = [_ended(*parts) for parts in zip(trials, results, records, strict=True)]
         for number, trial in zip(numbers, ended, strict=True):
             if journal.trials[number].state == "asked":
                 journal.end(number, trial)
@@ -155,19 +152,34 @@ class _Search:
         asked = {f"hydra.sweeper.{key}": getattr(settings, key) for key in section}
         return asked | {d.key: d.asked for d in self.space.dimensions} | common
 
-    def _judged_otherwise(self, judge: tuple[str | None, str | None]) -> str:
-        """Return what is wrong with a trial's objective and goal; nothing: they are the search's.
+    def _judge_of(self, trial: Trial) -> Judge:
+        options = {key: trial.values[key] for key in self.space.groups}
+        return _judge(self.presence.config(options))
 
-        A run without held-out rows is judged by its training loss instead.
+    def _check_judges(self, judges: Mapping[int, Judge]) -> None:
+        """Refuse trials that cannot be compared.
+
+        A run without held-out rows is judged by its training loss, whatever the config says.
+
+        Raises:
+            ConfigError: a trial has another objective than the search, or another goal.
         """
-        _, goal = judge
-        if goal is None or judge == self.judge:
-            return ""
-        if judge == ("train/loss", self.settings.direction) and self.judge[0] != judge[0]:
-            return ""
-        wanted, way = self.judge
-        text = f"is judged by {judge[0]} ({goal}), the search by {wanted} ({way}): one search"
-        return f"{text} compares one objective; give objective=... goal=..."
+        loss = "train/loss", "minimize"
+        by_loss = self.settings.direction == "minimize" and all(
+            judge in (loss, (None, None)) for judge in judges.values()
+        )
+        objective, goal = self.judge
+        text = f"the search by {objective} ({goal}); one search compares one objective: give"
+        faults = [
+            (
+                f"trial {number}",
+                f"is judged by {judge[0]} ({judge[1]}), {text} objective=... goal=...",
+            )
+            for number, judge in judges.items()
+            if judge not in (self.judge, (None, None))
+        ]
+        if faults and not by_loss:
+            raise ConfigError(faults)
 
 
 def _space(sweeper: Any, arguments: Sequence[str]) -> Space:
@@ -185,16 +197,15 @@ def _space(sweeper: Any, arguments: Sequence[str]) -> Space:
     )
 
 
-def _judge(config: DictConfig) -> tuple[str | None, str | None]:
+def _judge(config: DictConfig) -> Judge:
     """Return the objective's name and the goal of a config; None: the task has none."""
     return OmegaConf.select(config, "objective"), OmegaConf.select(config, "goal")
 
 
-def _record(config: DictConfig, number: int) -> dict[str, Any]:
-    """Return the run.json of a trial; empty: it has none."""
-    with open_dict(config):
-        config.hydra.job.num = number
-    path = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir) / "run.json"
+def _record(result: JobReturn) -> dict[str, Any]:
+    """Return the run.json of a job; empty: it has none."""
+    assert result.hydra_cfg is not None
+    path = Path(str(result.hydra_cfg.hydra.runtime.output_dir)) / "run.json"
     record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return record
 

@@ -29,7 +29,8 @@ class Presence:
         keys = {d.key for d in space.dimensions}
         for key in keys - set(space.groups):
             if not any(self.exists(key, options) for options in self._one_varied()):
-                compose([*_texts(next(self._one_varied())), f"{key}={self.space[key].at(0)}"])
+                options = [f"{k}={option}" for k, option in next(self._one_varied()).items()]
+                compose([*options, f"{key}={space[key].at(0)}"])
 
     def present(self, values: Mapping[str, str]) -> dict[str, str]:
         """Return the values whose keys exist with the options among them."""
@@ -40,13 +41,17 @@ class Presence:
         """Return whether a key exists with the options of the groups."""
         if not options or key in options or key.startswith("+"):  # Hydra judges the last
             return True
-        cell = frozenset(options.items())
-        if cell not in self._configs:
-            self._configs[cell] = self._compose(_texts(options))
         section, _, name = key.rpartition(".")
-        config = self._configs[cell]
+        config = self.config(options)
         node = OmegaConf.select(config, section) if section else config
         return isinstance(node, DictConfig) and name in list(node.keys())
+
+    def config(self, options: Mapping[str, str]) -> DictConfig:
+        """Return the config with these options of the groups, and the defaults of other keys."""
+        cell = frozenset(options.items())
+        if cell not in self._configs:
+            self._configs[cell] = self._compose([f"{k}={option}" for k, option in options.items()])
+        return self._configs[cell]
 
     def _one_varied(self) -> Iterator[dict[str, str]]:
         """Yield the first option of each group, then each other option of one group."""
@@ -54,7 +59,3 @@ class Presence:
         yield first
         for key in first:
             yield from (first | {key: option} for option in self.space[key].options[1:])
-
-
-def _texts(options: Mapping[str, str]) -> list[str]:
-    return [f"{key}={option}" for key, option in options.items()]

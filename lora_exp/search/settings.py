@@ -101,6 +101,9 @@ def _faults(settings: Settings, goal: str | None) -> Iterator[Fault]:
 def _space_faults(settings: Settings, space: Space) -> Iterator[Fault]:
     """Yield a fault for each guess outside the space, and for a grid that has no cells."""
     keys = [d.key for d in space.dimensions]
+    for key in keys:
+        if key in ("objective", "goal"):
+            yield "params", f"{key} cannot be searched: one search compares one objective"
     for key, text in ((k, t) for guess in settings.start for k, t in guess.items()):
         if key not in keys:
             yield "start", f"{key} is not searched{did_you_mean(key, keys)}"
