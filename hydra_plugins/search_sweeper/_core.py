@@ -64,7 +64,7 @@ class _Search:
         """Train all trials that have no result yet.
 
         Raises:
-            ConfigError: the directory holds something else, or a whole batch is refused.
+            ConfigError: the directory holds something else, or whole batches are refused.
             LoraExpError: no trial has a finite objective.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class _Search:
         overrides = [[*self.space.common, *trial.overrides] for trial in trials]
         results = list(self.sweeper.launcher.launch(overrides, initial_job_idx=numbers[0]))
         errors = [result._return_value for result in results]
-        if all(isinstance(error, ConfigError) for error in errors):
+        if all(isinstance(error, ConfigError) for error in errors) and not _any_complete(journal):
             raise errors[0]
         records = [_record(result) for result in results]
         judges = ((record.get("objective"), record.get("goal")) for record in records)
@@ -116,7 +116,7 @@ class _Search:
 
     def _conclude(self, journal: Journal) -> None:
         trials = journal.trials[: self.total]
-        if all(trial.state != "complete" for trial in trials):
+        if not _any_complete(journal):
             text = f"none of {len(trials)} trials has ended with a finite objective"
             raise LoraExpError(f"{text}; {self.folder}/summary.csv has their errors")
         alone = [*_flags(self.master.hydra), *self.space.common]
@@ -200,6 +200,10 @@ def _space(sweeper: Any, arguments: Sequence[str]) -> Space:
 def _judge(config: DictConfig) -> Judge:
     """Return the objective's name and the goal of a config; None: the task has none."""
     return OmegaConf.select(config, "objective"), OmegaConf.select(config, "goal")
+
+
+def _any_complete(journal: Journal) -> bool:
+    return any(trial.state == "complete" for trial in journal.trials)
 
 
 def _record(result: JobReturn) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.search_sweeper import config as config  # registers the option
 
@@ -21,7 +21,10 @@ class SearchSweeper(Sweeper):
 
     def __init__(self, **section: Any) -> None:
         """Store `hydra.sweeper`, which is checked when the space is known."""
-        self.section = section
+        self.section = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for key, value in section.items()
+        }
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -39,11 +39,8 @@ def read_evidence(settings: Settings, presence: Presence, objective: str | None)
         rows = read_rows(folder)
         if not rows:
             raise ConfigError([(KEY, f"{name} holds no jobs of a sweep{near_names(folder)}")])
-        judged = [
-            row
-            for row in rows
-            if (row["judged_by"], row["goal"]) == (objective, settings.direction)
-        ]
+        wanted = ("finished", objective, settings.direction)
+        judged = [r for r in rows if (r["status"], r["judged_by"], r["goal"]) == wanted]
         trials = list(_trials(judged, presence))
         if not trials:
             keys = ", ".join(d.key for d in presence.space.dimensions)

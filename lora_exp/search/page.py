@@ -48,7 +48,8 @@ def _most_steps(total: int, train: Mapping[str, Any]) -> str:
 
 def print_batch(numbers: Sequence[int], total: int, trials: Sequence[Trial], way: str) -> None:
     """Print which trials begin, and the best so far."""
-    text = f"search: trials {numbers[0]} to {numbers[-1]} of {total}"
+    which = f"trials {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"trial {numbers[0]}"
+    text = f"search: {which} of {total}"
     leader = best(trials, way)
     if leader is not None:
         value = trials[leader].value

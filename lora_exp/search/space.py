@@ -127,6 +127,8 @@ def read_space(overrides: Sequence[Override], groups: Mapping[str, bool]) -> Spa
         if override.is_sweep_override():
             dimension = _dimension(key, override)
             faults += [(key.lstrip("+"), text) for text in _faults(dimension, override)]
+            if not dimension.options and groups[override.key_or_group]:
+                faults.append((key, "is a group: give its options, or glob(*)"))
             dimensions.append(dimension)
     if not dimensions:
         text = "nothing to search; give a key several values, like peft.r=4,8,16 or"

@@ -50,6 +50,7 @@ def test_jobs_outside_the_space_or_of_another_objective_are_left_out(tmp_path: P
     job(tmp_path, "1", 0.25, 2.0)
     job(tmp_path, "2", 0.25, 0.5, method="dora")
     job(tmp_path, "3", 0.25, 0.5, status="failed")
+    job(tmp_path, "5", 0.25, 0.5, status="pruned")
     job(tmp_path, "4", 0.25, 0.5, objective="train/loss", metrics={"train/loss": 1.0})
     assert len(read(tmp_path)) == 1
     with pytest.raises(ConfigError, match="was judged by eval/loss \\(maximize\\) and lies in"):

@@ -50,6 +50,11 @@ def test_a_space_that_makes_no_sense_is_refused(override: str, message: str) -> 
     assert message in str(refused.value)
 
 
+def test_an_interval_of_options_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"peft: is a group: give its options, or glob\(\*\)"):
+        space_of("peft=interval(1,2)", groups=["peft"])
+
+
 def test_all_faults_are_listed() -> None:
     with pytest.raises(ConfigError, match="2 faults"):
         space_of("a=interval(4,1)", "b=range(1,1)")

@@ -131,6 +131,13 @@ def test_raising_the_number_of_trials_gives_the_same_trials(search: Callable[...
     assert search(*SPACE, name="raised").trials == whole.trials
 
 
+def test_lists_are_values_and_first_guesses(search: Callable[..., Journal]) -> None:
+    guess = "hydra.sweeper.start=[{m: [1, 2], rate: 0.5}]"
+    journal = search("+m=[1],[1,2]", "rate=0.5,0.1", guess, task=lambda cfg: float(sum(cfg.m)))
+    assert journal.trials[0].values == {"+m": "[1,2]", "rate": "0.5"}
+    assert {t.value for t in journal.trials} == {1.0, 3.0}
+
+
 def test_failed_and_nan_trials_count_and_the_search_goes_on(search: Callable[..., Journal]) -> None:
     def task(cfg: DictConfig) -> float:
         if cfg.kind.get("x") == 1:
@@ -159,6 +166,17 @@ def test_a_search_without_a_result_is_an_error(
 
     with pytest.raises(LoraExpError, match=message):
         search(*SPACE, task=task)
+
+
+def test_a_batch_that_is_refused_later_ends_no_search(search: Callable[..., Journal]) -> None:
+    def task(cfg: DictConfig) -> float:
+        if cfg.kind.x > 2:
+            raise ConfigError([("kind.x", "wrong")])
+        return 1.0
+
+    arguments = ["kind.x=1,2,3,4", "hydra.sweeper.sampler=grid", "hydra.sweeper.batch=2"]
+    journal = search(*arguments, task=task)
+    assert [t.state for t in journal.trials] == ["complete", "complete", "failed", "failed"]
 
 
 def test_a_pruned_job_is_told_with_its_last_value_and_step(search: Callable[..., Journal]) -> None:
