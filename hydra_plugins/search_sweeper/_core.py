@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from lora_exp.search.trial import State, Trial
 
 LOCK = ".search.lock"
 Judge = tuple[str | None, str | None]  # an objective's name and its goal
+NO_JUDGE: Judge = (None, None)
+LOSS: Judge = ("train/loss", "minimize")  # of runs without held-out rows, whatever the config says
 
 
 def sweep(sweeper: Any, arguments: Sequence[str]) -> list[JobReturn]:
@@ -50,9 +52,16 @@ class _Search:
         self.space = _space(sweeper, arguments)
         self.presence = Presence(self.space, self._compose)
         first = self._compose(self._first_cell().overrides)
-        self.judge = _judge(first)
+        self.judge, self.launched = _judge(first), False
         self.settings = read_settings(sweeper.section, self.space, self.judge[1])
         self.train: Any = first.get("train") or {}
+        self._check_judges(
+            (
+                " ".join(f"{k}={option}" for k, option in options.items()),
+                _judge(self.presence.config(options)),
+            )
+            for options in self.presence.one_varied()
+        )
         self.total = self._total()
 
     def show(self) -> None:
@@ -98,16 +107,17 @@ class _Search:
     def _launch(self, journal: Journal, numbers: range) -> list[JobReturn]:
         """Launch a batch, of which trials may have ended before, and write the results."""
         trials = [journal.trials[number] for number in numbers]
-        judges = (self._judge_of(trial) for trial in trials)
-        self._check_judges(dict(zip(numbers, judges, strict=True)))
         overrides = [[*self.space.common, *trial.overrides] for trial in trials]
         results = list(self.sweeper.launcher.launch(overrides, initial_job_idx=numbers[0]))
         errors = [result._return_value for result in results]
         if all(isinstance(error, ConfigError) for error in errors) and not _any_complete(journal):
             raise errors[0]
         records = [_record(result) for result in results]
-        judges = ((record.get("objective"), record.get("goal")) for record in records)
-        self._check_judges(dict(zip(numbers, judges, strict=True)))
+        judges = [(record.get("objective"), record.get("goal")) for record in records]
+        if not self.launched and self.judge[1] == LOSS[1] and {*judges} - {NO_JUDGE} == {LOSS}:
+            self.judge = LOSS  # there are no held-out rows
+        self.launched = True
+        self._check_judges(zip((f"trial {number}" for number in numbers), judges, strict=True))
         ended = [_ended(*parts) for parts in zip(trials, results, records, strict=True)]
         for number, trial in zip(numbers, ended, strict=True):
             if journal.trials[number].state == "asked":
@@ -152,33 +162,23 @@ class _Search:
         asked = {f"hydra.sweeper.{key}": getattr(settings, key) for key in section}
         return asked | {d.key: d.asked for d in self.space.dimensions} | common
 
-    def _judge_of(self, trial: Trial) -> Judge:
-        options = {key: trial.values[key] for key in self.space.groups}
-        return _judge(self.presence.config(options))
-
-    def _check_judges(self, judges: Mapping[int, Judge]) -> None:
+    def _check_judges(self, judges: Iterable[tuple[str, Judge]]) -> None:
         """Refuse trials that cannot be compared.
 
-        A run without held-out rows is judged by its training loss, whatever the config says.
+        Args:
+            judges: names of options or trials, and how those are judged.
 
         Raises:
-            ConfigError: a trial has another objective than the search, or another goal.
+            ConfigError: one is judged by another objective than the search, or another goal.
         """
-        loss = "train/loss", "minimize"
-        by_loss = self.settings.direction == "minimize" and all(
-            judge in (loss, (None, None)) for judge in judges.values()
-        )
         objective, goal = self.judge
         text = f"the search by {objective} ({goal}); one search compares one objective: give"
         faults = [
-            (
-                f"trial {number}",
-                f"is judged by {judge[0]} ({judge[1]}), {text} objective=... goal=...",
-            )
-            for number, judge in judges.items()
-            if judge not in (self.judge, (None, None))
+            (name, f"is judged by {judge[0]} ({judge[1]}), {text} objective=... goal=...")
+            for name, judge in judges
+            if judge not in (self.judge, NO_JUDGE)
         ]
-        if faults and not by_loss:
+        if faults:
             raise ConfigError(faults)
 
 

@@ -28,9 +28,8 @@ def print_plan(
         first: the first batch.
         train: the section `train` of its first trial; empty: the task has none.
     """
-    batches = -(-total // settings.batch)
     lines = {d.key: str(d) for d in space.dimensions}
-    lines["trials"] = f"{total} by {settings.sampler}, in {batches} batches of {settings.batch}"
+    lines["trials"] = f"{total} by {settings.sampler}, {settings.batch} at a time"
     lines["trains"] = _most_steps(total, train)
     for number, trial in enumerate(first[:SHOWN]):
         lines[f"trial {number}"] = " ".join(trial.overrides)
@@ -71,6 +70,6 @@ def print_result(trials: Sequence[Trial], way: str, objective: str, common: Sequ
         "values": " ".join(trials[leader].overrides),
     }
     console.print(facts("search", lines))
-    console.print("it alone:", style="dim")
+    console.print("the best trial alone:", style="dim")
     command = shlex.join(["lora-exp", "run", *common, *trials[leader].overrides])
     console.print(Text(command), soft_wrap=True)  # one line, to be copied

@@ -28,8 +28,8 @@ class Presence:
         self._configs: dict[frozenset[tuple[str, str]], DictConfig] = {}
         keys = {d.key for d in space.dimensions}
         for key in keys - set(space.groups):
-            if not any(self.exists(key, options) for options in self._one_varied()):
-                options = [f"{k}={option}" for k, option in next(self._one_varied()).items()]
+            if not any(self.exists(key, options) for options in self.one_varied()):
+                options = [f"{k}={option}" for k, option in next(self.one_varied()).items()]
                 compose([*options, f"{key}={space[key].at(0)}"])
 
     def present(self, values: Mapping[str, str]) -> dict[str, str]:
@@ -53,7 +53,7 @@ class Presence:
             self._configs[cell] = self._compose([f"{k}={option}" for k, option in options.items()])
         return self._configs[cell]
 
-    def _one_varied(self) -> Iterator[dict[str, str]]:
+    def one_varied(self) -> Iterator[dict[str, str]]:
         """Yield the first option of each group, then each other option of one group."""
         first = {key: self.space[key].options[0] for key in self.space.groups}
         yield first

@@ -17,7 +17,7 @@ def test_the_plan_has_the_space_the_batches_and_the_most_steps(
     print_plan(space, settings_of(batch=10), 32, first, {"max_steps": 7})
     text = " ".join(capsys.readouterr().out.split())
     assert "a 1, 2 b 4 to 64, whole numbers, logarithmic" in text
-    assert "32 by tpe, in 4 batches of 10" in text
+    assert "32 by tpe, 10 at a time" in text
     assert "at most 32 x 7 = 224 steps" in text
     assert "trial 7 a=1 b=7 ... 2 more in the first batch" in text
     print_plan(space, settings_of(), 3, first[:1], {"max_steps": -1, "num_train_epochs": 2})

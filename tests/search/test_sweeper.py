@@ -44,6 +44,8 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "kind" / "b.yaml").write_text("y: 1\n")
     groups = ("sweeper: search", "hydra_logging: none", "job_logging: none")
     overridden = ", ".join(f"{{override hydra/{group}}}" for group in groups)
+    judged = "# @package _global_\nobjective: score\ngoal: maximize\n"
+    (folder / "kind" / "c.yaml").write_text(judged)
     defaults = f"defaults: [_self_, {{kind: a}}, {overridden}]\n"
     (folder / "config.yaml").write_text(
         f"{defaults}rate: 0.1\ngoal: minimize\nobjective: eval/loss\nretry_failed: false\n"
@@ -194,6 +196,36 @@ def test_a_pruned_job_is_told_with_its_last_value_and_step(search: Callable[...,
     }  # fmt: skip
 
 
+def judged_by(objective: Callable[[int], str]) -> Task:
+    """Return a task whose runs record the objective of their number."""
+
+    def task(cfg: DictConfig) -> float:
+        section = hydra.core.hydra_config.HydraConfig.get()
+        directory = Path(section.runtime.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        record = {"objective": objective(section.job.num), "goal": "minimize"}
+        (directory / "run.json").write_text(json.dumps(record))
+        return 1.0
+
+    return task
+
+
+def test_runs_without_held_out_rows_are_compared_by_their_training_loss(
+    search: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    search("kind.x=1,2,3,4", task=judged_by(lambda number: "train/loss"))
+    assert "trial 0 of 4; train/loss 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_runs_of_different_objectives_are_not_compared(
+    search: Callable[..., Journal], first: int
+) -> None:
+    task = judged_by(lambda number: "train/loss" if number >= first else "eval/loss")
+    with pytest.raises(ConfigError, match=r"trial .: is judged by train/loss"):
+        search("kind.x=1,2,3,4", task=task)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -228,6 +260,7 @@ def test_the_directory_of_a_grid_is_refused(search: Callable[..., Journal], tmp_
         ([*SPACE, "hydra.sweeper.sampler=tpw"], "did you mean tpe"),
         ([*SPACE, "hydra.sweeper.direction=maximize"], "is against goal=minimize"),
         ([*SPACE, "goal=minimize,maximize"], "goal cannot be searched"),
+        (["kind=a,c", "rate=1,2"], r"kind=c: is judged by score \(maximize\), the search by eval"),
         (["+hub_token=a,b"], r"hub_token: is a secret"),
         (["hydra.sweeper.start=[{rate: 1}]", *SPACE], "rate=1 is outside the space"),
     ],
@@ -255,5 +288,5 @@ def test_a_dry_run_prints_and_writes_nothing(
         runner = GlobalHydra.instance().hydra
         assert runner is not None
         runner.multirun("config", score, arguments, with_log_configuration=False)
-    assert "32 by tpe, in 4 batches of 8" in capsys.readouterr().out
+    assert "32 by tpe, 8 at a time" in capsys.readouterr().out
     assert not (tmp_path / "sweep").exists()
