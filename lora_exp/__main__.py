@@ -43,12 +43,8 @@ from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here
 
 log = logging.getLogger("lora_exp")
-MAY_CHANGE = (
-    "retry_failed",
-    "lockstep.",
-    "early_stopping",
-    *LIMITS,
-)  # overrides when a sweep is resumed
+# overrides when a sweep is resumed
+MAY_CHANGE = ("retry_failed", "lockstep.", "early_stopping", "hydra.sweeper.trials", *LIMITS)
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
 
 

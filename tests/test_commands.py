@@ -67,10 +67,12 @@ def ids(value: object) -> str:
 
 
 def jobs(overrides: list[str]) -> Iterator[list[str]]:
-    """Yield the overrides of each job of a sweep; of a run, its own."""
+    """Yield the overrides of each job of a sweep; of a run, its own; of an interval, its start."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     values = [
-        [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+        [f"{o.get_key_element()}={o.value().start}"]  # type: ignore[union-attr]
+        if o.is_interval_sweep()
+        else [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
         if o.is_sweep_override()
         else [str(o.input_line)]
         for o in parsed

@@ -17,6 +17,7 @@ import pytest
 from transformers import Trainer
 
 import hydra_plugins.lockstep_launcher
+import hydra_plugins.search_sweeper
 import lora_exp
 from lora_exp.training.checkpoint import Checkpoints, checkpointed
 from tests.conftest import ROOT
@@ -61,9 +62,14 @@ PRIVATE = [
     ("accelerate.state.PartialState", "_shared_state", "lockstep/state.py"),
     ("accelerate.state.AcceleratorState", "_shared_state", "lockstep/state.py"),
     ("accelerate.state.GradientState", "_shared_state", "lockstep/state.py"),
-    ("hydra.core.utils.JobReturn", "_return_value", "record/sweep.py, lockstep/worker.py"),
+    (
+        "hydra.core.utils.JobReturn",
+        "_return_value",
+        "record/sweep.py, lockstep/worker.py, search_sweeper/_core.py",
+    ),
     ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
+    ("optuna.samplers.NSGAIISampler", "_get_generation_key", "search/study.py"),
     ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),
     ("torch.utils", "_python_dispatch.TorchDispatchMode", "lockstep/proof.py"),
     ("torch.Tensor", "_version", "lockstep/layers.py"),
@@ -137,7 +143,7 @@ def names_defined(tree: ast.Module) -> Iterator[str]:
 
 def classes() -> Iterator[type]:
     """Yield every class of ours, and our mixin of checkpoints on the trainer it is mixed into."""
-    for package in (lora_exp, hydra_plugins.lockstep_launcher):
+    for package in (lora_exp, hydra_plugins.lockstep_launcher, hydra_plugins.search_sweeper):
         for module_info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module_info.name.endswith("__main__"):
                 members = vars(importlib.import_module(module_info.name)).values()

@@ -34,7 +34,10 @@ SCRIPTS = [
 ]
 TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
 # modules that import packages of an extra; they are imported only where it is installed
-NEEDED_EXTRA = {"lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve"}
+NEEDED_EXTRA = {
+    "lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve",
+    "lora_exp/search/study.py": "search",
+}  # fmt: skip
 DISTRIBUTIONS = packages_distributions()
 
 
@@ -93,7 +96,11 @@ def declared(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared(path: Path) -> None:
     extra = NEEDED_EXTRA.get(str(path.relative_to(ROOT)))
     extras = (
-        ["docs", "eval", "serve", "dev"] if path in TESTS_AND_SCRIPTS else [extra] if extra else []
+        ["docs", "eval", "search", "serve", "dev"]
+        if path in TESTS_AND_SCRIPTS
+        else [extra]
+        if extra
+        else []
     )
     known = declared(*extras)
     for package in set(imported(path)):

@@ -1,0 +1,12 @@
+"""A trial: one cell that a search chooses. Needs no torch.
+
+space      keys, options and intervals to search
+presence   keys that only some options have
+settings   what the command line asks for
+trial      one cell and its result
+journal    the search's file, appended only
+halton     points that fill a space evenly
+study      the next trials, from earlier ones
+evidence   trials of finished sweeps
+page       the plan and the result, printed
+"""

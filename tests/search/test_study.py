@@ -1,0 +1,127 @@
+"""Proposals depend on the settings and the earlier results, and on nothing else."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from lora_exp.search.settings import SAMPLERS
+from lora_exp.search.study import propose
+from lora_exp.search.trial import Trial, best
+from tests.search.spaces import presence_of, settings_of, space_of
+
+SPACE = space_of(
+    "rate=tag(log,interval(1e-5,1e-1))", "r=int(interval(4,64))", "kind=a,b", "n=range(1,9)"
+)
+
+
+def objective(trial: Trial) -> float:
+    """Least at rate 1e-3, r 16, kind a, n 5."""
+    values = trial.values
+    rate, r, n = (float(values[key]) for key in ("rate", "r", "n"))
+    distance = abs(math.log10(rate) + 3) + abs(math.log2(r) - 4) + abs(n - 5) / 4
+    return distance + (values["kind"] == "b")
+
+
+def searched(sampler: str, count: int, **values: object) -> list[Trial]:
+    settings, presence = settings_of(sampler=sampler, **values), presence_of(SPACE)
+    trials: list[Trial] = []
+    while len(trials) < count:
+        batch = propose(settings, presence, trials)
+        trials += [t.ended("complete", objective(t)) for t in batch]
+    return trials
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "grid"])
+def test_the_same_settings_propose_the_same_other_seeds_others(sampler: str) -> None:
+    trials = searched(sampler, 16)
+    assert trials == searched(sampler, 16)
+    assert trials != searched(sampler, 16, seed=2)
+    assert len({t.cell for t in trials}) == 16
+    assert all(SPACE[key].holds(text) for t in trials for key, text in t.values.items())
+
+
+def test_a_batch_depends_on_earlier_results_where_the_sampler_learns() -> None:
+    trials = searched("tpe", 12)
+    mirrored = [Trial(t.values).ended("complete", -(t.value or 0)) for t in trials]
+    others = {
+        s: propose(settings_of(sampler=s), presence_of(SPACE), mirrored) for s in SAMPLERS[:3]
+    }
+    same = {s: propose(settings_of(sampler=s), presence_of(SPACE), trials) for s in SAMPLERS[:3]}
+    assert others["tpe"] != same["tpe"]
+    assert (others["random"], others["qmc"]) == (same["random"], same["qmc"])
+
+
+def test_tpe_finds_better_than_random() -> None:
+    least = {}
+    for sampler in ("tpe", "random"):
+        values = []
+        for seed in range(5):
+            trials = searched(sampler, 48, seed=seed)
+            number = best(trials, "minimize")
+            assert number is not None
+            values.append(trials[number].value or 0.0)
+        least[sampler] = sum(values)
+    assert least["tpe"] < least["random"]
+
+
+def test_failed_and_pruned_trials_are_evidence_of_their_kind() -> None:
+    presence, settings = presence_of(SPACE), settings_of(batch=8)
+    trials = propose(settings, presence, ())
+    ended = [t.ended("complete", objective(t)) for t in trials]
+    failed = [ended[0].ended("failed", None), *ended[1:]]
+    pruned = [Trial(t.values).ended("pruned", -objective(t), 3) for t in trials]
+    proposals = [propose(settings, presence, earlier) for earlier in (ended, failed, pruned)]
+    assert proposals[0] != proposals[1] != proposals[2] != proposals[0]
+
+
+def test_evidence_of_other_sweeps_changes_the_first_batch() -> None:
+    presence, settings = presence_of(SPACE), settings_of()
+    evidence = searched("random", 12)
+    assert propose(settings, presence, (), evidence) != propose(settings, presence, ())
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
+def test_first_guesses_come_first_and_the_rest_of_their_keys_is_proposed(sampler: str) -> None:
+    start = [{"rate": "0.001", "kind": "b", "n": "3", "r": "5"}, {"r": "7"}]
+    trials = propose(settings_of(sampler=sampler, start=start), presence_of(SPACE), ())
+    assert trials[0].values == start[0]
+    assert trials[1].values["r"] == "7"
+    assert trials[1].values.keys() == trials[2].values.keys() == start[0].keys()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_small_space_is_tried_whole_and_nothing_twice(sampler: str) -> None:
+    presence, settings = presence_of(space_of("a=1,2,3", "b=x,y")), settings_of(sampler=sampler)
+    trials: list[Trial] = []
+    while batch := propose(settings, presence, trials):
+        trials += [t.ended("complete", float(len(trials))) for t in batch]
+    assert len(trials) == len({t.cell for t in trials}) == 6
+    if sampler == "grid":
+        assert [t.values["a"] for t in trials] == ["1", "1", "2", "2", "3", "3"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_key_that_an_option_lacks_is_in_none_of_its_trials(sampler: str) -> None:
+    space = space_of("peft.r=4,8", "peft=lora,ia3", groups=["peft"])
+    presence = presence_of(space, {"lora": {"peft": {"r": 1}}, "ia3": {"peft": {}}})
+    settings = settings_of(sampler=sampler, batch=2)
+    first = [t.ended("complete", 1.0) for t in propose(settings, presence, ())]
+    trials = [*first, *propose(settings, presence, first)]
+    cells = {tuple(t.values.values()) for t in trials}
+    assert cells == {("4", "lora"), ("8", "lora"), ("ia3",)}
+
+
+def test_nothing_imports_torch() -> None:
+    code = (
+        "import sys\n"
+        "from lora_exp.search import evidence, journal, page\n"
+        "from lora_exp.search.study import propose\n"
+        "from tests.search.spaces import *\n"
+        "propose(settings_of(), presence_of(space_of('a=interval(1,2)')), ())\n"
+        "assert 'optuna' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
