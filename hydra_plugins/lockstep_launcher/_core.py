@@ -20,7 +20,13 @@ from hydra_plugins.lockstep_launcher._jobs import common_keys, composed_job
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, OccupiedError, Paused
 from lora_exp.files.lock import Lock
-from lora_exp.lockstep.brackets import brackets, forecasts, stopped_before
+from lora_exp.lockstep.brackets import (
+    brackets,
+    earlier_jobs,
+    ended_before,
+    forecasts,
+    stopped_before,
+)
 from lora_exp.lockstep.plan import Job, Plan, plan, show
 from lora_exp.lockstep.work import Work, apart, together
 from lora_exp.lockstep.worker import Worker, failed, returned
@@ -60,16 +66,14 @@ def launch(
             composed_job(launcher, list(overrides), initial_job_idx + i, ours, common)
             for i, overrides in enumerate(job_overrides)
         ]
-        launch_plan = (
-            plan(jobs, stopped_before(jobs))
-            if ours
-            else Plan((), (), tuple((job, "") for job in jobs))
-        )
+        launch_plan = Plan((), (), tuple((job, "") for job in jobs))
         if ours:
+            state.earlier = earlier_jobs(folder, initial_job_idx)
+            launch_plan = plan(jobs, stopped_before(jobs, state.earlier))
             # after a launch's first batch the summary is its own
             holds_sweep = initial_job_idx == 0 and (folder / SUMMARY).is_file()
             _check_sweep_dir(launch_plan, len(jobs), holds_sweep)
-            show(launch_plan, forecasts(brackets(jobs, {})))
+            show(launch_plan, forecasts(brackets([*state.earlier, *jobs], {}), initial_job_idx))
             refused = any(job.error for job, _ in launch_plan.without_training)
             write_command(folder, hydra, keep=refused)
         state.run(launch_plan, {job.number: job for job in jobs}, worker)
@@ -110,6 +114,7 @@ class _Launch:
         self.returns: dict[int, JobReturn] = {}
         self.unproven_jobs: list[int] = []  # not proven equal to runs alone
         self.brackets: dict[int, Bracket] = {}
+        self.earlier: list[Job] = []  # those of a sweep's earlier launches
         self.paused: set[int] = set()  # they wait at a rung for other jobs
         self.deaths = 0  # of workers, while no job was running
 
@@ -213,7 +218,9 @@ class _Launch:
     def _brackets(self) -> dict[int, Bracket]:
         results = {n: result._return_value for n, result in self.returns.items()}
         failed = {n: isinstance(value, Exception) for n, value in results.items()}
-        return brackets(self.jobs.values(), failed)
+        ended = dict.fromkeys((job.number for job in self.earlier), False)
+        ended |= ended_before(self.earlier) | failed
+        return brackets([*self.earlier, *self.jobs.values()], ended)
 
     def _unfinished(self, part: Work) -> list[int]:
         return [number for number, _ in part.jobs if number not in self.returns]

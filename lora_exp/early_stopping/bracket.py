@@ -72,8 +72,8 @@ class Bracket:
         compared = self._compared(before, rung - 1)
         if not compared:
             return before
-        stopped = {job: self._costs(job, rung - 1) for job in self.jobs - before}
-        return self.rule.survivors(compared, stopped) | (before - compared.keys())
+        others = {job: self._costs(job, rung - 1) for job in self.jobs - compared.keys()}
+        return self.rule.survivors(compared, others) | (before - compared.keys())
 
     def _is_known(self, job: int, rung: int) -> bool:
         ended = job in self.finished or job in self.failed

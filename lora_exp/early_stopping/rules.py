@@ -40,8 +40,13 @@ class Halving:
             shares.append(share)
         return shares
 
-    def survivors(self, live: Costs, stopped: Costs) -> set[int]:
-        """Return the jobs that go on, of those that are compared; ties: the lower number first."""
+    def survivors(self, live: Costs, others: Costs) -> set[int]:
+        """Return the jobs that go on; ties: the lower number first.
+
+        Args:
+            live: the jobs that are compared, with their costs up to this rung.
+            others: those that were stopped earlier, or were not measured here.
+        """
         return set(ranked(live)[: max(1, len(live) // self.eta)])
 
     def forecast(self, jobs: int) -> str:
@@ -79,9 +84,9 @@ class Median:
         count = int((ALMOST_ONE - self.first_rung) / self.interval) + 1
         return [self.first_rung + i * self.interval for i in range(count)]
 
-    def survivors(self, live: Costs, stopped: Costs) -> set[int]:
-        """Return the jobs that go on, of those that are compared."""
-        latest = [costs[-1] for costs in (*live.values(), *stopped.values()) if costs]
+    def survivors(self, live: Costs, others: Costs) -> set[int]:
+        """Return the jobs that go on; see `Halving.survivors`."""
+        latest = [costs[-1] for costs in (*live.values(), *others.values()) if costs]
         if len(latest) < self.n_startup_trials:
             return set(live)
         middle = median(latest)

@@ -6,8 +6,11 @@ Needs no torch: the launcher reads records, and a worker judges.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from lora_exp.config.door import build, plain
 from lora_exp.config.resume import acting_limit
@@ -27,8 +30,8 @@ def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Brack
     """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        if job.settled is not None and isinstance(build(job.settled, "early_stopping"), Comparing):
-            cfg = job.settled
+        cfg: Any = job.settled
+        if cfg is not None and isinstance(build(cfg, "early_stopping"), Comparing):
             key = json.dumps([plain(cfg.early_stopping), cfg.objective, cfg.goal])
             groups.setdefault(key, []).append(job)
     by_job: dict[int, Bracket] = {}
@@ -37,31 +40,61 @@ def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Brack
     return by_job
 
 
-def stopped_before(jobs: Iterable[Job]) -> set[int]:
+def earlier_jobs(folder: Path, first: int) -> list[Job]:
+    """Return the jobs of a sweep's earlier launches, if it launches its jobs in several batches.
+
+    Args:
+        folder: the sweep's.
+        first: the lowest number of this launch's jobs.
+    """
+    jobs = []
+    for number, directory in ((n, folder / str(n)) for n in range(first)):
+        if (directory / "run.json").is_file():
+            config = OmegaConf.load(directory / "config.yaml")
+            if "early_stopping" in config:  # else an earlier version wrote it
+                jobs.append(Job(number, config, config, directory))  # type: ignore[arg-type]
+    return jobs
+
+
+def ended_before(jobs: Iterable[Job]) -> dict[int, bool]:
+    """Return whether each job that an earlier launch has ended, and that is not retried, failed.
+
+    Those that were stopped early are not among them: their rule may stop others now.
+    """
+    ended = {}
+    for job in jobs:
+        status = how_ended(job.directory)[0] if job.settled is not None else ""
+        if status == "finished" or (status in FAILED and not job.settled.retry_failed):  # type: ignore[union-attr]
+            ended[job.number] = status in FAILED
+    return ended
+
+
+def stopped_before(jobs: Sequence[Job], earlier: Sequence[Job] = ()) -> set[int]:
     """Return the jobs that an earlier launch has stopped, and that their rule stops again."""
     jobs = [job for job in jobs if job.settled is not None and job.error is None]
-    status = {job.number: how_ended(job.directory)[0] for job in jobs}
-    failed = {
-        job.number: status[job.number] in FAILED
-        for job in jobs
-        if status[job.number] == "finished"
-        or (status[job.number] in FAILED and not job.settled.retry_failed)  # type: ignore[union-attr]
-    }
-    return {
-        number
-        for number, bracket in brackets(jobs, failed).items()
-        if status[number] == "pruned" and number in bracket.stopped()
-    }
+    pruned = {job.number for job in jobs if how_ended(job.directory)[0] == "pruned"}
+    failed = ended_before(jobs) | dict.fromkeys((job.number for job in earlier), False)
+    by_job = brackets([*earlier, *jobs], failed | ended_before(earlier))
+    return {n for n in pruned if n in by_job and n in by_job[n].stopped()}
 
 
-def forecasts(by_job: Mapping[int, Bracket]) -> list[tuple[list[int], str]]:
-    """Return the job numbers of each bracket, and what its rule will do, for the plan."""
-    groups: dict[int, list[int]] = {}
-    for number, bracket in by_job.items():
-        groups.setdefault(id(bracket), []).append(number)
-    return [
-        (numbers, by_job[numbers[0]].rule.forecast(len(numbers))) for numbers in groups.values()
-    ]
+def forecasts(by_job: Mapping[int, Bracket], first: int = 0) -> list[tuple[list[int], str]]:
+    """Return the job numbers of each bracket, and what its rule will do, for the plan.
+
+    Args:
+        by_job: the brackets.
+        first: the lowest number of this launch's jobs.
+    """
+    lines = []
+    for bracket in {id(b): b for b in by_job.values()}.values():
+        jobs = sorted(job for job in bracket.jobs if job >= first)
+        if earlier := len(bracket.jobs) - len(jobs):
+            shares = ", ".join(f"{share:.0%}" for share in bracket.rule.shares())
+            text = f"compared with {earlier} earlier jobs after {shares} of the steps"
+            lines.append((jobs, f"early stopping: {text}"))
+        elif jobs:
+            lines.append((jobs, bracket.rule.forecast(len(jobs))))
+    return [line for line in lines if line[0]]
 
 
 def _bracket(jobs: list[Job], failed: Mapping[int, bool]) -> Bracket:

@@ -81,3 +81,20 @@ def test_verdicts_do_not_depend_on_the_order_of_the_reports() -> None:
             jobs.report(job, rung, values[job, rung])
         outcomes.append([jobs.verdict(job, rung) for job in range(9) for rung in range(3)])
     assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+def test_jobs_of_an_earlier_launch_are_compared_and_wait_for_none() -> None:
+    jobs = bracket(6)
+    for job, value in enumerate([1.0, 4.0, 5.0]):  # 1 and 2 were stopped there
+        jobs.report(job, 0, value)
+        jobs.end(job, failed=False)
+    jobs.report(0, 1, 0.5)
+    for job, value in enumerate([2.0, 3.0, 6.0], 3):
+        jobs.report(job, 0, value)
+    assert [jobs.verdict(job, 0) for job in (3, 4, 5)] == [
+        Verdict(True, 2, 6), Verdict(True, 3, 6), Verdict(False, 6, 6),
+    ]  # fmt: skip
+    jobs.report(3, 1, 1.0)
+    jobs.report(4, 1, 0.1)
+    assert jobs.verdict(4, 1) == Verdict(True, 1, 3)
+    assert jobs.verdict(3, 1) == Verdict(False, 3, 3)

@@ -13,7 +13,7 @@ from typing import Any
 from lora_exp import compose, run
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Halving
-from lora_exp.lockstep.brackets import brackets, forecasts, stopped_before
+from lora_exp.lockstep.brackets import brackets, earlier_jobs, forecasts, stopped_before
 from lora_exp.lockstep.plan import Job
 from tests.conftest import QUICK
 from tests.lockstep.runs import COMMON, run_alone, run_packed
@@ -94,6 +94,12 @@ def test_jobs_of_a_pack_and_jobs_alone_meet_at_rungs_even_if_the_sweep_is_killed
     again = cli("resume=a/b", cwd=tmp_path)
     assert again.stdout.count("stopped early before, not run again") == 1
     assert stopped_before(plan_jobs(sweep, *HALVING)) == set(range(4)) - {best}
+    earlier = earlier_jobs(sweep, 4)
+    cfg = earlier[0].settled
+    by_job = brackets([*earlier, Job(4, cfg, cfg, sweep / "4")], {})  # type: ignore[arg-type]
+    assert [numbers for numbers, _ in forecasts(by_job, 4)] == [[4]]
+    assert "compared with 4 earlier jobs" in forecasts(by_job, 4)[0][1]
+    assert sorted(by_job[4].values) == [0, 1, 2, 3]
     later = plan_jobs(sweep, "early_stopping.eta=2", "early_stopping.first_rung=0.5")
     assert stopped_before(later) == set()  # none was measured there: all train on
 
