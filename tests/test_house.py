@@ -44,9 +44,10 @@ TESTED_ELSEWHERE = {
     "": {"errors"},  # every room's tests expect its errors
     "cli": {"use"},  # in after/: test_chat.py, test_serving.py, test_completion.py
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
-    "training": {"place"},  # alone in every run, on a seat in lockstep/test_contract.py
-    # whole packs in lockstep/test_contract.py run all of these
-    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
+    # alone in every run, on a seat in lockstep/test_contract.py; the loop in every run
+    "training": {"place", "loop"},
+    # whole packs in lockstep/test_contract.py run these, the launcher's tests the last
+    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing", "work"},
     # proofs are tested in test_merging.py, the others with their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }
