@@ -1,16 +1,16 @@
 """Training: the trainer, checkpoints, interruption, and evaluation before and after.
 
-interruption  SIGTERM and Ctrl-C: save, then stop
-guards        stops on NaN and missing gradients
-housekeeping  saves repeated work in each step
-averages      evaluations as means over tokens
-best          which evaluation was the best
-manifest      a checkpoint's hashes; the newest intact
-checkpoint    complete or absent; the best kept
-answers       greedy answers before and after
-place         alone, or in a lockstep pack
-measure       held-out rows before and after
-early_stopping measured at rungs, stopped there
-trainer       the algorithm's trainer, built and guarded
-loop          from a checkpoint to the end
+interruption    SIGTERM and Ctrl-C: save, then stop
+guards          stops on NaN and missing gradients
+housekeeping    saves repeated work in each step
+averages        evaluations as means over tokens
+best            which evaluation was the best
+manifest        a checkpoint's hashes; the newest intact
+checkpoint      complete or absent; the best kept
+answers         greedy answers before and after
+place           alone, or in a lockstep pack
+measure         held-out rows before and after
+early_stopping  measured at rungs, stopped there
+trainer         the algorithm's trainer, built and guarded
+loop            from a checkpoint to the end
 """
