@@ -44,15 +44,23 @@ def test_the_same_settings_propose_the_same_other_seeds_others(sampler: str) -> 
     assert all(SPACE[key].holds(text) for t in trials for key, text in t.values.items())
 
 
-def test_a_batch_depends_on_earlier_results_where_the_sampler_learns() -> None:
-    trials = searched("tpe", 12)
+@pytest.mark.parametrize(
+    ("sampler", "learns"), [("tpe", True), ("nsga2", True), ("random", False), ("qmc", False)]
+)
+def test_a_batch_depends_on_earlier_results_where_the_sampler_learns(
+    sampler: str, learns: bool
+) -> None:
+    settings, presence = settings_of(sampler=sampler), presence_of(SPACE)
+    trials = searched(sampler, 12)
     mirrored = [Trial(t.values).ended("complete", -(t.value or 0)) for t in trials]
-    others = {
-        s: propose(settings_of(sampler=s), presence_of(SPACE), mirrored) for s in SAMPLERS[:3]
-    }
-    same = {s: propose(settings_of(sampler=s), presence_of(SPACE), trials) for s in SAMPLERS[:3]}
-    assert others["tpe"] != same["tpe"]
-    assert (others["random"], others["qmc"]) == (same["random"], same["qmc"])
+    batches = [propose(settings, presence, earlier) for earlier in (trials, mirrored)]
+    assert (batches[0] != batches[1]) == learns
+
+
+def test_a_batch_has_random_numbers_of_its_own() -> None:
+    settings, presence = settings_of(sampler="random"), presence_of(SPACE)
+    others = searched("random", 4, seed=9)
+    assert propose(settings, presence, others)[0] != propose(settings, presence, ())[0]
 
 
 def test_tpe_finds_better_than_random() -> None:
@@ -73,9 +81,12 @@ def test_failed_and_pruned_trials_are_evidence_of_their_kind() -> None:
     trials = propose(settings, presence, ())
     ended = [t.ended("complete", objective(t)) for t in trials]
     failed = [ended[0].ended("failed", None), *ended[1:]]
-    pruned = [Trial(t.values).ended("pruned", -objective(t), 3) for t in trials]
-    proposals = [propose(settings, presence, earlier) for earlier in (ended, failed, pruned)]
-    assert proposals[0] != proposals[1] != proposals[2] != proposals[0]
+    pruned = [t.ended("pruned", objective(t), 3) for t in trials]
+    mirrored = [t.ended("pruned", -objective(t), 3) for t in trials]
+    kinds = (ended, failed, pruned, mirrored)
+    proposals = [propose(settings, presence, earlier) for earlier in kinds]
+    assert proposals[0] != proposals[1]
+    assert proposals[2] != proposals[3]
 
 
 def test_evidence_of_other_sweeps_changes_the_first_batch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hydra_plugins.search_sweeper.sweeper import SearchSweeper
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.record.sweep import SweepTable
 from lora_exp.search.journal import JOURNAL, Journal
+from lora_exp.search.trial import Trial
 
 Task = Callable[[DictConfig], Any]
 SPACE = ["rate=tag(log,interval(1e-5,1e-1))", "kind=a,b", "kind.x=range(1,5)"]
@@ -138,6 +140,20 @@ def test_lists_are_values_and_first_guesses(search: Callable[..., Journal]) -> N
     journal = search("+m=[1],[1,2]", "rate=0.5,0.1", guess, task=lambda cfg: float(sum(cfg.m)))
     assert journal.trials[0].values == {"+m": "[1,2]", "rate": "0.5"}
     assert {t.value for t in journal.trials} == {1.0, 3.0}
+
+
+def test_evidence_is_kept_in_the_journal(search: Callable[..., Journal], tmp_path: Path) -> None:
+    finished = tmp_path / "finished" / "0"
+    finished.mkdir(parents=True)
+    (finished / "config.yaml").write_text("kind: {x: 2}\nchoices: {}\n")
+    record = {"status": "finished", "objective": "eval/loss", "goal": "minimize", "error": None}
+    (finished / "run.json").write_text(json.dumps(record | {"metrics": {"eval/loss": 0.5}}))
+    arguments = ["kind.x=1,2,3,4", f"hydra.sweeper.learn_from=[{finished.parent}]"]
+    search(*arguments, "hydra.sweeper.trials=2")
+    shutil.rmtree(finished.parent)
+    journal = search(*arguments)
+    assert journal.evidence == [Trial({"kind.x": "2"}, "complete", 0.5)]
+    assert len(journal.trials) == 4
 
 
 def test_failed_and_nan_trials_count_and_the_search_goes_on(search: Callable[..., Journal]) -> None:
