@@ -65,6 +65,7 @@ PRIVATE = [
     ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
     ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),
+    ("torch.optim.lr_scheduler.LRScheduler", "_last_lr", "training/resumption.py"),
     ("torch.utils", "_python_dispatch.TorchDispatchMode", "lockstep/proof.py"),
     ("torch.Tensor", "_version", "lockstep/layers.py"),
     ("torch.nn.Module", "_parameters", "lockstep/probe.py"),

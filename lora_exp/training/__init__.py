@@ -6,6 +6,7 @@ housekeeping  saves repeated work in each step
 averages      evaluations as means over tokens
 best          which evaluation was the best
 checkpoint    complete or absent; finds the newest
+resumption    intervals and rate of new arguments
 answers       greedy answers before and after
 place         alone, or in a lockstep pack
 measure       held-out rows before and after
