@@ -45,6 +45,7 @@ from lora_exp.training.place import here
 log = logging.getLogger("lora_exp")
 # overrides when a sweep is resumed
 MAY_CHANGE = ("retry_failed", "lockstep.", "early_stopping", "hydra.sweeper.trials", *LIMITS)
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
 
 
@@ -101,13 +102,13 @@ def job(cfg: DictConfig) -> float:
 def _set_aside_changed(directory: Path, names: list[str]) -> None:
     """Set aside a finished run whose files have changed, with what Hydra needs to train it anew.
 
-    Launchers other than ours have let Hydra write `.hydra` and open run.log there already.
+    Launchers other than ours have let Hydra write its files and open run.log there already.
     """
     hydra_config: Any = HydraConfig.get()
     aside, written = set_aside(directory, CHANGED), str(hydra_config.output_subdir)
     directory.mkdir()
     if (aside / written).is_dir():
-        shutil.copytree(aside / written, directory / written)
+        shutil.copytree(aside / written, directory / ".hydra")
     configure_log(hydra_config.job_logging, hydra_config.verbose)  # opens the new run.log
     log.warning("trained again, since %s changed; %s keeps what it was", ", ".join(names), aside)
 
@@ -132,7 +133,7 @@ def main() -> None:
         translated = translate_error(error) or refusal(error, Path.cwd())
         if translated is None:
             raise
-        print(f"{type(translated).__name__}: {translated}", file=sys.stderr)
+        print(_failure_text(translated), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
@@ -148,6 +149,15 @@ def main() -> None:
             _report_trial(SweepTable.current)
 
 
+def _failure_text(error: LoraExpError) -> str:
+    """Return an error in one line; errors of a sweep's jobs are below its table already."""
+    rows = SweepTable.current.rows if SweepTable.current is not None else []
+    failed = sum(row["error"] is not None for row in rows)
+    if failed:
+        return f"{failed} of {len(rows)} jobs failed; the table of jobs has the errors"
+    return f"{type(error).__name__}: {error}"
+
+
 def _report_trial(table: SweepTable) -> None:
     """Log the mean objective to W&B, if this sweep is one trial of a W&B sweep."""
     values = [row["objective"] for row in table.rows if row["objective"] is not None]
@@ -161,12 +171,13 @@ def _check_single_process() -> None:
     """Refuse to run as one of several processes, each of which would train and write a run.
 
     Raises:
-        ConfigError: torchrun, accelerate launch or similar has started several.
+        ConfigError: torchrun, accelerate launch, mpirun or similar has started several.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        text = f"{count}: a run trains in one process, on one device; start it without torchrun"
-        raise ConfigError([("WORLD_SIZE", f"{text} or accelerate launch (or unset WORLD_SIZE)")])
+    for name in PROCESS_COUNTS:
+        count = os.environ.get(name, "1")
+        if count != "1":
+            text = f"{count}: a run trains in one process, on one device; start it without torchrun"
+            raise ConfigError([(name, f"{text} or accelerate launch or mpirun (or unset {name})")])
 
 
 def _raise_file_limit() -> None:

@@ -235,6 +235,7 @@ def test_the_first_rows_mask_is_printed_before_training(
 ) -> None:
     quick_run("peft.r=4", "targets=qv")
     output = " ".join(capsys.readouterr().out.split())
+    assert output.startswith("loading pkg://lora_exp/assets/tiny")
     assert "lora, rank 4, alpha 32" in output
     assert "q_proj x4, v_proj x4" in output
     assert "12,288 of 1,881,792 parameters (0.65%)" in output

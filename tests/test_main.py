@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.record.sweep import SweepTable
+from lora_exp.record.sweep import SweepTable, read_rows
 from tests.conftest import QUICK, ROOT
 from tests.warm import Process, python
 
@@ -58,8 +58,11 @@ def test_help_shows_commands_groups_and_values() -> None:
         (["peft=none", "peft.r=8"], "peft.r: exists with another option of peft"),
         (["targets=[q_proj]"], "peft.target_modules=[q_proj,v_proj]"),
         (["resume=nowhere"], "ConfigError: resume: no run in nowhere"),
+        (["resume=0"], "ConfigError: resume: no run in 0"),  # a job of the sweep in this folder
+        (["-m", "--cfg", "job", "seed=1,2"], "ConfigError: --cfg: shows one run; leave out -m"),
         (["-cn", "nothing"], "--config-name: there is no such config"),
         (["data.path=mine.jsonl"], "data.path: data=demo holds out its own rows; give data=jsonl"),
+        (["algorithm=grpo", "algorithm.rewards=3"], "algorithm.rewards: is a list; give"),
         (["algorithm.metrics=loss"], "algorithm.metrics: is a list; give algorithm.metrics=[...]"),
         (["hydra.sweeper.params={peft.r: '4,8'}"], "hydra.sweeper.params: cannot take this value"),
         (["trian.max_steps=3"], "trian.max_steps: no such key (did you mean train"),
@@ -120,7 +123,8 @@ def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
     assert float(table[0]["eval/loss"]) == summary[0]["objective"]
     assert all((sweep / n / "adapter" / "README.md").is_file() for n in ("0", "2"))
     assert "peft.r: 0 is no rank" in (sweep / "1" / "run.log").read_text()
-    assert "ConfigError: peft.r: 0 is no rank" in done.stderr
+    assert "1 of 3 jobs failed" in done.stderr
+    assert "is no rank" not in done.stderr
     assert "summary.csv" in done.stdout
     assert done.stdout.rindex("finished") < done.stdout.rindex("failed")
     assert "job 1: peft.r: 0 is no rank" in done.stdout
@@ -179,14 +183,15 @@ def test_a_reward_that_fails_leaves_its_traceback_in_the_log(tmp_path: Path) -> 
     assert 'mine.py", line 2, in reward' in (tmp_path / "run" / "run.log").read_text()
 
 
-def test_several_processes_of_torchrun_are_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_of_torchrun_or_mpirun_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     done = cli(cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("ConfigError: WORLD_SIZE: 2: a run trains in one process")
+    assert done.stderr.startswith(f"ConfigError: {name}: 2: a run trains in one process")
     assert not list(tmp_path.iterdir())
 
 
@@ -214,6 +219,10 @@ def test_other_launchers_can_run_the_job_and_the_table_is_written(tmp_path: Path
     assert [(r["job"], r["objective"], r["overrides"]) for r in table.rows] == [
         (r["job"], r["objective"], r["overrides"]) for r in rows
     ]
+    command[2] = "peft.r=2,0"  # the faulty job leaves the other run in its directory as it is
+    assert cli(*command, "hydra.sweep.dir=a/b", cwd=tmp_path).returncode == 1
+    jobs = {(r["overrides"]["peft.r"], r["status"]) for r in read_rows(tmp_path / "a/b")}
+    assert jobs == {("2", "finished"), ("4", "finished")}
 
 
 def test_a_job_whose_data_changed_is_complete_under_other_launchers(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ PRIVATE = [
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
     ("optuna.samplers.NSGAIISampler", "_get_generation_key", "search/study.py"),
     ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),
+    ("torch.optim.lr_scheduler.LRScheduler", "_last_lr", "training/resumption.py"),
     ("torch.utils", "_python_dispatch.TorchDispatchMode", "lockstep/proof.py"),
     ("torch.Tensor", "_version", "lockstep/layers.py"),
     ("torch.nn.Module", "_parameters", "lockstep/probe.py"),

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
 from lora_exp.errors import ConfigError, LoraExpError
@@ -205,7 +206,10 @@ def _space(sweeper: Any, arguments: Sequence[str]) -> Space:
 
 def _judge(config: DictConfig) -> Judge:
     """Return the objective's name and the goal of a config; None: the task has none."""
-    return OmegaConf.select(config, "objective"), OmegaConf.select(config, "goal")
+    objective, goal = OmegaConf.select(config, "objective"), OmegaConf.select(config, "goal")
+    if objective is not None and OmegaConf.is_interpolation(config, "goal"):
+        goal = goal_of(str(objective)) or goal  # as `settle` does
+    return objective, goal
 
 
 def _any_complete(journal: Journal) -> bool:

@@ -224,6 +224,9 @@ def _best_metric(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> It
     """Check the metric of the best checkpoint, which trainers read only after training began."""
     key, metric = settings.get("metric_for_best_model", ("", None))
     if not key or metric is None:
+        key, greater = settings.get("greater_is_better", ("", None))
+        if greater is not None:
+            yield key, "has no effect without train.metric_for_best_model; give goal=maximize"
         return
     name = str(metric).removeprefix("eval_")
     measured = {"loss", *map(str, cfg.algorithm.get("metrics") or ())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from lora_exp.config.arguments import FOLLOWS_EVALUATIONS
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
+HIGHER_IS_BETTER = re.compile(
+    r"exact_match|accurac|(mean_token|preference)_accuracy|reward$|rewards/(margins|accurac|\w+/mean)"
+)
 KEEP_VALUES = ("last", "best")
 LOAD_BEST = "load_best_model_at_end"
 
@@ -42,6 +46,14 @@ def apply_keep(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, An
         text = "best needs a checkpoint of each evaluation; leave train.save_strategy and"
         raise ConfigError([("keep", f"{text} train.save_steps out, or let them equal eval_*")])
     return values | {"keep": "best", "train": train}
+
+
+def goal_of(objective: str) -> str | None:
+    """Return the goal of a metric, such as eval/loss; None: either may be wanted."""
+    name = objective.partition("/")[2]
+    if name.endswith("loss"):
+        return "minimize"
+    return "maximize" if HIGHER_IS_BETTER.match(name) else None
 
 
 def saves_each_best(train: Mapping[str, Any]) -> bool:

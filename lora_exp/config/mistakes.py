@@ -32,6 +32,8 @@ def translate_error(error: Exception) -> LoraExpError | None:
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0]
         return ConfigError([(key, 'cannot be read; give key=value, or key="a text"')])
+    if text.startswith("Only one of --run"):
+        return ConfigError([("--cfg", "shows one run; leave out -m, and give one value to a key")])
     if text.startswith("Config group override must be"):
         return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):

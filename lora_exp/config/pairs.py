@@ -102,7 +102,7 @@ def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:
 
 def _shares_base(cfg: DictConfig) -> bool:
     """Return whether a run uses the base with other adapters, or without an adapter, too."""
-    args, rewards = cfg.algorithm.args, cfg.algorithm.rewards if "rewards" in cfg.algorithm else ()
+    args, rewards = cfg.algorithm.args, cfg.algorithm.get("rewards") or ()
     reward_adapter = any(isinstance(name, str) and is_path(name) for name in rewards)
     ppo = cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer"
     return bool("beta" in args and args.beta) or ppo or reward_adapter

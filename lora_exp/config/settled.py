@@ -16,7 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config.deletions import restore_defaults
 from lora_exp.config.door import plain, renamed, with_oldest_names
-from lora_exp.config.keep import LOAD_BEST, apply_keep, evaluations_act, saves_each_best
+from lora_exp.config.keep import (
+    LOAD_BEST,
+    apply_keep,
+    evaluations_act,
+    goal_of,
+    saves_each_best,
+)
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import resumed_config
 from lora_exp.config.start import with_start_adapter
@@ -53,12 +59,26 @@ def product(*factors: float) -> float:
     return float(f"{math.prod(float(factor) for factor in factors):.12g}")
 
 
-def run_dir(resume: str | None) -> str:
+def resumed_path(resume: Any) -> str | None:
+    """Return the key `resume` as a path, None if it is empty; a sweep's job may be named 0.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    if resume is None or resume == "":
+        return None
+    if not isinstance(resume, str | int):
+        raise ConfigError([("resume", "is the directory of one run or sweep; give resume=PATH")])
+    return str(resume)
+
+
+def run_dir(resume: Any) -> str:
     """Return the directory of a run: a new one, or that of the run to resume.
 
     Raises:
         ConfigError: there is no run to resume.
     """
+    resume = resumed_path(resume)
     if resume and not (Path(resume) / "config.yaml").is_file():
         run = Path(resume).resolve().parent.parent
         if Path(resume).is_dir() and (run / "config.yaml").is_file():
@@ -69,11 +89,15 @@ def run_dir(resume: str | None) -> str:
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"
 
 
+def hydra_subdir(resume: Any, directory: str | None) -> str:
+    """Return the folder for Hydra's files: those of a run's launch stay when it is resumed."""
+    holds_run = directory is not None and (Path(directory) / "run.json").is_file()
+    return ".hydra/resumed" if holds_run or resumed_path(resume) else ".hydra"
+
+
 OmegaConf.register_new_resolver("product", product, replace=True)
 OmegaConf.register_new_resolver("run_dir", run_dir, use_cache=True, replace=True)
-OmegaConf.register_new_resolver(
-    "hydra_subdir", lambda resume: ".hydra/resumed" if resume else ".hydra", replace=True
-)
+OmegaConf.register_new_resolver("hydra_subdir", hydra_subdir, replace=True)
 
 
 def settle(
@@ -98,7 +122,7 @@ def settle(
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
-    if cfg.resume:
+    if resumed_path(cfg.resume):
         return _freeze(_resumed(cfg, choices, overrides))
     if missing_groups := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
@@ -112,7 +136,9 @@ def settle(
         raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
     if missing:
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
-    values = renamed(values)
+    values = renamed(values) | {"resume": None}
+    if OmegaConf.is_interpolation(cfg, "goal"):  # the algorithm's, which is its own objective's
+        values["goal"] = goal_of(values["objective"]) or values["goal"]
     _check_consent(values, overrides)
     values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
@@ -148,7 +174,8 @@ def _resumed(
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
     values = resumed_config(renamed(values), cfg, choices, overrides)
     _check_consent(values | {"adapter_base": None}, overrides)  # given when the run began
-    current = {key: cfg[key] for key in ("resume", "retry_failed", "strict")}
+    current = {key: cfg[key] for key in ("retry_failed", "strict")}
+    current["resume"] = resumed_path(cfg.resume)
     # keys that did not exist when the run was saved
     current["adapter_base"] = values.get("adapter_base")
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}

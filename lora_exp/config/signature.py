@@ -218,6 +218,12 @@ def fits(value: Any, annotation: ast.expr | None) -> bool:
             # peft writes a pattern as a member: "pissa_niter_[number of iters]"
             patterns = [o.partition("[")[0] for o in options if isinstance(o, str) and "[" in o]
             return value in options or any(str(value).startswith(p) for p in patterns)
+        case ast.Subscript(value=ast.Name(id="list"), slice=inner):
+            return isinstance(value, list) and all(fits(element, inner) for element in value)
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, element])):
+            return isinstance(value, dict) and all(
+                fits(k, key) and fits(v, element) for k, v in value.items()
+            )
         case ast.Subscript(value=ast.Name(id=name)):
             return fits(value, ast.Name(name))
         case ast.Name(id=name) if name in TYPES:

@@ -52,7 +52,7 @@ KEYS = {
         "trainer", "args",
     ),
 }  # fmt: skip
-LISTS = ("trusted_targets", "algorithm.metrics", "tracking.tags")
+LISTS = ("trusted_targets", "algorithm.metrics", "algorithm.rewards", "tracking.tags")
 NULLS = ("train.bf16", "peft.rank_pattern", "peft.alpha_pattern")  # null: the run decides
 
 
@@ -171,6 +171,8 @@ def _type_text(value: Any, annotation: ast.expr | None) -> str:
     if type_name.startswith("Literal["):
         options = [str(o) for o in ast.literal_eval(type_name.removeprefix("Literal"))]
         return f"is none of {', '.join(options)}{did_you_mean(str(value), options)}"
+    if type_name.startswith("dict["):
+        return "is not a section of names and values, {name: value}"
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     return f"is not {names.get(type_name, type_name)}"
 

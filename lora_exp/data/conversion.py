@@ -6,7 +6,7 @@ Knows nothing of files or tokens; needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_exp.data.shapes import LocatedRow, list_faults
 from lora_exp.data.turns import FieldError, Row
 from lora_exp.errors import DataError
 
-Columns = Mapping[str, str] | None
+Columns = dict[str, str] | None
 
 
 @dataclass(frozen=True)

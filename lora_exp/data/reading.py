@@ -22,7 +22,12 @@ from lora_exp.files.paths import asset
 
 OnError = Literal["raise", "skip"]
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
-OTHERS = {b"PK\x03\x04": "a ZIP archive or spreadsheet", b"\xfd7zXZ": "an xz file"}
+OTHERS = {
+    b"PK\x03\x04": "a ZIP archive or spreadsheet", b"\xfd7zXZ": "an xz file",
+    b"\xff\xfe": "text in UTF-16", b"\xfe\xff": "text in UTF-16",
+    b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+}  # fmt: skip
+READABLE = "rows are read from JSON Lines, JSON, CSV, Parquet or Arrow, also .gz, .bz2 and .zst"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -69,8 +74,7 @@ def _uncompressed(raw: bytes, path: Path) -> bytes:
     compression = next((name for magic, name in COMPRESSED.items() if raw.startswith(magic)), None)
     unreadable = next((name for magic, name in OTHERS.items() if raw.startswith(magic)), None)
     if unreadable is not None:
-        readable = "JSON Lines, JSON, CSV, Parquet or Arrow, also .gz, .bz2 and .zst"
-        raise DataError(f"{path} is {unreadable}; rows are read from {readable}")
+        raise DataError(f"{path} is {unreadable}; {READABLE}")
     if compression is None:
         return raw
     try:
@@ -127,7 +131,8 @@ def _json(raw: bytes, path: Path) -> Iterator[tuple[str, Row | DataError]]:
             try:
                 yield where, _parse(line, where)
             except DataError as error:
-                yield where, error
+                is_json = line.lstrip()[:1] == b"{" or number > 1
+                yield where, error if is_json else DataError(f"{error}; {READABLE}")
 
 
 def _text(raw: bytes, where: str) -> str:
@@ -139,8 +144,9 @@ def _text(raw: bytes, where: str) -> str:
 
 
 def _parse(raw: bytes, where: str) -> Any:
+    text = _text(raw, where)
     try:
-        return json.loads(_text(raw, where))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # Python reads integers of at most 4300 digits

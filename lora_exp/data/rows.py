@@ -75,7 +75,7 @@ def jsonl(
     max_eval_rows: int | None,
     chat_template: str | None,
     on_error: OnError,
-    columns: Columns = None,
+    columns: dict[str, str] | None = None,
     as_chat: bool = False,
 ) -> Rows:
     """Read rows from a file or a glob; see `reading` for the kinds of files.
@@ -105,7 +105,7 @@ def hub(
     max_eval_rows: int | None,
     chat_template: str | None,
     on_error: OnError,
-    columns: Columns = None,
+    columns: dict[str, str] | None = None,
     as_chat: bool = False,
 ) -> Rows:
     """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.

@@ -187,9 +187,11 @@ def show(planned: Plan, comparisons: Iterable[tuple[list[int], str]] = ()) -> No
     numbered = [([job.number for job in jobs], text) for text, jobs in lines]
     for numbers, text in (*numbered, *comparisons):
         console.print(Text.assemble((f"{_ranges(numbers):>9}  ", "bold"), text))
-    for job, _ in planned.without_training:
-        if job.error is not None:
-            console.print(Text(f"job {job.number}: {job.error}"))
+    if planned.packs or planned.alone:  # else the sweep's table follows at once, with the errors
+        refused = ((job, str(job.error)) for job, _ in planned.without_training if job.error)
+        for text, jobs in _by_reason(refused).items():
+            which = _ranges([job.number for job in jobs])
+            console.print(Text(f"job{'s' * (len(jobs) > 1)} {which}: {text}"))
 
 
 def _by_reason(pairs: Iterable[tuple[Job, str]]) -> dict[str, list[Job]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from rich import get_console
 from rich.console import Console, RenderableType
@@ -26,13 +27,14 @@ class Row:
     number: int
     name: str
     status: str = "waits"
+    first: int = 0  # the step from which a resumed job goes on
     step: int = 0
     steps: int = 0
     shown: dict[str, str] = field(default_factory=dict)
 
     def begin(self, step: int, steps: int) -> None:
         """Training begins, or resumes."""
-        self.status, self.step, self.steps = "trains", step, steps
+        self.status, self.first, self.step, self.steps = "trains", step, step, steps
 
     def move(self, step: int) -> None:
         """A step has ended."""
@@ -131,4 +133,16 @@ class Table:
         ended = sum(row.status not in ("waits", "trains", "ends") for row in self.rows)
         speed = self.trained_tokens[0] / (time.perf_counter() - self.began)
         text = f"{ended} of {len(self.rows)} jobs done, step {steps:,} of {total:,}"
-        return f"{text}, {speed:,.0f} tokens/s together"
+        return f"{text}, {speed:,.0f} tokens/s together{self._left()}"
+
+    def _left(self) -> str:
+        """Return the expected time of the remaining steps; a waiting job has as many as others."""
+        begun = [row for row in self.rows if row.steps]
+        done = sum(row.step - row.first for row in begun)
+        left = sum(row.steps - row.step for row in begun if row.status == "trains")
+        if waiting := sum(row.status == "waits" for row in self.rows):
+            left += waiting * sum(row.steps for row in begun) // max(len(begun), 1)
+        if not done or not left:
+            return ""
+        seconds = round((time.perf_counter() - self.began) / done * left)
+        return f", {timedelta(seconds=seconds)} left"

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.door import CONF
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_files, redact_text
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 COMMAND, SUMMARY, MULTIRUN = "sweep.json", "summary.json", "multirun.yaml"
 COLUMNS = {"job", "objective", "goal", "overrides", "metrics"}  # those that are read back
 TRIAL_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+FLAGS = {"main": "--config-path", "command-line": "--config-dir"}  # by Hydra's name for a source
 OUR_LAUNCHER = "hydra_plugins.lockstep_launcher"  # it runs callbacks in this process
 
 
@@ -78,7 +80,8 @@ class SweepTable(Callback):
         """Read the jobs that a launcher has run in other processes, where no callback runs."""
         folders = sorted(path.parent for path in self.folder.glob("*/.hydra"))
         folders = [folder for folder in folders if not ASIDE.search(folder.name)]
-        new = (f for f in folders if (f / ".hydra").stat().st_mtime >= self.began - 1)
+        files = (path for folder in folders for path in (folder / ".hydra").rglob("*"))
+        new = (path for path in files if path.stat().st_mtime >= self.began - 1)
         if not self.uses_other_launcher or self.rows or not any(new):
             return
         self.rows = sorted(map(read_row, folders), key=sort_key)
@@ -109,9 +112,12 @@ class SweepTable(Callback):
         from lora_exp.record.console import console
 
         console.print(sweep_table(self.folder, self.rows))
+        jobs_by_error: dict[str, list[str]] = {}
         for r in self.rows:
             if r["error"]:
-                console.print(Text(f"job {r['job']}: {r['error']}"))
+                jobs_by_error.setdefault(r["error"], []).append(r["job"])
+        for error, jobs in jobs_by_error.items():
+            console.print(Text(f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}: {error}"))
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 
 
@@ -166,8 +172,10 @@ def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
     path = folder / COMMAND
     if keep and path.is_file():
         return
-    sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    config_flags = [word for path in sources for word in ("--config-dir", path)]
+    config_flags = []
+    for source in hydra.runtime.config_sources:
+        if source.provider in FLAGS and source.path != str(CONF):
+            config_flags += [FLAGS[source.provider], source.path]
     if hydra.job.config_name != "config":  # that of `main`
         config_flags += ["--config-name", hydra.job.config_name]
     overrides = [*hydra.overrides.hydra, *hydra.overrides.task]

@@ -7,6 +7,7 @@ averages        evaluations as means over tokens
 best            which evaluation was the best
 manifest        a checkpoint's hashes; the newest intact
 checkpoint      complete or absent; the best kept
+resumption      intervals and rate of new arguments
 answers         greedy answers before and after
 place           alone, or in a lockstep pack
 measure         held-out rows before and after

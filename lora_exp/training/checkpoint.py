@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lora_exp.adapter.untrusted import numbers_only
@@ -216,14 +216,6 @@ def _fill(parameters: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
             text = f"{path.parent} does not hold {name}, which trains; start a new run"
             raise CheckpointError(text)
         parameter.data.copy_(saved[name])
-
-
-class Intervals(TrainerCallback):  # type: ignore[misc]
-    """Log, save and evaluate at the arguments' intervals; a resumed state has the old ones."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compute the steps between two logs, saves and evaluations again, from the arguments."""
-        state.compute_steps(args, state.max_steps)
 
 
 @cache

@@ -62,11 +62,15 @@ class Alone:
         self.job, self.bracket = job, bracket
 
     def base(self, cfg: DictConfig) -> Base:
-        """Load the base."""
+        """Load the base, and say so: a large one takes minutes."""
+        from rich.text import Text
+
         from lora_exp.model.loading import base_of
         from lora_exp.model.memory import reset_peak
+        from lora_exp.record.console import print_and_log
 
         reset_peak()
+        print_and_log(Text(f"loading {cfg.model.path}", style="dim"))
         return base_of(cfg)
 
     def board(self) -> Board:

@@ -31,9 +31,10 @@ from lora_exp.model.special_tokens import without_end
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
 from lora_exp.training.best import Watched
-from lora_exp.training.checkpoint import Intervals, checkpointed
+from lora_exp.training.checkpoint import checkpointed
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import avoid_module_walks
+from lora_exp.training.resumption import Resumption
 
 
 def trainer_of(
@@ -73,7 +74,7 @@ def trainer_of(
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
             processing_class=_tokenizer(cfg, base),
-            callbacks=[FiniteLoss(), GradientCheck(), Intervals(), *adapted.callbacks, *callbacks],
+            callbacks=[FiniteLoss(), GradientCheck(), Resumption(), *adapted.callbacks, *callbacks],
             **own_arguments,
         )
     except ConfigError:

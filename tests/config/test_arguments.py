@@ -61,6 +61,7 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
          "did you mean eval_mean_token_accuracy"),
         (["+train.metric_for_best_model=accuracy"], "train.metric_for_best_model",
          "is not measured"),
+        (["+train.greater_is_better=true"], "train.greater_is_better", "give goal=maximize"),
     ],
 )  # fmt: skip
 def test_a_mistake_inside_an_argument_is_an_error(

@@ -67,3 +67,8 @@ def test_a_missing_folder_of_options_is_an_error(tmp_path: Path) -> None:
 )
 def test_the_learning_rate_follows_method_and_model(overrides: list[str], rate: float) -> None:
     assert compose(*overrides).train.learning_rate == rate
+
+
+def test_several_values_of_a_group_are_given_as_a_section() -> None:
+    peft = compose("peft={r:4,lora_alpha:8}").peft
+    assert (peft.r, peft.lora_alpha, peft.target_modules) == (4, 8, "all_linear")

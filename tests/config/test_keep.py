@@ -73,3 +73,21 @@ def test_a_saved_run_that_may_lose_its_best_is_not_resumed(tmp_path: Path) -> No
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(values))
     with pytest.raises(ConfigError, match=r"keep: best, but the run saves no .*; start a new run"):
         compose(f"resume={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "goal"),
+    [
+        ([], "minimize"),
+        (["objective=eval/exact_match_mirror"], "maximize"),
+        (["objective=eval/mean_token_accuracy"], "maximize"),
+        (["objective=eval/mean_token_accuracy", "goal=minimize"], "minimize"),
+        (["algorithm=dpo", "data=demo_pairs"], "maximize"),
+        (["algorithm=dpo", "data=demo_pairs", "objective=eval/loss"], "minimize"),
+        (["algorithm=dpo", "data=demo_pairs", "objective=eval/rewards/rejected"], "maximize"),
+        (["algorithm=kto", "data=demo_pairs", "objective=eval/rewards/margins"], "maximize"),
+        (["experiment=demo_grpo", "objective=train/loss"], "minimize"),
+    ],
+)
+def test_the_goal_follows_the_objective_unless_it_is_given(overrides: list[str], goal: str) -> None:
+    assert compose(*overrides).goal == goal

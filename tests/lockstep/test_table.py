@@ -33,6 +33,17 @@ def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
     assert "tokens/s together" in text
 
 
+def test_the_time_left_counts_steps_done_here_and_jobs_that_wait() -> None:
+    table, _ = table_and_output(terminal=False)
+    assert "left" not in table._summary()
+    table.rows[0].begin(2, 10)
+    table.rows[0].move(6)
+    table.began -= 8  # 2 s a step: 4 of the first job are left, and 10 of the one that waits
+    assert table._summary().endswith("tokens/s together, 0:00:28 left")
+    table.ended(table.rows[0], "failed")
+    assert table._summary().endswith(", 0:00:20 left")
+
+
 def test_a_log_gets_a_line_for_each_job_that_ends() -> None:
     table, output = table_and_output(terminal=False)
     table.rows[1].begin(0, 3)

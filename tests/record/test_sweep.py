@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError
 from lora_exp.files.redaction import REDACTED
 from lora_exp.record.sweep import (
@@ -79,8 +80,8 @@ def test_a_sweeps_command_is_saved_without_arguments_of_one_launch(tmp_path: Pat
     folder = tmp_path / "it's, here"
     folder.mkdir()
 
-    def hydra(*task: str, config_name: str = "config") -> DictConfig:
-        sources = [{"provider": "main", "path": "a"}, {"provider": "command-line", "path": "my"}]
+    def hydra(*task: str, config_name: str = "config", main: str = str(CONF)) -> DictConfig:
+        sources = [{"provider": "main", "path": main}, {"provider": "command-line", "path": "my"}]
         overrides = {"hydra": ["hydra.mode=MULTIRUN", "hydra.sweep.dir=x"], "task": list(task)}
         runtime, job = {"config_sources": sources}, {"config_name": config_name}
         return OmegaConf.create({"runtime": runtime, "job": job, "overrides": overrides})
@@ -93,6 +94,8 @@ def test_a_sweeps_command_is_saved_without_arguments_of_one_launch(tmp_path: Pat
     assert "peft.r=8,9" in saved_command(folder)
     write_command(folder, hydra("peft.r=8,9", config_name="mine"), keep=False)
     assert saved_command(folder)[3:6] == ["--config-name", "mine", "peft.r=8,9"]
+    write_command(folder, hydra("peft.r=8,9", main="/other/conf"), keep=False)
+    assert saved_command(folder)[1:3] == ["--config-path", "/other/conf"]
     write_command(folder, hydra("+train.hub_token=canary"), keep=False)
     with pytest.raises(ConfigError, match="launched with a secret; give its command again"):
         saved_command(folder)
@@ -128,6 +131,19 @@ def test_a_directory_that_is_set_aside_is_no_job_of_the_sweep(tmp_path: Path, wh
     table.folder, table.uses_other_launcher = tmp_path, True
     table.read_jobs()
     assert [r["job"] for r in table.rows] == ["4"]
+
+
+def test_an_error_of_several_jobs_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = SweepTable()
+    table.folder = tmp_path
+    for name, error in (("0", "no such folder"), ("1", "no rank"), ("2", "no such folder")):
+        result = SimpleNamespace(_return_value=ConfigError([("model.path", error)]))
+        table.rows.append(job_row(tmp_path / name, [f"peft.r={name}"], result))
+    table.print_table()
+    printed = capsys.readouterr().out
+    assert "jobs 0, 2: model.path: no such folder\njob 1: model.path: no rank\n" in printed
 
 
 @pytest.mark.parametrize("begins", [True, False])

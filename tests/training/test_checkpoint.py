@@ -352,19 +352,3 @@ def test_an_encoder_missing_from_a_checkpoint_is_named(quick_run: Callable[..., 
     mark_killed(cut.directory)
     with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
         run(compose(f"resume={cut.directory}"))
-
-
-def test_on_resume_logging_saving_and_evaluation_follow_the_new_overrides(
-    quick_run: Callable[..., Any],
-) -> None:
-    saving = ["samples.rows=0", "train.save_strategy=steps", "train.save_total_limit=9"]
-    every_third_step = ["train.eval_strategy=steps", "train.eval_steps=3", "train.logging_steps=3"]
-    first = quick_run(*saving, *every_third_step, "train.save_steps=3", "train.max_steps=3")
-    overrides = ["train.logging_steps=2", "train.save_steps=1", "train.eval_steps=2"]
-    run(compose(f"resume={first.directory}", "train.max_steps=6", *overrides))
-    text = (first.directory / "metrics.jsonl").read_text()
-    lines = [line for line in map(json.loads, text.splitlines()) if line["step"] > 3]
-    assert {line["step"] for line in lines if "train/loss" in line} >= {4, 6}
-    assert {line["step"] for line in lines if "eval/loss" in line} >= {4, 6}
-    names = {path.name for path in (first.directory / "checkpoints").glob("checkpoint-*")}
-    assert names == {f"checkpoint-{step}" for step in (3, 4, 5, 6)}
