@@ -8,6 +8,7 @@ best          which evaluation was the best
 checkpoint    complete or absent; finds the newest
 answers       greedy answers before and after
 place         alone, or in a lockstep pack
+flattened     batches that are one sequence
 measure       held-out rows before and after
 trainer       the algorithm's trainer, built and guarded
 """
