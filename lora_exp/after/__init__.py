@@ -11,6 +11,7 @@ merging       adapters into their base
 prompts       read from files
 difference    two models on one prompt
 weighted_sum  several LoRAs' updates, from their files
+rounding      what rounded weights change in logits
 proof         a merge compared with its adapter
 soundness     whether a whole model is usable
 completion    answers to a file of prompts

@@ -17,6 +17,7 @@ from lora_exp.record.console import facts, short, size
 from lora_exp.record.sweep import read_rows, sweep_table
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
+NOTABLE_ROUNDING = 1e-5  # of a logit
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest
 
 
@@ -150,12 +151,15 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
 
 def proof(report: Mapping[str, Any]) -> RenderableType:
     """Return the page of `lora-exp check --adapter`."""
+    rounding = report["rounding"]
+    alone = f"; rounding alone: {rounding:.3g}" if rounding > NOTABLE_ROUNDING else ""
     lines = {
         "reference": report["reference"],
         "merged weights": report["dtype"],
         "prompts": f"{report['prompts']}, {report['tokens']:,} tokens compared",
         "largest difference": f"{report['max_difference']:.3g} of a logit"
-        f" (tolerance: {report['tolerance']:.3g}; the adapter itself: {report['effect']:.3g})",
+        f" (tolerance: {report['tolerance']:.3g}{alone};"
+        f" the adapter itself: {report['effect']:.3g})",
         "mean difference": f"{report['mean_difference']:.3g}",
         "KL": f"{report['kl']:.3g} nats a token",
         "same next token": f"{report['top1_agreement']:.2%}",
