@@ -4,6 +4,7 @@ saved         what is saved at a path
 base_config   a config that loads its base
 output        whether a path may be written
 loading       an adapter on its base
+stacks        LoRAs of experts in a file
 inspection    what it is, which layers changed
 saving        an adapter copied from its run
 combination   several LoRAs become one

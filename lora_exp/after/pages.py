@@ -73,8 +73,8 @@ def changed(modules: list[dict[str, Any]]) -> Table:
         parent, _, kind = module["name"].rpartition(".")
         layer = next((part for part in parent.split(".") if part.isdigit()), parent or "-")
         cells = layers.setdefault(layer, {})
-        norm = math.nan if module["norm"] is None else module["norm"]
-        cells[kind] = cells.get(kind, 0.0) + norm
+        for name, value in _norms(module, kind):
+            cells[name] = cells.get(name, 0.0) + (math.nan if value is None else value)
     columns = list(dict.fromkeys(name for cells in layers.values() for name in cells))
     norms = [norm for cells in layers.values() for norm in cells.values()]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
@@ -92,6 +92,14 @@ def changed(modules: list[dict[str, Any]]) -> Table:
     for layer, cells in layers.items():
         table.add_row(layer, *(_cell(cells.get(name), largest) for name in columns))
     return table
+
+
+def _norms(module: Mapping[str, Any], kind: str) -> Iterable[tuple[str, float | None]]:
+    """Return the columns of a module: two for stacked experts, whose norms differ."""
+    if "experts" not in module:
+        return [(kind, module["norm"])]
+    columns = (("largest", module["norm"]), ("mean", module["mean_norm"]))
+    return [(f"{kind}, {which} of {module['experts']}", norm) for which, norm in columns]
 
 
 def _cell(norm: float | None, largest: float) -> Text:
