@@ -148,10 +148,13 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
     for name in ("parameters", "bfloat16", "int8", "nf4"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        count = row["parameters"]
-        parameters = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
-        sizes = (f"{row['bytes'][quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
-        table.add_row(row["option"], row["path"], row["licence"], parameters, *sizes)
+        count, sizes = row["parameters"], row["bytes"]
+        numbers = ["-"] * 4
+        if count is not None:
+            parameters = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
+            in_gib = (f"{sizes[quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
+            numbers = [parameters, *in_gib]
+        table.add_row(row["option"], row["path"] or "-", row["licence"] or "-", *numbers)
     text = "GiB of the weights, experts in float; a run's memory: lora-exp estimate model=..."
     tried = "What works on each kind: docs/models.md. Any other model: model=local model.path=..."
     return Group(table, Text(f"{text}\n{tried}", style="dim"))
