@@ -42,6 +42,7 @@ from lora_exp.record.run import Record, input_hashes
 from lora_exp.record.summary import announce, conclude, counts
 from lora_exp.training.best import best_evaluation
 from lora_exp.training.early_stopping import EarlyStopping
+from lora_exp.training.flattened import check_flattened
 from lora_exp.training.interruption import stop
 from lora_exp.training.loop import train_to_end
 from lora_exp.training.measure import after, before, objective_name, present
@@ -115,6 +116,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
         train, held_out = recounted(*data, trainer, cfg)
         check_rows(cfg, len(trainer.train_dataset), packed=True)
+        check_flattened(trainer, base.model)
         _connect(clock, trainer)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         record.update(

@@ -4,6 +4,7 @@ saved         what is saved at a path
 base_config   a config that loads its base
 output        whether a path may be written
 loading       an adapter on its base
+stacks        LoRAs of experts in a file
 inspection    what it is, which layers changed
 saving        an adapter copied from its run
 combination   several LoRAs become one
@@ -11,6 +12,7 @@ merging       adapters into their base
 prompts       read from files
 difference    two models on one prompt
 weighted_sum  several LoRAs' updates, from their files
+rounding      what rounded weights change in logits
 proof         a merge compared with its adapter
 soundness     whether a whole model is usable
 completion    answers to a file of prompts

@@ -5,6 +5,7 @@ Sizes are of the published architectures; a model of your own is measured by `lo
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,8 @@ SIZES = {  # by the option's name
 def models() -> list[dict[str, Any]]:
     """Return what is known of each option of conf/model that names a model, the smallest first.
 
-    `bytes` are those of the weights by option of conf/quant; floats are in bfloat16.
+    `bytes` are those of the weights by option of conf/quant; floats are in bfloat16. An option of
+    one's own has no known size: `parameters` is None, `bytes` is empty, and it comes last.
     """
     rows = []
     for file in CONF.glob("model/*.yaml"):
@@ -69,12 +71,16 @@ def models() -> list[dict[str, Any]]:
         if path == "???":
             continue
         title = next(filter(None, map(TITLE.fullmatch, text.splitlines())), None)
-        about = title.groupdict() if title else {"name": file.stem, "licence": "Apache-2.0"}
-        rows.append({"option": file.stem, **about, "path": path, **_sizes(SIZES[file.stem])})
-    return sorted(rows, key=lambda row: (row["parameters"], row["option"]))
+        own = str(path).startswith("pkg://lora_exp/")
+        about = {"name": file.stem, "licence": "Apache-2.0" if own else None}
+        about |= title.groupdict() if title else {}
+        rows.append({"option": file.stem, **about, "path": path, **_sizes(SIZES.get(file.stem))})
+    return sorted(rows, key=lambda row: (row["parameters"] or math.inf, row["option"]))
 
 
-def _sizes(size: Size) -> dict[str, Any]:
+def _sizes(size: Size | None) -> dict[str, Any]:
+    if size is None:
+        return {"kind": None, "parameters": None, "bytes": {}}
     floats = BF16 * (size.parameters - size.quantised)
     counts = {"none": BF16, "int8": INT8, "nf4": NF4}
     weights = {quant: int(floats + count * size.quantised) for quant, count in counts.items()}

@@ -17,6 +17,7 @@ from lora_exp.record.console import facts, short, size
 from lora_exp.record.sweep import read_rows, sweep_table
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
+NOTABLE_ROUNDING = 1e-5  # of a logit
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest
 
 
@@ -72,8 +73,8 @@ def changed(modules: list[dict[str, Any]]) -> Table:
         parent, _, kind = module["name"].rpartition(".")
         layer = next((part for part in parent.split(".") if part.isdigit()), parent or "-")
         cells = layers.setdefault(layer, {})
-        norm = math.nan if module["norm"] is None else module["norm"]
-        cells[kind] = cells.get(kind, 0.0) + norm
+        for name, value in _norms(module, kind):
+            cells[name] = cells.get(name, 0.0) + (math.nan if value is None else value)
     columns = list(dict.fromkeys(name for cells in layers.values() for name in cells))
     norms = [norm for cells in layers.values() for norm in cells.values()]
     largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
@@ -91,6 +92,14 @@ def changed(modules: list[dict[str, Any]]) -> Table:
     for layer, cells in layers.items():
         table.add_row(layer, *(_cell(cells.get(name), largest) for name in columns))
     return table
+
+
+def _norms(module: Mapping[str, Any], kind: str) -> Iterable[tuple[str, float | None]]:
+    """Return the columns of a module: two for stacked experts, whose norms differ."""
+    if "experts" not in module:
+        return [(kind, module["norm"])]
+    columns = (("largest", module["norm"]), ("mean", module["mean_norm"]))
+    return [(f"{kind}, {which} of {module['experts']}", norm) for which, norm in columns]
 
 
 def _cell(norm: float | None, largest: float) -> Text:
@@ -139,10 +148,13 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
     for name in ("parameters", "bfloat16", "int8", "nf4"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        count = row["parameters"]
-        parameters = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
-        sizes = (f"{row['bytes'][quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
-        table.add_row(row["option"], row["path"], row["licence"], parameters, *sizes)
+        count, sizes = row["parameters"], row["bytes"]
+        numbers = ["-"] * 4
+        if count is not None:
+            parameters = f"{count / 1e9:.2f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
+            in_gib = (f"{sizes[quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
+            numbers = [parameters, *in_gib]
+        table.add_row(row["option"], row["path"] or "-", row["licence"] or "-", *numbers)
     text = "GiB of the weights, experts in float; a run's memory: lora-exp estimate model=..."
     tried = "What works on each kind: docs/models.md. Any other model: model=local model.path=..."
     return Group(table, Text(f"{text}\n{tried}", style="dim"))
@@ -150,12 +162,15 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
 
 def proof(report: Mapping[str, Any]) -> RenderableType:
     """Return the page of `lora-exp check --adapter`."""
+    rounding = report["rounding"]
+    alone = f"; rounding alone: {rounding:.3g}" if rounding > NOTABLE_ROUNDING else ""
     lines = {
         "reference": report["reference"],
         "merged weights": report["dtype"],
         "prompts": f"{report['prompts']}, {report['tokens']:,} tokens compared",
         "largest difference": f"{report['max_difference']:.3g} of a logit"
-        f" (tolerance: {report['tolerance']:.3g}; the adapter itself: {report['effect']:.3g})",
+        f" (tolerance: {report['tolerance']:.3g}{alone};"
+        f" the adapter itself: {report['effect']:.3g})",
         "mean difference": f"{report['mean_difference']:.3g}",
         "KL": f"{report['kl']:.3g} nats a token",
         "same next token": f"{report['top1_agreement']:.2%}",

@@ -16,6 +16,7 @@ from lora_exp.after.difference import AdapterOff, Difference, Response, compare,
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, tokenizer_of
 from lora_exp.after.merging import identity
 from lora_exp.after.prompts import prompts_of, read
+from lora_exp.after.rounding import allowance, rounding_effect
 from lora_exp.after.saved import MERGE_RECORD, Saved, find, read_json
 from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
@@ -61,6 +62,7 @@ class Proof:
     largest_logit: float
     effect: float  # the largest difference that the adapter makes
     dtype: str  # of the merged weights
+    rounding: float  # the largest difference that rounding the weights makes; in float64, else 0
     computed_in: str  # float64 if both models can: then only the merge differs, not the sums
     reference: str
 
@@ -69,6 +71,7 @@ class Proof:
         """The largest difference that passes."""
         if self.dtype == "float32":
             share = TOLERANCE["float32"][0] if self.computed_in == "float64" else SUMS
+            share = max(share, allowance(self.rounding, self.effect))
         else:
             share = TOLERANCE[self.dtype][0] * self.largest_logit
         return min(share, SHARE * self.effect) if self.effect else share
@@ -105,8 +108,7 @@ def prove(
 
     Raises:
         SavedError: one of them is missing.
-        AdapterError: the merged model has another vocabulary than the base, or was made from other
-            adapters.
+        AdapterError: the merged model has another vocabulary, or was made from other adapters.
     """
     quiet()
     merged_model, several = find(merged), [find(path) for path in adapters]
@@ -123,6 +125,7 @@ def prove(
         respond(loaded.model, ids, max_new_tokens, adapter_off=adapter_off)
         for ids in tracked(prompt_ids, "adapter on its base")
     ]
+    rounding = rounding_effect(loaded.model, expected) if exact else 0.0
     del loaded, base_model, adapter_off
     gc.collect()
     give_back()
@@ -133,7 +136,7 @@ def prove(
         prompt = response.ids[: response.prompt_length]
         differences.append(compare(response, respond(model, prompt, max_new_tokens, response)))
     computed_in = str(precision).removeprefix("torch.")
-    return _proof(expected, differences, dtype, computed_in, reference)
+    return _proof(expected, differences, rounding, dtype, computed_in, reference)
 
 
 def _check_paths(merged_model: Saved, several: list[Saved]) -> None:
@@ -273,6 +276,7 @@ def _check_vocabulary(model: Any, expected: list[Response]) -> None:
 def _proof(
     expected: list[Response],
     differences: list[Difference],
+    rounding: float,
     dtype: str,
     computed_in: str,
     reference: str,
@@ -289,6 +293,7 @@ def _proof(
         same_text=sum(difference.same_text for difference in differences) / len(differences),
         largest_logit=max(float(response.logits_TV.abs().max()) for response in expected),
         effect=max(response.effect for response in expected),
+        rounding=rounding,
         dtype=dtype,
         computed_in=computed_in,
         reference=reference,

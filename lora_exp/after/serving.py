@@ -13,9 +13,11 @@ from typing import Literal
 
 from transformers.utils.import_utils import is_serve_available
 
+from lora_exp.adapter.untrusted import read_weights
 from lora_exp.after.base_config import base_config
 from lora_exp.after.loading import Loaded, check_base, load, load_base, side_by_side
 from lora_exp.after.saved import NO_BIAS, Saved, find_all
+from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError, ServeError
 from lora_exp.files.paths import asset
 from lora_exp.model.identity import files_hash
@@ -25,10 +27,11 @@ from lora_exp.record.progress import quiet
 Engine = Literal["transformers", "vllm"]
 BASE = "base"  # the name of the base alone among the adapters
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest rank
-# settings of an adapter that vLLM ignores
+# settings of an adapter that vLLM ignores, or refuses while it starts
 IGNORED_BY_VLLM = (
     "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "layer_replication",
-    "target_parameters", "use_qalora", "alora_invocation_tokens",
+    "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "monteclora_config", "fan_in_fan_out",
 )  # fmt: skip
 NOT_SERVED = {  # tasks, and why
     "SEQ_CLS": "gives scores (algorithm=reward), it does not answer",
@@ -145,11 +148,21 @@ def vllm_command(
 
 
 def _rank(saved: Saved) -> int:
+    """Return an adapter's rank; its scaling must be that of alpha and rank, or of rsLoRA.
+
+    Raises:
+        AdapterError: vLLM would serve it otherwise than peft, or not at all.
+    """
     config = saved.adapter or {}
     cure = f"lora-exp merge {saved.folder} -o OUT, and serve that"
-    plain = config["peft_type"] == "LORA" and not any(config.get(key) for key in IGNORED_BY_VLLM)
-    if not plain or saved.bias != NO_BIAS:
-        raise AdapterError(f"{saved.folder} is no plain LoRA, and vLLM serves no other: {cure}")
+    why = [key for key in IGNORED_BY_VLLM if config.get(key)]
+    why += [rewriting] if (rewriting := rewrites_base(config)) else []
+    why += ["bias"] if saved.bias != NO_BIAS else []
+    why += [key for key in read_weights(str(saved.folder)) if ".lora_" not in key][:1]
+    if config["peft_type"] != "LORA" or why:
+        reason = f" ({', '.join(why)})" if why else ""
+        text = f"is no plain LoRA{reason}, and vLLM serves no other"
+        raise AdapterError(f"{saved.folder} {text}: {cure}")
     if scaled := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]:
         text = f"has {' and '.join(scaled)}, and vLLM scales all modules equally"
         raise AdapterError(f"{saved.folder} {text}: {cure}")

@@ -162,14 +162,14 @@ class FusedBody:
 
     def count_products(self, p: Pass) -> tuple[int, int]:
         """Return how many of the jobs' products a pass shares, and how many there are."""
-        if len(p.segments) == 1:
-            return 0, 0
-        by_layer = p.layer_groups or (None,) * len(self.layers)
+        if p.layer_groups is None:  # a single job's, or in bmm, where all share all
+            count = len(self.linears) * len(p.segments) * (len(p.segments) > 1)
+            return count, count
         used = [linear for linear in self.linears.values() if self.context in linear.signatures]
-        groups = [by_layer[linear.index] for linear in used]
-        shared = [g for of_layer in groups if of_layer for g in of_layer.groups]
+        by_layer = [p.layer_groups[linear.index] for linear in used]
+        shared = [g for groups in by_layer if groups for g in groups.groups]
         count = sum(len(g.members) for g in shared if len(g.members) > 1)
-        return count, len(groups) * len(p.segments)
+        return count, len(used) * len(p.segments)
 
     def attach(self, job: int, body: Any, own_forward: Callable[..., Any]) -> None:
         """Add a job: its own copy of the body, with its adapter, and the body's own forward."""

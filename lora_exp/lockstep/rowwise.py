@@ -98,8 +98,10 @@ class Rowwise(Replacement):
         layer_groups = p.layer_groups[self.index] if p.layer_groups is not None else None
         if layer_groups is not None and layer_groups.dtype == dtype:
             return layer_groups.groups
+        if self.body.mode == "bmm":
+            return (Group(tuple(range(len(p.segments))), sum(p.sizes)),)
         undivided = not self.divisible or heads_first
-        if len(p.segments) > 1 and undivided and self.body.mode == "exact":
+        if len(p.segments) > 1 and undivided:
             raise Unmeasured(f"{type(self.base).__name__} is given {dtype}")
         return tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
 

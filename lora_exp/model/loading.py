@@ -35,7 +35,7 @@ from lora_exp.model.prequantised import (
     saved_form,
 )
 from lora_exp.model.quantised import quantised_share, skip
-from lora_exp.model.scoring import scored_at_last_token
+from lora_exp.model.scoring import MADE, scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.model.text_part import class_of, is_multimodal, name_body, text_of
 from lora_exp.model.vocabulary import add_tokens as add_to
@@ -61,7 +61,8 @@ class Base:
     warning: str | None  # what makes the base hard to load again
     form: SavedForm | None = None  # how it was saved quantised
     text_of: str | None = None  # the multimodal class whose language model it is
-    auto_class: str = "AutoModelForCausalLM"  # of transformers, that reads it
+    # of transformers, that reads it; None: a classifier that only `register_classifier` makes
+    auto_class: str | None = "AutoModelForCausalLM"
     quantised: tuple[float, str] | None = None  # see `quantised_share`
 
     @property
@@ -185,7 +186,8 @@ def load(
     share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
     identity = identity_of(config, path, revision, gguf_file)
-    kind = text_of(model, config), model_class.__name__
+    is_made = task_type == "SEQ_CLS" and type(config) in MADE
+    kind = text_of(model, config), None if is_made else model_class.__name__
     return Base(model, tokenizer, path, *identity, form, *kind, share)
 
 

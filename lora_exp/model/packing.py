@@ -1,6 +1,6 @@
 """Whether rows packed into one sequence stay separate: measured, since architectures differ.
 
-Shapes: T tokens of one row, V entries of the vocabulary.
+Shapes: T tokens of one row, A tokens of the rows ahead of it, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,39 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOKENS = 16  # of each of two rows
-SHARE = 0.1  # tolerated share of the change that an unseparated first row causes
+TOKENS = 16  # of each row
+SHARE = 0.1  # tolerated share of the change that an unseparated row ahead causes
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: Any) -> bool:
+def keeps_rows_apart(model: Any, ahead: int = TOKENS) -> bool:
     """Return whether a packed row computes as it does alone.
 
     Packed rows are separated only by their position ids, which start at 0 in each row; some
-    architectures compute attention without them, as Falcon does with ALiBi. So the logits of a
-    second row behind a first one are compared with those of the row alone.
+    architectures compute attention without them, as Falcon does with ALiBi, and some cannot
+    compute a sequence that is longer than their context, however short its rows are. So the
+    hidden states of a row behind others are compared with those of the row alone.
 
     Args:
-        model: the base, with or without an adapter; its mode and the random state do not change.
+        model: the base, in whose layers adapters may be; its mode and the random state stay.
+        ahead: tokens of the rows ahead of the one that is compared.
     """
     vocab_size = len(model.get_input_embeddings().weight)
-    ids_2T = torch.randint(vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(0))
-    first_T, second_T = ids_2T.to(model.device)
-    both_T, positions_T = torch.cat([first_T, second_T]), torch.arange(TOKENS, device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    ids_AT = torch.randint(vocab_size, (ahead + TOKENS,), generator=generator).to(model.device)
+    positions_T = torch.arange(TOKENS, device=model.device)
+    positions_A = torch.arange(ahead, device=model.device) % TOKENS
     training = model.training
     model.eval()
     try:
-        alone = _logits(model, second_T, positions_T)
-        packed = _logits(model, both_T, positions_T.repeat(2))[TOKENS:]
-        joined = _logits(model, both_T, torch.arange(2 * TOKENS, device=model.device))[TOKENS:]
-    except (TypeError, ValueError):  # it takes no position ids at all
+        alone = _hidden(model, ids_AT[-TOKENS:], positions_T)
+        packed = _hidden(model, ids_AT, torch.cat([positions_A, positions_T]))
+        joined = _hidden(model, ids_AT[-2 * TOKENS :], torch.arange(2 * TOKENS).to(model.device))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError):  # no position ids, or too long a sequence
         return False
     finally:
         model.train(training)
     return bool((packed - alone).abs().max() <= SHARE * (joined - alone).abs().max())
 
 
-def _logits(model: Any, ids_T: Tensor, positions_T: Tensor) -> Tensor:
-    rows = {"input_ids": ids_T[None], "position_ids": positions_T[None]}
-    logits_TV: Tensor = model(**rows, use_cache=False).logits[0].float()
-    return logits_TV
+def _hidden(model: Any, ids_A: Tensor, positions_A: Tensor) -> Tensor:
+    """Return the hidden states of the last row."""
+    rows = {"input_ids": ids_A[None], "position_ids": positions_A[None]}
+    hidden_TH: Tensor = model.base_model(**rows, use_cache=False)[0][0, -TOKENS:].float()
+    return hidden_TH

@@ -22,6 +22,8 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+MADE: set[type] = set()  # kinds of configs whose classifiers are ours, in this process
+
 
 def register_classifier(config: Any) -> None:
     """Make a classifier for an architecture that transformers has none for, as for Mamba.
@@ -52,6 +54,7 @@ def register_classifier(config: Any) -> None:
     bases = (GenericForSequenceClassification, pretrained)
     classifier = type(f"{name}ForSequenceClassification", bases, namespace)
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
+    MADE.add(kind)
 
 
 def last_token(mask_BS: Tensor) -> Tensor:

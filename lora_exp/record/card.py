@@ -100,7 +100,6 @@ def merged_card(merge: Mapping[str, Any], card: str) -> str:
     combined = f", combined by {merge['method']} {merge['weights']}," if "method" in merge else ""
     quant = merge["quant"] or {}
     form = f" as {quant.get('quant_type', 'int8')} held it, dequantised" if quant else ""
-    model_class = merge["auto_class"]
     training = LOADING.sub("", HEAD.sub("", card))
     return f"""---
 library_name: transformers
@@ -117,9 +116,7 @@ A whole model in {merge["dtype"]}: {adapters}{combined} merged with lora-exp int
 To load it:
 
 ```python
-from transformers import {model_class}
-
-model = {model_class}.from_pretrained("{HERE}", dtype="auto")
+{_loading_whole(merge["auto_class"], ', dtype="auto"')}
 ```
 
 ## What was merged
@@ -147,12 +144,22 @@ def _short(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def _loading(cfg: DictConfig, model_class: str) -> str:
-    if cfg.peft is None:
+def _loading_whole(model_class: str | None, arguments: str = "") -> str:
+    """Return the code that loads a folder; None: the class is ours, by our own function."""
+    if model_class is None:
         return (
-            f"from transformers import {model_class}\n\n"
-            f'model = {model_class}.from_pretrained("{HERE}"{_attention(cfg)})'
+            "from lora_exp import load_adapter  # plain transformers has no such class\n\n"
+            f'model, tokenizer = load_adapter("{HERE}")'
         )
+    return (
+        f"from transformers import {model_class}\n\n"
+        f'model = {model_class}.from_pretrained("{HERE}"{arguments})'
+    )
+
+
+def _loading(cfg: DictConfig, model_class: str | None) -> str:
+    if cfg.peft is None or model_class is None:
+        return _loading_whole(model_class, _attention(cfg))
     embedded = cfg.model.path.startswith("pkg://")
     path = f'asset("{cfg.model.path}")' if embedded else f'"{cfg.model.path}"'
     options = {"revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}

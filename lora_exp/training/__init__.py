@@ -10,6 +10,7 @@ checkpoint      complete or absent; the best kept
 resumption      intervals and rate of new arguments
 answers         greedy answers before and after
 place           alone, or in a lockstep pack
+flattened       batches that are one sequence
 measure         held-out rows before and after
 early_stopping  measured at rungs, stopped there
 trainer         the algorithm's trainer, built and guarded

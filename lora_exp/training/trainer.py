@@ -193,6 +193,9 @@ def _training_arguments(
     if cfg.algorithm.args.get("activation_offloading") and device() == "cpu":
         text = "moves activations from a GPU to the CPU, and this run is on a CPU; give false"
         raise ConfigError([("algorithm.args.activation_offloading", text)])
+    if base.attention == "flex_attention" and device() == "cpu":
+        text = "flex_attention has no gradients on a CPU; give auto"
+        raise ConfigError([("model.attn_implementation", text)])
     args_signature = signature(cfg.algorithm.args._target_)
     parameters = args_signature.arguments if args_signature else {}
     if "dataset_kwargs" in parameters and not cfg.algorithm.args.packing:

@@ -21,6 +21,7 @@ from lora_exp.after.inspection import inspect, modules
 from lora_exp.after.pages import inspection
 from lora_exp.after.saving import save
 from lora_exp.errors import AdapterError
+from tests.adapter.test_targets import DOTS
 from tests.after.test_saved import ADALORA, copy_run
 
 Trained = Callable[..., Path]
@@ -60,6 +61,47 @@ def test_a_hand_worked_norm() -> None:
     first, second = modules(weights, {"lora_alpha": 2})
     assert first == {"name": "a", "r": 1, "lora_alpha": 2, "norm": 10}
     assert second == {"name": "b", "norm": 5}
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft: without experts
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        (["peft.rank_pattern={experts.gate_up_proj:2}"], {"gate_up_proj": 2, "down_proj": 4}),
+        (
+            ["peft.alpha_pattern={experts.down_proj:1,up_proj:3}", "peft=rslora"],
+            {"gate_up_proj": 4, "down_proj": 4},
+        ),
+    ],
+    ids=["rank_pattern", "alpha_pattern"],
+)
+def test_stacked_experts_have_the_rank_and_norm_of_each(
+    folder_of: Callable[[Any], Path],
+    quick_run: Callable[..., Any],
+    settings: list[str],
+    ranks: dict[str, int],
+) -> None:
+    model = ["model=local", f"model.path={folder_of(DOTS)}", "targets=all_linear+experts"]
+    short = ["samples.rows=0", "train.warmup_steps=0", "peft.r=4", "train.max_steps=2"]
+    run = quick_run(*model, *short, *settings).directory
+    reported = {module["name"]: module for module in inspect(run)["modules"]}
+    adapted, _ = load_adapter(run)
+    for name, layer in adapted.named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        parameter = getattr(layer, "parameter_name", "weight")
+        stack = layer.get_delta_weight("default")
+        module = reported.pop(name if parameter == "weight" else f"{name}.{parameter}")
+        assert module["r"] == ranks.get(parameter, 4)
+        norms = stack.flatten(1).norm(dim=1) if stack.dim() == 3 else stack.norm()[None]
+        assert math.isclose(module["norm"], norms.max(), rel_tol=1e-4)
+        assert math.isclose(module.get("mean_norm", norms[0]), norms.mean(), rel_tol=1e-4)
+        assert module.get("experts", 1) == len(norms)
+    assert not reported
+    page = _printed(inspect(run))
+    assert "largest" in page
+    assert "mean of" in page
 
 
 def test_a_report_has_method_base_size_and_run(trained: Trained) -> None:

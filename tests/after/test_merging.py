@@ -430,6 +430,7 @@ def test_a_merge_that_generates_other_tokens_is_not_proven(
 ) -> None:
     proof = Proof(
         prompts=1, tokens=10, max_difference=0, mean_difference=0, kl=0, top1_agreement=agreement,
-        same_text=1, largest_logit=10, effect=1, dtype=dtype, computed_in="float64", reference="it",
+        same_text=1, largest_logit=10, effect=1, dtype=dtype, rounding=0, computed_in="float64",
+        reference="it",
     )  # fmt: skip
     assert proof.holds == holds

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp import compose
+from lora_exp.after import pages
 from lora_exp.after.estimate import base_bytes, model_config, skeleton
 from lora_exp.after.models import models
 from lora_exp.config.door import CONF
@@ -35,6 +39,22 @@ def test_every_option_is_listed_with_its_licence() -> None:
     for option, row in rows.items():
         assert compose(f"model={option}").model.path == row["path"]
         assert row["bytes"]["nf4"] < row["bytes"]["int8"] < row["bytes"]["none"]
+
+
+def test_options_of_ones_own_are_listed_last_without_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF / "model", tmp_path / "model")
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [local]\npath: me/mine\n")
+    monkeypatch.setattr("lora_exp.after.models.CONF", tmp_path)
+    rows = models()
+    assert rows[-1] | {"option": "mine", "path": "me/mine"} == rows[-1]
+    assert (rows[-1]["licence"], rows[-1]["parameters"], rows[-1]["bytes"]) == (None, None, {})
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(pages.models(rows))
+    (line,) = (line for line in capture.get().splitlines() if "me/mine" in line)
+    assert line.split() == ["mine", "me/mine", *"-----"]
 
 
 @pytest.mark.parametrize("option", ["tiny", *ARCHITECTURES])

@@ -374,7 +374,12 @@ def test_vllm_gets_the_same_names_and_the_largest_rank(
         ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern, and vLLM scales all modules equally"),
         ({"alpha_pattern": {"q_proj": 8}}, "has alpha_pattern, and vLLM scales"),
         ({"r": 1024}, "has rank 1024, and vLLM takes 512"),
-        ({"lora_bias": True}, "no plain LoRA"),
+        ({"lora_bias": True}, r"no plain LoRA \(lora_bias\)"),
+        ({"use_dora": True}, r"no plain LoRA \(use_dora\)"),
+        ({"modules_to_save": ["lm_head"]}, r"no plain LoRA \(modules_to_save\)"),
+        ({"trainable_token_indices": [5]}, r"no plain LoRA \(trainable_token_indices\)"),
+        ({"target_parameters": ["experts.down_proj"]}, r"no plain LoRA \(target_parameters\)"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"no plain LoRA \(pissa\)"),  # not converted
     ],
 )
 def test_vllm_gets_no_adapter_that_it_would_scale_wrongly(
@@ -386,6 +391,23 @@ def test_vllm_gets_no_adapter_that_it_would_scale_wrongly(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(AdapterError, match=rf"{message}.*: lora-exp merge .* -o OUT"):
         vllm_command([find(run)], None, None, "127.0.0.1", 8000)
+
+
+def test_vllm_gets_no_adapter_with_weights_beside_its_loras(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained("peft=lora"), run)
+    file = run / "adapter" / "adapter_model.safetensors"
+    embeddings = {"base_model.model.model.embed_tokens.weight": torch.ones(4, 4)}
+    save_file(load_file(file) | embeddings, file)
+    with pytest.raises(AdapterError, match=r"no plain LoRA \(.*embed_tokens.weight\).*merge"):
+        vllm_command([find(run)], None, None, "127.0.0.1", 8000)
+
+
+def test_vllm_gets_an_rslora_since_it_scales_it_rightly(trained: Trained) -> None:
+    command = vllm_command([find(trained("peft=rslora"))], None, None, "127.0.0.1", 8000)
+    assert "--enable-lora" in command
 
 
 def test_vllm_gets_the_commit_of_the_base(trained: Trained, tmp_path: Path) -> None:

@@ -50,6 +50,20 @@ def test_products_of_other_layers_or_layouts_are_each_jobs_own(fused: FusedBody)
         assert products(fused, ProductCall(Q, x), other) == [None, None]
 
 
+def test_stacked_adapters_share_products_where_jobs_run_their_own_layers() -> None:
+    fused = FusedBody(small_model("llama").base_model, "bmm")
+    assert fused.enter(TRAINING)
+    x, y = torch.randn(1, 8, 64), torch.randn(2, 8, 64)
+    shared = products(fused, ProductCall(Q, x), ProductCall(Q, y))
+    linear = fused.reference.get_submodule(Q)
+    for product, rows in zip(shared, (x, y), strict=True):
+        assert torch.allclose(product, linear(rows), atol=1e-5)
+    (p,) = fused.passes(segments((1, 8), (2, 8)))
+    assert fused.count_products(p) == (2 * len(fused.linears),) * 2
+    (alone,) = fused.passes(segments((1, 8)))
+    assert fused.count_products(alone) == (0, 0)
+
+
 def test_a_pass_of_one_job_has_its_own_products(fused: FusedBody) -> None:
     with fused._running(Pass(segments((1, 8)), 0, None)):
         call = ProductCall(Q, torch.randn(1, 8, 64))

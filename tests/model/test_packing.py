@@ -13,6 +13,8 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     GPT2Config,
+    GPTNeoConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MptConfig,
     Qwen3Config,
@@ -25,6 +27,10 @@ SMALL = {"vocab_size": 300, "initializer_range": 0.2}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
 BLOOM = BloomConfig(**SMALL, n_layer=2, n_head=2, hidden_size=32)
 WIDE = {"intermediate_size": 64, "num_key_value_heads": 2}
+NEO = {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "window_size": 24}
+NEO |= {"attention_types": [[["global", "local"], 1]]}
+CHUNKS = {"attention_chunk_size": 64, "intermediate_size_mlp": 64, "num_local_experts": 2}
+CHUNKS |= {"head_dim": 16, "pad_token_id": 0}
 
 
 def model_from(config: Any, **options: Any) -> Any:
@@ -51,6 +57,24 @@ def test_architectures_that_keep_rows_apart_are_detected(config: Any, apart: boo
     assert keeps_rows_apart(model) == apart
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (LlamaConfig(**SMALL, **LAYERS, **WIDE, max_position_embeddings=64), True),
+        (GPT2Config(**SMALL, n_layer=2, n_head=2, n_embd=32, n_positions=64), True),
+        # a causal mask of fixed size
+        (GPTNeoConfig(**SMALL, **NEO, max_position_embeddings=64), False),
+        # attends in chunks, of each row
+        (Llama4TextConfig(**SMALL, **LAYERS, **WIDE, **CHUNKS), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_architectures_that_end_at_their_context_are_detected(config: Any, apart: bool) -> None:
+    model = model_from(config)
+    assert keeps_rows_apart(model)
+    assert keeps_rows_apart(model, 56) == apart
 
 
 def test_rows_stay_apart_with_eager_attention_and_in_bfloat16() -> None:

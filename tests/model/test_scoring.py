@@ -83,6 +83,19 @@ def test_an_architecture_without_a_classifier_gets_a_head_on_its_body(
     assert head.shape == (1, body.config.hidden_size)
     merged = merge([saved], tmp_path / "merged")
     assert prove(merged, [saved]).holds
+    for folder in (saved, merged):
+        in_card = loaded_as_its_card_says(folder)
+        with torch.no_grad():
+            again = in_card(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.allclose(again, score, atol=1e-4)
+
+
+def loaded_as_its_card_says(folder: Path) -> Any:
+    """Run the code of a model card."""
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    return names["model"].eval()
 
 
 def save_base(kind: str, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from lora_exp.record.run import Record
 from lora_exp.training.averages import Averages
 from lora_exp.training.checkpoint import Checkpoints
 from lora_exp.training.trainer import _resumable, trainer_of
+from tests.conftest import tiny
 
 PAIR = {"prompt": "q ", "chosen": "a", "rejected": "b"}
 
@@ -69,6 +70,14 @@ def test_activations_are_offloaded_from_a_gpu_only(fresh_base: Any, tmp_path: Pa
             "algorithm=dpo",
             "+algorithm.args.activation_offloading=true",
         )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these gradients")
+def test_attention_without_gradients_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    base = tiny()
+    base.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ConfigError, match=r"attn_implementation: flex_attention has no gradients"):
+        trainer_with(base, tmp_path / "run", "algorithm=dpo")
 
 
 def test_every_epoch_has_trls_order_of_prompts() -> None:
