@@ -244,8 +244,9 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
-    if "patience" not in (values["early_stopping"] or {}):
-        del values["early_stopping"]  # the other rules do not change what a finished run saves
+    if "patience" not in (values.get("early_stopping") or {}):
+        # the other rules do not change what a finished run saves; earlier versions had none
+        values.pop("early_stopping", None)
     values["train"] |= limits or {}
     # as earlier versions wrote it, which had no such keys, and sdpa for what auto is
     model, quant = values["model"], values.get("quant")
