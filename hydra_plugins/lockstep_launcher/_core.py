@@ -164,6 +164,7 @@ class _Launch:
                     self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
                     stop.check()
                 worker.replace()
+                self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
                 stop.check()
                 if any(n not in self.paused for part in work for n in self._unfinished(part)):
