@@ -202,7 +202,10 @@ def _sweep_command(arguments: list[str]) -> list[str]:
         if key in changed & set(LIMITS) and "," in value:
             text = f"the sweep has jobs with several ({value}); resume one alone"
             raise ConfigError([(key, text)])
-    return [*(word for word in launched if split_override(word)[0] not in changed), *rest]
+    # another option of a group replaces that option's values, too
+    keys = {word: split_override(word)[0] for word in launched}
+    kept = [w for w, key in keys.items() if not {key, key.partition(".")[0]} & changed]
+    return [*kept, *rest]
 
 
 def _check_directory(arguments: list[str]) -> None:

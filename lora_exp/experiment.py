@@ -27,7 +27,7 @@ from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
 from lora_exp.data.tokens import Tokens
-from lora_exp.errors import ConfigError, Interrupted
+from lora_exp.errors import ConfigError, Interrupted, Paused
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.loading import Base
@@ -134,7 +134,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         set_seed(cfg.seed)  # training draws the same numbers, whatever was measured
         train_to_end(trainer, cfg.resume, record, clock)
         with _checkpoint_if_interrupted(trainer):
-            stopping.conclude(trainer)
+            samples = stopping.conclude(trainer, samples)
             if not stopping.prunes:
                 samples = after(cfg, trainer, base, rows.eval, record, samples)
             if not stopping.prunes or stopping.keeps:
@@ -142,6 +142,9 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
             tracker.samples(samples, trainer.state.global_step)
             _record_result(cfg, record, trainer, objective, started)
             ended = record.ends_as
+    except Paused:
+        ended = "paused"
+        raise
     finally:
         board.close()
         tracker.finish(record.summary(), saved, ended)

@@ -1,51 +1,258 @@
-"""The jobs of a launch, composed as every launcher does."""
+"""The jobs of a launch while they train: running, paused, ended, or not proven equal."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import filter_overrides
-from omegaconf import DictConfig, open_dict, read_write
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import JobReturn, configure_log, run_job
+from hydra.types import HydraContext
 
-from lora_exp.config.overrides import split_override
-from lora_exp.config.sweeping import too_long
-from lora_exp.config.validation import job_config
-from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.lockstep.plan import Job
-from lora_exp.lockstep.worker import without_hydra
+from lora_exp.early_stopping.bracket import Bracket
+from lora_exp.errors import Interrupted, LoraExpError, Paused
+from lora_exp.lockstep.brackets import brackets, stopped_before
+from lora_exp.lockstep.plan import Job, Plan
+from lora_exp.lockstep.work import Work, apart, together
+from lora_exp.lockstep.worker import Worker, failed, returned
+from lora_exp.record.contents import CHANGED, changed_files
+from lora_exp.record.standing import (
+    FAILED,
+    how_ended,
+    is_unproven,
+    mark_unproven,
+    objective_value,
+    run_status,
+    set_aside,
+    write_status,
+)
+from lora_exp.record.sweep import SweepTable
+from lora_exp.training.interruption import stop
 
 log = logging.getLogger(__name__)
 
 
-def common_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Return the keys that all jobs of a sweep override alike."""
-    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return sorted(split_override(override)[0] for override in shared)
+class Jobs:
+    """The jobs of a launch, and what is known of each.
+
+    `Worker.run` calls `began`, `ended` and `unproven`, by the names in the worker's messages.
+    """
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.jobs: dict[int, Job] = {}
+        self.running: set[int] = set()
+        self.returns: dict[int, JobReturn] = {}
+        self.unproven_jobs: list[int] = []  # not proven equal to runs alone
+        self.brackets: dict[int, Bracket] = {}
+        self.earlier: list[Job] = []  # those of a sweep's earlier launches
+        self.paused: set[int] = set()  # they wait at a rung for other jobs
+        self.alone: set[int] = set()  # they have a base to themselves
+        self.deaths = 0  # of workers, while no job was running
+
+    def run(self, launch_plan: Plan, jobs: dict[int, Job], worker: Worker) -> None:
+        """Carry out a plan, even if workers die."""
+        self.jobs = jobs
+        for job, _ in launch_plan.without_training:
+            self.began(job.number)
+            if job.error is not None and (job.directory / "run.json").is_file():
+                # the run in the directory is another one: its files stay unchanged
+                self.ended(job.number, failed(job.config, job.error))
+            elif job.settled is not None and how_ended(job.directory)[0] == "pruned":
+                self.ended(job.number, returned(job.config, objective_value(job.directory)))
+            else:
+                self.ended(job.number, self._run_here(job))
+        hydra = self.launcher.config.hydra
+        configure_log(hydra.hydra_logging, hydra.verbose)  # these jobs have changed it
+        alone = [job for job, _ in launch_plan.alone]
+        for job in alone:
+            self._set_aside(job)
+        for job in [*alone, *(job for pack in launch_plan.packs for job in pack)]:
+            _set_aside_changed(job)
+        self.train(launch_plan, worker)
+        self.retrain(worker)
+
+    def train(self, launch_plan: Plan, worker: Worker) -> None:
+        """Send work; the running jobs of a dead worker are retried alone, once, then the rest.
+
+        Jobs that wait for others at a rung have paused; they are sent again when all have ended
+        or paused.
+        """
+        while work := self._work(launch_plan):
+            try:
+                worker.run(work, self)
+            except LoraExpError as error:
+                stop.check()
+                lost = sorted(self.running)
+                if not lost:  # it died before or between jobs: no job is the cause
+                    self.deaths += 1
+                if self.deaths > 1:
+                    raise
+                log.warning("%s; to be tried again, alone: jobs %s", error, lost)
+                for number in lost:
+                    write_status(self.jobs[number].directory, "interrupted", str(error))
+                for number in lost:
+                    self._retry_alone(number)
+                    self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
+                    stop.check()
+                worker.replace()
+                self.brackets = {}  # what had paused is sent again, although nothing is new
+            else:
+                stop.check()
+                if any(self._is_interrupted(number) for part in work for number, _ in part.jobs):
+                    raise Interrupted  # only the worker was asked to stop, and did
+
+    def stopped(self) -> None:
+        """Mark the jobs that were running as interrupted, after the worker has ended."""
+        for number in sorted(self.running):
+            write_status(self.jobs[number].directory, "interrupted", "stopped at once")
+
+    def _set_aside(self, job: Job) -> None:
+        """Set a job's directory aside if it is not proven equal and is to be trained anew."""
+        lockstep: Any = job.config.get("lockstep")
+        if lockstep and lockstep.on_difference == "retrain" and is_unproven(job.directory):
+            log.error(
+                "job %d is trained again, alone; %s keeps what it was",
+                job.number, set_aside(job.directory),
+            )  # fmt: skip
+
+    def _retry_alone(self, number: int) -> None:
+        job = self.jobs[number]
+        if number in self.unproven_jobs:
+            mark_unproven(job.directory)
+        self._set_aside(job)
+        worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
+        try:
+            worker.run([apart([job], self._brackets())], self)
+        except LoraExpError as error:
+            stop.check()
+            text = f"{error}, also when it was tried again, alone"
+            write_status(job.directory, "failed", text)
+            self.ended(number, failed(job.config, LoraExpError(text)))
+        finally:
+            worker.stop()
+
+    def _work(self, launch_plan: Plan) -> list[Work]:
+        """Return the jobs that have not ended, with what is known of those to compare them with.
+
+        Raises:
+            LoraExpError: all jobs have paused, and none had reported anything new.
+        """
+        earlier, self.brackets = self.brackets, self._brackets()
+        if self.paused and self.brackets == earlier:
+            raise LoraExpError(f"jobs {sorted(self.paused)} wait for each other's rungs")
+        anew = {n for n in self.unproven_jobs if n in self.paused and self._set_unproven_aside(n)}
+        self.unproven_jobs = [n for n in self.unproven_jobs if n not in anew]
+        self.alone |= anew | {job.number for job, _ in launch_plan.alone}
+        planned = [job for pack in launch_plan.packs for job in pack]
+        planned += [job for job, _ in launch_plan.alone]
+        left = [job for job in planned if job.number not in self.returns]
+        packs = [
+            [job for job in pack if job in left and job.number not in self.alone]
+            for pack in launch_plan.packs
+        ]
+        alone = [job for job in left if job.number in self.alone]
+        work = [together(pack, self.brackets) for pack in packs if pack]
+        return [*work, apart(alone, self.brackets)] if alone else work
+
+    def _brackets(self) -> dict[int, Bracket]:
+        results = {n: result._return_value for n, result in self.returns.items()}
+        failed = {n: isinstance(value, Exception) for n, value in results.items()}
+        earlier = {job.number: how_ended(job.directory)[0] in FAILED for job in self.earlier}
+        return brackets([*self.earlier, *self.jobs.values()], earlier | failed)
+
+    def _is_interrupted(self, number: int) -> bool:
+        """Return whether a job of a round that is over was interrupted, or has not begun."""
+        if number not in self.returns:
+            return number not in self.paused
+        return isinstance(self.returns[number]._return_value, Interrupted)
+
+    def _run_here(self, job: Job) -> JobReturn:
+        """Run a job that needs no training, in this process."""
+        context = self.launcher.hydra_context
+        return run_job(
+            hydra_context=HydraContext(context.config_loader, Callbacks()),
+            task_function=self.launcher.task_function,
+            config=job.config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+    def began(self, number: int) -> None:
+        """Call Hydra's callbacks, which are in this process."""
+        self.running.add(number)
+        if number in self.paused:
+            self.paused.discard(number)
+            return
+        self.launcher.hydra_context.callbacks.on_job_start(
+            config=self.jobs[number].config, task_function=self.launcher.task_function
+        )
+
+    def unproven(self, numbers: list[int], difference: str) -> None:
+        """Mark jobs whose pack had a pass that differed from the run alone."""
+        log.error("lockstep: jobs %s are not proven equal to runs alone: %s", numbers, difference)
+        self.unproven_jobs += [n for n in numbers if n not in self.unproven_jobs]
+        for number in numbers:
+            self._mark_unproven(number)
+
+    def _mark_unproven(self, number: int) -> None:
+        """Mark an ended job in its record and table; a running job does so at its end."""
+        if number not in self.running:
+            try:
+                mark_unproven(self.jobs[number].directory)
+            except (OSError, ValueError) as error:
+                log.error("job %d cannot be marked: %s", number, error)
+            if SweepTable.current is not None:
+                SweepTable.current.mark_unproven(self.jobs[number].directory)
+
+    def retrain(self, worker: Worker) -> None:
+        """Retrain alone the jobs that are not proven equal, if the config requests it.
+
+        Then jobs go on that were stopped only because of what an unproven one had reported.
+        """
+        numbers, self.unproven_jobs = self.unproven_jobs, []
+        for number in numbers:
+            self._mark_unproven(number)
+        # all first, so that none is compared with an unproven report
+        anew = [number for number in numbers if self._set_unproven_aside(number)]
+        if anew:
+            self._train_alone(anew, worker)
+            stopped = stopped_before(list(self.jobs.values()), self.earlier)
+            pruned = [n for n, job in self.jobs.items() if how_ended(job.directory)[0] == "pruned"]
+            self._train_alone([n for n in pruned if n not in stopped], worker)
+
+    def _set_unproven_aside(self, number: int) -> bool:
+        """Set an ended or paused job aside if it is to be retrained; return whether it is."""
+        job = self.jobs[number]
+        if job.config.lockstep.on_difference != "retrain":
+            return False
+        self._mark_unproven(number)
+        self._set_aside(job)
+        self.returns.pop(number, None)
+        self.paused.discard(number)
+        return True
+
+    def _train_alone(self, numbers: list[int], worker: Worker) -> None:
+        for number in numbers:
+            self.returns.pop(number, None)
+        self.train(Plan((), (), tuple((self.jobs[number], "") for number in numbers)), worker)
+
+    def ended(self, number: int, result: JobReturn) -> None:
+        """Keep a job's result and call Hydra's callbacks."""
+        self.running.discard(number)
+        if isinstance(result._return_value, Paused):
+            self.paused.add(number)
+            return
+        self.returns[number] = result
+        self.launcher.hydra_context.callbacks.on_job_end(
+            config=self.jobs[number].config, job_return=result
+        )
 
 
-def composed_job(
-    launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
-) -> Job:
-    """Compose a job as every launcher does, and settle its config as the job itself will."""
-    log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
-    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(
-        launcher.config, overrides
-    )
-    with open_dict(config):
-        config.hydra.job.id = config.hydra.job.num = number
-        if ours:  # Hydra's list of keys that do not distinguish jobs
-            config.hydra.job.config.override_dirname.exclude_keys += common
-    directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-    if faults := list(too_long(directory)):
-        raise ConfigError(faults)
-    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
-        config.hydra.runtime.output_dir = str(directory.absolute())
-    try:
-        master = launcher.config.hydra
-        settled = job_config(without_hydra(config), config.hydra, master) if ours else None
-    except LoraExpError as error:  # the job itself raises it again, in its own directory
-        return Job(number, config, None, directory, tuple(overrides), error)
-    return Job(number, config, settled, directory, tuple(overrides))
+def _set_aside_changed(job: Job) -> None:
+    """Set aside the directory of an ended job that is trained again, if its files have changed."""
+    if job.settled is None or run_status(job.directory, job.settled) not in ("finished", "pruned"):
+        return
+    if names := changed_files(job.directory, job.settled):
+        text = "job %d is trained again, since %s changed; %s keeps what it was"
+        log.warning(text, job.number, ", ".join(names), set_aside(job.directory, CHANGED))

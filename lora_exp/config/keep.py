@@ -69,6 +69,19 @@ def _eval_steps(train: Mapping[str, Any]) -> Any:
     return train.get("eval_steps") or train.get("logging_steps")  # as transformers does
 
 
-def evaluations_act(train: Mapping[str, Any]) -> bool:
-    """Return whether evaluations affect the result: the best is loaded, or they set the rate."""
-    return bool(train.get(LOAD_BEST)) or train.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS
+def evaluations_act(values: Mapping[str, Any]) -> bool:
+    """Return whether evaluations affect a run's result.
+
+    They do if the best is loaded, if they set the rate, or if the run ends by its patience.
+
+    Args:
+        values: the run's config.
+    """
+    train = values["train"]
+    follows = train.get("lr_scheduler_type") in FOLLOWS_EVALUATIONS
+    return bool(train.get(LOAD_BEST)) or follows or has_patience(values)
+
+
+def has_patience(values: Mapping[str, Any]) -> bool:
+    """Return whether a run's `early_stopping` changes what a finished run saves."""
+    return "patience" in (values.get("early_stopping") or {})

@@ -59,7 +59,7 @@ def resumed_config(
         new_value = choices[key] if group else _resolved(requested, key)
         if new_value == saved_value or (group and new_value is None and saved_value is ABSENT):
             continue
-        if _only_reports(key, saved["train"]):
+        if _only_reports(key, saved):
             OmegaConf.update(values, key, _resolved(requested, key), force_add=True, merge=False)
             if group:
                 values.choices[key] = new_value
@@ -73,10 +73,11 @@ def resumed_config(
     return resumed
 
 
-def _only_reports(key: str, train: Mapping[str, Any]) -> bool:
-    """Return whether a key of a run with these arguments does not affect its result."""
-    if not evaluations_act(train):
+def _only_reports(key: str, saved: Mapping[str, Any]) -> bool:
+    """Return whether a key of a run with this config does not affect its result."""
+    if not evaluations_act(saved):
         return bool(REPORTS.match(key) or SAVING.match(key))
+    train = saved["train"]
     if key == "train.logging_steps" and train.get("eval_strategy") == "steps":
         return bool(train.get("eval_steps"))  # without it, rows are evaluated at these steps
     return bool(REPORTS.match(key))

@@ -21,6 +21,7 @@ from lora_exp.config.keep import (
     apply_keep,
     evaluations_act,
     goal_of,
+    has_patience,
     saves_each_best,
 )
 from lora_exp.config.overrides import split_override
@@ -244,8 +245,7 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     """
     values = {key: value for key, value in plain(cfg).items() if key not in NOT_COMPUTED}
     values["lockstep_mode"] = cfg.lockstep.mode
-    if "patience" not in (values.get("early_stopping") or {}):
-        # the other rules do not change what a finished run saves; earlier versions had none
+    if not has_patience(values):  # other rules only stop losers; earlier versions had none
         values.pop("early_stopping", None)
     values["train"] |= limits or {}
     # as earlier versions wrote it, which had no such keys, and sdpa for what auto is
@@ -256,7 +256,7 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
         model["attn_implementation"] = "sdpa"
     if isinstance(quant, dict) and not quant.get("skip_modules"):
         quant.pop("skip_modules", None)
-    if not evaluations_act(values["train"]):
+    if not evaluations_act(values):
         reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
         values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}
     values = with_oldest_names(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from omegaconf import DictConfig
@@ -11,7 +12,7 @@ from lora_exp.config.ranges import Fault, is_number, number
 from lora_exp.early_stopping.rungs import rung_steps
 from lora_exp.errors import did_you_mean
 
-ANSWERS = ("eval/exact_match", "eval/preference_accuracy")  # measured with answers, not in training
+EXACT_MATCH, PREFERENCES = "eval/exact_match", "eval/preference_accuracy"  # from answers
 
 
 def stopping_faults(cfg: DictConfig) -> Iterator[Fault]:
@@ -63,13 +64,17 @@ def _evaluations(cfg: DictConfig) -> Iterator[Fault]:
 def _rungs(cfg: DictConfig) -> Iterator[Fault]:
     """Check that jobs are compared on a metric that is there, and after the warm-up."""
     objective, node = str(cfg.objective), cfg.early_stopping
-    measured = ("train/loss", *(f"eval/{name}" for name in cfg.algorithm.metrics))
-    if objective not in measured:
-        if not objective.startswith(ANSWERS):
-            near = did_you_mean(objective, (*measured, *ANSWERS))
-            yield "objective", f"jobs are compared by {objective}, which is not measured{near}"
-        elif objective.startswith(ANSWERS[0]) and cfg.samples.rows == 0:
+    measured = [*(f"eval/{name}" for name in cfg.algorithm.metrics), EXACT_MATCH]
+    measured += [PREFERENCES] * (cfg.algorithm.shape == "preference")
+    if re.fullmatch(rf"{EXACT_MATCH}(_\w+)?", objective):
+        if cfg.samples.rows == 0:
             yield "samples.rows", f"0, and jobs are compared by {objective}; give 1 or more"
+    elif objective not in measured:
+        text = f"jobs are compared by held-out rows at rungs, and {objective} is not measured there"
+        yield "objective", f"{text}{did_you_mean(objective, measured)}: {', '.join(measured)}"
+    if (cfg.peft or {}).get("_target_") == "peft.AdaLoraConfig":
+        text = "adalora cannot resume, and a job may have to wait for others at a rung"
+        yield "early_stopping", f"{text}; another peft, or early_stopping=threshold"
     eta = number(node.get("eta"), 2)
     first = number(node.first_rung, max(eta, 2) ** -2)
     if problem := warm_up_problem(first, cfg.train.warmup_steps, cfg.train.max_steps):

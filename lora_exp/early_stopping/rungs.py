@@ -10,14 +10,14 @@ ROUNDING = 1e-9  # 1/9 * 3 * 3 is not exactly 1
 
 
 def rung_steps(shares: Sequence[float], steps: int) -> list[int]:
-    """Return the step of each rung; rungs that would be at the last step are left out.
+    """Return the step of each rung, without those at the last step or at that of an earlier one.
 
     Args:
         shares: of the training steps, ascending.
         steps: of the whole training.
     """
     numbers = [max(1, math.ceil(share * steps - ROUNDING)) for share in shares]
-    return [step for step in numbers if step < steps]
+    return [step for step in dict.fromkeys(numbers) if step < steps]
 
 
 def reported_value(report: Mapping[str, Any]) -> float | None:

@@ -18,11 +18,12 @@ from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Comparing
 from lora_exp.early_stopping.rungs import reported_value, rung_steps
 from lora_exp.lockstep.plan import Job
+from lora_exp.record.contents import changed_files
 from lora_exp.record.standing import FAILED, how_ended, rung_reports, training_limits
 
 
 def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Bracket]:
-    """Return each job's bracket: the jobs with the same rule, objective and goal.
+    """Return each job's bracket: the jobs with the same rule, objective, goal and algorithm.
 
     Args:
         jobs: of a launch; those that are refused or have no such rule are in no bracket.
@@ -32,7 +33,12 @@ def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Brack
     for job in jobs:
         cfg: Any = job.settled
         if cfg is not None and isinstance(build(cfg, "early_stopping"), Comparing):
-            key = json.dumps([plain(cfg.early_stopping), cfg.objective, cfg.goal])
+            judged = [
+                cfg.objective,
+                cfg.goal,
+                cfg.choices.get("algorithm"),
+            ]  # losses differ in scale
+            key = json.dumps([plain(cfg.early_stopping), *judged])
             groups.setdefault(key, []).append(job)
     by_job: dict[int, Bracket] = {}
     for group in groups.values():
@@ -56,26 +62,43 @@ def earlier_jobs(folder: Path, first: int) -> list[Job]:
     return jobs
 
 
-def ended_before(jobs: Iterable[Job]) -> dict[int, bool]:
-    """Return whether each job that an earlier launch has ended, and that is not retried, failed.
+def stopped_before(jobs: Iterable[Job], earlier: Sequence[Job] = ()) -> set[int]:
+    """Return the jobs that an earlier launch has stopped, and that their rule stops again.
 
-    Those that were stopped early are not among them: their rule may stop others now.
+    Args:
+        jobs: of this launch.
+        earlier: of earlier launches of the sweep.
     """
-    ended = {}
-    for job in jobs:
-        status = how_ended(job.directory)[0] if job.settled is not None else ""
-        if status == "finished" or (status in FAILED and not job.settled.retry_failed):  # type: ignore[union-attr]
-            ended[job.number] = status in FAILED
-    return ended
-
-
-def stopped_before(jobs: Sequence[Job], earlier: Sequence[Job] = ()) -> set[int]:
-    """Return the jobs that an earlier launch has stopped, and that their rule stops again."""
     jobs = [job for job in jobs if job.settled is not None and job.error is None]
-    pruned = {job.number for job in jobs if how_ended(job.directory)[0] == "pruned"}
-    failed = ended_before(jobs) | dict.fromkeys((job.number for job in earlier), False)
-    by_job = brackets([*earlier, *jobs], failed | ended_before(earlier))
-    return {n for n in pruned if n in by_job and n in by_job[n].stopped()}
+    status = {job.number: how_ended(job.directory)[0] for job in (*earlier, *jobs)}
+    failed = {job.number: status[job.number] in FAILED for job in earlier}
+    for job in jobs:
+        retries = bool(job.settled.retry_failed)  # type: ignore[union-attr]
+        if status[job.number] == "finished" or (status[job.number] in FAILED and not retries):
+            failed[job.number] = status[job.number] in FAILED
+    by_job = brackets([*earlier, *jobs], failed)
+    return {
+        job.number
+        for job in jobs
+        if status[job.number] == "pruned"
+        and not changed_files(job.directory, job.settled)  # type: ignore[arg-type]
+        and (
+            job.number in by_job[job.number].stopped()
+            if job.number in by_job
+            else _has_same_rule(job)
+        )
+    }
+
+
+def _has_same_rule(job: Job) -> bool:
+    """Return whether a pruned run would be stopped again: rule and length are those it had."""
+    cfg: Any = job.settled
+    saved = OmegaConf.load(job.directory / "config.yaml")
+    limit = acting_limit(cfg.train)
+    return bool(
+        saved.get("early_stopping") == cfg.early_stopping
+        and training_limits(job.directory).get(limit) == cfg.train[limit]
+    )
 
 
 def forecasts(by_job: Mapping[int, Bracket], first: int = 0) -> list[tuple[list[int], str]]:

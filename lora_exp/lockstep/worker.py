@@ -286,4 +286,6 @@ def _ended(result: JobReturn) -> tuple[str, str]:
     for kind, status in STATUSES.items():
         if isinstance(returned, kind):
             return status, ""
-    return how_ended(Path(str(result.hydra_cfg.hydra.runtime.output_dir)))  # type: ignore[union-attr]
+    directory = Path(str(result.hydra_cfg.hydra.runtime.output_dir))  # type: ignore[union-attr]
+    status, reason = how_ended(directory)
+    return status or "finished", reason  # a task that is not ours has no record

@@ -30,7 +30,7 @@ class Tracker(Protocol):
         Args:
             summary: metrics and counts.
             saved: None: nothing was saved.
-            ended: `finished`, `pruned` or `failed`.
+            ended: `finished`, `pruned`, `paused` (it goes on) or `failed`.
         """
 
 

@@ -130,6 +130,9 @@ class Record:
         if "versions" in self.values:
             self.values["resumed"].append(self._resume_entry)
             self._compare_versions()
+            if set(LIMITS) & self._resume_entry["changes"].keys():
+                # rungs are shares of the training; written before the config that says its length
+                self.update(rungs=[])
         write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
         self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
         self.update(status="running", error=None, stopped=None)

@@ -100,15 +100,12 @@ def objective_value(directory: Path) -> float:
 
 
 def how_ended(directory: Path) -> tuple[str, str]:
-    """Return a run's recorded status, and why it ended early, if it did.
-
-    A task that is not ours has no record: it has `finished`.
-    """
+    """Return a run's recorded status, and why it ended early, if it did; empty: no record."""
     try:
         record = _record(directory)
         return str(record["status"]), str((record.get("stopped") or {}).get("reason", ""))
     except (OSError, ValueError, KeyError):
-        return "finished", ""
+        return "", ""
 
 
 def rung_reports(directory: Path) -> list[dict[str, Any]]:
@@ -125,10 +122,10 @@ def error_text(directory: Path) -> str:
 
 
 def write_status(directory: Path, status: str, error: str) -> None:
-    """Write the status of a run whose process did not; a finished run stays finished."""
+    """Write the status of a run whose process did not; one that has ended stays as it is."""
     path = directory / "run.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if values and values["status"] != "finished":
+    if values and values["status"] not in ("finished", "pruned"):
         write_whole(path, dumps(values | {"status": status, "error": error}, indent=1) + "\n")
 
 

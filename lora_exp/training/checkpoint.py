@@ -56,7 +56,7 @@ class Checkpoints:
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         loader = self.get_train_dataloader()  # type: ignore[attr-defined]
         *_, steps = self.set_initial_training_values(self.args, loader)  # type: ignore[attr-defined]
-        stops = self.early_stopping and self.early_stopping.resumed(self, state, steps, folder)
+        stops = self.early_stopping and self.early_stopping.resumed(self, state, steps)
         if state.global_step < steps and not stops:
             options["resume_from_checkpoint"] = resume_from_checkpoint
             return super().train(**options)  # type: ignore[misc]
@@ -102,6 +102,8 @@ class Checkpoints:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         check_finite(self.model.named_parameters(), step)
+        if self.early_stopping is not None:
+            self.early_stopping.measure_at_rung(self)
         folder = Path(self._get_output_dir(trial))
         self._find_best(folder)
         with whole(folder / f"{PREFIX}{step}") as staged:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -62,9 +61,11 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         is_cost = name.endswith(("loss", "kl"))
         maximize = cfg.goal == "maximize" if name == objective_name else not is_cost
         self.watched = Watched(name, maximize)
-        self.needs_rows = not isinstance(self.rule, Comparing) or cfg.objective != "train/loss"
         self.warmup_steps = cfg.train.warmup_steps
         self.stopped: Stopped | None = None
+        self.keeps = False  # a loser's adapter and a checkpoint
+        self._saved_step: int | None = record.values.get("saved_step")
+        self._measured: dict[int, dict[str, Any]] = {}  # reports of this process, by step
 
     def joined(self, trainer: Any) -> EarlyStopping:
         """Act on a trainer from here on.
@@ -72,7 +73,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         Raises:
             ConfigError: the run has no held-out rows to be measured on.
         """
-        if self.rule is not None and trainer.eval_dataset is None and self.needs_rows:
+        if self.rule is not None and trainer.eval_dataset is None:
             text = "measures held-out rows, and there are none; data.eval_path or data.eval_share"
             raise ConfigError([("early_stopping", f"{text} gives some")])
         trainer.add_callback(self)
@@ -85,9 +86,10 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         return self.stopped is not None and not isinstance(self.rule, Patience)
 
     @property
-    def keeps(self) -> bool:
-        """Return whether a run that is stopped as a loser saves its adapter and a checkpoint."""
-        return bool(getattr(self.rule, "keep", False))
+    def saved_before(self) -> int | None:
+        """Return the step of weights that an earlier, shorter training has saved, if there are."""
+        folders = [self.record.directory / name for name in ("adapter", "model")]
+        return self._saved_step if any(folder.is_dir() for folder in folders) else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check the first rung, now that the number of steps is known.
@@ -100,39 +102,30 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             if problem := warm_up_problem(first, self.warmup_steps, state.max_steps):
                 raise ConfigError([("early_stopping.first_rung", problem)])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the training loss logged at a rung, if jobs are compared by it."""
-        if self.objective == "train/loss" and state.global_step in self._rungs(state.max_steps):
-            control.should_log = True
-
-    def resumed(self, trainer: Any, state: Any, steps: int, checkpoint: Path) -> bool:
+    def resumed(self, trainer: Any, state: Any, steps: int) -> bool:
         """Report the rungs that a resumed run has passed; return whether the run stops there.
 
         Args:
-            trainer: the run's; its model may get the checkpoint's weights.
+            trainer: the run's.
             state: the checkpoint's.
             steps: of the whole training.
-            checkpoint: its folder.
 
         Raises:
             Paused: other jobs have not reached one of the rungs yet.
         """
         before, trainer.state = trainer.state, state
         try:
-            return self._resumed(trainer, steps, checkpoint)
+            return self._resumed(trainer, steps)
         finally:
             trainer.state = before
 
-    def _resumed(self, trainer: Any, steps: int, checkpoint: Path) -> bool:
+    def _resumed(self, trainer: Any, steps: int) -> bool:
         step = trainer.state.global_step
         for rung, rung_step in enumerate(self._rungs(steps)):
             if rung_step > step or self.stopped is not None:
                 break
-            report = self._reported(rung, rung_step)
-            if report is None and rung_step == step:
-                trainer._load_from_checkpoint(str(checkpoint))
-                report = self._measured(rung, step, steps)
-            elif report is None:  # it was trained this far without rungs, or with others
+            report = self._reported(rung, rung_step, steps)
+            if report is None:  # it was trained this far without rungs, or with others
                 report = {"rung": rung, "step": rung_step, "steps": steps, "measured": False}
                 self._record(report, {})
             self._judge(trainer, report)
@@ -140,36 +133,47 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             self._evaluated(trainer)
         return self.stopped is not None
 
+    def measure_at_rung(self, trainer: Any) -> None:
+        """Measure the present weights if this step is a rung, and record the report.
+
+        Called before a checkpoint is saved: so a run that resumes from one has reported its rung.
+        """
+        state = trainer.state
+        for rung, step in enumerate(self._rungs(state.max_steps)):
+            if step == state.global_step and step not in self._measured:
+                metrics = self.measure()
+                value = metrics[self.objective]
+                report = {"rung": rung, "step": step, "steps": state.max_steps, "value": value}
+                self._record(report, metrics)
+                self._measured[step] = report
+
     def step_ended(self, trainer: Any) -> None:
-        """Measure and compare at a rung, or look at a new evaluation; the trainer may stop.
+        """Compare at a rung, or look at a new evaluation; the trainer may stop.
 
         Raises:
             Paused: other jobs have not reached the rung yet, and cannot while this one waits.
         """
-        state = trainer.state
-        for rung, step in enumerate(self._rungs(state.max_steps)):
-            if step == state.global_step and self.stopped is None:
-                self._judge(trainer, self._measured(rung, step, state.max_steps))
+        self.measure_at_rung(trainer)
+        report = self._measured.get(trainer.state.global_step)
+        if report is not None:
+            self._judge(trainer, report)
         if self.stopped is None:
             self._evaluated(trainer)
         if self.stopped is not None:
             trainer.control.should_training_stop = True
+        if self.prunes:  # a loser's last weights are those that were compared
+            trainer.args.load_best_model_at_end = False
 
     def _rungs(self, steps: int) -> list[int]:
         is_compared = isinstance(self.rule, Comparing) and self.place.bracket is not None
         return rung_steps(self.rule.shares(), steps) if is_compared else []  # type: ignore[union-attr]
 
-    def _reported(self, rung: int, step: int) -> dict[str, Any] | None:
+    def _reported(self, rung: int, step: int, steps: int) -> dict[str, Any] | None:
         """Return what the run reported at a rung before it was interrupted."""
-        reports = self.record.values.get("rungs", [])
-        return next((r for r in reports if (r["rung"], r["step"]) == (rung, step)), None)
-
-    def _measured(self, rung: int, step: int, steps: int) -> dict[str, Any]:
-        """Measure the present weights at a rung, and record the report before it is judged."""
-        metrics = self.measure()
-        report = {"rung": rung, "step": step, "steps": steps, "value": metrics[self.objective]}
-        self._record(report, metrics)
-        return report
+        for report in self.record.values.get("rungs", []):
+            if (report["rung"], report["step"], report["steps"]) == (rung, step, steps):
+                return dict(report)
+        return None
 
     def _record(self, report: dict[str, Any], metrics: dict[str, float]) -> None:
         reports = {r["rung"]: r for r in self.record.values.get("rungs", [])}
@@ -217,16 +221,33 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         if reason:
             self.stopped = Stopped(self.name, step, float(value), reason)
 
-    def conclude(self, trainer: Any) -> None:
-        """Record where and why the training ended early, if it did."""
+    def conclude(self, trainer: Any, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Record where and why the training ended early, if it did.
+
+        Args:
+            trainer: it has ended.
+            samples: the run's.
+
+        Returns:
+            The samples; a loser's have no answers after its training.
+        """
         if self.stopped is None:
-            return
-        if self.prunes:
-            self.record.ends_as = "pruned"
-            if self.objective not in self.record.values["metrics"]:
-                self.record.update(metrics=self.measure())
-            if self.keeps:
-                trainer.ensure_checkpoint()
-            else:
-                self.record.update(saved_step=None)
+            return samples
         self.record.update(stopped=asdict(self.stopped))
+        if not self.prunes:
+            return samples
+        self.record.ends_as = "pruned"
+        if isinstance(self.rule, Comparing):
+            self.record.update(metrics={self.objective: self.stopped.value})
+        elif self.objective != "train/loss":
+            self.record.update(metrics=self.measure())
+        # of a rung before the checkpoint that it resumed from, there are no weights any more
+        holds_weights = self.stopped.step == trainer.state.global_step
+        self.keeps = bool(getattr(self.rule, "keep", False)) and holds_weights
+        if self.keeps:
+            trainer.ensure_checkpoint()
+        else:
+            self.record.update(saved_step=self.saved_before)
+        samples = [sample | {"after": None} for sample in samples]
+        self.record.write_samples(samples)
+        return samples

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -76,23 +80,34 @@ def present(
 ) -> dict[str, float]:
     """Measure a trainer's present weights, as far as an objective needs it.
 
-    Neither the random state nor the training is changed. An evaluation that the trainer has made
-    at this step is not repeated.
+    Neither the random state nor the trainer's history is changed, by which it finds its best
+    evaluation. One that the trainer has made itself at this step is not repeated.
 
     Returns:
         Metrics by name, the objective among them.
     """
-    step = trainer.state.global_step
-    if objective == "train/loss":
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return {objective: float(losses[-1])}
-    if objective.removeprefix("eval/") in cfg.algorithm.metrics:
-        metrics = _all_metrics(cfg, _evaluated(trainer, step), None, [])
-    else:
-        with torch.random.fork_rng():
+    step, history = trainer.state.global_step, trainer.state.log_history
+    entries = len(history)
+    with _kept_random_state():
+        if objective.removeprefix("eval/") in cfg.algorithm.metrics:
+            metrics = _all_metrics(cfg, _evaluated(trainer, step), None, [])
+        else:
             measured = _measure(f"at step {step}", cfg, trainer, base, held_out, step)
-        metrics = _all_metrics(cfg, *measured)
+            metrics = _all_metrics(cfg, *measured)
+    del history[entries:]
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch: rewards may draw from any."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def objective_name(wanted: str, metrics: dict[str, float], held_out: Tokens | None) -> str:

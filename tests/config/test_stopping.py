@@ -19,6 +19,10 @@ from lora_exp.errors import ConfigError
         (["early_stopping=halving", "train.max_steps=90", "train.warmup_steps=10"],
          "early_stopping.first_rung", "step 10 is inside the warm-up of 10 steps"),
         (["early_stopping=halving", "objective=eval/los"], "objective", "eval/loss"),
+        (["early_stopping=halving", "objective=train/loss"], "objective", "not measured there"),
+        (["early_stopping=halving", "objective=eval/preference_accuracy"],
+         "objective", "not measured there"),
+        (["early_stopping=halving", "peft=adalora"], "early_stopping", "adalora cannot resume"),
         (["early_stopping=median", "objective=eval/exact_match", "samples.rows=0"],
          "samples.rows", "eval/exact_match"),
         (["early_stopping=median", "early_stopping.interval=0"],
@@ -47,7 +51,8 @@ def test_a_rung_at_a_known_step_after_the_warm_up_is_accepted() -> None:
 
 
 def test_what_is_compared_by_answers_is_accepted() -> None:
-    compose("early_stopping=halving", "objective=eval/exact_match/mirror", "goal=maximize")
+    compose("early_stopping=halving", "objective=eval/exact_match_mirror")
+    compose("early_stopping=median", "algorithm=dpo", "data=demo_pairs")
 
 
 def test_rules_that_only_stop_losers_do_not_change_the_fingerprint() -> None:
@@ -55,4 +60,7 @@ def test_rules_that_only_stop_losers_do_not_change_the_fingerprint() -> None:
 
     plain = fingerprint(compose())
     assert fingerprint(compose("early_stopping=halving")) == plain
-    assert fingerprint(compose("early_stopping=patience")) != plain
+    patient = ["early_stopping=patience", "train.eval_strategy=steps"]
+    assert fingerprint(compose(patient[0])) != plain
+    often, seldom = (compose(*patient, f"train.eval_steps={steps}") for steps in (2, 5))
+    assert fingerprint(often) != fingerprint(seldom)  # evaluations decide where they end

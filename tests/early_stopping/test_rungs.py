@@ -16,7 +16,7 @@ from lora_exp.early_stopping.rungs import rung_steps
         (3, 1 / 27, 54, [2, 6, 18]),
         (2, None, 10, [3, 5]),
         (4, 0.05, 100, [5, 20, 80]),
-        (3, None, 3, [1, 1]),
+        (3, None, 3, [1]),
         (2, 0.5, 1, []),
     ],
 )

@@ -1,0 +1,51 @@
+"""The jobs of a launch, composed as every launcher does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import filter_overrides
+from omegaconf import DictConfig, open_dict, read_write
+
+from lora_exp.config.overrides import split_override
+from lora_exp.config.sweeping import too_long
+from lora_exp.config.validation import job_config
+from lora_exp.errors import ConfigError, LoraExpError
+from lora_exp.lockstep.plan import Job
+from lora_exp.lockstep.worker import without_hydra
+
+log = logging.getLogger(__name__)
+
+
+def common_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return the keys that all jobs of a sweep override alike."""
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return sorted(split_override(override)[0] for override in shared)
+
+
+def composed_job(
+    launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
+) -> Job:
+    """Compose a job as every launcher does, and settle its config as the job itself will."""
+    log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
+    config: DictConfig = launcher.hydra_context.config_loader.load_sweep_config(
+        launcher.config, overrides
+    )
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+        if ours:  # Hydra's list of keys that do not distinguish jobs
+            config.hydra.job.config.override_dirname.exclude_keys += common
+    directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+    if faults := list(too_long(directory)):
+        raise ConfigError(faults)
+    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
+        config.hydra.runtime.output_dir = str(directory.absolute())
+    try:
+        master = launcher.config.hydra
+        settled = job_config(without_hydra(config), config.hydra, master) if ours else None
+    except LoraExpError as error:  # the job itself raises it again, in its own directory
+        return Job(number, config, None, directory, tuple(overrides), error)
+    return Job(number, config, settled, directory, tuple(overrides))
