@@ -93,7 +93,7 @@ def stopped_before(jobs: Iterable[Job], earlier: Sequence[Job] = ()) -> set[int]
 def _has_same_rule(job: Job) -> bool:
     """Return whether a pruned run would be stopped again: rule and length are those it had."""
     cfg: Any = job.settled
-    saved = OmegaConf.load(job.directory / "config.yaml")
+    saved: Any = OmegaConf.load(job.directory / "config.yaml")
     limit = acting_limit(cfg.train)
     return bool(
         saved.get("early_stopping") == cfg.early_stopping
