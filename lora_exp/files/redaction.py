@@ -15,7 +15,10 @@ NAME = (
     r"|(?:\w+_)?(?:secret|password|passwd|api_?key)"
 )
 KEY = re.compile(NAME, re.I)
-ASSIGNED = re.compile(rf"(?<!\w)((?:{NAME})\s*[=:]\s*['\"]?)(?!null\b)[^\s'\",\]}}]+", re.I)
+OWN_TEXTS = r"is a secret,|belongs to the run;"  # faults of such keys, without the value
+ASSIGNED = re.compile(
+    rf"(?<!\w)((?:{NAME})\s*[=:]\s*['\"]?)(?!null\b|{OWN_TEXTS})[^\s'\",\]}}]+", re.I
+)
 ENVIRONMENT = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.I)
 SHAPES = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|ghp_[A-Za-z0-9]{20,}|wandb_v1_\w{20,})"

@@ -33,11 +33,8 @@ def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Brack
     for job in jobs:
         cfg: Any = job.settled
         if cfg is not None and isinstance(build(cfg, "early_stopping"), Comparing):
-            judged = [
-                cfg.objective,
-                cfg.goal,
-                cfg.choices.get("algorithm"),
-            ]  # losses differ in scale
+            # losses of two algorithms differ in scale
+            judged = [cfg.objective, cfg.goal, cfg.choices.get("algorithm")]
             key = json.dumps([plain(cfg.early_stopping), *judged])
             groups.setdefault(key, []).append(job)
     by_job: dict[int, Bracket] = {}

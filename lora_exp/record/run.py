@@ -74,6 +74,7 @@ class Record:
                     "choices": plain(cfg.choices),
                     "metrics": {},
                     "resumed": [],
+                    "rungs": [],  # where it is compared with other jobs
                 }
                 self.begin()
         except BaseException as error:

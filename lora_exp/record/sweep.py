@@ -273,7 +273,8 @@ def sort_key(row: dict[str, Any]) -> tuple[float, float]:
     if row["objective"] is None:
         return math.inf, math.inf
     value = float(row["objective"])
-    pruned_at = row["stopped"]["step"] if row["status"] == "pruned" else math.inf
+    is_pruned = row.get("status") == "pruned"  # earlier versions wrote no `stopped`
+    pruned_at = (row.get("stopped") or {}).get("step", 0) if is_pruned else math.inf
     return -pruned_at, -value if row["goal"] == "maximize" else value
 
 

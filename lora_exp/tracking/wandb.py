@@ -35,7 +35,7 @@ class Wandb:
         mode: Literal["auto", "online", "offline"],
         group: str | None,
         log_adapter: bool,
-        tags: list[str] | None = None,
+        tags: list[str | int] | None = None,
         name: str | None = None,
         *,
         directory: Path,

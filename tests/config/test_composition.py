@@ -18,6 +18,7 @@ OPTIONS = sorted(
 NEEDS = {"model=local": ["model.path=pkg://lora_exp/assets/tiny"]}
 NEEDS |= {"data=jsonl": ["data.path=pkg://lora_exp/assets/demo_eval.jsonl"]}
 NEEDS |= {"data=hub": ["data.path=some/rows"]}
+NEEDS |= {"early_stopping=threshold": ["early_stopping.upper=4"]}
 REWARDS = ["algorithm.rewards=[lora_exp.rewards.exact_match]"]
 NEEDS |= {f"algorithm={name}": REWARDS for name in ("grpo", "rloo", "ppo")}
 
