@@ -95,9 +95,7 @@ def run(
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
     started = time.perf_counter()
-    rows: Rows = build(cfg, "data")
-    shaped = rows.shaped(cfg.algorithm.shape)
-    check_rows(cfg, len(shaped.train))
+    rows, shaped = _rows(cfg)
     set_seed(cfg.seed)
     base = place.base(cfg)
     _check_base(cfg, base)
@@ -119,12 +117,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         check_flattened(trainer, base.model)
         _connect(clock, trainer)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
-        record.update(
-            place=place.name,
-            **base.facts,
-            counts=counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)},
-            **hashes,
-        )
+        numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
+        record.update(place=place.name, counts=numbers, **base.facts, **hashes)
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
         samples = before(cfg, trainer, base, rows.eval, record, place)
@@ -138,7 +132,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
             if not stopping.prunes:
                 samples = after(cfg, trainer, base, rows.eval, record, samples)
             if not stopping.prunes or stopping.keeps:
-                saved = _save_artifacts(cfg, trainer, adapted, base, rows, record)
+                saved = _save_artifacts(cfg, trainer, adapted, base, record)
             tracker.samples(samples, trainer.state.global_step)
             _record_result(cfg, record, trainer, objective, started)
             ended = record.ends_as
@@ -153,6 +147,14 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     metrics = record.values["metrics"]
     conclude(record, objective, tracker.place, saved)
     return Result(metrics[objective], metrics, record.directory, saved)
+
+
+def _rows(cfg: DictConfig) -> tuple[Rows, Rows]:
+    """Return the rows as they were read, and in the shape that the algorithm learns from."""
+    rows: Rows = build(cfg, "data")
+    shaped = rows.shaped(cfg.algorithm.shape)
+    check_rows(cfg, len(shaped.train))
+    return rows, shaped
 
 
 def _check_base(cfg: DictConfig, base: Base) -> None:
@@ -218,7 +220,7 @@ def _record_result(
 
 
 def _save_artifacts(
-    cfg: DictConfig, trainer: Any, adapted: Adapted, base: Base, rows: Rows, record: Record
+    cfg: DictConfig, trainer: Any, adapted: Adapted, base: Base, record: Record
 ) -> Path:
     """Write what was trained, each folder completely or not at all."""
     if hasattr(trainer.model, "ppo_value"):

@@ -265,11 +265,7 @@ def _read_summary(path: Path) -> list[dict[str, Any]]:
 
 
 def sort_key(row: dict[str, Any]) -> tuple[float, float]:
-    """Return the key that sorts the best row first.
-
-    Jobs that trained to their end stand before pruned ones, of which the later stands first; rows
-    without an objective are last.
-    """
+    """Return the key that sorts the best row first; pruned jobs after others, the later first."""
     if row["objective"] is None:
         return math.inf, math.inf
     value = float(row["objective"])
@@ -294,8 +290,7 @@ def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow([*columns, *override_keys, *metric_names])
     for r in rows:
-        values = [r["overrides"].get(key) for key in override_keys]
-        table.writerow(
-            [*(r[k] for k in columns), *values, *(r["metrics"].get(n) for n in metric_names)]
-        )
+        row = r | {"stopped": (r.get("stopped") or {}).get("reason")}
+        values = [*map(row.get, columns), *map(r["overrides"].get, override_keys)]
+        table.writerow([*values, *map(r["metrics"].get, metric_names)])
     write_whole(folder / "summary.csv", text.getvalue())
