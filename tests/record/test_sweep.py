@@ -51,6 +51,24 @@ def test_an_error_like_the_one_in_the_record_is_still_a_failure(tmp_path: Path, 
     assert row["status"] == "failed"
 
 
+def test_pruned_jobs_stand_after_finished_ones_the_later_first(tmp_path: Path) -> None:
+    ends = {"0": ("pruned", 2, 1.0), "1": ("finished", None, 5.0), "2": ("pruned", 6, 2.0),
+            "3": ("finished", None, 4.0), "4": ("pruned", 6, 1.5)}  # fmt: skip
+    for name, (status, step, value) in ends.items():
+        stopped = {"step": step, "reason": f"at step {step}"} if step else None
+        record = {"name": name, "status": status, "stopped": stopped, "error": None}
+        record |= {"objective": "eval/loss", "goal": "minimize", "metrics": {"eval/loss": value}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    rows = read_rows(tmp_path)
+    assert [row["job"] for row in rows] == ["3", "1", "4", "2", "0"]
+    assert best_job(tmp_path) == tmp_path / "3"
+    del rows[1]["stopped"]  # as an earlier version wrote it
+    write_summary(tmp_path, rows)
+    table = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [line["stopped"] for line in table] == ["", "", "at step 6", "at step 6", "at step 2"]
+
+
 def test_a_job_that_failed_before_and_is_not_run_again_keeps_its_status(tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "run.json").write_text('{"status": "diverged", "error": "loss is nan"}')
