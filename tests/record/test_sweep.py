@@ -65,7 +65,8 @@ def test_pruned_jobs_stand_after_finished_ones_the_later_first(tmp_path: Path) -
     assert best_job(tmp_path) == tmp_path / "3"
     del rows[1]["stopped"]  # as an earlier version wrote it
     write_summary(tmp_path, rows)
-    table = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    with (tmp_path / "summary.csv").open() as lines:
+        table = list(csv.DictReader(lines))
     assert [line["stopped"] for line in table] == ["", "", "at step 6", "at step 6", "at step 2"]
 
 
