@@ -65,9 +65,9 @@ PRIVATE = [
     (
         "hydra.core.utils.JobReturn",
         "_return_value",
-        "record/sweep.py, lockstep/worker.py, search_sweeper/_core.py",
+        "record/sweep.py, lockstep/worker.py, search_sweeper/_core.py, lockstep_launcher/_jobs.py",
     ),
-    ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_core.py"),
+    ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_jobs.py"),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
     ("optuna.samplers.NSGAIISampler", "_get_generation_key", "search/study.py"),
     ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),
