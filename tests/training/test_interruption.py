@@ -97,10 +97,10 @@ def test_a_signal_before_training_stops_at_once_and_a_resume_starts_anew(
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n' * 30000)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a b c d"}\n' * 12000)
     long = ["data=jsonl", "data.path=rows.jsonl", "data.eval_share=0", "algorithm=pretrain"]
     long += ["train.per_device_train_batch_size=128", "data.max_rows=null"]
-    process = start(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=100")
+    process = start(tmp_path, *RUN, *long, "train.gradient_accumulation_steps=40")
     wait_for(process, lambda: count_lines(tmp_path / "run/metrics.jsonl") >= 1)
     time.sleep(0.5)  # the second of its long steps has begun
     os.kill(process.pid, signal.SIGINT)
