@@ -144,14 +144,10 @@ class Jobs:
         anew = {n for n in self.unproven_jobs if n in self.paused and self._set_unproven_aside(n)}
         self.unproven_jobs = [n for n in self.unproven_jobs if n not in anew]
         self.alone |= anew | {job.number for job, _ in launch_plan.alone}
-        planned = [job for pack in launch_plan.packs for job in pack]
-        planned += [job for job, _ in launch_plan.alone]
-        left = [job for job in planned if job.number not in self.returns]
-        packs = [
-            [job for job in pack if job in left and job.number not in self.alone]
-            for pack in launch_plan.packs
-        ]
-        alone = [job for job in left if job.number in self.alone]
+        planned = [*launch_plan.packs, [job for job, _ in launch_plan.alone]]
+        left = [[job for job in jobs if job.number not in self.returns] for jobs in planned]
+        packs = [[job for job in jobs if job.number not in self.alone] for jobs in left]
+        alone = [job for jobs in left for job in jobs if job.number in self.alone]
         work = [together(pack, self.brackets) for pack in packs if pack]
         return [*work, apart(alone, self.brackets)] if alone else work
 

@@ -11,7 +11,8 @@ from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
 HIGHER_IS_BETTER = re.compile(
-    r"exact_match|accurac|(mean_token|preference)_accuracy|reward$|rewards/(margins|accurac|\w+/mean)"
+    r"exact_match|accurac|(mean_token|preference)_accuracy|margin$|reward$"
+    r"|rewards/(margins|accurac|\w+/mean)"
 )
 KEEP_VALUES = ("last", "best")
 LOAD_BEST = "load_best_model_at_end"
@@ -51,7 +52,7 @@ def apply_keep(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, An
 def goal_of(objective: str) -> str | None:
     """Return the goal of a metric, such as eval/loss; None: either may be wanted."""
     name = objective.partition("/")[2]
-    if name.endswith("loss"):
+    if name.endswith(("loss", "kl")):
         return "minimize"
     return "maximize" if HIGHER_IS_BETTER.match(name) else None
 

@@ -33,14 +33,18 @@ class Bracket:
     values: dict[int, dict[int, float | None]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)  # or diverged
+    # rung -> the jobs that reach it; waiting jobs ask for it again and again
+    _live: dict[int, set[int] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def report(self, job: int, rung: int, value: float | None) -> None:
         """Take a job's value at a rung; None: it was not measured there, and is not compared."""
         self.values.setdefault(job, {})[rung] = value
+        self._live.clear()
 
     def end(self, job: int, failed: bool) -> None:
         """Note that a job will report no more; one that failed is worse than all others."""
         (self.failed if failed else self.finished).add(job)
+        self._live.clear()
 
     def verdict(self, job: int, rung: int) -> Verdict | None:
         """Return how a job compared at a rung; None: some jobs have not reported yet."""
@@ -64,6 +68,11 @@ class Bracket:
 
     def live(self, rung: int) -> set[int] | None:
         """Return the jobs that reach a rung; None: not known yet."""
+        if rung not in self._live:
+            self._live[rung] = self._reaching(rung)
+        return self._live[rung]
+
+    def _reaching(self, rung: int) -> set[int] | None:
         if rung == 0:
             return set(self.jobs)
         before = self.live(rung - 1)

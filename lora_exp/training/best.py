@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lora_exp.config.keep import goal_of
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -28,12 +30,12 @@ class Watched:
         if configured:
             name = str(configured).removeprefix("eval_")
             greater = cfg.train.get("greater_is_better")
-            return cls(name, not name.endswith("loss") if greater is None else bool(greater))
+            return cls(name, _rises(name) if greater is None else bool(greater))
         name = str(cfg.objective).removeprefix("eval/")
         if name in cfg.algorithm.metrics:
             return cls(name, cfg.goal == "maximize")
         first = str(cfg.algorithm.metrics[0])
-        return cls(first, first != "loss")
+        return cls(first, _rises(first))
 
     def best(
         self, history: list[dict[str, Any]], steps: Container[int] | None = None
@@ -54,6 +56,11 @@ class Watched:
         if not candidates:
             return None
         return (max if self.maximize else min)(candidates, key=lambda pair: pair[1])
+
+
+def _rises(name: str) -> bool:
+    """Return whether a higher value of a metric is better; of one that is not known, it is."""
+    return goal_of(f"eval/{name}") != "minimize"
 
 
 def saved_step(trainer: Any) -> int:

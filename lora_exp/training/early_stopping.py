@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from lora_exp.config.door import build
+from lora_exp.config.keep import goal_of
 from lora_exp.config.stopping import warm_up_problem
 from lora_exp.early_stopping.rules import Comparing, Patience, Rule
 from lora_exp.early_stopping.rungs import reported_value, rung_steps
@@ -58,9 +59,8 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         self.record, self.place, self.objective, self.measure = record, place, objective, measure
         objective_name = str(cfg.objective).removeprefix("eval/")
         name = str(getattr(self.rule, "metric", None) or objective_name).removeprefix("eval/")
-        is_cost = name.endswith(("loss", "kl"))
-        maximize = cfg.goal == "maximize" if name == objective_name else not is_cost
-        self.watched = Watched(name, maximize)
+        goal = cfg.goal if name == objective_name else goal_of(f"eval/{name}")
+        self.watched = Watched(name, goal != "minimize")
         self.warmup_steps = cfg.train.warmup_steps
         self.stopped: Stopped | None = None
         self.keeps = False  # a loser's adapter and a checkpoint

@@ -87,6 +87,8 @@ def test_a_saved_run_that_may_lose_its_best_is_not_resumed(tmp_path: Path) -> No
         (["algorithm=dpo", "data=demo_pairs", "objective=eval/rewards/rejected"], "maximize"),
         (["algorithm=kto", "data=demo_pairs", "objective=eval/rewards/margins"], "maximize"),
         (["experiment=demo_grpo", "objective=train/loss"], "minimize"),
+        (["experiment=demo_grpo", "objective=eval/kl"], "minimize"),
+        (["algorithm=reward", "data=demo_pairs", "objective=eval/margin"], "maximize"),
     ],
 )
 def test_the_goal_follows_the_objective_unless_it_is_given(overrides: list[str], goal: str) -> None:
