@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_exp.__main__ import _sweep_command
 from lora_exp.record.sweep import SweepTable, read_rows
 from tests.conftest import QUICK, ROOT
 from tests.warm import Process, python
@@ -86,6 +87,19 @@ def test_a_run_works_in_an_empty_folder(tmp_path: Path) -> None:
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     assert (directory / ".hydra" / "overrides.yaml").is_file()
     assert "rank 4" in (directory / "run.log").read_text()
+
+
+def test_a_resumed_sweep_takes_another_rule_without_the_values_of_the_first(
+    tmp_path: Path,
+) -> None:
+    launched = ["-m", "peft.r=2,4", "early_stopping=halving", "early_stopping.eta=2"]
+    (tmp_path / "sweep.json").write_text(json.dumps(launched))
+    folder = f"hydra.sweep.dir='{tmp_path}'"
+    resume = f"resume={tmp_path}"
+    same = _sweep_command([resume, "early_stopping.eta=4"])
+    assert same == [*launched[:3], folder, "early_stopping.eta=4"]
+    other = _sweep_command([resume, "early_stopping=none"])
+    assert other == ["-m", "peft.r=2,4", folder, "early_stopping=none"]
 
 
 def test_no_secret_of_the_command_line_reaches_a_file(tmp_path: Path) -> None:

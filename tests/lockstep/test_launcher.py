@@ -437,6 +437,24 @@ def test_jobs_whose_pack_differed_are_trained_again_alone(tmp_path: Path) -> Non
     assert hashes["2.not-proven-equal"] != expected["2"]  # the adapter that was set aside differs
 
 
+def test_jobs_whose_pack_differed_meet_again_at_their_rungs(tmp_path: Path) -> None:
+    rule = ["early_stopping=halving", "early_stopping.eta=2", "early_stopping.first_rung=0.5"]
+    sweep = ["-m", "peft.r=4", "train.learning_rate=3e-4,1e-3,3e-3,1e-2", *rule]
+    done = launch_on_a_changing_processor(tmp_path, *sweep)
+    assert done.returncode == 0, done.stderr
+    records = [
+        json.loads((read_summary(tmp_path)[0] / job / "run.json").read_text()) for job in "0123"
+    ]
+    assert [record["place"] for record in records] == ["alone"] * 4
+    assert [record["status"] for record in records] == ["pruned"] * 2 + ["finished"] * 2
+    evaluated = [o for o in ONE_SIZE if not o.startswith("train.eval")]
+    evaluated += ["train.eval_strategy=steps", "train.eval_steps=4"]
+    alone = run(compose("peft.r=4", "train.learning_rate=3e-4", *evaluated), tmp_path / "alone")
+    lines = map(json.loads, (alone.directory / "metrics.jsonl").read_text().splitlines())
+    (loss,) = (line["eval/loss"] for line in lines if line["step"] == 4 and "eval/loss" in line)
+    assert records[0]["rungs"][0]["value"] == loss
+
+
 def test_jobs_whose_pack_differed_may_be_kept_and_are_marked(tmp_path: Path) -> None:
     done = launch_on_a_changing_processor(
         tmp_path, "-m", "peft.r=2,4", "lockstep.on_difference=keep"

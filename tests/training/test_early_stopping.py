@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from lora_exp import compose, run
 from lora_exp.config.door import build
@@ -53,19 +54,47 @@ def test_a_run_beyond_a_bound_is_pruned_and_goes_on_exactly_from_what_it_kept(
     assert (resumed.saved / name).read_bytes() == (whole.saved / name).read_bytes()
 
 
+class Checking(TrainerCallback):  # type: ignore[misc]
+    """Keep what run.json has reported whenever a checkpoint has just been saved."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.rungs = directory, []  # type: ignore[var-annotated]
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        rungs = json.loads((self.directory / "run.json").read_text())["rungs"]
+        self.rungs.append([state.global_step, [r["step"] for r in rungs], "rank" in rungs[-1]])
+
+
+class Judged(Alone):
+    """A place whose job is compared with none, and whose checkpoints are watched."""
+
+    def __init__(self, bracket: Bracket, directory: Path) -> None:
+        super().__init__(3, bracket)
+        self.checking = Checking(directory)
+
+    def join(self, trainer: Any) -> None:
+        trainer.add_callback(self.checking)
+
+
 def test_measuring_at_a_rung_with_answers_changes_nothing(
     tmp_path: Path, quick_run: Callable[..., Any]
 ) -> None:
     settings = ["tracking=none", *QUICK, "train.max_steps=6", "peft.lora_dropout=0.1"]
-    settings += ["train.eval_strategy=no", "objective=eval/exact_match", "goal=maximize"]
+    settings += ["objective=eval/exact_match", "train.save_strategy=steps", "train.save_steps=3"]
     cfg = compose(*settings, "early_stopping=halving", "early_stopping.first_rung=0.5")
-    place = Alone(3, Bracket(build(cfg, "early_stopping"), True, frozenset({3})))
+    bracket = Bracket(build(cfg, "early_stopping"), True, frozenset({3}))
+    place = Judged(bracket, tmp_path / "judged")
     judged = run(cfg, tmp_path / "judged", place=place)
+    record, plain = record_of(judged), quick_run(*settings, name="plain")
     report = {"rung": 0, "step": 3, "steps": 6, "value": 0.0, "rank": 1, "of": 1}
-    assert record_of(judged)["rungs"] == [report]
-    plain = quick_run(*settings, name="plain")
+    assert record["rungs"] == [report]
+    # a checkpoint of a rung's step is saved after the report, and before the verdict
+    assert place.checking.rungs == [[3, [3], False], [6, [3], True]]
+    assert record["best"] == record_of(plain)["best"]  # a rung's evaluation is no candidate
     name = "adapter_model.safetensors"
     assert (judged.saved / name).read_bytes() == (plain.saved / name).read_bytes()
+    longer = run(compose(f"resume={judged.directory}", "train.max_steps=8"), judged.directory)
+    assert record_of(longer)["rungs"] == []  # they were shares of a shorter training
 
 
 def test_without_held_out_rows_there_is_nothing_to_judge_by(quick_run: Callable[..., Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,14 @@ def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
     }
+
+
+def test_random_states_are_those_from_before_a_measurement() -> None:
+    draws = []
+    for _ in range(2):
+        with measure._kept_random_state():
+            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
 
 
 def test_the_model_prefers_answers_it_would_give(base: Any) -> None:
