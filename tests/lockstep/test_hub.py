@@ -49,6 +49,37 @@ def test_waiting_requests_are_served_together_forwards_first() -> None:
     assert results == {0: [2, 3], 1: [11, 21, 31]}
 
 
+def test_a_job_waits_for_a_condition_and_is_then_served_with_the_others() -> None:
+    server, results = Adder(), {}
+    hub = Hub(server, 9, 99)
+    reported: list[int] = []
+
+    def waits() -> None:
+        hub.wait_for(0, lambda: bool(reported))
+        results[0] = hub.ask(0, "f", 1, 0, 10)
+
+    def reports() -> None:
+        hub.ask(1, "f", 1, 0, 1)
+        reported.append(1)
+        results[1] = hub.ask(1, "f", 1, 0, 2)
+
+    hub.run([waits, reports])
+    assert server.served == [("f", [1]), ("f", [10, 2])]
+    assert results == {0: 11, 1: 3}
+
+
+def test_a_condition_that_no_job_can_bring_about_ends_the_waiting() -> None:
+    server, results = Adder(), {}
+    hub = Hub(server, 1, 99)  # the second job begins when the first has ended
+
+    def waits(job: int) -> None:
+        hub.wait_for(job, lambda: len(results) > 1)
+        results[job] = len(results)
+
+    hub.run([lambda: waits(0), lambda: waits(1)])
+    assert results == {0: 0, 1: 1}
+
+
 def test_the_next_job_begins_when_one_ends_and_the_capacity_is_kept() -> None:
     server, results = Adder(), {}
     hub = Hub(server, 3, 2)

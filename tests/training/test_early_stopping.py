@@ -73,6 +73,7 @@ class Judged(Alone):
         self.checking = Checking(directory)
 
     def join(self, trainer: Any) -> None:
+        self.trainer = trainer
         trainer.add_callback(self.checking)
 
 
@@ -90,7 +91,9 @@ def test_measuring_at_a_rung_with_answers_changes_nothing(
     assert record["rungs"] == [report]
     # a checkpoint of a rung's step is saved after the report, and before the verdict
     assert place.checking.rungs == [[3, [3], False], [6, [3], True]]
-    assert record["best"] == record_of(plain)["best"]  # a rung's evaluation is no candidate
+    history = place.trainer.state.log_history  # by which the best is found
+    assert 3 not in [entry["step"] for entry in history if "eval_loss" in entry]
+    assert record["best"] == record_of(plain)["best"]
     name = "adapter_model.safetensors"
     assert (judged.saved / name).read_bytes() == (plain.saved / name).read_bytes()
     longer = run(compose(f"resume={judged.directory}", "train.max_steps=8"), judged.directory)

@@ -33,7 +33,10 @@ def test_a_longer_training_begins_with_the_rate_of_its_own_schedule(
     settings = ["samples.rows=0", "train.eval_strategy=no", "train.logging_steps=1"]
     settings += ["train.learning_rate=4e-3", "train.warmup_steps=0"]
     first = quick_run(*settings, "train.max_steps=3")
+    weights = first.saved / "adapter_model.safetensors"
+    before = weights.read_bytes()
     run(compose(f"resume={first.directory}", "train.max_steps=4"))
+    assert weights.read_bytes() != before  # at a rate of 0 the step would change nothing
     text = (first.directory / "metrics.jsonl").read_text()
     rates = [line.get("train/learning_rate") for line in map(json.loads, text.splitlines())]
     # cosine: half of (1 + cos(3/4 pi)); the rate at the end of the first training is 0
