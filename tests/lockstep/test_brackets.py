@@ -100,6 +100,10 @@ def test_jobs_of_a_pack_and_jobs_alone_meet_at_rungs_even_if_the_sweep_is_killed
     assert [numbers for numbers, _ in forecasts(by_job, 4)] == [[4]]
     assert "compared with 4 earlier jobs" in forecasts(by_job, 4)[0][1]
     assert sorted(by_job[4].values) == [0, 1, 2, 3]
+    loser = min(set(range(4)) - {best})
+    record = records[loser] | {"data": dict.fromkeys(records[loser]["data"], "sha256:other")}
+    (sweep / str(loser) / "run.json").write_text(json.dumps(record))  # its rows have changed
+    assert loser not in stopped_before(plan_jobs(sweep, *HALVING))
     later = plan_jobs(sweep, "early_stopping.eta=2", "early_stopping.first_rung=0.5")
     assert stopped_before(later) == set()  # none was measured there: all train on
 
