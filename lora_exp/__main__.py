@@ -29,6 +29,7 @@ from lora_exp.config.validation import job_config
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_files, redact_text
 from lora_exp.files.whole import refusal
+from lora_exp.lockstep import devices
 from lora_exp.record.contents import CHANGED, changed_files
 from lora_exp.record.standing import (
     FAILED,
@@ -44,7 +45,10 @@ from lora_exp.training.place import here
 
 log = logging.getLogger("lora_exp")
 # overrides when a sweep is resumed
-MAY_CHANGE = ("retry_failed", "lockstep.", "early_stopping", "hydra.sweeper.trials", *LIMITS)
+MAY_CHANGE = (
+    "retry_failed", "lockstep.", "early_stopping", "hydra.sweeper.trials", "hydra.launcher.workers",
+    *LIMITS,
+)  # fmt: skip
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
 
@@ -115,8 +119,7 @@ def _set_aside_changed(directory: Path, names: list[str]) -> None:
 
 def main() -> None:
     """Run the command line; errors that the user can fix are printed without a traceback."""
-    if "LOCAL_RANK" not in os.environ:  # a run takes one GPU; trainers refuse to see several
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    devices.keep_one()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
     _raise_file_limit()
     try:

@@ -47,7 +47,7 @@ TESTED_ELSEWHERE = {
     # alone in every run, on a seat in lockstep/test_contract.py; the loop in every run
     "training": {"place", "loop"},
     # whole packs in lockstep/test_contract.py run these, the launcher's tests the last
-    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing", "work"},
+    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
     # proofs are tested in test_merging.py, the others with their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages"},
 }

@@ -1,4 +1,4 @@
-"""A launch: compose every job, plan, and train the plan in a worker."""
+"""A launch: compose every job, plan, and train the plan in workers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hydra_plugins.lockstep_launcher._jobs import Jobs
 from lora_exp.errors import ConfigError, Interrupted, OccupiedError
 from lora_exp.files.lock import Lock
 from lora_exp.lockstep.brackets import brackets, earlier_jobs, forecasts, stopped_before
+from lora_exp.lockstep.devices import environments, where
 from lora_exp.lockstep.plan import Plan, plan, show
-from lora_exp.lockstep.worker import Worker
+from lora_exp.lockstep.workers import Workers
 from lora_exp.record.sweep import SUMMARY, write_command
 
 GROUPS = {"model", "quant", "peft", "algorithm", "lockstep"}
@@ -25,13 +26,14 @@ def launch(
 ) -> list[JobReturn]:
     """Run the jobs of a sweep; see `LockstepLauncher`."""
     setup_globals()
+    ours = set(launcher.config) >= GROUPS
+    settings = environments(launcher.workers if ours else 1)
     hydra = launcher.config.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
     folder = Path(str(hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
-    ours = set(launcher.config) >= GROUPS
     lock = Lock(folder, "hydra.sweep.dir") if ours else None
-    worker = Worker(launcher.hydra_context, launcher.task_function, warm=ours)
+    workers = Workers(launcher.hydra_context, launcher.task_function, ours, settings)
     state, stop_immediately = Jobs(launcher), False
     try:
         common = common_keys(job_overrides)
@@ -46,15 +48,16 @@ def launch(
             # after a launch's first batch the summary is its own
             holds_sweep = initial_job_idx == 0 and (folder / SUMMARY).is_file()
             _check_sweep_dir(launch_plan, len(jobs), holds_sweep)
-            show(launch_plan, forecasts(brackets([*state.earlier, *jobs], {}), initial_job_idx))
+            lines = forecasts(brackets([*state.earlier, *jobs], {}), initial_job_idx)
+            show(launch_plan, [*lines, *where(launch_plan.training, settings)])
             refused = any(job.error for job, _ in launch_plan.without_training)
             write_command(folder, hydra, keep=refused)
-        state.run(launch_plan, {job.number: job for job in jobs}, worker)
+        state.run(launch_plan, {job.number: job for job in jobs}, workers)
     except KeyboardInterrupt as error:
         stop_immediately = not isinstance(error, Interrupted)
         raise
     finally:
-        worker.stop(stop_immediately)
+        workers.stop(stop_immediately)
         state.stopped()
         if lock is not None:
             lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -13,8 +14,9 @@ from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import Interrupted, LoraExpError, Paused
 from lora_exp.lockstep.brackets import brackets, stopped_before
 from lora_exp.lockstep.plan import Job, Plan
-from lora_exp.lockstep.work import Work, apart, together
-from lora_exp.lockstep.worker import Worker, failed, returned
+from lora_exp.lockstep.work import Work, apart, dealt
+from lora_exp.lockstep.worker import failed, returned
+from lora_exp.lockstep.workers import DiedError, Workers
 from lora_exp.record.contents import CHANGED, changed_files
 from lora_exp.record.standing import (
     FAILED,
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 class Jobs:
     """The jobs of a launch, and what is known of each.
 
-    `Worker.run` calls `began`, `ended` and `unproven`, by the names in the worker's messages.
+    `Workers.run` calls `began`, `ended` and `unproven`, by the names in the workers' messages.
     """
 
     def __init__(self, launcher: Any) -> None:
@@ -50,7 +52,7 @@ class Jobs:
         self.alone: set[int] = set()  # they have a base to themselves
         self.deaths = 0  # of workers, while no job was running
 
-    def run(self, launch_plan: Plan, jobs: dict[int, Job], worker: Worker) -> None:
+    def run(self, launch_plan: Plan, jobs: dict[int, Job], workers: Workers) -> None:
         """Carry out a plan, even if workers die."""
         self.jobs = jobs
         for job, _ in launch_plan.without_training:
@@ -69,21 +71,21 @@ class Jobs:
             self._set_aside(job)
         for job in [*alone, *(job for pack in launch_plan.packs for job in pack)]:
             _set_aside_changed(job)
-        self.train(launch_plan, worker)
-        self.retrain(worker)
+        self.train(launch_plan, workers)
+        self.retrain(workers)
 
-    def train(self, launch_plan: Plan, worker: Worker) -> None:
-        """Send work; the running jobs of a dead worker are retried alone, once, then the rest.
+    def train(self, launch_plan: Plan, workers: Workers) -> None:
+        """Send work; the running jobs of dead workers are retried alone, once, then the rest.
 
         Jobs that wait for others at a rung have paused; they are sent again when all have ended
         or paused.
         """
-        while work := self._work(launch_plan):
+        while work := self._work(launch_plan, len(workers.workers)):
             try:
-                worker.run(work, self)
-            except LoraExpError as error:
+                workers.run(work, self)
+            except DiedError as error:
                 stop.check()
-                lost = sorted(self.running)
+                lost = error.jobs
                 if not lost:  # it died before or between jobs: no job is the cause
                     self.deaths += 1
                 if self.deaths > 1:
@@ -95,7 +97,7 @@ class Jobs:
                     self._retry_alone(number)
                     self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
                     stop.check()
-                worker.replace()
+                workers.replace()
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
                 stop.check()
@@ -121,18 +123,18 @@ class Jobs:
         if number in self.unproven_jobs:
             mark_unproven(job.directory)
         self._set_aside(job)
-        worker = Worker(self.launcher.hydra_context, self.launcher.task_function, warm=False)
+        workers = Workers(self.launcher.hydra_context, self.launcher.task_function, warm=False)
         try:
-            worker.run([apart([job], self._brackets())], self)
-        except LoraExpError as error:
+            workers.run([apart([job], self._brackets())], self)
+        except DiedError as error:
             stop.check()
             text = f"{error}, also when it was tried again, alone"
             write_status(job.directory, "failed", text)
             self.ended(number, failed(job.config, LoraExpError(text)))
         finally:
-            worker.stop()
+            workers.stop()
 
-    def _work(self, launch_plan: Plan) -> list[Work]:
+    def _work(self, launch_plan: Plan, workers: int) -> list[Work]:
         """Return the jobs that have not ended, with what is known of those to compare them with.
 
         Raises:
@@ -148,8 +150,8 @@ class Jobs:
         left = [[job for job in jobs if job.number not in self.returns] for jobs in planned]
         packs = [[job for job in jobs if job.number not in self.alone] for jobs in left]
         alone = [job for jobs in left for job in jobs if job.number in self.alone]
-        work = [together(pack, self.brackets) for pack in packs if pack]
-        return [*work, apart(alone, self.brackets)] if alone else work
+        # a copy: reports are added to it while the work is done
+        return dealt(packs, alone, copy.deepcopy(self.brackets), workers)
 
     def _brackets(self) -> dict[int, Bracket]:
         results = {n: result._return_value for n, result in self.returns.items()}
@@ -201,7 +203,7 @@ class Jobs:
             if SweepTable.current is not None:
                 SweepTable.current.mark_unproven(self.jobs[number].directory)
 
-    def retrain(self, worker: Worker) -> None:
+    def retrain(self, workers: Workers) -> None:
         """Retrain alone the jobs that are not proven equal, if the config requests it.
 
         Then jobs go on that were stopped only because of what an unproven one had reported.
@@ -212,10 +214,10 @@ class Jobs:
         # all first, so that none is compared with an unproven report
         anew = [number for number in numbers if self._set_unproven_aside(number)]
         if anew:
-            self._train_alone(anew, worker)
+            self._train_alone(anew, workers)
             stopped = stopped_before(list(self.jobs.values()), self.earlier)
             pruned = [n for n, job in self.jobs.items() if how_ended(job.directory)[0] == "pruned"]
-            self._train_alone([n for n in pruned if n not in stopped], worker)
+            self._train_alone([n for n in pruned if n not in stopped], workers)
 
     def _set_unproven_aside(self, number: int) -> bool:
         """Set an ended or paused job aside if it is to be retrained; return whether it is."""
@@ -228,10 +230,10 @@ class Jobs:
         self.paused.discard(number)
         return True
 
-    def _train_alone(self, numbers: list[int], worker: Worker) -> None:
+    def _train_alone(self, numbers: list[int], workers: Workers) -> None:
         for number in numbers:
             self.returns.pop(number, None)
-        self.train(Plan((), (), tuple((self.jobs[number], "") for number in numbers)), worker)
+        self.train(Plan((), (), tuple((self.jobs[number], "") for number in numbers)), workers)
 
     def ended(self, number: int, result: JobReturn) -> None:
         """Keep a job's result and call Hydra's callbacks."""

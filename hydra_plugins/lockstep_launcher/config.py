@@ -7,9 +7,10 @@ from hydra.core.config_store import ConfigStore
 
 @dataclass
 class LockstepConfig:
-    """No settings: how jobs share a base is set in the run's section `lockstep`."""
+    """Where packs train; how jobs share a base is set in the run's section `lockstep`."""
 
     _target_: str = "hydra_plugins.lockstep_launcher.launcher.LockstepLauncher"
+    workers: int | None = None  # processes at once; None: one a GPU, without a GPU one
 
 
 ConfigStore.instance().store(

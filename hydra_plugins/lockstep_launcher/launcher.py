@@ -13,7 +13,15 @@ from hydra_plugins.lockstep_launcher import config as config  # registers the op
 
 
 class LockstepLauncher(Launcher):
-    """Plans a sweep and trains it in a worker process; goes on if the worker dies."""
+    """Plans a sweep and trains it in worker processes; goes on if one dies."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        """Store `hydra.launcher`.
+
+        Args:
+            workers: processes that train at once; None: one a GPU, without a GPU one.
+        """
+        self.workers = workers
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

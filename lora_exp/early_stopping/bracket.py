@@ -7,7 +7,7 @@ jobs that train at once, or on interruptions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lora_exp.early_stopping.rules import Comparing, ranked
@@ -22,6 +22,10 @@ class Verdict:
     of: int  # jobs that were compared
 
 
+def _nobody(job: int, rung: int, value: float | None) -> None:
+    """Tell nobody."""
+
+
 @dataclass
 class Bracket:
     """The reports of jobs with the same rule and objective."""
@@ -33,11 +37,20 @@ class Bracket:
     values: dict[int, dict[int, float | None]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)  # or diverged
+    # is told the reports of this process's jobs
+    listener: Callable[[int, int, float | None], None] = field(
+        default=_nobody, compare=False, repr=False
+    )
     # rung -> the jobs that reach it; waiting jobs ask for it again and again
     _live: dict[int, set[int] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def report(self, job: int, rung: int, value: float | None) -> None:
         """Take a job's value at a rung; None: it was not measured there, and is not compared."""
+        self.note(job, rung, value)
+        self.listener(job, rung, value)
+
+    def note(self, job: int, rung: int, value: float | None) -> None:
+        """Take the value of a job that trains in another process."""
         self.values.setdefault(job, {})[rung] = value
         self._live.clear()
 

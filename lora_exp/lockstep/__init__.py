@@ -24,6 +24,9 @@ seat          a job's place in a pack
 plan          which jobs train together
 brackets      which jobs are compared
 table         a pack on one screen
+devices       where workers compute
 work          jobs for a worker
+link          a worker's pipe to the launcher
 worker        the process that trains a plan
+workers       processes among which work is dealt
 """

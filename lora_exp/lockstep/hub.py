@@ -52,6 +52,8 @@ class Hub:
     def __init__(self, server: Server, width: int, capacity: int) -> None:
         self.server, self.width, self.capacity = server, width, capacity
         self.tick: Callable[[], None] = lambda: None  # called between passes
+        # waits for what other processes report; False: nothing can come any more
+        self.news: Callable[[], bool] = lambda: False
         # limit of requests served as one, set when memory runs out
         self.max_batch: int | None = None
         self._queue: deque[tuple[int, Callable[[], None]]] = deque()
@@ -100,7 +102,7 @@ class Hub:
             request.random.restore()
 
     def wait_for(self, job: int, condition: Callable[[], bool]) -> None:
-        """Wait, in the running job, until a condition holds or no other job can change it."""
+        """Wait, in the running job, until a condition holds or nothing can bring it about."""
         random, state = RandomState.now(), ProcessState.now()
         self._conditions[job] = condition
         try:
@@ -113,6 +115,8 @@ class Hub:
         """Serve waiting requests: forwards before backwards; the reverse if memory has run out."""
         ready = [job for job, holds in sorted(self._conditions.items()) if holds()]
         if not ready and not self._waiting:
+            if not self._queue and self.news():
+                return
             ready = sorted(self._conditions)
         for job in ready:
             del self._conditions[job]

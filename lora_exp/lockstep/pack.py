@@ -50,6 +50,7 @@ class Pack:
         max_jobs: int | None,
         verify: float,
         base: Base | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         """Create an empty pack.
 
@@ -58,6 +59,7 @@ class Pack:
             max_jobs: at once; None: as many as fit into memory, computed when the first job joins.
             verify: the share of passes that are repeated for one job alone, see `Verification`.
             base: if it is loaded already; None: the first job loads it.
+            memory_share: of the free memory, which the pack may fill.
         """
         self.mode, self.max_jobs = mode, max_jobs
         # the first job measures the base for all; the others begin afterwards
@@ -65,7 +67,7 @@ class Pack:
         self.hub = Hub(self.passes, 1, MAX_TOKENS[device().partition(":")[0]])
         self.job_bytes: dict[int, int] = {}  # estimated bytes of each job, without the base
         self.loss_bytes = 0  # bytes of one job's loss while it is computed
-        self.free_bytes, self.admitting = 0, False
+        self.free_bytes, self.admitting, self.memory_share = 0, False, memory_share
         self.obstacles: dict[int, str] = {}  # why a job shares no pass
         self.measured: dict[str, Any] = {}  # results before training, shared by equal jobs
         self._base = base
@@ -75,7 +77,7 @@ class Pack:
         if self._base is None:
             reset_peak()
             self._base = base_of(cfg)
-        self.free_bytes = self.free_bytes or free_bytes()
+        self.free_bytes = self.free_bytes or int(free_bytes() * self.memory_share)
         gc.freeze()  # nothing of this will be freed: garbage collection need not walk it
         return base_view(self._base)
 

@@ -66,6 +66,12 @@ class Plan:
     packs: tuple[tuple[Job, ...], ...]
     alone: tuple[tuple[Job, str], ...]  # with the reason
 
+    @property
+    def training(self) -> list[int]:
+        """The numbers of the jobs that train."""
+        jobs = [*(job for pack in self.packs for job in pack), *(job for job, _ in self.alone)]
+        return sorted(job.number for job in jobs)
+
 
 def plan(jobs: Iterable[Job], stopped: Container[int] = ()) -> Plan:
     """Group jobs with the same base into packs; a job that would change its base runs alone.
@@ -171,8 +177,8 @@ def _short(label: str) -> str:
     return label if len(label) <= LABEL else f"{label[: LABEL // 2]}…{label[-LABEL // 2 + 1 :]}"
 
 
-def show(planned: Plan, comparisons: Iterable[tuple[list[int], str]] = ()) -> None:
-    """Print the plan: job numbers and how they run, then which are compared and how."""
+def show(planned: Plan, remarks: Iterable[tuple[list[int], str]] = ()) -> None:
+    """Print the plan: job numbers and how they run, then remarks about some of them."""
     from rich.text import Text
 
     from lora_exp.record.console import console
@@ -185,7 +191,7 @@ def show(planned: Plan, comparisons: Iterable[tuple[list[int], str]] = ()) -> No
     lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(planned.alone).items()]
     console.print(Text("     jobs", style="dim"))
     numbered = [([job.number for job in jobs], text) for text, jobs in lines]
-    for numbers, text in (*numbered, *comparisons):
+    for numbers, text in (*numbered, *remarks):
         console.print(Text.assemble((f"{_ranges(numbers):>9}  ", "bold"), text))
     if planned.packs or planned.alone:  # else the sweep's table follows at once, with the errors
         refused = ((job, str(job.error)) for job, _ in planned.without_training if job.error)

@@ -79,7 +79,7 @@ class Seat:
         self.pack.join(self.index, trainer)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, or no other job of the pack can bring it about."""
+        """Wait until a condition holds, or nothing can bring it about while the job waits."""
         self.pack.hub.wait_for(self.index, condition)
 
     def report(self) -> dict[str, Any]:

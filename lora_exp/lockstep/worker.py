@@ -1,4 +1,4 @@
-"""The worker: the process in which a plan's jobs train, pack after pack.
+"""A worker's own side: the process in which jobs train, pack after pack.
 
 It is forked from the launcher, which has not imported torch: so it has the task, its resolvers and
 plugins, but no GPU state.
@@ -10,13 +10,11 @@ import ctypes
 import gc
 import os
 import signal
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus, run_job
@@ -25,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import DivergedError, Interrupted, LoraExpError, Paused
+from lora_exp.lockstep.link import Link
 from lora_exp.lockstep.work import Work
 from lora_exp.record.standing import how_ended
 from lora_exp.training.interruption import stop
@@ -46,158 +45,70 @@ def end_with_parent(launcher: int) -> None:
         raise SystemExit(130)
 
 
-class Launch(Protocol):
-    """Receives the events of jobs, each named by its number."""
-
-    def began(self, number: int) -> None:
-        """A job begins."""
-
-    def ended(self, number: int, result: JobReturn) -> None:
-        """A job has ended."""
-
-    def unproven(self, numbers: list[int], difference: str) -> None:
-        """A pass of these jobs' pack differed from the run alone; they may still train."""
-
-
-class Worker:
-    """The launcher's side: a process that gets work and reports events."""
-
-    def __init__(self, context: HydraContext, task: TaskFunction, warm: bool) -> None:
-        self.arguments = (context, task, warm)
-        self.replace()
-
-    def replace(self) -> None:
-        """Start a process: the first, or one in place of one that died."""
-        fork = get_context("fork")
-        self.pipe, other_end = fork.Pipe()
-        arguments = (other_end, self.pipe, os.getpid(), *self.arguments)
-        self.process = fork.Process(target=_work, args=arguments)
-        self.process.start()
-        other_end.close()
-
-    def run(self, work: list[Work], launch: Launch) -> None:
-        """Send work and pass on its events, until all of it is done or the worker has died.
-
-        Raises:
-            LoraExpError: the worker died; jobs that had begun and not ended are lost.
-        """
-        stop.forward = self._ask_to_stop  # the worker stops its jobs at the end of a step
-        try:
-            self._send(work)
-            while (message := self._received()) is not None:
-                event, *arguments = message
-                if event == "over":
-                    return
-                getattr(launch, event)(*arguments)
-        finally:
-            stop.forward = None
-        self.process.join()
-        raise LoraExpError(f"the worker was {_exit_reason(self.process.exitcode or 0)}")
-
-    def _send(self, work: list[Work]) -> None:
-        with suppress(OSError):  # it has died; `_received` notices
-            self.pipe.send(work)
-
-    def _received(self) -> tuple[Any, ...] | None:
-        """Wait for the worker's next event; None: it has died."""
-        wait([self.pipe, self.process.sentinel])
-        try:
-            return tuple(self.pipe.recv()) if self.pipe.poll() else None
-        except (EOFError, OSError):
-            return None  # it died while it sent an event
-
-    def stop(self, at_once: bool = False) -> None:
-        """End the process; if it still trains, let it save a checkpoint first, unless `at_once`."""
-        self.pipe.close()
-        self.process.join(timeout=3)
-        patient = [] if at_once else [self._ask_to_stop]
-        for ask in (*patient, self.process.kill):
-            if self.process.is_alive():
-                ask()
-                self.process.join(timeout=60)
-
-    def _ask_to_stop(self) -> None:
-        if self.process.is_alive():
-            self.process.terminate()  # SIGTERM
-
-
-def _exit_reason(code: int) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " (is memory short? lockstep.max_jobs=... takes fewer)" if code == -9 else ""
-        return f"killed by {name}{hint}"
-    return f"gone with exit code {code}"
-
-
-def _work(
+def serve(
     pipe: Connection,
-    other_end: Connection,
+    launchers_ends: Iterable[Connection],
     launcher: int,
     context: HydraContext,
     task: TaskFunction,
     warm: bool,
 ) -> None:
+    """Be a worker: run what comes through the pipe, until the launcher has no more.
+
+    Args:
+        pipe: this worker's end.
+        launchers_ends: of all workers' pipes; a copy would keep them open after the launcher's end.
+        launcher: its process id.
+        context: the launcher's.
+        task: what runs a job.
+        warm: whether to import torch while the launcher still composes.
+    """
     stop.inherited()
     end_with_parent(launcher)
-    other_end.close()  # else the pipe would stay open after the launcher has ended
+    for end in launchers_ends:
+        end.close()
     # the launcher's callbacks stay with the launcher
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
     try:
         with stop.listening():
-            _run_all(pipe, context, task, warm)
+            _run_all(Link(pipe), context, task, warm)
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(130)  # interrupted, or the launcher has ended: the records are complete
 
 
-def _run_all(pipe: Connection, context: HydraContext, task: TaskFunction, warm: bool) -> None:
+def _run_all(link: Link, context: HydraContext, task: TaskFunction, warm: bool) -> None:
     if warm:
         import lora_exp.experiment
         import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
-    while parts := _received(pipe):
-        for work in parts:
-            _run(work, pipe, context, task)
-        pipe.send(("over",))
+    while (work := link.work()) is not None:
+        link.join(work.brackets.values())
+        _run(work, _Report(link, context, task, work.brackets))
+        link.send("over")
 
 
-def _received(pipe: Connection) -> list[Work]:
-    """Wait for work; none: the launcher has no more."""
-    try:
-        return list(pipe.recv())
-    except EOFError:
-        return []
-
-
-def _run(work: Work, pipe: Connection, context: HydraContext, task: TaskFunction) -> None:
-    report = _Report(pipe, context, task, work.brackets)
+def _run(work: Work, report: _Report) -> None:
     if work.mode is not None:
         _train_pack(work, report)
         gc.unfreeze()  # free the pack and its base
         gc.collect()
         return
     for number, config in work.jobs:
-        here.set(Alone(number, work.brackets.get(number)))
+        here.set(Alone(number, work.brackets.get(number), report.link.news))
         report.run(number, config)
 
 
 @dataclass
 class _Report:
-    pipe: Connection
+    link: Link
     context: HydraContext
     task: TaskFunction
     brackets: Mapping[int, Bracket]
-
-    def send(self, *message: Any) -> None:
-        try:
-            self.pipe.send(message)
-        except OSError as error:  # the launcher has ended
-            if not stop.asked:  # else let every job reach the end of its step
-                raise KeyboardInterrupt from error
 
     def run(self, number: int, config: DictConfig) -> JobReturn:
         """Run one job as every launcher does, and send the result."""
         if stop.asked:
             return failed(config, Interrupted())  # it has not begun
-        self.send("began", number)
+        self.link.send("began", number)
         try:
             result = run_job(
                 hydra_context=self.context,
@@ -213,7 +124,7 @@ class _Report:
         value = result._return_value
         if number in self.brackets and not isinstance(value, Interrupted):
             self.brackets[number].end(number, failed=isinstance(value, Exception))
-        self.send("ended", number, portable(result))
+        self.link.send("ended", number, portable(result))
         return result
 
 
@@ -260,7 +171,7 @@ def _train_pack(work: Work, report: _Report) -> None:
 
     keep_freed()
     rows = [Row(n, name) for (n, _), name in zip(work.jobs, work.names, strict=True)]
-    pack = Pack(work.mode or "exact", work.max_jobs, work.verify)
+    pack = Pack(work.mode or "exact", work.max_jobs, work.verify, memory_share=work.memory_share)
     table = Table("in lockstep", rows, pack.passes.trained_tokens)
 
     def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
@@ -272,10 +183,15 @@ def _train_pack(work: Work, report: _Report) -> None:
         return run
 
     def report_difference(indices: list[int], difference: str) -> None:
-        report.send("unproven", [work.jobs[index][0] for index in indices], difference)
+        report.link.send("unproven", [work.jobs[index][0] for index in indices], difference)
 
     pack.passes.verification.on_difference = report_difference
-    pack.hub.tick = table.tick
+
+    def tick() -> None:
+        report.link.hear()
+        table.tick()
+
+    pack.hub.tick, pack.hub.news = tick, report.link.news
     with table.open():
         pack.hub.run(job(index, *arguments) for index, arguments in enumerate(work.jobs))
 

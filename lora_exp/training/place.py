@@ -43,7 +43,7 @@ class Place(Protocol):
         """Prepare a trainer that is about to measure and train."""
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition holds, or no other job of the place can bring it about."""
+        """Wait until a condition holds, or nothing can bring it about while the run waits."""
 
     def report(self) -> dict[str, Any]:
         """Return what the place adds to the run's record after training."""
@@ -57,9 +57,20 @@ class Alone:
 
     name = "alone"
 
-    def __init__(self, job: int = 0, bracket: Bracket | None = None) -> None:
-        """Create the place of a run, or of a job that is compared with others of its sweep."""
-        self.job, self.bracket = job, bracket
+    def __init__(
+        self,
+        job: int = 0,
+        bracket: Bracket | None = None,
+        news: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Create the place of a run, or of a job that is compared with others of its sweep.
+
+        Args:
+            job: its number in the sweep.
+            bracket: the jobs that it is compared with.
+            news: waits for what jobs of other processes report; False: nothing can come any more.
+        """
+        self.job, self.bracket, self._news = job, bracket, news
 
     def base(self, cfg: DictConfig) -> Base:
         """Load the base, and say so: a large one takes minutes."""
@@ -87,7 +98,9 @@ class Alone:
         """Leave the trainer as it is."""
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Do nothing: no other job is here."""
+        """Wait for jobs of other processes: no other job is here."""
+        while not condition() and self._news():
+            pass
 
     def report(self) -> dict[str, Any]:
         """Return nothing: alone there is nothing to add."""

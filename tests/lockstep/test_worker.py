@@ -9,7 +9,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.lockstep.worker import _exit_reason, failed, portable
+from lora_exp.lockstep.worker import failed, portable
 
 
 def returned(value: Any) -> JobReturn:
@@ -32,12 +32,6 @@ def test_what_cannot_be_sent_arrives_as_its_text() -> None:
     value = portable(returned(Unsendable("gone")))._return_value
     assert isinstance(value, LoraExpError)
     assert str(value) == "Unsendable: gone"
-
-
-def test_a_workers_death_is_reported_with_its_signal_and_a_remedy() -> None:
-    assert "SIGKILL" in _exit_reason(-9)
-    assert "lockstep.max_jobs" in _exit_reason(-9)
-    assert _exit_reason(3) == "gone with exit code 3"
 
 
 def test_a_job_that_was_lost_looks_like_one_that_failed() -> None:

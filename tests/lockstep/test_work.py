@@ -1,0 +1,66 @@
+"""How a plan's jobs are dealt out to workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_exp import compose
+from lora_exp.lockstep import work as work_file
+from lora_exp.lockstep.plan import Job
+from lora_exp.lockstep.work import Work, dealt, rows
+
+
+@pytest.fixture(scope="module")
+def configs() -> dict[int, Any]:
+    return {steps: compose(f"train.max_steps={steps}") for steps in (10, 90)}
+
+
+def jobs(configs: dict[int, Any], *numbers: int, steps: int = 10) -> list[Job]:
+    cfg = configs[steps]
+    return [Job(n, cfg, cfg, Path(str(n)), (f"seed={n}", "a=1")) for n in numbers]
+
+
+def numbers(work: list[Work]) -> list[list[int]]:
+    return [[number for number, _ in part.jobs] for part in work]
+
+
+def test_one_worker_gets_whole_packs_then_the_jobs_alone(configs: dict[int, Any]) -> None:
+    packs = [jobs(configs, 0, 1, 2, 3, 4), jobs(configs, 5, 6)]
+    work = dealt(packs, jobs(configs, 7, 8), {})
+    assert numbers(work) == [[0, 1, 2, 3, 4], [5, 6], [7, 8]]
+    assert [part.memory_share for part in work] == [1, 1, 1]
+    assert work[1].names == ("seed=5", "seed=6")
+
+
+def test_a_large_pack_is_halved_and_the_longest_work_comes_first(
+    configs: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work_file, "memory_share", lambda workers: 1 / workers)
+    long = jobs(configs, 11, steps=90)
+    work = dealt([jobs(configs, *range(8))], long, {}, workers=2)
+    assert numbers(work) == [[11], list(range(8))]  # eight short jobs, and one that takes longer
+    packs = [jobs(configs, *range(9)), jobs(configs, 9, 10)]
+    work = dealt(packs, [], {}, workers=2)
+    assert sorted(map(len, numbers(work))) == [2, 4, 5]
+    assert sorted(n for part in numbers(work) for n in part) == list(range(11))
+    assert all(part == sorted(part) for part in numbers(work))
+    assert {part.memory_share for part in work} == {0.5}
+    assert numbers(dealt(packs, [], {}, workers=2)) == numbers(work)
+
+
+def test_a_pack_of_three_is_not_halved(configs: dict[int, Any]) -> None:
+    assert numbers(dealt([jobs(configs, 0, 1, 2)], [], {}, workers=4)) == [[0, 1, 2]]
+
+
+def test_names_tell_a_job_from_those_of_other_workers(configs: dict[int, Any]) -> None:
+    work = dealt([jobs(configs, *range(4))], [], {}, workers=4)
+    assert sorted(name for part in work for name in part.names) == [f"seed={n}" for n in range(4)]
+
+
+def test_rows_are_counted_by_steps_or_epochs(configs: dict[int, Any]) -> None:
+    assert rows(jobs(configs, 0, 1)) == 2 * 10 * 16
+    cfg = compose("train.num_train_epochs=2", "train.per_device_train_batch_size=4")
+    assert rows([Job(0, cfg, cfg, Path("0"))]) == 2 * 1000
