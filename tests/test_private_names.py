@@ -68,6 +68,17 @@ PRIVATE = [
         "record/sweep.py, lockstep/worker.py, search_sweeper/_core.py, lockstep_launcher/_jobs.py",
     ),
     ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_jobs.py"),
+    ("hydra", "_internal.config_loader_impl.ConfigLoaderImpl", "lockstep_launcher/_loading.py"),
+    (
+        "hydra._internal.config_loader_impl.ConfigLoaderImpl",
+        "_apply_overrides_to_config",
+        "lockstep_launcher/_loading.py",
+    ),
+    (
+        "hydra",
+        "_internal.config_loader_impl.get_overrides_dirname",
+        "lockstep_launcher/_loading.py",
+    ),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
     ("optuna.samplers.NSGAIISampler", "_get_generation_key", "search/study.py"),
     ("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba", "adapter/targets.py"),

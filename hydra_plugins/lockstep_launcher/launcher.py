@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -26,7 +27,13 @@ class LockstepLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Store the arguments for a launch."""
+        """Store the arguments for a launch, and let Hydra compose its jobs faster."""
+        from hydra_plugins.lockstep_launcher._loading import SweepLoader
+
+        loader: Any = hydra_context.config_loader
+        if not isinstance(loader, SweepLoader):
+            loader = SweepLoader(loader)
+        hydra_context.config_loader = loader
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(

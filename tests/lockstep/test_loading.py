@@ -1,0 +1,59 @@
+"""Jobs' configs are composed faster than by Hydra's own loader, and are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from hydra_plugins.lockstep_launcher._loading import SweepLoader
+from lora_exp.config.door import CONF
+
+JOBS = [
+    ["peft.r=4"],
+    ["peft=dora", "peft.r=4", "targets=qv", "+train.neftune_noise_alpha=5"],
+    ["experiment=demo_dpo", "train.max_steps=3"],
+    ["peft.target_modules=[q_proj,v_proj]", "name='a b'"],
+    ["+peft={r: 3}"],
+    ["targets=qv", "targets=attention"],
+    ["~train.optim"],
+    ["hydra.job.num=3"],
+    ["peft=none"],
+]
+MISTAKES = [["peft.rank=4"], ["targets=qvv"], ["~train.nothing"], ["+peft.r=4"], ["++peft=lora"]]
+
+
+@pytest.fixture(scope="module")
+def loader() -> Iterator[Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        yield hydra.config_loader
+
+
+def test_a_jobs_config_is_that_of_hydras_own_loader(loader: Any) -> None:
+    arguments = ["peft.r=4,8", "hydra.job.name=a"]
+    master = loader.load_configuration("config", arguments, RunMode.MULTIRUN)
+    fast = SweepLoader(loader)
+    for overrides in (*JOBS, *JOBS[::-1]):  # none changes what another gets
+        mine, theirs = (each.load_sweep_config(master, overrides) for each in (fast, loader))
+        assert OmegaConf.to_yaml(mine) == OmegaConf.to_yaml(theirs), overrides
+    assert len(fast._composed) == 5
+    assert fast.get_sources() == loader.get_sources()
+
+
+def test_a_mistake_has_hydras_own_message(loader: Any) -> None:
+    master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+    for overrides in MISTAKES:
+        messages = []
+        for each in (SweepLoader(loader), loader):
+            with pytest.raises(HydraException) as caught:
+                each.load_sweep_config(master, overrides)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1], overrides
