@@ -51,13 +51,12 @@ class Cells:
         settings = self.settings
         limit = settings.trials or (None if settings.sampler == "grid" else TRIALS)
         cells = distinct(self.presence, limit, self._admits)
-        if cells is None:
-            assert limit is not None
-            tried = list(points(settings, self.presence))
-        else:
-            limit, tried = len(cells), distinct(self.presence, COUNTED) or []
-        if not cells and not any(map(self._admits, tried)):
+        if cells:
+            return len(cells)
+        tried = distinct(self.presence, None) or [*points(settings, self.presence)]
+        if not any(map(self._admits, tried)):
             self._refuse(tried)
+        assert limit is not None
         return limit
 
     def left_out(self) -> tuple[int, int] | None:

@@ -50,7 +50,8 @@ def read_evidence(
         trials = list(_trials(judged, settings, presence, sizes))
         if not trials:
             keys = ", ".join(d.key for d in presence.space.dimensions)
-            text = f"no finished job of {name} was judged by {objective} ({settings.direction})"
+            names = ", ".join(settings.objectives) or objective
+            text = f"no finished job of {name} was judged by {names} ({settings.direction})"
             raise ConfigError([(KEY, f"{text} and lies in the space of {keys}")])
         log.info("learns from %d of %d jobs of %s", len(trials), len(rows), name)
         evidence += trials

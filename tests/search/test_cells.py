@@ -58,6 +58,9 @@ def test_a_space_of_which_nothing_meets_the_limit_is_refused_with_the_least() ->
     text = "max_parameters: none of 10 cells meets max_parameters=9; the least: 10 trainable"
     with pytest.raises(ConfigError, match=text):
         cells_of(*GRID, max_parameters=9).total()
+    many = ["a=range(1,103)", "b=x,y"]
+    with pytest.raises(ConfigError, match="max_parameters: none of 204 cells meets"):
+        cells_of(*many, max_parameters=9).total()
     with pytest.raises(ConfigError, match="max_bytes: none of 64 cells meets max_bytes=99"):
         cells_of(*OPEN, max_bytes=99).total()
     assert cells_of(*OPEN, max_bytes=100).total() == 32

@@ -177,7 +177,7 @@ def test_a_key_that_an_option_lacks_is_in_none_of_its_trials(sampler: str) -> No
 def test_nothing_imports_torch() -> None:
     code = (
         "import sys\n"
-        "from lora_exp.search import evidence, journal, page\n"
+        "from lora_exp.search import cells, evidence, journal, page, sizes\n"
         "from lora_exp.search.study import propose\n"
         "from tests.search.spaces import *\n"
         "propose(settings_of(), presence_of(space_of('a=interval(1,2)')), ())\n"
