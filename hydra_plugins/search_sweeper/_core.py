@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.lockstep_launcher._core import GROUPS
+from hydra_plugins.search_sweeper._directory import check_free, keep_rows, locked
 from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
+from lora_exp.config.settled import settle
+from lora_exp.config.stopping import measured_metrics
+from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.files.lock import hold
 from lora_exp.files.redaction import redact
-from lora_exp.record.sweep import MULTIRUN, SUMMARY, SweepTable
+from lora_exp.lockstep.worker import without_hydra
+from lora_exp.record.sweep import MULTIRUN
+from lora_exp.search.cells import Cells
 from lora_exp.search.evidence import read_evidence
 from lora_exp.search.journal import JOURNAL, Journal
-from lora_exp.search.page import print_batch, print_plan, print_result
+from lora_exp.search.objectives import check_measured, of_all_tasks, other_values
+from lora_exp.search.page import print_batch, print_plan, print_result, print_start
 from lora_exp.search.presence import Presence
-from lora_exp.search.settings import TRIALS, read_settings
+from lora_exp.search.settings import read_settings
+from lora_exp.search.sizes import Sizes
 from lora_exp.search.space import Space, read_space
-from lora_exp.search.study import distinct, propose
 from lora_exp.search.trial import State, Trial
 
-LOCK = ".search.lock"
+log = logging.getLogger(__name__)
 Judge = tuple[str | None, str | None]  # an objective's name and its goal
 NO_JUDGE: Judge = (None, None)
 LOSS: Judge = ("train/loss", "minimize")  # of runs without held-out rows, whatever the config says
@@ -38,10 +45,13 @@ LOSS: Judge = ("train/loss", "minimize")  # of runs without held-out rows, whate
 def sweep(sweeper: Any, arguments: Sequence[str]) -> list[JobReturn]:
     """Run a search; see `SearchSweeper`."""
     search = _Search(sweeper, arguments)
-    if sweeper.section["dry_run"]:
-        search.show()
-        return []
-    return search.run()
+    try:
+        if sweeper.section["dry_run"]:
+            search.show()
+            return []
+        return search.run()
+    finally:
+        search.sizes.close()
 
 
 class _Search:
@@ -54,7 +64,10 @@ class _Search:
         self.presence = Presence(self.space, self._compose)
         first = self._compose(self._first_cell().overrides)
         self.judge, self.launched = _judge(first), False
-        self.settings = read_settings(sweeper.section, self.space, self.judge[1])
+        self.settings = read_settings(sweeper.section, self.space, *self.judge)
+        self.sizes = Sizes(self._settled)
+        has_model = set(first) >= GROUPS
+        self.cells = Cells(self.settings, self.presence, self.sizes if has_model else None)
         self.train: Any = first.get("train") or {}
         self._check_judges(
             (
@@ -63,12 +76,20 @@ class _Search:
             )
             for options in self.presence.one_varied()
         )
-        self.total = self._total()
+        if has_model:
+            for options in self.presence.one_varied():
+                measured = measured_metrics(self.presence.config(options))
+                check_measured(map(of_all_tasks, self.settings.objectives), measured)
+
+    @cached_property
+    def total(self) -> int:
+        """The number of trials."""
+        return self.cells.total()
 
     def show(self) -> None:
         """Print what the search would do."""
-        first = propose(self.settings, self.presence, (), self._evidence())[: self.total]
-        print_plan(self.space, self.settings, self.total, first, self.train)
+        first = self.cells.propose((), self._evidence())[: self.total]
+        print_plan(self.cells, self.total, first, self.train)
 
     def run(self) -> list[JobReturn]:
         """Train all trials that have no result yet.
@@ -77,17 +98,18 @@ class _Search:
             ConfigError: the directory holds something else, or whole batches are refused.
             LoraExpError: no trial has a finite objective.
         """
+        print_start(self.total, self.cells)  # before there is a directory
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
+        with locked(self.folder):
             journal = Journal(self.folder / JOURNAL)
-            _check_free(self.folder, journal)
+            check_free(self.folder, journal)
             evidence = journal.evidence if journal.asked else self._evidence()
             journal.begin(self._asked(), evidence)
             OmegaConf.save(self.master, self.folder / MULTIRUN)
-            _keep_rows(self.folder)
+            keep_rows(self.folder)
             results: list[JobReturn] = []
             while numbers := self._next(journal):
-                print_batch(numbers, self.total, journal.trials, self.settings.direction)
+                print_batch(numbers, self.total, journal.trials, self.settings.directions)
                 results += self._launch(journal, numbers)
             self._conclude(journal)
         return results
@@ -96,8 +118,10 @@ class _Search:
         """Return the numbers of the next batch: one that has not ended, or a new one."""
         waiting = [number for number in journal.waiting if number < self.total]
         if not waiting and len(journal.trials) < self.total:
-            batch = propose(self.settings, self.presence, journal.trials, journal.evidence)
-            journal.propose(batch)  # all of it, so that raising `trials` gives the same trials
+            if batch := self.cells.propose(journal.trials, journal.evidence):
+                journal.propose(batch)  # all of it, so that raising `trials` gives the same trials
+            else:
+                log.warning("the search ends: no other cell that meets its limits was found")
             waiting = journal.waiting
         if not waiting:
             return range(0)
@@ -119,11 +143,30 @@ class _Search:
             self.judge = LOSS  # there are no held-out rows
         self.launched = True
         self._check_judges(zip((f"trial {number}" for number in numbers), judges, strict=True))
-        ended = [_ended(*parts) for parts in zip(trials, results, records, strict=True)]
+        for record in records:
+            if record.get("status") == "finished":
+                check_measured([*self.settings.objectives][1:], record["metrics"])
+        ended = [self._ended(*parts) for parts in zip(trials, results, records, strict=True)]
         for number, trial in zip(numbers, ended, strict=True):
             if journal.trials[number].state == "asked":
                 journal.end(number, trial)
         return results
+
+    def _ended(self, trial: Trial, result: JobReturn, record: dict[str, Any]) -> Trial:
+        """Return a trial with the result of its job.
+
+        Raises:
+            LoraExpError: the job returned no number.
+        """
+        if result.status != JobStatus.COMPLETED:
+            return trial.ended("failed", None)
+        value = result.return_value
+        if not isinstance(value, int | float):
+            raise LoraExpError(f"a search needs jobs that return their objective, not {value!r}")
+        state: State = "pruned" if record.get("status") == "pruned" else "complete"
+        size = partial(self.cells.size, trial.values)
+        others = other_values(self.settings.objectives, record, size)
+        return trial.ended(state, value, record.get("steps") or 0, others)
 
     def _conclude(self, journal: Journal) -> None:
         trials = journal.trials[: self.total]
@@ -131,28 +174,25 @@ class _Search:
             text = f"none of {len(trials)} trials has ended with a finite objective"
             raise LoraExpError(f"{text}; {self.folder}/summary.csv has their errors")
         alone = [*_flags(self.master.hydra), *self.space.common]
-        print_result(trials, self.settings.direction, self.judge[0] or "objective", alone)
+        print_result(trials, self.settings, self.judge[0] or "objective", alone)
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         loader = self.sweeper.hydra_context.config_loader
         config: DictConfig = loader.load_sweep_config(self.master, [*self.space.common, *overrides])
         return config
 
+    def _settled(self, values: Mapping[str, str]) -> DictConfig:
+        """Return the config of a cell as its job settles it."""
+        config = self._compose(Trial(values).overrides)
+        choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
+        overrides = list(config.hydra.overrides.task)
+        return validate(settle(without_hydra(config), choices, overrides))
+
     def _first_cell(self) -> Trial:
         return Trial(self.presence.present({d.key: d.at(0) for d in self.space.dimensions}))
 
-    def _total(self) -> int:
-        """Return the number of trials: those asked for, or the cells if these are fewer."""
-        is_grid = self.settings.sampler == "grid"
-        limit = self.settings.trials or (None if is_grid else TRIALS)
-        cells = distinct(self.presence, limit)
-        if cells is not None:
-            return len(cells)
-        assert limit is not None
-        return limit
-
     def _evidence(self) -> list[Trial]:
-        return read_evidence(self.settings, self.presence, self.judge[0])
+        return read_evidence(self.settings, self.presence, self.cells.size, self.judge[0])
 
     def _asked(self) -> dict[str, Any]:
         """Return what the proposals and their results depend on."""
@@ -166,7 +206,10 @@ class _Search:
             and (key.startswith("early_stopping") or not REPORTS.match(key))
         }
         section = ("sampler", "seed", "batch", "direction", "start", "learn_from")
-        asked = {f"hydra.sweeper.{key}": getattr(settings, key) for key in section}
+        values = {key: getattr(settings, key) for key in section} | settings.limits.asked
+        if settings.objectives:  # journals of one have no such key
+            values["objectives"] = dict(settings.objectives)
+        asked = {f"hydra.sweeper.{key}": value for key, value in values.items()}
         return asked | {d.key: d.asked for d in self.space.dimensions} | common
 
     def _check_judges(self, judges: Iterable[tuple[str, Judge]]) -> None:
@@ -224,21 +267,6 @@ def _record(result: JobReturn) -> dict[str, Any]:
     return record
 
 
-def _ended(trial: Trial, result: JobReturn, record: dict[str, Any]) -> Trial:
-    """Return a trial with the result of its job.
-
-    Raises:
-        LoraExpError: the job returned no number.
-    """
-    if result.status != JobStatus.COMPLETED:
-        return trial.ended("failed", None)
-    value = result.return_value
-    if not isinstance(value, int | float):
-        raise LoraExpError(f"a search needs jobs that return their objective, not {value!r}")
-    state: State = "pruned" if record.get("status") == "pruned" else "complete"
-    return trial.ended(state, value, record.get("steps") or 0)
-
-
 def _flags(hydra: DictConfig) -> list[str]:
     """Return what a single run needs beside the overrides: the command line's own options."""
     paths = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
@@ -247,36 +275,3 @@ def _flags(hydra: DictConfig) -> list[str]:
         flags += ["--config-name", hydra.job.config_name]
     is_presets = "hydra.mode=MULTIRUN" not in hydra.overrides.hydra  # not the flag -m
     return [*flags, "hydra.mode=RUN"] if is_presets else flags
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a search's directory between its launches, too.
-
-    Raises:
-        ConfigError: another process searches there.
-    """
-    try:
-        lock = hold(folder / LOCK)
-    except Timeout as error:
-        text = f"another process searches in {folder}; wait for it, or take another directory"
-        raise ConfigError([("hydra.sweep.dir", text)]) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_free(folder: Path, journal: Journal) -> None:
-    """Refuse the directory of a sweep that is no search."""
-    if not journal.asked and (folder / SUMMARY).is_file():
-        text = f"{folder} holds a sweep that was no search; take another directory"
-        raise ConfigError([("hydra.sweep.dir", text)])
-
-
-def _keep_rows(folder: Path) -> None:
-    """Begin the table of a resumed search with the jobs of its earlier launches."""
-    table, path = SweepTable.current, folder / SUMMARY
-    if table is not None and path.is_file():
-        rows = json.loads(path.read_text("utf-8"))
-        table.rows = [row | {"directory": str((folder / row["job"]).absolute())} for row in rows]

@@ -16,6 +16,9 @@ class SearchConfig:
     seed: int = 42
     batch: int = 8  # trials proposed and launched together
     direction: str | None = None  # the config's goal
+    objectives: Any = None  # several: name to goal
+    max_parameters: Any = None  # that a cell may train
+    max_bytes: Any = None  # of memory, as estimated: a number, or a text like 8GiB
     start: list[Any] = field(default_factory=list)  # first guesses: key to value
     learn_from: list[str] = field(default_factory=list)  # directories of finished sweeps
     dry_run: bool = False

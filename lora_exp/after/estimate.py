@@ -79,9 +79,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet()
     config = model_config(cfg)
-    form = saved_form(config)
-    if form is not None and form.method in QUANTISATIONS and cfg.quant is None:  # as it is saved
-        cfg = _changed(cfg, {"quant": form.method}, quant=_quant_node(form.method))
+    cfg = as_saved(cfg, config)
     rows = [_row(variant, config, variant is cfg) for variant in _variants(cfg)]
     return {
         "name": cfg.name,
@@ -92,6 +90,14 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
         "optimizer_known": known_moments(cfg.train.optim) is not None,
         "rows": rows,
     }
+
+
+def as_saved(cfg: DictConfig, config: Any) -> DictConfig:
+    """Return the config with the quantisation that its base was saved with."""
+    form = saved_form(config)
+    if form is None or form.method not in QUANTISATIONS or cfg.quant is not None:
+        return cfg
+    return _changed(cfg, {"quant": form.method}, quant=_quant_node(form.method))
 
 
 def _variants(cfg: DictConfig) -> Iterator[DictConfig]:

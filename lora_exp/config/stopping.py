@@ -64,8 +64,7 @@ def _evaluations(cfg: DictConfig) -> Iterator[Fault]:
 def _rungs(cfg: DictConfig) -> Iterator[Fault]:
     """Check that jobs are compared on a metric that is there, and after the warm-up."""
     objective, node = str(cfg.objective), cfg.early_stopping
-    measured = [*(f"eval/{name}" for name in cfg.algorithm.metrics), EXACT_MATCH]
-    measured += [PREFERENCES] * (cfg.algorithm.shape == "preference")
+    measured = measured_metrics(cfg)
     if re.fullmatch(rf"{EXACT_MATCH}(_\w+)?", objective):
         if cfg.samples.rows == 0:
             yield "samples.rows", f"0, and jobs are compared by {objective}; give 1 or more"
@@ -79,6 +78,13 @@ def _rungs(cfg: DictConfig) -> Iterator[Fault]:
     first = number(node.first_rung, max(eta, 2) ** -2)
     if problem := warm_up_problem(first, cfg.train.warmup_steps, cfg.train.max_steps):
         yield "early_stopping.first_rung", problem
+
+
+def measured_metrics(cfg: DictConfig) -> list[str]:
+    """Return the names of what a run measures on held-out rows; one of a task is left out."""
+    names = [f"eval/{name}" for name in cfg.algorithm.metrics]
+    names += [EXACT_MATCH] * (cfg.samples.rows != 0)
+    return names + [PREFERENCES] * (cfg.algorithm.shape == "preference")
 
 
 def warm_up_problem(first_rung: float, warmup_steps: float, steps: int) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from omegaconf import OmegaConf
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import near_names
 from lora_exp.record.sweep import read_rows
+from lora_exp.search.objectives import SizeOf, other_values
 from lora_exp.search.presence import Presence
 from lora_exp.search.settings import Settings
 from lora_exp.search.space import Space
@@ -22,12 +25,15 @@ log = logging.getLogger(__name__)
 KEY = "hydra.sweeper.learn_from"
 
 
-def read_evidence(settings: Settings, presence: Presence, objective: str | None) -> list[Trial]:
+def read_evidence(
+    settings: Settings, presence: Presence, sizes: SizeOf, objective: str | None
+) -> list[Trial]:
     """Return the finished jobs of the sweeps in `learn_from` that lie in the space.
 
     Args:
         settings: those of the search.
         presence: which keys exist.
+        sizes: returns what the job of a cell needs.
         objective: name of the metric that the search's jobs return.
 
     Raises:
@@ -41,22 +47,30 @@ def read_evidence(settings: Settings, presence: Presence, objective: str | None)
             raise ConfigError([(KEY, f"{name} holds no jobs of a sweep{near_names(folder)}")])
         wanted = ("finished", objective, settings.direction)
         judged = [r for r in rows if (r["status"], r["judged_by"], r["goal"]) == wanted]
-        trials = list(_trials(judged, presence))
+        trials = list(_trials(judged, settings, presence, sizes))
         if not trials:
             keys = ", ".join(d.key for d in presence.space.dimensions)
-            text = f"no finished job of {name} was judged by {objective} ({settings.direction})"
+            names = ", ".join(settings.objectives) or objective
+            text = f"no finished job of {name} was judged by {names} ({settings.direction})"
             raise ConfigError([(KEY, f"{text} and lies in the space of {keys}")])
         log.info("learns from %d of %d jobs of %s", len(trials), len(rows), name)
         evidence += trials
     return evidence
 
 
-def _trials(rows: Iterable[Mapping[str, Any]], presence: Presence) -> Iterator[Trial]:
-    """Yield the trials of rows with an objective, in the order of the jobs' names."""
+def _trials(
+    rows: Iterable[Mapping[str, Any]], settings: Settings, presence: Presence, sizes: SizeOf
+) -> Iterator[Trial]:
+    """Yield the trials of rows with all objectives, in the order of the jobs' names."""
     for row in sorted(rows, key=lambda row: (len(row["job"]), row["job"])):
-        values = _values(Path(row["directory"]), row["overrides"], presence)
-        if values is not None and row["objective"] is not None:
-            yield Trial(values).ended("complete", row["objective"])
+        directory = Path(row["directory"])
+        values = _values(directory, row["overrides"], presence)
+        if values is not None:
+            record = json.loads((directory / "run.json").read_text("utf-8"))
+            others = other_values(settings.objectives, record, partial(sizes, values))
+            trial = Trial(values).ended("complete", row["objective"], 0, others)
+            if trial.state == "complete":
+                yield trial
 
 
 def _values(job: Path, overrides: Mapping[str, str], presence: Presence) -> dict[str, str] | None:

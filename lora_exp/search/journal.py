@@ -47,13 +47,14 @@ class Journal:
         if "search" in entry:
             self.asked = dict(entry["search"])
             self.evidence = [
-                Trial(e["values"], e["state"], e["value"], e["step"]) for e in entry["evidence"]
+                Trial(e["values"], e["state"], e["value"], e["step"], e.get("others", {}))
+                for e in entry["evidence"]
             ]
         elif "batch" in entry:
             self.trials += [Trial(dict(values)) for values in entry["batch"]]
         else:
-            number, value = entry["trial"], entry.get("value")
-            ended = self.trials[number].ended(entry["state"], value, entry.get("step", 0))
+            number, value, step = entry["trial"], entry.get("value"), entry.get("step", 0)
+            ended = self.trials[number].ended(entry["state"], value, step, entry.get("others"))
             self.trials[number] = ended
 
     @property
@@ -71,6 +72,7 @@ class Journal:
         if not self.asked:
             entries = [
                 {"values": dict(t.values), "state": t.state, "value": t.value, "step": t.step}
+                | _others(t)
                 for t in evidence
             ]
             self._append({"search": asked, "evidence": entries})
@@ -91,7 +93,7 @@ class Journal:
             entry["value"] = trial.value
         if trial.state == "pruned":
             entry["step"] = trial.step
-        self._append(entry)
+        self._append(entry | _others(trial))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -99,3 +101,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self._read(json.loads(json.dumps(entry)))
+
+
+def _others(trial: Trial) -> dict[str, Any]:
+    return {"others": dict(trial.others)} if trial.others else {}

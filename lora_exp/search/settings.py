@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
 from hydra.core.override_parser.types import Transformer
 
 from lora_exp.errors import ConfigError, ExtraError, did_you_mean
+from lora_exp.search.limits import Limits, read_limits
+from lora_exp.search.objectives import DIRECTIONS, KEY, objective_faults
 from lora_exp.search.space import Space
 
 SAMPLERS = ("tpe", "random", "qmc", "nsga2", "grid")
 OPTUNAS = ("tpe", "random", "nsga2")  # the others need no package
-DIRECTIONS = ("minimize", "maximize")
 TRIALS = 32  # unless the sampler is grid
 Direction = Literal["minimize", "maximize"]
 Fault = tuple[str, str]
@@ -31,14 +32,24 @@ class Settings:
     direction: Direction
     start: tuple[Mapping[str, str], ...]  # first guesses: texts of overrides
     learn_from: tuple[str, ...]
+    objectives: Mapping[str, Direction] = field(default_factory=dict)  # none: the config's alone
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def directions(self) -> list[Direction]:
+        """The direction of each objective."""
+        return list(self.objectives.values()) or [self.direction]
 
 
-def read_settings(section: Mapping[str, Any], space: Space, goal: str | None) -> Settings:
+def read_settings(
+    section: Mapping[str, Any], space: Space, objective: str | None, goal: str | None
+) -> Settings:
     """Return the settings of a search.
 
     Args:
         section: `hydra.sweeper` of the config.
         space: that of the search.
+        objective: `objective` of the config; None: it has none.
         goal: `goal` of the config; None: it has none.
 
     Raises:
@@ -54,14 +65,28 @@ def read_settings(section: Mapping[str, Any], space: Space, goal: str | None) ->
         direction,
         tuple(_guess(values, space) for values in section["start"]),
         tuple(map(str, section["learn_from"])),
+        _objectives(section["objectives"]),
+        read_limits(section),
     )
-    if faults := [*_faults(settings, goal), *_space_faults(settings, space)]:
-        raise ConfigError((f"hydra.sweeper.{key}", text) for key, text in faults)
+    faults = [*_faults(settings, goal), *_space_faults(settings, space)]
+    faults = [(f"hydra.sweeper.{key}", text) for key, text in faults]
+    if settings.objectives:
+        faults += objective_faults(settings.objectives, objective, goal)
+    if faults:
+        raise ConfigError(faults)
     if settings.sampler in OPTUNAS and find_spec("optuna") is None:
         advice = "hydra.sweeper.sampler=qmc and grid need nothing"
         text = f'sampler={settings.sampler}: optuna is missing: pip install "lora-exp[search]"'
         raise ExtraError(f"{text}; {advice}")
     return settings
+
+
+def _objectives(values: Any) -> dict[str, Any]:
+    """Return the goals of several objectives by their names."""
+    if not isinstance(values or {}, Mapping):
+        text = 'are goals by name: "hydra.sweeper.objectives={eval/loss: minimize, ...}"'
+        raise ConfigError([(KEY, text)])
+    return {str(name): str(goal) for name, goal in (values or {}).items()}
 
 
 def _guess(values: Any, space: Space) -> dict[str, str]:

@@ -8,9 +8,10 @@ not been.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_exp.errors import ConfigError
 from lora_exp.search.halton import halton
 from lora_exp.search.presence import Presence
 from lora_exp.search.settings import Settings
@@ -24,13 +25,24 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 RANDOM_TRIALS = 10  # before TPE learns, rounded down to whole batches
-ATTEMPTS = 20  # to propose a cell that is new
+ATTEMPTS = 20  # to propose a cell that is new and meets the limits
+POINTS = 64  # of a space whose cells cannot be counted, that are tried after that
 # of a trial's number, the attempt and its guess: values for all keys of the space
 Ask = Callable[[int, int, Mapping[str, str]], dict[str, str]]
+Admits = Callable[[Mapping[str, str]], bool]  # whether a cell meets the search's limits
+
+
+def every(values: Mapping[str, str]) -> bool:
+    """Admit a cell: there are no limits."""
+    return True
 
 
 def propose(
-    settings: Settings, presence: Presence, earlier: Sequence[Trial], evidence: Sequence[Trial] = ()
+    settings: Settings,
+    presence: Presence,
+    earlier: Sequence[Trial],
+    evidence: Sequence[Trial] = (),
+    admits: Admits = every,
 ) -> list[Trial]:
     """Return the next batch; fewer trials where the space has no more cells, none at its end.
 
@@ -39,9 +51,13 @@ def propose(
         presence: which keys exist.
         earlier: all trials so far, ended.
         evidence: trials of other sweeps.
+        admits: whether a cell meets the limits.
+
+    Raises:
+        ConfigError: no cell with a first guess meets the limits.
     """
     first = len(earlier)
-    cells = distinct(presence, first + settings.batch)
+    cells = distinct(presence, first + settings.batch, admits)
     count = settings.batch if cells is None else min(settings.batch, len(cells) - first)
     if settings.sampler == "grid":
         assert cells is not None
@@ -51,18 +67,31 @@ def propose(
         ask = _proposed(settings, presence, earlier, evidence)
     trials: list[Trial] = []
     for number in range(first, first + count):
-        trials.append(_new(ask, number, settings, [*earlier, *trials], cells))
+        guess = settings.start[number] if number < len(settings.start) else {}
+        seen = {trial.cell for trial in [*earlier, *trials]}
+        rest = points(settings, presence) if cells is None else cells
+        trial = _new(ask, number, guess, seen, admits, rest)
+        if trial is None:
+            break
+        trials.append(trial)
     return trials
 
 
-def distinct(presence: Presence, limit: int | None) -> list[dict[str, str]] | None:
-    """Return the first cells that differ, at most `limit`; None: they cannot be counted."""
+def distinct(
+    presence: Presence, limit: int | None, admits: Admits = every
+) -> list[dict[str, str]] | None:
+    """Return the first cells that differ and are admitted, at most `limit`.
+
+    None: they cannot be counted.
+    """
     cells = presence.space.cells()
     if cells is None:
         return None
     found: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     for cell in map(presence.present, cells):
-        found.setdefault(frozenset(cell.items()), cell)
+        key = frozenset(cell.items())
+        if key not in found and admits(cell):
+            found[key] = cell
         if len(found) == limit:
             break
     return list(found.values())
@@ -71,19 +100,33 @@ def distinct(presence: Presence, limit: int | None) -> list[dict[str, str]] | No
 def _new(
     ask: Ask,
     number: int,
-    settings: Settings,
-    earlier: Sequence[Trial],
-    cells: Sequence[dict[str, str]] | None,
-) -> Trial:
-    """Return a trial that is none of the earlier ones: the same again would end the same."""
-    seen = {trial.cell for trial in earlier}
-    guess = settings.start[number] if number < len(settings.start) else {}
+    guess: Mapping[str, str],
+    seen: Collection[frozenset[tuple[str, str]]],
+    admits: Admits,
+    rest: Iterable[dict[str, str]],
+) -> Trial | None:
+    """Return a trial that has not been seen (the same again would end the same) and is admitted.
+
+    Raises:
+        ConfigError: the guess is not admitted, whatever the values of other keys.
+    """
     for attempt in range(ATTEMPTS):
-        trial = Trial(ask(number, attempt, guess if attempt == 0 else {}))
-        if trial.cell not in seen:
+        trial = Trial(ask(number, attempt, guess))
+        if trial.cell in seen:
+            guess = {}
+        elif admits(trial.values):
             return trial
-    unseen = (other for cell in cells or () if (other := Trial(cell)).cell not in seen)
-    return next(unseen, trial)
+    if guess:
+        text = f"no cell with {' '.join(Trial(guess).overrides)} meets the limits"
+        raise ConfigError([("hydra.sweeper.start", f"{text}; leave the guess out")])
+    left = (Trial(cell) for cell in rest if Trial(cell).cell not in seen and admits(cell))
+    return next(left, None)
+
+
+def points(settings: Settings, presence: Presence) -> Iterator[dict[str, str]]:
+    """Yield `POINTS` cells that fill a space evenly."""
+    ask = _even(settings, presence)
+    return (ask(number, 0, {}) for number in range(POINTS))
 
 
 def _even(settings: Settings, presence: Presence) -> Ask:
@@ -106,11 +149,11 @@ def _proposed(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = _sampler(settings, len(earlier))
-    study = optuna.create_study(direction=settings.direction, sampler=sampler)
-    space = presence.space
+    study = optuna.create_study(directions=settings.directions, sampler=sampler)
+    space, places = presence.space, _places(settings, earlier)
     study.add_trials([_frozen(trial, space, {}) for trial in evidence])
     for number, trial in enumerate(earlier):
-        study.add_trial(_frozen(trial, space, _generation(settings, number)))
+        study.add_trial(_frozen(trial, space, _generation(settings, number), places.get(number)))
 
     def ask(number: int, attempt: int, guess: Mapping[str, str]) -> dict[str, str]:
         if guess:
@@ -177,18 +220,41 @@ def _value(dimension: Dimension, text: str) -> str | int | float:
     return int(float(text)) if dimension.whole else float(text)
 
 
-def _frozen(trial: Trial, space: Space, attributes: dict[str, Any]) -> FrozenTrial:
-    """Return an ended trial as Optuna's; a pruned one has its last value at its last step."""
+def _places(settings: Settings, trials: Sequence[Trial]) -> dict[int, int]:
+    """Return the places of pruned trials among themselves, from 1, if there are several objectives.
+
+    The later one was stopped, and the better its first objective, the better its place: the order
+    in which TPE sorts pruned trials of one objective.
+    """
+    if len(settings.directions) == 1:
+        return {}
+    sign = -1 if settings.direction == "maximize" else 1
+    pruned = [(-t.step, sign * (t.value or 0.0), n)
+              for n, t in enumerate(trials) if t.state == "pruned"]  # fmt: skip
+    return {number: place for place, (*_, number) in enumerate(sorted(pruned), 1)}
+
+
+def _frozen(
+    trial: Trial, space: Space, attributes: dict[str, Any], place: int | None = None
+) -> FrozenTrial:
+    """Return an ended trial as Optuna's.
+
+    Of one objective a pruned trial has its last value at its last step. Studies of several take no
+    such reports: there it breaks a constraint, the more the worse its place.
+    """
     from optuna.trial import TrialState, create_trial
 
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     state = states.get(trial.state, TrialState.FAIL)
-    reported = {trial.step: trial.value} if trial.value is not None else {}
-    return create_trial(
+    reported = {trial.step: trial.value} if trial.value is not None and place is None else {}
+    frozen = create_trial(
         state=state,
-        value=trial.value if state == TrialState.COMPLETE else None,
+        values=trial.objectives if state == TrialState.COMPLETE else None,
         params={key: _value(space[key], text) for key, text in trial.values.items()},
         distributions={key: _distribution(space[key]) for key in trial.values},
         intermediate_values=reported if state == TrialState.PRUNED else {},
         system_attrs=attributes,
     )
+    if place is not None:
+        frozen.set_constraint("trained to its end", place)
+    return frozen

@@ -8,13 +8,15 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.search.limits import Limits
 from lora_exp.search.presence import Presence
 from lora_exp.search.settings import Settings
 from lora_exp.search.space import Space, read_space
 
 DEFAULTS: dict[str, Any] = {
     "trials": None, "sampler": "tpe", "seed": 1, "batch": 4, "direction": None, "start": [],
-    "learn_from": [], "dry_run": False, "params": None,
+    "learn_from": [], "dry_run": False, "params": None, "objectives": None, "max_parameters": None,
+    "max_bytes": None,
 }  # fmt: skip
 
 
@@ -37,4 +39,6 @@ def settings_of(**values: Any) -> Settings:
     section = DEFAULTS | {"direction": "minimize"} | values
     names = ("trials", "sampler", "seed", "batch", "direction")
     start, learn_from = tuple(section["start"]), tuple(section["learn_from"])
-    return Settings(*(section[name] for name in names), start, learn_from)
+    objectives = section["objectives"] or {}
+    limits = Limits(section["max_parameters"], section["max_bytes"])
+    return Settings(*(section[name] for name in names), start, learn_from, objectives, limits)

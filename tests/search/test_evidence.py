@@ -33,7 +33,7 @@ def job(folder: Path, name: str, value: float, rate: float, **changes: Any) -> N
 
 def read(folder: Path, **values: Any) -> list[Trial]:
     settings = settings_of(learn_from=[str(folder)], **values)
-    return read_evidence(settings, PRESENCE, "eval/loss")
+    return read_evidence(settings, PRESENCE, lambda values: None, "eval/loss")
 
 
 def test_values_come_from_overrides_and_from_the_config(tmp_path: Path) -> None:
@@ -60,3 +60,12 @@ def test_jobs_outside_the_space_or_of_another_objective_are_left_out(tmp_path: P
 def test_a_folder_without_jobs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"learn_from: .*nowhere holds no jobs of a sweep"):
         read(tmp_path / "nowhere")
+
+
+def test_jobs_need_all_objectives_to_be_evidence(tmp_path: Path) -> None:
+    counts = {"counts": {"trainable_parameters": 7}}
+    job(tmp_path, "0", 0.5, 0.25, metrics={"eval/loss": 0.5, "eval/kl": 2.0}, **counts)
+    job(tmp_path, "1", 0.25, 0.5, **counts)
+    objectives = {"eval/loss": "minimize", "parameters": "minimize", "eval/kl": "minimize"}
+    (trial,) = read(tmp_path, objectives=objectives)
+    assert (trial.objectives, trial.values["train.rate"]) == ([0.5, 7.0, 2.0], "0.25")

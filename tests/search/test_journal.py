@@ -62,3 +62,27 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ConfigError, match=rf"{JOURNAL}, line 5 cannot be read"):
         Journal(path)
+
+
+def test_values_of_several_objectives_are_read_back_in_their_order(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / JOURNAL)
+    others = {"parameters": 7, "bytes": 9}
+    journal.begin(ASKED, [Trial({"peft.r": "8"}).ended("complete", 0.5, 0, others)])
+    journal.propose([Trial({"peft.r": "4"}), Trial({"peft.r": "16"})])
+    journal.end(0, journal.trials[0].ended("complete", 0.25, 0, others))
+    journal.end(1, journal.trials[1].ended("pruned", 0.75, 3, {"bytes": 1}))
+    read = Journal(tmp_path / JOURNAL)
+    assert [t.objectives for t in read.evidence + read.trials] == [
+        [0.5, 7.0, 9.0], [0.25, 7.0, 9.0], [0.75, 1.0],
+    ]  # fmt: skip
+    assert read.trials == journal.trials
+
+
+def test_a_journal_of_one_objective_is_written_as_ever(tmp_path: Path) -> None:
+    assert (written(tmp_path).path).read_text().splitlines() == [
+        '{"search": {"hydra.sweeper.seed": 1, "peft.r": ["4", "8"]}, "evidence": [{"values":'
+        ' {"peft.r": "8"}, "state": "complete", "value": 0.5, "step": 0}]}',
+        '{"batch": [{"peft.r": "4"}, {"peft.r": "8"}, {"peft.r": "16"}]}',
+        '{"trial": 0, "state": "complete", "value": 0.30000000000000004}',
+        '{"trial": 1, "state": "pruned", "value": 2.0, "step": 5}',
+    ]

@@ -62,6 +62,22 @@ def test_a_killed_search_goes_on_the_same_and_its_winner_alone_is_the_same(tmp_p
     assert "holds another search (train.max_steps: 9, was 3)" in refused.stderr
 
 
+def test_a_grid_within_a_limit_ends_with_the_front_of_its_runs(tmp_path: Path) -> None:
+    objectives = "{eval/loss: minimize, parameters: minimize, bytes: minimize}"
+    done = cli(
+        "-m", "hydra/sweeper=search", "hydra.sweeper.sampler=grid", "peft.r=2,64,4",
+        "hydra.sweeper.max_parameters=60000", f"hydra.sweeper.objectives={objectives}",
+        *SHORT, "train.max_steps=1", "hydra.sweep.dir=limited", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 trials; max_parameters=60000: 1 of 3 cells are left out" in done.stdout
+    assert re.search(r"Pareto front, [12] of 2 trials", done.stdout)
+    lines = (tmp_path / "limited" / JOURNAL).read_text().splitlines()
+    trials = [json.loads(line) for line in lines[2:]]
+    assert [t["others"]["parameters"] for t in trials] == [29_184, 58_368]  # as the runs counted
+    assert 10**6 < trials[0]["others"]["bytes"] < trials[1]["others"]["bytes"]
+
+
 def test_the_example_for_a_wandb_agent_runs_as_the_agent_runs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

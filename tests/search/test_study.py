@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from lora_exp.search.settings import SAMPLERS
-from lora_exp.search.study import propose
-from lora_exp.search.trial import Trial, best
+from lora_exp.search.study import _places, propose
+from lora_exp.search.trial import State, Trial, best
 from tests.search.spaces import presence_of, settings_of, space_of
 
 SPACE = space_of(
@@ -89,6 +89,54 @@ def test_failed_and_pruned_trials_are_evidence_of_their_kind() -> None:
     assert proposals[2] != proposals[3]
 
 
+SEVERAL = {"eval/loss": "minimize", "parameters": "minimize"}
+
+
+def of_two(trial: Trial, state: State = "complete", step: int = 0) -> Trial:
+    """End a trial with a loss that falls with the rank, and the rank."""
+    return trial.ended(state, objective(trial), step, {"parameters": float(trial.values["r"])})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "qmc"])
+def test_several_objectives_are_searched_and_repeat(sampler: str) -> None:
+    settings, presence = settings_of(sampler=sampler, objectives=SEVERAL), presence_of(SPACE)
+
+    def trials() -> list[Trial]:
+        found: list[Trial] = []
+        while len(found) < 16:
+            found += [of_two(t) for t in propose(settings, presence, found)]
+        return found
+
+    first = trials()
+    assert first == trials()
+    assert len({t.cell for t in first}) == 16
+    smaller = [t.ended("complete", t.value, 0, {"parameters": -t.objectives[1]}) for t in first]
+    batches = [propose(settings, presence, earlier) for earlier in (first, smaller)]
+    assert (batches[0] != batches[1]) == (sampler in ("tpe", "nsga2"))
+
+
+def test_a_pruned_trial_of_several_objectives_counts_by_its_step_then_by_its_first() -> None:
+    settings, presence = settings_of(objectives=SEVERAL, batch=8), presence_of(SPACE)
+    first, *rest = [of_two(t) for t in searched("random", 24)]
+    pruned = [of_two(t, "pruned", 3) for t in rest]
+    lacking = [t.ended("pruned", t.value, 3) for t in pruned]  # other values are not known
+    later = [t.ended("pruned", t.value, 3 + number) for number, t in enumerate(pruned)]
+    turned = [t.ended("pruned", -(t.value or 0), 3) for t in pruned]
+    kinds = (pruned, lacking, later, turned)
+    batches = [propose(settings, presence, [first, *kind]) for kind in kinds]
+    assert batches[0] == batches[1]
+    assert batches[2] != batches[0] != batches[3]
+
+
+def test_places_of_pruned_trials() -> None:
+    ends = [("pruned", 5.0, 3), ("complete", 9.0, 0), ("pruned", 2.0, 3), ("pruned", 9.0, 6)]
+    trials = [Trial({}).ended(state, value, step) for state, value, step in ends]  # type: ignore[arg-type]
+    assert _places(settings_of(objectives=SEVERAL), trials) == {3: 1, 2: 2, 0: 3}
+    most = settings_of(direction="maximize", objectives={"a": "maximize", "b": "minimize"})
+    assert _places(most, trials) == {3: 1, 0: 2, 2: 3}
+    assert _places(settings_of(), trials) == {}
+
+
 def test_evidence_of_other_sweeps_changes_the_first_batch() -> None:
     presence, settings = presence_of(SPACE), settings_of()
     evidence = searched("random", 12)
@@ -129,7 +177,7 @@ def test_a_key_that_an_option_lacks_is_in_none_of_its_trials(sampler: str) -> No
 def test_nothing_imports_torch() -> None:
     code = (
         "import sys\n"
-        "from lora_exp.search import evidence, journal, page\n"
+        "from lora_exp.search import cells, evidence, journal, page, sizes\n"
         "from lora_exp.search.study import propose\n"
         "from tests.search.spaces import *\n"
         "propose(settings_of(), presence_of(space_of('a=interval(1,2)')), ())\n"

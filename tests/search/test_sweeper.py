@@ -20,9 +20,12 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
 from hydra_plugins.search_sweeper.sweeper import SearchSweeper
+from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.record.sweep import SweepTable
 from lora_exp.search.journal import JOURNAL, Journal
+from lora_exp.search.limits import Size
+from lora_exp.search.sizes import Sizes
 from lora_exp.search.trial import Trial
 
 Task = Callable[[DictConfig], Any]
@@ -210,6 +213,111 @@ def test_a_pruned_job_is_told_with_its_last_value_and_step(search: Callable[...,
     assert {(t.values["kind.x"], t.state, t.value, t.step) for t in trials} == {
         ("1", "complete", 1.0, 0), ("2", "pruned", 2.0, 5), ("3", "pruned", 3.0, 5),
     }  # fmt: skip
+
+
+TWO = "hydra.sweeper.objectives={eval/loss: minimize, parameters: minimize}"
+
+
+def of_two(cfg: DictConfig) -> float:
+    """Record a loss that falls with x, and x as the number of trained parameters."""
+    directory = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    x = cfg.kind.get("x", 9)
+    record = {"status": "finished", "objective": "eval/loss", "goal": "minimize",
+              "metrics": {"eval/loss": 1 / x}, "counts": {"trainable_parameters": x}}  # fmt: skip
+    (directory / "run.json").write_text(json.dumps(record))
+    return float(1 / x)
+
+
+def test_several_objectives_end_with_a_front_and_go_on_the_same_after_a_kill(
+    search: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["kind.x=range(1,9)", TWO, "hydra.sweeper.trials=6"]
+    whole = search(*arguments, task=of_two, name="whole")
+    assert all(t.others == {"parameters": float(t.values["kind.x"])} for t in whole.trials[:6])
+    assert "Pareto front, 6 of 6 trials" in capsys.readouterr().out
+    left = 0
+
+    def interrupted(cfg: DictConfig) -> float:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return of_two(cfg)
+
+    for left in (2, 4):  # noqa: B007 (read by the task)
+        with pytest.raises(KeyboardInterrupt):
+            search(*arguments, task=interrupted)
+    assert search(*arguments, task=of_two).path.read_bytes() == whole.path.read_bytes()
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.objectives: None, was"):
+        search(*arguments[::2], task=of_two)
+
+
+def test_an_objective_that_a_job_does_not_measure_ends_the_search_with_what_it_does(
+    search: Callable[..., Journal],
+) -> None:
+    both = "hydra.sweeper.objectives={eval/loss: minimize, eval/exact_match_sum: maximize}"
+    text = r"eval/exact_match_sum is not measured: eval/loss, parameters, bytes"
+    with pytest.raises(ConfigError, match=text):
+        search("kind.x=range(1,9)", both, task=of_two)
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Journal]:
+    """Search our own config with a task of numbers, and sizes of 1000 parameters a rank."""
+
+    def sized(self: Any, config: DictConfig, values: Any) -> Size:
+        return Size(1000 * config.peft.r, 10**6)
+
+    monkeypatch.setattr(Sizes, "_asked", sized)
+
+    def sweep(*overrides: str) -> Journal:
+        arguments = [f"hydra.sweep.dir={tmp_path}/real", "hydra/sweeper=search"]
+        arguments += ["hydra/launcher=basic", "hydra/job_logging=none", *overrides]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            runner = GlobalHydra.instance().hydra
+            assert runner is not None
+            runner.multirun("config", lambda cfg: 1.0, arguments, with_log_configuration=False)
+        return Journal(tmp_path / "real" / JOURNAL)
+
+    return sweep
+
+
+LIMITED = ["hydra.sweeper.max_parameters=9000", "hydra.sweeper.batch=2"]
+
+
+def test_cells_over_a_limit_are_no_trials(
+    real: Callable[..., Journal], capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = real("peft.r=4,8,16", "hydra.sweeper.sampler=grid", *LIMITED)
+    assert [dict(t.values) for t in journal.trials] == [{"peft.r": "4"}, {"peft.r": "8"}]
+    assert journal.asked["hydra.sweeper.max_parameters"] == 9000
+    assert "max_parameters=9000: 1 of 3 cells are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["peft.r=16,32"], "max_parameters: none of 2 cells meets max_parameters=9000; the least:"),
+        (
+            ["peft.r=4,8", "hydra.sweeper.objectives={eval/loss: minimize, eval/los: minimize}"],
+            r"eval/los is not measured \(did you mean eval/loss\?\): eval/loss, eval/mean",
+        ),
+        (
+            [
+                "peft.r=4,8", "algorithm=sft,pretrain", "samples.rows=0",
+                "hydra.sweeper.objectives={eval/loss: minimize, eval/exact_match: maximize}",
+            ],
+            "eval/exact_match is not measured: eval/loss",
+        ),
+    ],
+)  # fmt: skip
+def test_limits_and_objectives_that_cannot_be_met_are_refused_before_a_directory_is_made(
+    real: Callable[..., Journal], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        real(*overrides, *LIMITED)
+    assert not (tmp_path / "real").exists()
 
 
 def judged_by(objective: Callable[[int], str]) -> Task:
