@@ -78,6 +78,10 @@ class Seat:
         """Share the pack's passes from here on."""
         self.pack.join(self.index, trainer)
 
+    def seconds(self) -> float:
+        """Return the job's share of the pack's seconds."""
+        return self.pack.hub.seconds(self.index)
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds, or no other job of the pack can bring it about."""
         self.pack.hub.wait_for(self.index, condition)

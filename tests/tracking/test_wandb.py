@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
-from lora_exp.tracking.wandb import _group_name
+from lora_exp.tracking.wandb import _shortened
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import mark_killed
 from tests.warm import python
@@ -67,7 +67,8 @@ def test_every_metric_has_its_step(tracked_run: Any) -> None:
     assert list(losses) == [1, 2, 3]
     assert losses[3] == result.metrics["train/loss"]
     assert history[0]["_step"] == 0  # the base, before training
-    assert history[0]["eval/loss"] == result.metrics["before/loss"]
+    assert history[0]["before/loss"] == result.metrics["before/loss"]
+    assert "eval/loss" not in history[0]  # it would squeeze the chart
 
 
 def test_the_summary_has_counts_times_and_memory(tracked_run: Any) -> None:
@@ -100,7 +101,7 @@ def test_the_samples_are_a_table_of_before_and_after(tracked_run: Any) -> None:
     _, _, directory = tracked_run
     (path,) = directory.rglob("samples_*.table.json")
     table = json.loads(path.read_text())
-    assert table["columns"] == ["prompt", "expected", "before", "after"]
+    assert table["columns"] == ["prompt", "task", "expected", "before", "after"]
     assert len(table["data"]) == 4
 
 
@@ -187,7 +188,7 @@ def test_wandb_prints_nothing_of_its_own_offline(
     quick_wandb(WANDB_MODE="offline")()
     captured = capfd.readouterr()
     assert "WARNING" not in captured.err
-    assert "offline; to send it: wandb sync " in captured.out
+    assert "offline; to send it: lora-exp sync " in captured.out
 
 
 def test_a_disabled_wandb_logs_and_prints_nothing(
@@ -195,7 +196,7 @@ def test_a_disabled_wandb_logs_and_prints_nothing(
 ) -> None:
     quick_wandb(WANDB_MODE="disabled")()
     assert not list((tmp_path / "run").glob("wandb/*run*"))
-    assert "wandb sync" not in capsys.readouterr().out
+    assert "lora-exp sync" not in capsys.readouterr().out
 
 
 def test_the_run_id_of_an_agent_is_used(quick_wandb: Callable[..., Any], tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_mode_that_needs_a_key_says_so(tmp_path: Path) -> None:
 
 
 def test_long_group_names_with_equal_beginnings_stay_different() -> None:
-    first, second = (_group_name("sweep/" + "x" * 200 + end) for end in "ab")
+    first, second = (_shortened("sweep/" + "x" * 200 + end, 128) for end in "ab")
     assert first != second
     assert {len(first or ""), len(second or "")} == {128}
-    assert _group_name("day/time") == "day/time"
+    assert _shortened("day/time", 128) == "day/time"
