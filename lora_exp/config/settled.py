@@ -221,9 +221,8 @@ def _name(values: Mapping[str, Any], overrides: Iterable[str], common: Iterable[
         parts.append((_part(override, choices), key in varied))
         ambiguous += [override] if key in varied and "/" in value.rstrip("/") else []
     words = [(re.sub(r"[^\w.=,+-]+", "_", text), differs) for text, differs in parts]
-    return _joined(
-        [(word, differs) for word, differs in words if word not in ("", "none")], ambiguous
-    )
+    words = [(word, differs) for word, differs in words if word not in ("", "none")]
+    return _joined(words, ambiguous)
 
 
 def _part(override: str, choices: Mapping[str, Any]) -> str:

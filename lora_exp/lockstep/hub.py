@@ -61,9 +61,7 @@ class Hub:
         self._waiting: dict[int, Request] = {}
         self._conditions: dict[int, Callable[[], bool]] = {}  # of jobs that wait for others
         self._request_count = 0
-        self._seconds: defaultdict[int, float] = defaultdict(
-            float
-        )  # of each job, up to the last switch
+        self._seconds: defaultdict[int, float] = defaultdict(float)  # up to the last switch
         self._switched = 0.0  # when the running job was switched to
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:

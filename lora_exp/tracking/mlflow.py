@@ -61,7 +61,7 @@ class MLflow:
 
         known = self.client.get_run(self.run).data.params
         pairs = {
-            _allowed(key): str(value)[:LENGTH]
+            _allowed(key).replace("/", "_"): str(value)[:LENGTH]
             for key, value in flat(self.config | {"run": facts}).items()
         }
         new = [Param(key, value) for key, value in pairs.items() if key not in known]

@@ -63,7 +63,10 @@ class Trackio:
 
     def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         """Send the numbers of the whole run as `summary/...`, and close."""
+        from trackio import context_vars
+
         numbers = {f"summary/{k}": float(v) for k, v in summary.items() if v is not None}
         with redirect_stdout(io.StringIO()):
             self.run.log(numbers, step=int(summary.get("steps") or 0))
             self.run.finish()
+        context_vars.current_run.set(None)  # else it is finished again when the process ends

@@ -65,9 +65,7 @@ class Wandb:
             "name": name or env("WANDB_NAME") or run_name,
             "group": _shortened(group or env("WANDB_RUN_GROUP") or sweep, GROUP_LENGTH),
             "job_type": job_type,
-            "tags": list(
-                dict.fromkeys(_shortened(t, TAG_LENGTH) for t in (*all_tags, *choices) if t)
-            ),
+            "tags": list({_shortened(t, TAG_LENGTH): 0 for t in (*all_tags, *choices) if t}),
             "config": config,
             "reinit": "create_new",
         }
