@@ -28,6 +28,7 @@ from lora_exp.search.settings import TRIALS, read_settings
 from lora_exp.search.space import Space, read_space
 from lora_exp.search.study import distinct, propose
 from lora_exp.search.trial import State, Trial
+from lora_exp.tracking.search import report_search
 
 LOCK = ".search.lock"
 Judge = tuple[str | None, str | None]  # an objective's name and its goal
@@ -123,6 +124,8 @@ class _Search:
         for number, trial in zip(numbers, ended, strict=True):
             if journal.trials[number].state == "asked":
                 journal.end(number, trial)
+        maximize = self.settings.direction == "maximize"
+        report_search(self.master, self.folder, journal.trials, numbers, maximize)
         return results
 
     def _conclude(self, journal: Journal) -> None:

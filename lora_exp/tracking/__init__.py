@@ -6,4 +6,6 @@ tensorboard  event files of TensorBoard
 mlflow       a folder or server of MLflow
 trackio      a local database, by Trackio
 several      a run's trackers as one
+search       trials of a search to W&B
+sync         offline W&B runs, sent in order
 """
