@@ -247,10 +247,11 @@ def _joined(parts: list[tuple[str, bool]], ambiguous: list[str]) -> str:
         digest = hashlib.sha256(" ".join([needed, *ambiguous]).encode()).hexdigest()
         ending = f"-{digest[:4]}"
     room = NAME_LENGTH - len(ending)
-    kept = [differs for _, differs in parts]
-    for i, (text, _) in enumerate(parts):
+    kept = [False] * len(parts)
+    for i in sorted(range(len(parts)), key=lambda i: not parts[i][1]):
+        text = parts[i][0]
         length = len("-".join(t for (t, _), k in zip(parts, kept, strict=True) if k))
-        kept[i] |= not length or length + 1 + len(text) <= room
+        kept[i] = not length or length + 1 + len(text) <= room
     name = "-".join(text for (text, _), keep in zip(parts, kept, strict=True) if keep)
     return name[:room] + ending
 

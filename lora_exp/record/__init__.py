@@ -10,5 +10,5 @@ progress  first row and progress
 summary   printed before and after training
 card      the model card
 ranking   a sweep's jobs in order
-sweep     a sweep's table, kept up to date
+sweep     a sweep's table on disk
 """

@@ -42,7 +42,8 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CANARY_API_KEY", "canary-environment-1")
         patch.setattr(sys, "argv", ["run.py", "canary-argv-1"])
-        result = offline_run(["peft.r=4", "targets=qv"], directory, "day/time")
+        words = ["peft.r=4", "targets=qv", "tracking.system=true"]
+        result = offline_run(words, directory, "day/time")
     return result, read_records(directory), directory
 
 
@@ -80,7 +81,62 @@ def test_the_summary_has_counts_times_and_memory(tracked_run: Any) -> None:
     assert summary["trainable_parameters"] == 12_288
     expected = {"before/exact_match", "eval/exact_match", "train/seconds", "peak_bytes", "seconds"}
     assert expected <= set(summary)
-    assert summary["eval/loss"] == result.metrics["eval/loss"]
+    assert summary["eval/loss"] == result.metrics["eval/loss"] == summary["objective"]
+    assert summary["train/loss_min"] == min(losses_of(records).values())
+    assert summary["eval/exact_match_mirror"] == 0  # of one task
+
+
+def losses_of(records: list[dict[str, Any]]) -> dict[int, float]:
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {item["_step"]: item["train/loss"] for item in history if "train/loss" in item}
+
+
+def test_charts_have_steps_and_tokens_as_axes(tracked_run: Any) -> None:
+    _, records, _ = tracked_run
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    trained = [item for item in history if "train/loss" in item]
+    assert [item["train/global_step"] for item in trained] == [1, 2, 3]
+    tokens = [item["train/tokens"] for item in trained]
+    assert sorted(set(tokens)) == tokens
+    assert tokens[0] > 0
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    axes = {m["glob_name"]: m.get("step_metric") for m in metrics if "glob_name" in m}
+    assert axes["train/*"] == axes["eval/*"] == "train/global_step"
+
+
+def test_what_was_really_used_is_in_the_config(tracked_run: Any) -> None:
+    result, records, _ = tracked_run
+    updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+    facts = next(update["run"] for update in updates if "run" in update)
+    record = json.loads((result.directory / "run.json").read_text())
+    assert facts["place"] == "alone"
+    assert facts["precision"] == record["precision"]
+    dtypes = {"base": "float32", "computed_in": "float32", "trained": "float32"}
+    assert record["precision"] == dtypes
+    for key in ("fingerprint", "versions", "data", "base"):
+        assert facts[key] == record[key]
+
+
+def test_a_pack_of_named_jobs_is_told_apart_from_runs_alone(tmp_path: Path) -> None:
+    words = [*QUICK, "samples.rows=0", "sweep_name=ranks", "tracking.mode=offline"]
+    modules = "peft.target_modules=[q_proj],[k_proj,v_proj]"
+    folder = f"hydra.sweep.dir={tmp_path}"
+    done = python("run.py", "-m", *words, modules, folder)
+    assert done.returncode == 0, done.stderr
+    runs = []
+    for number in "01":
+        records = read_records(tmp_path / number)
+        (run_record,) = (record["run"] for record in records if record["type"] == "run")
+        updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+        assert any(u.get("run", {}).get("place") == "lockstep, exact" for u in updates)
+        assert run_record["run_group"] == "ranks"
+        summary = json.dumps([record for record in records if record["type"] == "summary"])
+        assert "pack_peak_bytes" in summary
+        assert '"peak_bytes"' not in summary
+        runs.append(run_record)
+    assert {"targets=q_proj"} < set(runs[0]["tags"])
+    assert runs[1]["config"]["update"]["choices"]["targets"] == "k_proj,v_proj"
+    assert runs[0]["display_name"] != runs[1]["display_name"]
 
 
 def test_no_environment_arguments_paths_or_code_are_sent(tracked_run: Any) -> None:
