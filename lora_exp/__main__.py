@@ -31,6 +31,7 @@ from lora_exp.files.redaction import redact_files, redact_text
 from lora_exp.files.whole import refusal
 from lora_exp.lockstep import devices
 from lora_exp.record.contents import CHANGED, changed_files
+from lora_exp.record.ranking import judgement, judgements
 from lora_exp.record.standing import (
     FAILED,
     error_text,
@@ -163,8 +164,10 @@ def _failure_text(error: LoraExpError) -> str:
 
 def _report_trial(table: SweepTable) -> None:
     """Log the mean objective to W&B, if this sweep is one trial of a W&B sweep."""
-    values = [row["objective"] for row in table.rows if row["objective"] is not None]
-    if "WANDB_SWEEP_ID" in table.trial and values:
+    judged = judgements(table.rows)[:1]  # the mean of several would mean nothing
+    rows = (row for row in table.rows if [judgement(row)] == judged)
+    values = [row["objective"] for row in rows if row["objective"] is not None]
+    if "WANDB_SWEEP_ID" in table.trial and judged:
         from lora_exp.tracking.wandb import report_trial
 
         report_trial(table.trial, table.rows[0]["judged_by"], values)

@@ -6,7 +6,6 @@ Only this module knows all of them; the config is read-only.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from transformers import set_seed
 
 from lora_exp.adapter.attach import Adapted, attach, save
 from lora_exp.algorithm.critic import save_value
-from lora_exp.config.door import build, plain
+from lora_exp.config.door import build
 from lora_exp.config.learning import check_rows
 from lora_exp.config.settled import run_dir
+from lora_exp.config.trackers import sent_config, tracker_keys
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
@@ -36,10 +36,11 @@ from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
-from lora_exp.record.metrics import Metrics, Nowhere, Tracker
+from lora_exp.record.metrics import Metrics
 from lora_exp.record.progress import Progression, quiet
 from lora_exp.record.run import Record, input_hashes
 from lora_exp.record.summary import announce, conclude, counts
+from lora_exp.tracking.several import Several
 from lora_exp.training.best import best_evaluation
 from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.flattened import check_flattened
@@ -47,7 +48,7 @@ from lora_exp.training.interruption import stop
 from lora_exp.training.loop import train_to_end
 from lora_exp.training.measure import after, before, objective_name, present
 from lora_exp.training.place import Alone, Place
-from lora_exp.training.trainer import tokens_trained, trainer_of
+from lora_exp.training.trainer import precision, tokens_trained, trainer_of
 
 log = logging.getLogger("lora_exp")
 
@@ -94,7 +95,7 @@ def run(
 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
-    started = time.perf_counter()
+    started = place.seconds()
     rows, shaped = _rows(cfg)
     set_seed(cfg.seed)
     base = place.base(cfg)
@@ -107,7 +108,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     data = prepared(shaped, base.tokenizer, adapted.model, cfg)
     rows, shaped = _without_refused(rows, shaped, data, base)
     tracker = _tracker(cfg, record, sweep)
-    board, clock, saved, ended = place.board(), Clock(), None, "failed"
+    board, clock, saved, ended = place.board(), Clock(place.seconds), None, "failed"
     try:
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
@@ -118,7 +119,9 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         _connect(clock, trainer)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
-        record.update(place=place.name, counts=numbers, **base.facts, **hashes)
+        dtypes = precision(cfg, base, trainer)
+        record.update(place=place.name, counts=numbers, precision=dtypes, **base.facts, **hashes)
+        tracker.describe(record.facts())
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
         samples = before(cfg, trainer, base, rows.eval, record, place)
@@ -134,7 +137,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
             if not stopping.prunes or stopping.keeps:
                 saved = _save_artifacts(cfg, trainer, adapted, base, record)
             tracker.samples(samples, trainer.state.global_step)
-            _record_result(cfg, record, trainer, objective, started)
+            _record_result(cfg, record, trainer, objective, place.seconds() - started)
             ended = record.ends_as
     except Paused:
         ended = "paused"
@@ -145,7 +148,7 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         if report := place.report():
             record.update(**report)
     metrics = record.values["metrics"]
-    conclude(record, objective, tracker.place, saved)
+    conclude(record, objective, tracker.places, saved)
     return Result(metrics[objective], metrics, record.directory, saved)
 
 
@@ -211,10 +214,9 @@ def _trainable(model: Any) -> int:
 
 
 def _record_result(
-    cfg: DictConfig, record: Record, trainer: Any, objective: str, started: float
+    cfg: DictConfig, record: Record, trainer: Any, objective: str, seconds: float
 ) -> None:
     goal = cfg.goal if objective == cfg.objective else "minimize"  # else it is a loss
-    seconds = time.perf_counter() - started
     values = {"objective": objective, "goal": goal, "best": best_evaluation(trainer)}
     record.update(**values, metrics={"seconds": seconds})
 
@@ -250,16 +252,22 @@ def _log_skipped(rows: Rows) -> None:
         log.warning(text, len(rows.skipped), rows.skipped[0])
 
 
-def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Tracker:
-    tracker: Tracker | None = build(
-        cfg,
-        "tracking",
-        directory=record.directory,
-        run_id=record.values["tracking_id"],
-        run_name=cfg.name,
-        sweep=sweep,
-        job_type=cfg.choices.algorithm,
-        choices=[f"{group}={option}" for group, option in cfg.choices.items()],
-        config=redact(plain(cfg)),
-    )
-    return tracker or Nowhere()
+def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Several:
+    config: dict[str, Any] = redact(sent_config(cfg))
+    keys = tracker_keys(cfg.tracking)
+
+    def make(key: str) -> Any:
+        return build(
+            cfg,
+            f"tracking.{key}".rstrip("."),
+            leave_out=keys,
+            directory=record.directory,
+            run_id=record.values["tracking_id"],
+            run_name=cfg.name,
+            sweep=cfg.get("sweep_name") or sweep,
+            job_type=cfg.choices.algorithm,
+            choices=[f"{group}={option}" for group, option in config["choices"].items()],
+            config=config | {"sweep": sweep},
+        )
+
+    return Several({key or "wandb": partial(make, key) for key in keys})

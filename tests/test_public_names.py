@@ -37,8 +37,9 @@ TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
 NEEDED_EXTRA = {
     "lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve",
     "lora_exp/search/study.py": "search",
+    **{f"lora_exp/tracking/{name}.py": name for name in ("tensorboard", "mlflow", "trackio")},
 }  # fmt: skip
-DISTRIBUTIONS = packages_distributions()
+DISTRIBUTIONS = {"mlflow": ["mlflow-skinny"], **packages_distributions()}  # it may be missing
 
 
 def test_the_public_names_are_those_of_all() -> None:
@@ -96,7 +97,7 @@ def declared(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared(path: Path) -> None:
     extra = NEEDED_EXTRA.get(str(path.relative_to(ROOT)))
     extras = (
-        ["docs", "eval", "search", "serve", "dev"]
+        ["docs", "eval", "search", "serve", "dev", "tensorboard", "mlflow", "trackio"]
         if path in TESTS_AND_SCRIPTS
         else [extra]
         if extra

@@ -35,6 +35,7 @@ from lora_exp.search.settings import read_settings
 from lora_exp.search.sizes import Sizes
 from lora_exp.search.space import Space, read_space
 from lora_exp.search.trial import State, Trial
+from lora_exp.tracking.search import report_search
 
 log = logging.getLogger(__name__)
 Judge = tuple[str | None, str | None]  # an objective's name and its goal
@@ -150,6 +151,8 @@ class _Search:
         for number, trial in zip(numbers, ended, strict=True):
             if journal.trials[number].state == "asked":
                 journal.end(number, trial)
+        maximize = self.settings.direction == "maximize"
+        report_search(self.master, self.folder, journal.trials, numbers, maximize)
         return results
 
     def _ended(self, trial: Trial, result: JobReturn, record: dict[str, Any]) -> Trial:

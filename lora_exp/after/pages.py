@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.record.console import facts, short, size
-from lora_exp.record.sweep import read_rows, sweep_table
+from lora_exp.record.ranking import sweep_table
+from lora_exp.record.sweep import read_rows
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
 NOTABLE_ROUNDING = 1e-5  # of a logit
@@ -125,7 +126,8 @@ def _run(run: Mapping[str, Any]) -> Table:
 def _sweep(report: Mapping[str, Any]) -> RenderableType:
     folder = Path(report["path"])
     table = sweep_table(folder, read_rows(folder))
-    return Group(table, Text(f"best: {report['best'] or 'no job has finished'}"))
+    none = "none: no job has finished, or they are not judged alike"
+    return Group(table, Text(f"best: {report['best'] or none}"))
 
 
 def examination(results: Mapping[str, str | None]) -> Table:

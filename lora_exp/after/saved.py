@@ -187,7 +187,7 @@ def _adapter(folder: Path) -> Saved:
 def _of_sweep(folder: Path) -> Saved:
     winner = best_job(folder)
     if winner is None:
-        raise SavedError(f"{folder} is a sweep without a finished run; give the path of one run")
+        raise SavedError(f"{folder} is a sweep without a best run; give the path of one run")
     log.warning("%s is a sweep; its best run is %s", folder, winner)
     return find(winner)
 

@@ -3,7 +3,7 @@
 options   options that several commands share
 train     run, estimate
 look      inspect, check, evaluate, doctor, models
-make      save, merge, push
+make      save, merge, push, sync
 use       chat, serve, generate
 __main__  python -m lora_exp.cli
 
@@ -64,6 +64,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     (USE, use.generate),
     (LOOK, look.evaluate),
     (MAKE, make.push),
+    (MAKE, make.sync),
     (LOOK, look.doctor),
     (LOOK, look.models),
     (TRAIN, train.estimate),

@@ -1,4 +1,4 @@
-"""Commands of the help panel Make: save, merge, push."""
+"""Commands of the help panel Make: save, merge, push, sync."""
 
 from __future__ import annotations
 
@@ -117,6 +117,31 @@ def push(
         files, access = sent["files"], "private" if sent["private"] else "public"
         text = f"{sent['url']}\n{access}, commit {sent['commit']}"
     console.print(pages.parcel(files, text))
+
+
+def sync(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a run, a sweep, or a folder of several")
+    ],
+    dry: Annotated[bool, typer.Option("--dry-run", help="show what would be sent")] = False,
+) -> None:
+    """Send offline W&B runs to W&B: all of a sweep, the parts of a resumed run in their order."""
+    from lora_exp.record.console import console
+    from lora_exp.record.standing import ASIDE
+    from lora_exp.tracking.sync import is_sent, offline_parts, run_id, send
+
+    parts = offline_parts(path, ASIDE)
+    sent_before = set(filter(is_sent, parts))
+    whole = dry or send(parts)
+    for part in parts:
+        states = ("sent before", part in sent_before), ("sent", is_sent(part)), ("to send", dry)
+        state = next((text for text, holds in states if holds), "NOT SENT")
+        place = part.parent.parent.relative_to(path.parent)
+        console.print(
+            f"{place}  {run_id(part)}  {part.name}  {state}", soft_wrap=True, markup=False
+        )
+    if not whole:
+        raise typer.Exit(1)
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -8,6 +8,7 @@ deletions       defaults of keys that `~key` deletes
 words           other tools' names, and ours
 start           the adapter a run starts from
 resume          what may change on resume
+trackers        which trackers, and their packages
 keep            the weights that a run saves
 settled         plain values, name, fingerprint
 ranges          numbers that train nothing

@@ -125,7 +125,11 @@ def _reward_hint(name: Any) -> str:
 
 
 def build(
-    cfg: DictConfig, key: str, through: Callable[[Any], Any] | None = None, **runtime: Any
+    cfg: DictConfig,
+    key: str,
+    through: Callable[[Any], Any] | None = None,
+    leave_out: Iterable[str] = (),
+    **runtime: Any,
 ) -> Any:
     """Call the `_target_` at a key with the arguments from YAML and objects made at run time.
 
@@ -135,6 +139,7 @@ def build(
         cfg: the run's config.
         key: the key of the node.
         through: wraps the target; the result is called in its place.
+        leave_out: keys of the node that are no arguments.
         runtime: the objects, as keyword arguments.
 
     Returns:
@@ -151,6 +156,7 @@ def build(
     faults = [fault for fault in untrusted(cfg) if fault[0].startswith(key)]
     if faults:
         raise ConfigError(faults)
-    target = instantiate(node, _partial_=True, _convert_="all")
+    arguments = {name: value for name, value in node.items() if name not in set(leave_out)}
+    target = instantiate(OmegaConf.create(arguments), _partial_=True, _convert_="all")
     call = partial(through(target.func), *target.args, **target.keywords) if through else target
     return call(**runtime)

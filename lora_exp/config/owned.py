@@ -14,7 +14,7 @@ PUBLISHED = "use lora-exp push, which publishes what a run saved"
 OWNED = {  # argument -> what to do instead
     "output_dir": "give hydra.run.dir=<directory>",
     "seed": "give seed=<number>",
-    "report_to": "give tracking=wandb or tracking=none",
+    "report_to": "give tracking=wandb, tensorboard, mlflow, trackio or none",
     "disable_tqdm": "leave it out: the run has its own progress bar",
     "use_cpu": "set CUDA_VISIBLE_DEVICES= in the environment",
     "dataloader_pin_memory": "leave it out: it is on where there is a GPU",
@@ -56,7 +56,7 @@ OWNED = {  # argument -> what to do instead
     ),
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        "give tracking=wandb or tracking=none",
+        "give tracking=wandb, tensorboard, mlflow, trackio or none",
     ),
 }  # fmt: skip
 TOKENISED = "leave it out: rows are tokenised before the trainer sees them"

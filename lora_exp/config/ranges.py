@@ -55,6 +55,8 @@ def range_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
     if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
         yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
+    if cfg.get("sweep_name") is not None and not 0 < len(str(cfg.sweep_name)) <= 128:
+        yield "sweep_name", "give 1 to 128 characters"
     project = str((cfg.tracking or {}).get("project") or "x")
     if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
         yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"

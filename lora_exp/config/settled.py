@@ -27,6 +27,7 @@ from lora_exp.config.keep import (
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import resumed_config
 from lora_exp.config.start import with_start_adapter
+from lora_exp.config.trackers import with_trackers
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import near_names
 from lora_exp.files.redaction import redact_text
@@ -36,13 +37,13 @@ GROUPS = (
 )  # one option each  # fmt: skip
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
-    "name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
+    "name", "sweep_name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
     "trusted_targets",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
-    r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
+    r"(name|sweep_name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
     r"|early_stopping"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
@@ -105,7 +106,7 @@ def settle(
     cfg: DictConfig,
     choices: Mapping[str, Any],
     overrides: Iterable[str],
-    common: Iterable[str] = (),
+    common: Iterable[str] | None = None,
 ) -> DictConfig:
     """Resolve a composed config into plain read-only values, with its choices and its name.
 
@@ -113,12 +114,12 @@ def settle(
         cfg: as Hydra composed it, without Hydra's own section.
         choices: the option of each group.
         overrides: those of the command line.
-        common: keys that all jobs of the sweep share; they are left out of the name.
+        common: keys that all jobs of the sweep share, left out of the name; None: no sweep.
 
     Raises:
         ConfigError: a required value is missing, or an interpolation has no target.
     """
-    overrides = list(overrides)
+    overrides, choices = list(overrides), with_trackers(cfg, choices)
     if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
@@ -143,7 +144,7 @@ def settle(
     _check_consent(values, overrides)
     values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
-    values["name"] = values["name"] or _name(values, overrides, set(common))
+    values["name"] = values["name"] or _name(values, overrides, common)
     return _freeze(values)
 
 
@@ -180,6 +181,7 @@ def _resumed(
     # keys that did not exist when the run was saved
     current["adapter_base"] = values.get("adapter_base")
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    current["sweep_name"] = values.get("sweep_name")
     current["early_stopping"] = values.get("early_stopping")
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
     if current["keep"] == "best" and not saves_each_best(values["train"]):
@@ -195,36 +197,63 @@ def _freeze(values: dict[str, Any]) -> DictConfig:
     return frozen
 
 
-def _name(values: Mapping[str, Any], overrides: Iterable[str], common: set[str]) -> str:
+def _name(values: Mapping[str, Any], overrides: Iterable[str], common: Iterable[str] | None) -> str:
     """Return a name of method, rank, quantisation, targets and overrides.
 
-    Overrides that would make it longer than `NAME_LENGTH` are left out.
+    Of a job of a sweep it keeps what differs between the jobs; what all share is left out where
+    there is no room, and a hash tells apart what is cut.
     """
     choices, peft = values["choices"], values["peft"] or {}
+    given = {split_override(override)[0] for override in overrides}
+    varied = set() if common is None else given - set(common)
     rank = f"r{peft['r']}" if peft.get("r") else ""
     targets = choices["targets"] if peft.get("target_modules") == values["targets"] else ""
     method = {"lora": "", "none": "full"}.get(choices["peft"], choices["peft"])
-    parts = [method, rank, choices["quant"], targets]
+    of_groups = {"peft": method, "peft.r": rank, "quant": choices["quant"], "targets": targets}
+    parts = [(text, key in varied) for key, text in of_groups.items()]
+    ambiguous = []
     for override in overrides:
         key, value = split_override(override)
-        if key in ("peft", "quant", "targets", "peft.r") or NOT_IN_NAME.match(key):
-            continue
-        if key in common:
+        if key in of_groups or NOT_IN_NAME.match(key) or key in (common or ()):
             continue
         if redact_text(override) != override:
             continue
-        if override.startswith("~"):
-            parts.append(f"without_{key.rpartition('.')[2]}")
-            continue
-        value = value.rstrip("/").rpartition("/")[2]  # of a path, the last part
-        parts.append(value if key in choices else f"{key.rpartition('.')[2]}={value}")
-    name = ""
-    for part in (part for part in parts if part and part != "none"):
-        extended = re.sub(r"[^\w.=,+-]+", "_", f"{name}-{part}" if name else part)
-        if name and len(extended) > NAME_LENGTH:
-            continue
-        name = extended
-    return name[:NAME_LENGTH]
+        parts.append((_part(override, choices), key in varied))
+        ambiguous += [override] if key in varied and "/" in value.rstrip("/") else []
+    words = [(re.sub(r"[^\w.=,+-]+", "_", text), differs) for text, differs in parts]
+    words = [(word, differs) for word, differs in words if word not in ("", "none")]
+    return _joined(words, ambiguous)
+
+
+def _part(override: str, choices: Mapping[str, Any]) -> str:
+    """Return an override as a part of a name; of a path, only its last part."""
+    key, value = split_override(override)
+    if override.startswith("~"):
+        return f"without_{key.rpartition('.')[2]}"
+    value = value.rstrip("/").rpartition("/")[2]
+    return value if key in choices else f"{key.rpartition('.')[2]}={value}"
+
+
+def _joined(parts: list[tuple[str, bool]], ambiguous: list[str]) -> str:
+    """Join the parts of a name that have room, those first by which jobs differ.
+
+    Args:
+        parts: texts, and whether jobs differ by them.
+        ambiguous: overrides by which jobs differ, and whose texts do not show how.
+    """
+    needed = "-".join(text for text, differs in parts if differs)
+    ending = ""
+    if ambiguous or len(needed) > NAME_LENGTH:
+        digest = hashlib.sha256(" ".join([needed, *ambiguous]).encode()).hexdigest()
+        ending = f"-{digest[:4]}"
+    room = NAME_LENGTH - len(ending)
+    kept = [False] * len(parts)
+    for i in sorted(range(len(parts)), key=lambda i: not parts[i][1]):
+        text = parts[i][0]
+        length = len("-".join(t for (t, _), k in zip(parts, kept, strict=True) if k))
+        kept[i] = not length or length + 1 + len(text) <= room
+    name = "-".join(text for (text, _), keep in zip(parts, kept, strict=True) if keep)
+    return name[:room] + ending
 
 
 def fingerprint(cfg: DictConfig) -> str:

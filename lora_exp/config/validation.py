@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_exp.config.arguments import argument_faults
@@ -25,6 +26,7 @@ from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
 from lora_exp.config.stopping import stopping_faults
 from lora_exp.config.sweeping import sweep_faults
+from lora_exp.config.trackers import is_tracker, tracker_keys, tracking_faults
 from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
 from lora_exp.data.template import template_file
@@ -40,9 +42,10 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "retry_failed", "strict", "adapter", "adapter_base", "objective",
-        "goal", "keep", "trusted_targets", "train", "rate", "samples", "model", "quant", "peft",
-        "targets", "algorithm", "data", "tracking", "early_stopping", "lockstep", "choices",
+        "name", "sweep_name", "seed", "resume", "retry_failed", "strict", "adapter",
+        "adapter_base", "objective", "goal", "keep", "trusted_targets", "train", "rate",
+        "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
+        "early_stopping", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
@@ -68,7 +71,9 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
         ConfigError: the config has faults (all are listed).
     """
     choices = OmegaConf.to_container(hydra.runtime.choices)
-    common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
+    common = None
+    if hydra.mode == RunMode.MULTIRUN:
+        common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
     overrides = list(hydra.overrides.task)
     settled = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
     if faults := list(sweep_faults(hydra, master, settled)):
@@ -88,6 +93,7 @@ def validate(cfg: DictConfig) -> DictConfig:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
         faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
         faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg), *_files(cfg)]
+        faults += tracking_faults(cfg)
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -108,6 +114,8 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
             return
     for key in ("model", "quant", "peft", "data", "tracking", "early_stopping"):
         node = cfg[key]
+        if key == "tracking" and isinstance(node, DictConfig) and tracker_keys(node):
+            continue
         if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
             text = f"is no option of conf/{key} (null is {key}=none); a preset may have set values"
             yield key, f"{text} that the option {cfg.choices.get(key)} does not take"
@@ -132,7 +140,8 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             continue
         node = _select(values, key)
         arguments = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
-        if key == "tracking":
+        if key.partition(".")[0] == "tracking":
+            arguments = {k: v for k, v in arguments.items() if not is_tracker(v)}
             set_by_run = (k for k in arguments if k.rpartition(".")[2] in OWNED_IN_TRACKING)
             yield from ((k, "belongs to the run; leave it out") for k in set_by_run)
         if key == "algorithm.args":

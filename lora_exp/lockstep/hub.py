@@ -6,8 +6,10 @@ Knows nothing of models: the server knows what a request is and how several are 
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +63,8 @@ class Hub:
         self._waiting: dict[int, Request] = {}
         self._conditions: dict[int, Callable[[], bool]] = {}  # of jobs that wait for others
         self._request_count = 0
+        self._seconds: defaultdict[int, float] = defaultdict(float)  # up to the last switch
+        self._switched = 0.0  # when the running job was switched to
 
     def run(self, jobs: Iterable[Callable[[], None]]) -> None:
         """Run all jobs, at most `width` at once; when one ends, the next begins.
@@ -86,6 +90,13 @@ class Hub:
     def queued(self) -> int:
         """Return how many jobs have not begun."""
         return len(self._queue)
+
+    def seconds(self, job: int) -> float:
+        """Return the running job's share of the time: its own code, and its part of what is served.
+
+        A part is by size, so the shares of all jobs add up to the time of the hub.
+        """
+        return self._seconds[job] + time.perf_counter() - self._switched
 
     def ask(self, job: int, batch_key: Hashable, size: int, priority: int, payload: Any) -> Any:
         """Wait, in the running job, until its request is served, and return the answer."""
@@ -157,7 +168,8 @@ class Hub:
         """
         half = len(requests) // 2
         try:
-            answers = self.server.serve(requests)
+            with self._shared_time(requests):
+                answers = self.server.serve(requests)
         except Exception as error:
             if out_of_memory(error) and (half or self._others_hold_memory(requests[0])):
                 self.max_batch = max(1, min(self.max_batch or half, half))
@@ -175,6 +187,17 @@ class Hub:
         for request, answer in zip(requests, answers, strict=True):
             self._resume(request.job, answer)
 
+    @contextmanager
+    def _shared_time(self, requests: list[Request]) -> Iterator[None]:
+        began, size = time.perf_counter(), sum(request.size for request in requests)
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            for request in requests:
+                share = request.size / size if size else 1 / len(requests)
+                self._seconds[request.job] += seconds * share
+
     def _others_hold_memory(self, request: Request) -> bool:
         """Return whether other requests would free memory if they were served first."""
         return any(r.priority > request.priority for r in self._waiting.values())
@@ -184,12 +207,14 @@ class Hub:
         self._switch(job, *answer, error=error)
 
     def _switch(self, job: int, *answer: Any, error: BaseException | None = None) -> None:
+        self._switched = time.perf_counter()
         try:
             if error is not None:
                 self._live[job].throw(error)
             else:
                 self._live[job].switch(*answer)
         finally:
+            self._seconds[job] += time.perf_counter() - self._switched
             if self._live[job].dead:
                 del self._live[job]
                 self._restore_own_state()

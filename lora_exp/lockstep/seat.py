@@ -78,6 +78,10 @@ class Seat:
         """Share the pack's passes from here on."""
         self.pack.join(self.index, trainer)
 
+    def seconds(self) -> float:
+        """Return the job's share of the pack's seconds."""
+        return self.pack.hub.seconds(self.index)
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds, or nothing can bring it about while the job waits."""
         self.pack.hub.wait_for(self.index, condition)

@@ -9,5 +9,6 @@ metrics   a trainer's metrics, passed on
 progress  first row and progress
 summary   printed before and after training
 card      the model card
-sweep     a sweep's table
+ranking   a sweep's jobs in order
+sweep     a sweep's table on disk
 """

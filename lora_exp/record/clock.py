@@ -10,18 +10,24 @@ from typing import Any
 class Clock:
     """A clock of training that stops during evaluations."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        """Create a clock that starts from zero.
+
+        Args:
+            now: seconds; in a pack only those that are the job's share.
+        """
+        self.now = now
         self.count: Callable[[], int] = lambda: 0  # the trainer's tokens so far
         self.begin()
 
     def begin(self) -> None:
         """Start from zero; a trainer that resumed may already count the earlier tokens."""
-        self._began, self._evaluating, self._counted = time.perf_counter(), 0.0, self.count()
+        self._began, self._evaluating, self._counted = self.now(), 0.0, self.count()
 
     @property
     def seconds(self) -> float:
         """Return the seconds of training."""
-        return time.perf_counter() - self._began - self._evaluating
+        return self.now() - self._began - self._evaluating
 
     @property
     def tokens(self) -> int:
@@ -32,10 +38,10 @@ class Clock:
         """Return a function for an evaluation whose time is excluded."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = self.now()
             try:
                 return evaluate(*arguments, **options)
             finally:
-                self._evaluating += time.perf_counter() - start
+                self._evaluating += self.now() - start
 
         return timed

@@ -1,4 +1,4 @@
-"""Pass a trainer's metrics to the run's record and to its tracker (W&B or none)."""
+"""Pass a trainer's metrics to the run's record and to its trackers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from transformers import TrainerCallback
 
 from lora_exp.record.clock import Clock
 from lora_exp.record.run import Record
+from lora_exp.tracking.several import Several
 
 TRAINER_SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
 class Tracker(Protocol):
-    """The interface of a tracker, which gets a run's metrics in addition to its directory."""
+    """The interface of a tracker, which gets a run's metrics in addition to its directory.
 
-    place: str  # where to look, for people
+    What it raises is caught: it gets nothing more, and the run goes on.
+    """
+
+    label: str  # its name, for people
+    place: str  # where to look
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Take what is known before training: place, precision, versions, hashes."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Take the metrics of a step."""
+        """Take the metrics of a step: `train/...`, `eval/...`, those of step 0 as `before/...`."""
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Take the answers before and after training."""
@@ -34,32 +42,19 @@ class Tracker(Protocol):
         """
 
 
-class Nowhere:
-    """`tracking=none`: metrics are only in the run's directory."""
-
-    place = "none"
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Do nothing: metrics.jsonl has them."""
-
-    def samples(self, samples: list[dict[str, Any]], step: int) -> None:
-        """Do nothing: samples.jsonl has them."""
-
-    def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
-        """Do nothing."""
-
-
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Callback: pass log lines to the record and the tracker, as `train/x` and `eval/x`."""
 
-    def __init__(self, record: Record, tracker: Tracker, clock: Clock) -> None:
-        self.record, self.tracker, self.clock = record, tracker, clock
+    def __init__(self, record: Record, trackers: Several, clock: Clock) -> None:
+        self.record, self.trackers, self.clock = record, trackers, clock
         self.logged = (0, 0.0)  # the tokens and seconds of the last log line
+        self.tokens_before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
         self.clock.begin()
         self.logged = (0, 0.0)
+        self.tokens_before = self.record.tokens()  # of a resumed run
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the last step, whatever `logging_steps` is."""
@@ -75,9 +70,13 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         if tokens > self.logged[0] and "train/loss" in metrics:
             speed = (tokens - self.logged[0]) / (seconds - self.logged[1])
             metrics["train/tokens_per_s"] = speed
+            metrics["train/tokens"] = self.tokens_before + tokens
             self.logged = (tokens, seconds)
-        self.record.log(metrics, state.global_step)
-        self.tracker.log(metrics, state.global_step)
+        step = state.global_step
+        self.record.log(metrics, step)
+        if step == 0:  # in a chart of losses the base's would squeeze all others
+            metrics = {name.replace("eval/", "before/", 1): n for name, n in metrics.items()}
+        self.trackers.log(metrics | {"train/global_step": step}, step)
 
 
 def grouped_metrics(logs: dict[str, Any]) -> dict[str, float]:

@@ -12,7 +12,8 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.door import plain, renamed
+from lora_exp.config.keep import goal_of
 from lora_exp.config.resume import LIMITS, changes
 from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError, Paused
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
 NOT_COMPARED = ("resume", "retry_failed", "strict")
+FACTS = (
+    "place", "fingerprint", "precision", "attention", "saved_as", "quantised_share", "versions",
+    "base", "data", "adapters",
+)  # fmt: skip
 VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -178,6 +184,11 @@ class Record:
         """Return the training losses logged so far, also those before a resume."""
         return [line["train/loss"] for line in self._lines() if line.get("train/loss") is not None]
 
+    def tokens(self) -> float:
+        """Return the tokens trained on so far, by the last line that counts them."""
+        counts = [line["train/tokens"] for line in self._lines() if "train/tokens" in line]
+        return float(counts[-1]) if counts else 0.0
+
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, expected answers, answers before and after training."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
@@ -189,9 +200,42 @@ class Record:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return [json.loads(line) for line in text.split("\n") if line]
 
+    def facts(self) -> dict[str, Any]:
+        """Return what trackers show of a run beside its config."""
+        return {key: self.values[key] for key in FACTS if key in self.values}
+
     def summary(self) -> dict[str, Any]:
-        """Return the metrics and counts that the tracker shows for the whole run."""
-        return {**self.values["metrics"], **self.values.get("counts", {})}
+        """Return the numbers that trackers show for the whole run.
+
+        Metrics, each with the best that was logged (`eval/loss_min`, `eval/reward_max`), counts,
+        the objective and the last rung. Memory of a pack is named the pack's.
+        """
+        metrics, bests = dict(self.values["metrics"]), self._bests()
+        if str(self.values.get("place")).startswith("lockstep") and "peak_bytes" in metrics:
+            metrics["pack_peak_bytes"] = metrics.pop("peak_bytes")
+        numbers = {**metrics, **bests, **self.values.get("counts", {})}
+        if self.values.get("objective") in metrics:
+            numbers["objective"] = metrics[self.values["objective"]]
+        if rungs := self.values.get("rungs"):
+            numbers["rung"] = rungs[-1]["rung"]
+        return numbers | ({"steps": self.values["steps"]} if "steps" in self.values else {})
+
+    def _bests(self) -> dict[str, float]:
+        """Return the best value of each metric whose goal is known, by a name like `loss_min`."""
+        words: dict[str | None, tuple[str, Callable[..., float]]] = {
+            "minimize": ("min", min), "maximize": ("max", max),
+        }  # fmt: skip
+        logged: defaultdict[str, list[float]] = defaultdict(list)
+        for line in self._lines():
+            for name, value in line.items():
+                if line["step"] and name != "step" and value is not None:
+                    logged[name].append(value)
+        goals = {name: goal_of(name) for name in logged}
+        return {
+            f"{name}_{words[goals[name]][0]}": words[goals[name]][1](values)
+            for name, values in logged.items()
+            if goals[name] in words
+        }
 
     @contextmanager
     def outcome(self) -> Iterator[None]:

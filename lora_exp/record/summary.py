@@ -156,7 +156,7 @@ def unused(rows: Rows) -> list[str]:
     return [name for name in columns if name not in FIELDS]
 
 
-def conclude(record: Record, objective: str, place: str, saved: Path | None) -> None:
+def conclude(record: Record, objective: str, places: dict[str, str], saved: Path | None) -> None:
     """Print the metrics before and after training, and where everything was saved."""
     metrics: dict[str, Any] = record.values["metrics"]
     table = Table()
@@ -182,7 +182,7 @@ def conclude(record: Record, objective: str, place: str, saved: Path | None) -> 
         "peak memory": size(int(metrics["peak_bytes"])),
         "run": str(record.directory),
         **({saved.name: str(saved)} if saved else {}),
-        "W&B": place,
+        **places,
     }
     print_and_log(facts("", {key: value for key, value in lines.items() if value != "none"}))
 

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -22,10 +22,8 @@ from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import REDACTED, redact, redact_files, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
+from lora_exp.record.ranking import judgements, sort_key, sweep_table
 from lora_exp.record.standing import ASIDE, status_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 COMMAND, SUMMARY, MULTIRUN = "sweep.json", "summary.json", "multirun.yaml"
 COLUMNS = {"job", "objective", "goal", "overrides", "metrics"}  # those that are read back
@@ -121,32 +119,6 @@ class SweepTable(Callback):
         console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 
 
-def sweep_table(folder: Path, rows: list[dict[str, Any]]) -> Table:
-    """Return the table of a sweep's jobs, the best first."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from lora_exp.record.console import short
-
-    varying = varied_keys(rows)
-    objectives = {r["judged_by"] for r in rows if r["judged_by"]}
-    objective = objectives.pop() if len(objectives) == 1 else "objective"
-    shown_metrics = {"seconds": "seconds"}
-    if any("eval/exact_match" in r["metrics"] for r in rows):
-        shown_metrics = {"eval/exact_match": "exact match", **shown_metrics}
-    table = Table(title=f"{folder}", title_justify="left")
-    for column in ["job", *(varying or ["name"]), objective, *shown_metrics.values(), "status"]:
-        table.add_column(column, overflow="fold")
-    for r in rows:
-        values = [r["overrides"].get(key, "") for key in varying] or [r["name"]]
-        numbers = [r["objective"], *(r["metrics"].get(key) for key in shown_metrics)]
-        number_texts = [short(n) if n is not None else "-" for n in numbers]
-        stopped = f": {r['stopped']['reason']}" if r.get("stopped") else ""
-        status = r["status"] + stopped + ("" if r["proven"] else ", not proven equal")
-        table.add_row(r["job"], *(Text(c) for c in values), *number_texts, Text(status))
-    return table
-
-
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a sweep's jobs from their directories, the best first."""
     jobs = (path.parent for path in folder.glob("*/run.json"))
@@ -154,9 +126,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_job(folder: Path) -> Path | None:
-    """Return the directory of a sweep's best job; None: no job has finished."""
+    """Return the directory of a sweep's best job; None: no job has finished, or none is best.
+
+    Jobs that are judged by different objectives cannot be compared.
+    """
     rows = [r for r in read_rows(folder) if r["objective"] is not None and r["status"] != "pruned"]
-    return folder / rows[0]["job"] if rows else None
+    return folder / rows[0]["job"] if len(judgements(rows)) == 1 else None
 
 
 def write_command(folder: Path, hydra: DictConfig, keep: bool) -> None:
@@ -216,7 +191,9 @@ def job_row(directory: Path, overrides: list[str], job_return: Any) -> dict[str,
         "name": record.get("name", directory.name),
         "objective": objective,
         "judged_by": record.get("objective"),
+        "algorithm": record.get("choices", {}).get("algorithm"),
         "goal": record.get("goal"),
+        "place": record.get("place"),
         "status": record.get("status", "failed"),
         "stopped": record.get("stopped"),
         "error": redact(error),
@@ -262,22 +239,6 @@ def _read_summary(path: Path) -> list[dict[str, Any]]:
         isinstance(r, dict) and r.keys() >= COLUMNS for r in rows
     )
     return rows if is_ours else []
-
-
-def sort_key(row: dict[str, Any]) -> tuple[float, float]:
-    """Return the key that sorts the best row first; pruned jobs after others, the later first."""
-    if row["objective"] is None:
-        return math.inf, math.inf
-    value = float(row["objective"])
-    is_pruned = row.get("status") == "pruned"  # earlier versions wrote no `stopped`
-    pruned_at = (row.get("stopped") or {}).get("step", 0) if is_pruned else math.inf
-    return -pruned_at, -value if row["goal"] == "maximize" else value
-
-
-def varied_keys(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the overridden keys that are not the same in all jobs."""
-    keys = dict.fromkeys(key for r in rows for key in r["overrides"])
-    return [key for key in keys if len({r["overrides"].get(key) for r in rows}) > 1]
 
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:

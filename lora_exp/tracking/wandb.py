@@ -16,7 +16,8 @@ from urllib.request import urlopen
 from lora_exp.errors import ConfigError
 
 log = logging.getLogger("lora_exp")
-PROJECT, GROUP_LENGTH, TIMEOUT = "lora-exp", 128, 10
+PROJECT, GROUP_LENGTH, TAG_LENGTH, TIMEOUT = "lora-exp", 128, 64, 10
+STEP, COLUMNS = "train/global_step", ["prompt", "task", "expected", "before", "after"]
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
 
@@ -26,6 +27,7 @@ class Wandb:
     Console output, argv, code, git state, host name and hardware are not sent.
     """
 
+    label: ClassVar[str] = "W&B"
     live: ClassVar[int] = 0  # number of unfinished runs in this process
 
     def __init__(
@@ -37,6 +39,7 @@ class Wandb:
         log_adapter: bool,
         tags: list[str | int] | None = None,
         name: str | None = None,
+        system: bool = False,
         *,
         directory: Path,
         run_id: str,
@@ -60,19 +63,25 @@ class Wandb:
             "id": run_id,
             "resume": "allow",
             "name": name or env("WANDB_NAME") or run_name,
-            "group": _group_name(group or env("WANDB_RUN_GROUP") or sweep),
+            "group": _shortened(group or env("WANDB_RUN_GROUP") or sweep, GROUP_LENGTH),
             "job_type": job_type,
-            "tags": list(dict.fromkeys(tag[:64] for tag in (*all_tags, *choices) if tag)),
+            "tags": list({_shortened(t, TAG_LENGTH): 0 for t in (*all_tags, *choices) if t}),
             "config": config,
             "reinit": "create_new",
         }
-        self.run, self.mode = _init_run(mode, options)
+        self.run, self.mode = _init_run(mode, options, system)
         Wandb.live += 1
+        for pattern in ("train/*", "eval/*"):
+            self.run.define_metric(pattern, step_metric=STEP)
+        self.run.define_metric("before/*", hidden=True)  # one point, which is in the summary
         if self.mode == "offline":
-            runs = self.data_dir / f"offline-run-*-{self.run.id}"  # a resumed run has several
-            self.place = f"offline; to send it: wandb sync {runs}"
+            self.place = f"offline; to send it: lora-exp sync {directory}"
         else:  # W&B warns if an offline run is asked for its URL
             self.place = "none" if self.mode == "disabled" else str(self.run.url)
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Send what is known before training, as `run` of the config."""
+        self.run.config.update({"run": facts}, allow_val_change=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""
@@ -80,12 +89,10 @@ class Wandb:
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Send the answers before and after training as a table."""
-        if samples:
-            columns = ["prompt", "expected", "before", "after"]
-            table = self.wandb.Table(columns=columns)
-            for sample in samples:
-                table.add_data(*(sample[column] for column in columns))
-            self.run.log({"samples": table}, step=step)
+        table = self.wandb.Table(columns=COLUMNS)
+        for sample in samples:
+            table.add_data(*(sample.get(column) for column in COLUMNS))
+        self.run.log({"samples": table}, step=step)
 
     def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         """Send the summary and the adapter, and close the run; a pruned one gets a tag."""
@@ -133,7 +140,7 @@ def report_trial(variables: dict[str, str], objective: str, values: list[float])
     run.finish()
 
 
-def _init_run(mode: str, options: dict[str, Any]) -> tuple[Any, str]:
+def _init_run(mode: str, options: dict[str, Any], system: bool = False) -> tuple[Any, str]:
     """Start a run; if the server refuses it, it and all later ones are offline.
 
     Returns:
@@ -144,7 +151,7 @@ def _init_run(mode: str, options: dict[str, Any]) -> tuple[Any, str]:
     """
     import wandb
 
-    options |= {"settings": _settings()}
+    options |= {"settings": _settings(system)}
     try:
         actual = _mode(mode)
         return wandb.init(mode=actual, **options), str(actual)
@@ -161,7 +168,7 @@ def _init_run(mode: str, options: dict[str, Any]) -> tuple[Any, str]:
     return wandb.init(mode="offline", **options), "offline"
 
 
-def _settings() -> Any:
+def _settings(system: bool) -> Any:
     import wandb
 
     return wandb.Settings(
@@ -176,16 +183,16 @@ def _settings() -> Any:
         program="",
         x_disable_meta=True,
         x_disable_machine_info=True,
-        x_disable_stats=True,
+        x_disable_stats=not system,
         x_save_requirements=False,
     )
 
 
-def _group_name(group: str | None) -> str | None:
-    """Shorten a group's name to the length that W&B accepts, with a hash to keep it unique."""
-    if group is None or len(group) <= GROUP_LENGTH:
-        return group
-    return f"{group[: GROUP_LENGTH - 9]}-{hashlib.sha256(group.encode()).hexdigest()[:8]}"
+def _shortened(text: str | None, length: int) -> str | None:
+    """Shorten a text to the length that W&B accepts, with a hash to keep it unique."""
+    if text is None or len(text) <= length:
+        return text
+    return f"{text[: length - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _mode(mode: str) -> Any:  # a Literal of wandb

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from typing import Any
 
 from lora_exp.errors import ConfigError, DivergedError
@@ -38,7 +37,7 @@ def train_to_end(trainer: Any, resume: str | None, record: Record, clock: Clock)
     if checkpoint and record.values["choices"]["peft"] == "adalora":
         text = "adalora moves its ranks, and its checkpoints lack a part of that state"
         raise ConfigError([("resume", f"{text}; start a new run")])
-    started = time.perf_counter()
+    started = clock.now()
     clock.begin()
     with stop.until_a_step_ends():
         output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -55,7 +54,7 @@ def train_to_end(trainer: Any, resume: str | None, record: Record, clock: Clock)
         saved_step=step,
         metrics={
             "train/loss": losses[-1] if losses else output.training_loss,
-            "train/seconds": time.perf_counter() - started,
+            "train/seconds": clock.now() - started,
             "train/steps_per_s": (trainer.state.global_step - first) / seconds,
             "train/tokens_per_s": clock.tokens / seconds,
             "peak_bytes": float(peak_bytes()),

@@ -6,6 +6,7 @@ The run does not know which: it asks its place for everything that a pack shares
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,6 +42,9 @@ class Place(Protocol):
 
     def join(self, trainer: Any) -> None:
         """Prepare a trainer that is about to measure and train."""
+
+    def seconds(self) -> float:
+        """Return a clock of the run's time: in a pack its share, alone all that passes."""
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds, or nothing can bring it about while the run waits."""
@@ -96,6 +100,10 @@ class Alone:
 
     def join(self, trainer: Any) -> None:
         """Leave the trainer as it is."""
+
+    def seconds(self) -> float:
+        """Return the seconds that have passed."""
+        return time.perf_counter()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait for jobs of other processes: no other job is here."""

@@ -222,3 +222,18 @@ def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:
     dtype = autocast_dtype(base.model, trains_whole=cfg.peft is None)
     half = {"fp16": dtype == torch.float16} if is_quantised(base.model) else {}
     return {"bf16": dtype == torch.bfloat16} | half
+
+
+def precision(cfg: DictConfig, base: Base, trainer: Any) -> dict[str, str]:
+    """Return the dtypes that a run has really used, for its record.
+
+    Returns:
+        `base`: of its weights, or how they are quantised; `computed_in`: of most products;
+        `trained`: of the weights that train.
+    """
+    args = trainer.args
+    computed_in = "bfloat16" if args.bf16 else "float16" if args.fp16 else base.dtype
+    dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
+    trained = ", ".join(sorted(dtype.removeprefix("torch.") for dtype in dtypes))
+    quantised = cfg.choices.quant if is_quantised(base.model) else base.dtype
+    return {"base": base.held or quantised, "computed_in": computed_in, "trained": trained}

@@ -67,7 +67,7 @@ def test_an_error_names_what_is_at_the_path(trained: Trained, tmp_path: Path) ->
     assert find(sweep).folder == sweep / "0/adapter"
     record = json.loads((sweep / "0/run.json").read_text())
     (sweep / "0/run.json").write_text(json.dumps(record | {"status": "failed", "error": "no"}))
-    with pytest.raises(SavedError, match="is a sweep without a finished run"):
+    with pytest.raises(SavedError, match="is a sweep without a best run"):
         find(sweep)
 
 

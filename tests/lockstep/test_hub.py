@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -169,3 +170,28 @@ def test_each_job_has_its_own_random_numbers_and_modes() -> None:
 )
 def test_out_of_memory_is_recognised_by_its_message(error: BaseException, expected: bool) -> None:
     assert out_of_memory(error) is expected
+
+
+def test_each_job_has_its_own_share_of_the_time_by_the_size_of_its_requests() -> None:
+    class Slow(Adder):
+        def serve(self, requests: list[Request]) -> list[int]:
+            time.sleep(0.06)
+            return super().serve(requests)
+
+    hub, shares = Hub(Slow(), 9, 99), {}
+
+    def job(number: int, size: int, own: float) -> Any:
+        def run() -> None:
+            began = hub.seconds(number)
+            time.sleep(own)
+            hub.ask(number, "f", size, 0, 1)
+            shares[number] = hub.seconds(number) - began
+
+        return run
+
+    began = time.perf_counter()
+    hub.run([job(0, 1, 0.0), job(1, 2, 0.03)])
+    seconds = time.perf_counter() - began
+    assert shares[0] == pytest.approx(0.02, abs=0.015)  # of what was served, a third
+    assert shares[1] == pytest.approx(0.07, abs=0.015)
+    assert sum(shares.values()) == pytest.approx(seconds, abs=0.01)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lora_exp.record.clock import Clock
-from lora_exp.record.metrics import Metrics, Nowhere, grouped_metrics
+from lora_exp.record.metrics import Metrics, grouped_metrics
 
 
 def test_metrics_are_named_by_group() -> None:
@@ -15,11 +14,14 @@ def test_metrics_are_named_by_group() -> None:
     assert grouped_metrics(logs) == {"train/loss": 1.0, "eval/loss": 2.0, "train/grad_norm": 0.5}
 
 
-class RecordedLogs(Nowhere):
-    """A record or tracker that keeps what is logged to it."""
+class RecordedLogs:
+    """A record or trackers that keep what is logged to it."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[dict[str, float], int]] = []
+
+    def tokens(self) -> float:
+        return 490.0  # before the resume
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.lines.append((metrics, step))
@@ -35,8 +37,9 @@ def test_metrics_are_logged_to_record_and_tracking_except_the_final_summary() ->
     state = SimpleNamespace(global_step=3)
     callback.on_log(None, state, None, {"loss": 2.0, "num_tokens": 510})
     callback.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
-    assert record.lines == tracker.lines
     ((metrics, step),) = record.lines
+    assert tracker.lines == [(metrics | {"train/global_step": 3}, 3)]
+    assert metrics["train/tokens"] == 500  # of the whole run
     assert (metrics["train/loss"], step) == (2.0, 3)
     assert metrics["train/tokens_per_s"] > 0
 
@@ -49,9 +52,9 @@ def test_the_last_step_is_always_logged() -> None:
         assert control.should_log is logged
 
 
-def test_nowhere_accepts_every_call() -> None:
-    nowhere = Nowhere()
-    nowhere.log({}, 0)
-    nowhere.samples([], 0)
-    nowhere.finish({}, Path("saved"), "finished")
-    assert nowhere.place == "none"
+def test_what_is_measured_before_training_is_no_point_of_the_evaluations_chart() -> None:
+    record, trackers = RecordedLogs(), RecordedLogs()
+    callback: Any = Metrics(record, trackers, Clock())  # type: ignore[arg-type]
+    callback.on_log(None, SimpleNamespace(global_step=0), None, {"eval_loss": 7.0})
+    assert record.lines == [({"eval/loss": 7.0}, 0)]
+    assert trackers.lines == [({"before/loss": 7.0, "train/global_step": 0}, 0)]

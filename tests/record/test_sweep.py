@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError
 from lora_exp.files.redaction import REDACTED
+from lora_exp.record.ranking import varied_keys
 from lora_exp.record.sweep import (
     SweepTable,
     best_job,
@@ -20,7 +21,6 @@ from lora_exp.record.sweep import (
     read_rows,
     refresh_row,
     saved_command,
-    varied_keys,
     write_command,
     write_summary,
 )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lora_exp import compose, run
-from lora_exp.tracking.wandb import _group_name
+from lora_exp.tracking.wandb import _shortened
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import mark_killed
 from tests.warm import python
@@ -42,7 +42,8 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CANARY_API_KEY", "canary-environment-1")
         patch.setattr(sys, "argv", ["run.py", "canary-argv-1"])
-        result = offline_run(["peft.r=4", "targets=qv"], directory, "day/time")
+        words = ["peft.r=4", "targets=qv", "tracking.system=true"]
+        result = offline_run(words, directory, "day/time")
     return result, read_records(directory), directory
 
 
@@ -67,7 +68,8 @@ def test_every_metric_has_its_step(tracked_run: Any) -> None:
     assert list(losses) == [1, 2, 3]
     assert losses[3] == result.metrics["train/loss"]
     assert history[0]["_step"] == 0  # the base, before training
-    assert history[0]["eval/loss"] == result.metrics["before/loss"]
+    assert history[0]["before/loss"] == result.metrics["before/loss"]
+    assert "eval/loss" not in history[0]  # it would squeeze the chart
 
 
 def test_the_summary_has_counts_times_and_memory(tracked_run: Any) -> None:
@@ -79,7 +81,62 @@ def test_the_summary_has_counts_times_and_memory(tracked_run: Any) -> None:
     assert summary["trainable_parameters"] == 12_288
     expected = {"before/exact_match", "eval/exact_match", "train/seconds", "peak_bytes", "seconds"}
     assert expected <= set(summary)
-    assert summary["eval/loss"] == result.metrics["eval/loss"]
+    assert summary["eval/loss"] == result.metrics["eval/loss"] == summary["objective"]
+    assert summary["train/loss_min"] == min(losses_of(records).values())
+    assert summary["eval/exact_match_mirror"] == 0  # of one task
+
+
+def losses_of(records: list[dict[str, Any]]) -> dict[int, float]:
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {item["_step"]: item["train/loss"] for item in history if "train/loss" in item}
+
+
+def test_charts_have_steps_and_tokens_as_axes(tracked_run: Any) -> None:
+    _, records, _ = tracked_run
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    trained = [item for item in history if "train/loss" in item]
+    assert [item["train/global_step"] for item in trained] == [1, 2, 3]
+    tokens = [item["train/tokens"] for item in trained]
+    assert sorted(set(tokens)) == tokens
+    assert tokens[0] > 0
+    metrics = [record["metric"] for record in records if record["type"] == "metric"]
+    axes = {m["glob_name"]: m.get("step_metric") for m in metrics if "glob_name" in m}
+    assert axes["train/*"] == axes["eval/*"] == "train/global_step"
+
+
+def test_what_was_really_used_is_in_the_config(tracked_run: Any) -> None:
+    result, records, _ = tracked_run
+    updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+    facts = next(update["run"] for update in updates if "run" in update)
+    record = json.loads((result.directory / "run.json").read_text())
+    assert facts["place"] == "alone"
+    assert facts["precision"] == record["precision"]
+    dtypes = {"base": "float32", "computed_in": "float32", "trained": "float32"}
+    assert record["precision"] == dtypes
+    for key in ("fingerprint", "versions", "data", "base"):
+        assert facts[key] == record[key]
+
+
+def test_a_pack_of_named_jobs_is_told_apart_from_runs_alone(tmp_path: Path) -> None:
+    words = [*QUICK, "samples.rows=0", "sweep_name=ranks", "tracking.mode=offline"]
+    modules = "peft.target_modules=[q_proj],[k_proj,v_proj]"
+    folder = f"hydra.sweep.dir={tmp_path}"
+    done = python("run.py", "-m", *words, modules, folder)
+    assert done.returncode == 0, done.stderr
+    runs = []
+    for number in "01":
+        records = read_records(tmp_path / number)
+        (run_record,) = (record["run"] for record in records if record["type"] == "run")
+        updates = [record["config"]["update"] for record in records if record["type"] == "config"]
+        assert any(u.get("run", {}).get("place") == "lockstep, exact" for u in updates)
+        assert run_record["run_group"] == "ranks"
+        summary = json.dumps([record for record in records if record["type"] == "summary"])
+        assert "pack_peak_bytes" in summary
+        assert '"peak_bytes"' not in summary
+        runs.append(run_record)
+    assert {"targets=q_proj"} < set(runs[0]["tags"])
+    assert runs[1]["config"]["update"]["choices"]["targets"] == "k_proj,v_proj"
+    assert runs[0]["display_name"] != runs[1]["display_name"]
 
 
 def test_no_environment_arguments_paths_or_code_are_sent(tracked_run: Any) -> None:
@@ -100,7 +157,7 @@ def test_the_samples_are_a_table_of_before_and_after(tracked_run: Any) -> None:
     _, _, directory = tracked_run
     (path,) = directory.rglob("samples_*.table.json")
     table = json.loads(path.read_text())
-    assert table["columns"] == ["prompt", "expected", "before", "after"]
+    assert table["columns"] == ["prompt", "task", "expected", "before", "after"]
     assert len(table["data"]) == 4
 
 
@@ -187,7 +244,7 @@ def test_wandb_prints_nothing_of_its_own_offline(
     quick_wandb(WANDB_MODE="offline")()
     captured = capfd.readouterr()
     assert "WARNING" not in captured.err
-    assert "offline; to send it: wandb sync " in captured.out
+    assert "offline; to send it: lora-exp sync " in captured.out
 
 
 def test_a_disabled_wandb_logs_and_prints_nothing(
@@ -195,7 +252,7 @@ def test_a_disabled_wandb_logs_and_prints_nothing(
 ) -> None:
     quick_wandb(WANDB_MODE="disabled")()
     assert not list((tmp_path / "run").glob("wandb/*run*"))
-    assert "wandb sync" not in capsys.readouterr().out
+    assert "lora-exp sync" not in capsys.readouterr().out
 
 
 def test_the_run_id_of_an_agent_is_used(quick_wandb: Callable[..., Any], tmp_path: Path) -> None:
@@ -247,7 +304,7 @@ def test_a_mode_that_needs_a_key_says_so(tmp_path: Path) -> None:
 
 
 def test_long_group_names_with_equal_beginnings_stay_different() -> None:
-    first, second = (_group_name("sweep/" + "x" * 200 + end) for end in "ab")
+    first, second = (_shortened("sweep/" + "x" * 200 + end, 128) for end in "ab")
     assert first != second
     assert {len(first or ""), len(second or "")} == {128}
-    assert _group_name("day/time") == "day/time"
+    assert _shortened("day/time", 128) == "day/time"
