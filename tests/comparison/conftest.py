@@ -32,16 +32,28 @@ def write_run(tmp_path: Path) -> Write:
         value: float | None = 0.5,
         *,
         overrides: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         answers: Sequence[str] = (),
         history: Sequence[Mapping[str, Any]] = (),
         **record: Any,
     ) -> Path:
-        """Write a run; `answers` are those after training to prompts that expect `yes`."""
+        """Write a run.
+
+        Args:
+            name: of its folder.
+            value: of eval/loss.
+            overrides: values of the config that its command line named.
+            settings: other values of its config.
+            metrics: more of them.
+            answers: those after training, to prompts that expect `yes`.
+            history: lines of metrics.jsonl.
+            record: keys of run.json.
+        """
         directory = tmp_path / name
         (directory / ".hydra").mkdir(parents=True)
         config = json.loads(json.dumps(CONFIG))
-        for key, setting in (overrides or {}).items():
+        for key, setting in {**(settings or {}), **(overrides or {})}.items():
             *parents, last = key.split(".")
             section = config
             for parent in parents:
