@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.comparison.report import report_sweep
 from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
@@ -87,6 +88,8 @@ class _Search:
             _keep_rows(self.folder)
             results: list[JobReturn] = []
             while numbers := self._next(journal):
+                if results:  # the last batch's is written with the search's table
+                    report_sweep(self.folder, self.master.get("report"))
                 print_batch(numbers, self.total, journal.trials, self.settings.direction)
                 results += self._launch(journal, numbers)
             self._conclude(journal)

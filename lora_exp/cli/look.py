@@ -42,6 +42,10 @@ def compare(
     table: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="write the table to a file, too")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="write a report with figures, as HTML"),
+    ] = None,
 ) -> None:
     """Compare runs of any day: seeds together, differences with intervals, costs."""
     from lora_exp.comparison.table import as_json as values
@@ -52,6 +56,10 @@ def compare(
     print_result(values(comparison) if as_json else comparison, page, as_json)
     if table is not None:
         write_csv(comparison, table)
+    if report is not None:
+        from lora_exp.comparison.report import write_report
+
+        write_report(comparison, report)
 
 
 def check(

@@ -61,6 +61,26 @@ class Comparison:
             return self.rows()
         return import_module("pandas").DataFrame(self.rows())
 
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Figures of plotly by name; those of a second objective also have its name."""
+        from plotly.graph_objects import Figure
+
+        from lora_exp.comparison.figures import figures
+
+        made: dict[str, Any] = {}
+        for objective in self.objectives:
+            groups, suffix = self.of(objective), f" {objective}" if made else ""
+            drawn = figures(groups, objective, groups[0].goal)
+            made |= {f"{name}{suffix}": Figure(figure) for name, figure in drawn.items()}
+        return made
+
+    def to_html(self, title: str = "runs") -> str:
+        """Return the report: one page of HTML that needs no other file and no network."""
+        from lora_exp.comparison.page import html
+
+        return html(self, title)
+
 
 def compare(*paths: str | Path, against: str | Path | None = None) -> Comparison:
     """Compare saved runs: those equal but for the seed are one group, held against a baseline.

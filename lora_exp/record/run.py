@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
-NOT_COMPARED = ("resume", "retry_failed", "strict")
+NOT_COMPARED = ("resume", "retry_failed", "report", "strict")
 VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
