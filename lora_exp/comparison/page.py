@@ -24,8 +24,6 @@ WIDE = ("evaluation", "by_key", "parallel", "costs")  # figures that take a row 
 
 def html(compared: Compared, title: str) -> str:
     """Return the report of a comparison; equal comparisons give equal bytes."""
-    from markupsafe import Markup
-
     headline, lede = decision(compared, compared.objectives[0])
     for objective in compared.objectives[1:]:
         lede.append(decision(compared, objective)[0])
@@ -35,7 +33,7 @@ def html(compared: Compared, title: str) -> str:
         title=title, headline=headline, lede=lede, tiles=tiles(compared),
         warnings=compared.warnings, wide=WIDE, version=version("lora-exp"), dark=_dark(),
         **_content(compared),
-        **{name: Markup(path.read_text(encoding="utf-8")) for name, path in texts.items()},
+        **{name: path.read_text(encoding="utf-8") for name, path in texts.items()},
     )  # fmt: skip
     return page.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair
 
@@ -84,11 +82,9 @@ def _dark() -> dict[str, str]:
 
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     made = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.filters["embedded"] = lambda value: Markup(embedded(value))
+    made.filters["embedded"] = embedded
     return made
