@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_exp.comparison.keys import canonical, compared
-from lora_exp.comparison.run import SavedRun, number
+from lora_exp.comparison.run import CONFIG, SavedRun, number
 
 TOLERANCE = 1.05  # tokens vary a little with the order of rows
 SHOWN = 3
@@ -15,12 +15,16 @@ SHOWN = 3
 
 def warnings(runs: Sequence[SavedRun]) -> list[str]:
     """Return what is unequal among finished runs, what was left out, and what a number is of."""
-    damaged = [f"{run.directory} ({run.problem})" for run in runs if run.problem]
-    runs = [run for run in runs if not run.problem]
-    finished = [run for run in runs if run.record["status"] == "finished"]
+    damaged = [f"{run.directory} ({why})" for run in runs if (why := fault(run))]
+    finished = [r for r in runs if not fault(r) and r.record["status"] == "finished"]
     lines = [_objectives(finished), *(check(finished) for check in CHECKS)]
     text = f"damaged, left out: {_listed(damaged)}" if damaged else ""
     return [line for line in [*lines, text] if line]
+
+
+def fault(run: SavedRun) -> str | None:
+    """Return why a run cannot be compared: its record or its config cannot be read."""
+    return run.problem or (None if run.config() else f"{CONFIG} is missing or cannot be read")
 
 
 def _objectives(runs: Sequence[SavedRun]) -> str:

@@ -45,7 +45,9 @@ def notes(comparison: Comparison) -> list[str]:
     if differences and all(d.over == "one seed" for d in differences):
         lines.append("one seed each: seed=1,2,3 tells a difference from chance")
     if differences:
-        lines.append("[low, high] is a 95% interval of the difference to the baseline")
+        text = "[low, high] is a 95% interval of the difference to the baseline, over seeds"
+        has_rows = any(group.rows for group in comparison.groups)
+        lines.append(text + ("; of exact match, over held-out rows" if has_rows else ""))
     return lines
 
 
@@ -58,7 +60,7 @@ def _table(comparison: Comparison, objective: str) -> Table:
     all_finished = all(group.status == "finished" for group in groups)
     names = ["name"] if not keys else [*keys]
     names += [objective, "seeds", "difference", "verdict"]
-    names += ["exact match, over rows"] if has_rows else []
+    names += ["exact match difference"] if has_rows else []
     names += ["parameters", "memory", "tokens/s", "seconds"]
     names += [] if all_finished else ["status"]
     table = Table(title_justify="left")
