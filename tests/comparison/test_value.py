@@ -133,13 +133,17 @@ def test_one_run_is_a_comparison_of_one(write_run: Write) -> None:
 
 
 def test_a_cost_is_a_mean_and_says_when_it_is_a_packs(write_run: Write, tmp_path: Path) -> None:
-    write_run("a", place="lockstep, exact")
-    write_run("b", overrides={"seed": 2}, metrics={"seconds": 7, "peak_bytes": 2.0**31})
-    write_run("c", overrides={"peft.r": 2}, counts=None, metrics={"train/tokens_per_s": 0.0})
-    both, alone = (g.cost for g in compare(tmp_path).groups)
-    assert (both.parameters, both.peak_bytes, both.seconds) == (1000, 2.0**31, 6)
-    assert both.of_pack
+    pack = {"place": "lockstep, exact"}
+    write_run("a", 0.1, **pack)
+    write_run("b", 0.1, **pack, overrides={"seed": 2}, metrics={"seconds": 7, "peak_bytes": 2**31})
+    write_run("c", 0.2, overrides={"peft.r": 2}, counts=None, metrics={"train/tokens_per_s": 0.0})
+    together, alone = (g.cost for g in compare(tmp_path).groups)
+    assert (together.parameters, together.peak_bytes, together.seconds) == (1000, 2**31, 6)
+    assert together.of_pack
     assert (alone.parameters, alone.tokens_per_s, alone.of_pack) == (None, None, False)
+    write_run("d", 0.1, overrides={"seed": 3}, metrics={"seconds": 2})
+    measured = compare(tmp_path).groups[0].cost
+    assert (measured.seconds, measured.peak_bytes, measured.of_pack) == (2, 2**30, False)
 
 
 def test_records_of_odd_types_are_compared_as_far_as_they_go(
