@@ -7,20 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_exp.comparison.keys import canonical, compared
-from lora_exp.comparison.run import SavedRun, number
+from lora_exp.comparison.run import CONFIG, SavedRun, number
 
 TOLERANCE = 1.05  # tokens vary a little with the order of rows
 SHOWN = 3
 
 
 def warnings(runs: Sequence[SavedRun]) -> list[str]:
-    """Return what is unequal among finished runs, what was left out, and what a number is of."""
-    damaged = [f"{run.directory} ({run.problem})" for run in runs if run.problem]
-    runs = [run for run in runs if not run.problem]
-    finished = [run for run in runs if run.record["status"] == "finished"]
+    """Return what is unequal among finished runs, and what was left out."""
+    damaged = [f"{run.directory} ({why})" for run in runs if (why := fault(run))]
+    finished = [r for r in runs if not fault(r) and r.record["status"] == "finished"]
     lines = [_objectives(finished), *(check(finished) for check in CHECKS)]
     text = f"damaged, left out: {_listed(damaged)}" if damaged else ""
     return [line for line in [*lines, text] if line]
+
+
+def fault(run: SavedRun) -> str | None:
+    """Return why a run cannot be compared: its record or its config cannot be read."""
+    return run.problem or (None if run.config() else f"{CONFIG} is missing or cannot be read")
 
 
 def _objectives(runs: Sequence[SavedRun]) -> str:
@@ -76,14 +80,6 @@ def _repeated(runs: Sequence[SavedRun]) -> str:
     return f"equal config and seed, other values: {_listed(pairs)}" if pairs else ""
 
 
-def _packs(runs: Sequence[SavedRun]) -> str:
-    count = sum(run.record.get("place", "alone") != "alone" for run in runs)
-    if not count:
-        return ""
-    text = "memory, tokens/s and seconds marked ~ are those of a pack, not of a job alone"
-    return f"{text} ({count} of {len(runs)} runs trained with others)"
-
-
 def _unproven(runs: Sequence[SavedRun]) -> str:
     packs = [(run, run.record.get("lockstep")) for run in runs]
     names = [
@@ -93,7 +89,7 @@ def _unproven(runs: Sequence[SavedRun]) -> str:
 
 
 CHECKS: tuple[Callable[[Sequence[SavedRun]], str], ...] = (
-    _steps, _tokens, _data, _bases, _versions, _repeated, _unproven, _packs,
+    _steps, _tokens, _data, _bases, _versions, _repeated, _unproven,
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Cost:
         peak_bytes: the most memory of any of them.
         tokens_per_s: of training.
         seconds: from start to end.
-        of_pack: the last three are those of whole packs: several jobs trained together.
+        of_pack: the last three are those of whole packs, for none of the runs trained alone;
+            else they are of those that did.
     """
 
     parameters: float | None
@@ -134,18 +135,21 @@ def _status(runs: Sequence[SavedRun]) -> str:
 
 
 def _cost(runs: Sequence[SavedRun]) -> Cost:
-    def mean(section: str, key: str, choose: Any = fmean) -> float | None:
-        sections = (run.record.get(section) for run in runs)
+    alone = [run for run in runs if run.record.get("place", ALONE) == ALONE]
+    measured = alone or runs  # the time and memory of a pack say little of a job
+
+    def mean(of: Sequence[SavedRun], section: str, key: str, choose: Any = fmean) -> float | None:
+        sections = (run.record.get(section) for run in of)
         values = [number(s.get(key)) for s in sections if isinstance(s, Mapping)]
         known = [value for value in values if value]  # 0: the trainer has not counted
         return float(choose(known)) if known else None
 
     return Cost(
-        mean("counts", "trainable_parameters"),
-        mean("metrics", "peak_bytes", max),
-        mean("metrics", "train/tokens_per_s"),
-        mean("metrics", "seconds"),
-        any(run.record.get("place", ALONE) != ALONE for run in runs),
+        mean(runs, "counts", "trainable_parameters"),
+        mean(measured, "metrics", "peak_bytes", max),
+        mean(measured, "metrics", "train/tokens_per_s"),
+        mean(measured, "metrics", "seconds"),
+        not alone,
     )
 
 

@@ -81,24 +81,33 @@ def over_seeds(
     return Difference(measure, goal, mean, None, why)
 
 
-def over_rows(runs: Sequence[SavedRun], baseline: Sequence[SavedRun]) -> Difference | None:
-    """Compare the answers of two groups by held-out row: the share that is exactly right.
+def over_rows(values: Mapping[Row, float], baseline: Mapping[Row, float]) -> Difference | None:
+    """Compare the exact match of two groups by held-out row.
 
     A row's value is the mean over a group's runs, so the interval says how the difference would
     vary with other rows, for the runs as they were trained.
 
+    Args:
+        values: from `matches`.
+        baseline: from `matches`.
+
     Returns:
-        The difference; None: no row is answered by all.
+        The difference; None: there is no row in both.
     """
-    sides = [_matches(runs), _matches(baseline)]
-    rows = [row for row in sides[0] if row in sides[1]]
-    if not rows:
+    differences = [value - baseline[row] for row, value in values.items() if row in baseline]
+    if not differences:
         return None
-    differences = [sides[0][row] - sides[1][row] for row in rows]
-    enough = len(rows) >= FEWEST_ROWS
+    enough = len(differences) >= FEWEST_ROWS
     interval = bootstrap_interval(differences) if enough else None
-    over = f"{len(rows)} rows" + ("" if enough else ", too few")
+    over = f"{len(differences)} rows" + ("" if enough else ", too few")
     return Difference(EXACT_MATCH, "maximize", fmean(differences), interval, over)
+
+
+def matches(runs: Iterable[SavedRun]) -> dict[Row, float]:
+    """Return the share of runs that answer a row exactly, for the rows that all answered."""
+    by_run = [_exact(run.samples()) for run in runs]
+    rows = [row for row in by_run[0] if all(row in exact for exact in by_run)] if by_run else []
+    return {row: fmean(exact[row] for exact in by_run) for row in rows}
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -124,13 +133,6 @@ def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
     )  # fmt: skip
     low, high = result.confidence_interval
     return float(low), float(high)
-
-
-def _matches(runs: Iterable[SavedRun]) -> dict[Row, float]:
-    """Return the share of runs that answer a row exactly, for the rows that all answered."""
-    by_run = [_exact(run.samples()) for run in runs]
-    rows = [row for row in by_run[0] if all(row in exact for exact in by_run)] if by_run else []
-    return {row: fmean(exact[row] for exact in by_run) for row in rows}
 
 
 def _exact(samples: Iterable[Mapping[str, Any]]) -> dict[Row, bool]:

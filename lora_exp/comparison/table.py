@@ -41,16 +41,21 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(f"also varied, in --csv and --json: {', '.join(more)}")
     if comparison.implied:
         lines.append(f"follow from the columns: {', '.join(comparison.implied)}")
+    if any(group.cost.of_pack for group in comparison.groups):
+        lines.append("~ is of a whole pack of jobs; a run of the group, trained alone, replaces it")
     differences = [group.difference for group in comparison.groups if group.difference]
     if differences and all(d.over == "one seed" for d in differences):
         lines.append("one seed each: seed=1,2,3 tells a difference from chance")
     if differences:
-        lines.append("[low, high] is a 95% interval of the difference to the baseline")
+        text = "[low, high] is a 95% interval of the difference to the baseline, over seeds"
+        has_rows = any(group.rows for group in comparison.groups)
+        lines.append(text + ("; of exact match, over held-out rows" if has_rows else ""))
     return lines
 
 
 def _table(comparison: Comparison, objective: str) -> Table:
     """Return the table of one objective's groups, the best first."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     groups, keys = comparison.of(objective), comparison.keys[:KEYS_SHOWN]
@@ -58,10 +63,10 @@ def _table(comparison: Comparison, objective: str) -> Table:
     all_finished = all(group.status == "finished" for group in groups)
     names = ["name"] if not keys else [*keys]
     names += [objective, "seeds", "difference", "verdict"]
-    names += ["exact match, over rows"] if has_rows else []
+    names += ["exact match difference"] if has_rows else []
     names += ["parameters", "memory", "tokens/s", "seconds"]
     names += [] if all_finished else ["status"]
-    table = Table(title_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(_cell(name), overflow="fold")
     for group in groups:
@@ -84,11 +89,15 @@ def _value(group: Group) -> str:
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    mean = f"{difference.mean:+.3g}"
+    mean = _signed(difference.mean)
     if difference.interval is None:
         return f"{mean} ({difference.over})"
     low, high = difference.interval
-    return f"{mean} [{low:+.3g}, {high:+.3g}]"
+    return f"{mean} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.2g}"
 
 
 def _costs(group: Group) -> list[str]:

@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora_exp.comparison.budget import warnings
+from lora_exp.comparison.budget import fault, warnings
 from lora_exp.comparison.gather import read_runs
 from lora_exp.comparison.group import Group, group_of, kind_of, objective_of, row
 from lora_exp.comparison.keys import ABSENT, canonical, columns, compared, differing
 from lora_exp.comparison.run import SavedRun
-from lora_exp.comparison.statistics import over_rows, over_seeds
+from lora_exp.comparison.statistics import matches, over_rows, over_seeds
 from lora_exp.errors import SavedError, did_you_mean
 
 
@@ -101,9 +101,9 @@ def compare(*paths: str | Path, against: str | Path | None = None) -> Comparison
 
 def comparison(runs: Sequence[SavedRun], against: str | Path | None = None) -> Comparison:
     """Compare runs that are read already; see `compare`."""
-    whole = [run for run in runs if not run.problem]
+    whole = [run for run in runs if not fault(run)]
     if not whole:
-        texts = [f"{run.directory}: {run.problem}" for run in runs]
+        texts = [f"{run.directory}: {fault(run)}" for run in runs]
         raise SavedError("no run can be read: " + "; ".join(texts))
     differ = differing([compared(run) for run in whole])
     keys, implied = columns(whole, differ)
@@ -172,6 +172,7 @@ def _baselines(groups: Sequence[Group], against: str | Path | None) -> list[Grou
 def _held_against(groups: Sequence[Group], baselines: Sequence[Group]) -> list[Group]:
     """Return the groups with their differences to the baseline of their objective."""
     by_objective = {group.objective: group for group in baselines}
+    answered = {name: matches(group.runs) for name, group in by_objective.items()}
     held = []
     for group in groups:
         baseline = by_objective.get(group.objective)
@@ -181,6 +182,6 @@ def _held_against(groups: Sequence[Group], baselines: Sequence[Group]) -> list[G
             held.append(group)
         else:
             difference = over_seeds(group.seeds, baseline.seeds, group.objective, group.goal)
-            rows = over_rows(group.runs, baseline.runs)
+            rows = over_rows(matches(group.runs), answered[group.objective])
             held.append(replace(group, difference=difference, rows=rows))
     return held

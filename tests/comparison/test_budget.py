@@ -35,7 +35,6 @@ def test_equal_runs_give_no_warning(write_run: Write) -> None:
         ([{}, {"base": "sha256:22"}], "bases differ: sha256:1 (1 run), sha256:22 (1 run); losses"),
         ([{}, {"versions": {"torch": "2.14.0"}}], "versions differ: torch 2.13.0, 2.14.0"),
         ([{}, {"objective": "eval/x", "metrics": {"eval/x": 1}}], "different objectives, a table"),
-        ([{}, {"place": "lockstep, exact"}], "(1 of 2 runs trained with others)"),
         ([{}, {"lockstep": {"proven": False}}], "not proven equal to their runs alone: 1"),
         ([{}, {"value": 0.75}], "equal config and seed, other values: "),
     ],

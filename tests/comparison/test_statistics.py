@@ -14,6 +14,7 @@ from lora_exp.comparison.run import SavedRun, read_run
 from lora_exp.comparison.statistics import (
     Difference,
     bootstrap_interval,
+    matches,
     mean_and_spread,
     over_rows,
     over_seeds,
@@ -108,12 +109,12 @@ def answered(write_run: Write, name: str, right: str) -> SavedRun:
 def test_rows_are_paired_by_prompt_and_averaged_over_runs(write_run: Write) -> None:
     ours = [answered(write_run, "a", "x" * 8 + ".."), answered(write_run, "b", "x" * 10)]
     baseline = [answered(write_run, "c", "." * 10)]
-    difference = over_rows(ours, baseline)
+    difference = over_rows(matches(ours), matches(baseline))
     assert difference is not None
     assert (difference.measure, difference.over) == ("eval/exact_match", "10 rows")
     assert difference.mean == pytest.approx(0.9)
     assert difference.verdict == "better"
-    few = over_rows(ours, [answered(write_run, "d", "..")])
+    few = over_rows(matches(ours), matches([answered(write_run, "d", "..")]))
     assert few is not None
     assert (few.over, few.interval, few.mean) == ("2 rows, too few", None, 1.0)
 
@@ -122,13 +123,13 @@ def test_rows_without_an_expected_answer_or_a_counterpart_are_not_compared(
     write_run: Write,
 ) -> None:
     ours, none = answered(write_run, "a", "x" * 9), answered(write_run, "b", "")
-    assert over_rows([ours], [none]) is None
-    assert over_rows([ours, none], [ours]) is None
+    assert over_rows(matches([ours]), matches([none])) is None
+    assert over_rows(matches([ours, none]), matches([ours])) is None
     odd = read_run(write_run("c"))
     lines = ['{"prompt": "0?", "expected": null, "after": "a"}', '{"after": 3}', "[]", "nonsense"]
     (odd.directory / "samples.jsonl").write_text("\n".join(lines))
-    assert over_rows([odd], [odd]) is None
-    assert over_rows([ours], [odd]) is None
+    assert over_rows(matches([odd]), matches([odd])) is None
+    assert over_rows(matches([ours]), matches([odd])) is None
 
 
 def test_equal_prompts_are_different_rows(write_run: Write) -> None:
@@ -138,6 +139,6 @@ def test_equal_prompts_are_different_rows(write_run: Write) -> None:
         run = read_run(write_run(name))
         (run.directory / "samples.jsonl").write_text(line % "yes" + line % answer)
         runs.append(run)
-    difference = over_rows(runs[:1], runs[1:])
+    difference = over_rows(matches(runs[:1]), matches(runs[1:]))
     assert difference is not None
     assert (difference.over, difference.mean) == ("2 rows, too few", 0.5)

@@ -41,17 +41,17 @@ def sweep(write_run: Write, tmp_path: Path) -> Path:
 
 def test_the_page_has_means_intervals_verdicts_costs_and_notes(sweep: Path) -> None:
     lines = printed(sweep).splitlines()
-    best = next(line for line in lines if line.startswith("│ 8 "))
-    other = next(line for line in lines if line.startswith("│ 4 "))
+    best = next(line for line in lines if line.split()[:1] == ["8"])
+    other = next(line for line in lines if line.split()[:1] == ["4"])
     assert "0.356 ± 0.008" in best
     assert "baseline" in best
     assert "worse" in other
-    assert "+0.072 [+0.0621, +0.0819]" in other
+    assert "+0.072 [+0.062, +0.082]" in other
     assert "-1 [-1, -1]" in other
     for text in ("1,000", "~1.00 GiB", "~100", "~5"):
         assert text in other
     text = "\n".join(lines)
-    assert "marked ~ are those of a pack" in text
+    assert "~ is of a whole pack of jobs" in text
     assert "follow from the columns: peft.alpha" in text
     assert "95% interval" in text
     assert "status" not in text
