@@ -166,8 +166,8 @@ def _range(values: list[float], last: list[float]) -> tuple[float, float]:
 
 def _note(text: str) -> dict[str, Any]:
     return {
-        "text": text, "xref": "paper", "yref": "paper", "x": 1, "y": 1, "showarrow": False,
-        "xanchor": "right", "yanchor": "bottom", "font": {"size": 12, "color": MUTED},
+        "text": text, "xref": "paper", "yref": "paper", "x": 0, "y": 1, "showarrow": False,
+        "xanchor": "left", "yanchor": "bottom", "font": {"size": 12, "color": MUTED},
     }  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def _content(compared: Compared) -> dict[str, Any]:
             "table": sections.group_table(groups, compared.keys, own),
             "figures": {f"{name}{suffix}": figure for name, figure in made.items()},
             "first": len(marks),
+            "packed": any(group.cost.of_pack for group in groups),
         })  # fmt: skip
         drawn |= parts[-1]["figures"]
         marks += own
