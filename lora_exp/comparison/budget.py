@@ -32,6 +32,15 @@ def _objectives(runs: Sequence[SavedRun]) -> str:
     return f"different objectives, a table each: {_listed(names)}" if len(names) > 1 else ""
 
 
+def _goals(runs: Sequence[SavedRun]) -> str:
+    goals: dict[str | None, list[str | None]] = {}
+    for run in runs:
+        goals.setdefault(run.judged_by, []).append(run.goal)
+    texts = (_counted(f"goals of {name} differ", found) for name, found in goals.items())
+    lines = [f"{text}; the table takes what most runs have" for text in texts if text]
+    return "; ".join(lines)
+
+
 def _steps(runs: Sequence[SavedRun]) -> str:
     return _counted("steps differ", [run.record.get("steps") for run in runs])
 
@@ -89,7 +98,7 @@ def _unproven(runs: Sequence[SavedRun]) -> str:
 
 
 CHECKS: tuple[Callable[[Sequence[SavedRun]], str], ...] = (
-    _steps, _tokens, _data, _bases, _versions, _repeated, _unproven,
+    _goals, _steps, _tokens, _data, _bases, _versions, _repeated, _unproven,
 )  # fmt: skip
 
 

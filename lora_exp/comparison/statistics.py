@@ -84,7 +84,7 @@ def over_seeds(
 def over_rows(values: Mapping[Row, float], baseline: Mapping[Row, float]) -> Difference | None:
     """Compare the exact match of two groups by held-out row.
 
-    A row's value is the mean over a group's runs, so the interval says how the difference would
+    A row's value is the mean over a group's seeds, so the interval says how the difference would
     vary with other rows, for the runs as they were trained.
 
     Args:
@@ -104,10 +104,19 @@ def over_rows(values: Mapping[Row, float], baseline: Mapping[Row, float]) -> Dif
 
 
 def matches(runs: Iterable[SavedRun]) -> dict[Row, float]:
-    """Return the share of runs that answer a row exactly, for the rows that all answered."""
-    by_run = [_exact(run.samples()) for run in runs]
-    rows = [row for row in by_run[0] if all(row in exact for exact in by_run)] if by_run else []
-    return {row: fmean(exact[row] for exact in by_run) for row in rows}
+    """Return the share of seeds that answer a row exactly, for the rows that all runs answered.
+
+    Of several runs with one seed, the share of those.
+    """
+    by_seed: dict[int | None, list[dict[Row, bool]]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).append(_exact(run.samples()))
+    every = [exact for same_seed in by_seed.values() for exact in same_seed]
+    rows = [row for row in every[0] if all(row in exact for exact in every)] if every else []
+    return {
+        row: fmean(fmean(exact[row] for exact in same_seed) for same_seed in by_seed.values())
+        for row in rows
+    }
 
 
 def t_interval(differences: Sequence[float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -107,7 +108,7 @@ def comparison(runs: Sequence[SavedRun], against: str | Path | None = None) -> C
         raise SavedError("no run can be read: " + "; ".join(texts))
     differ = differing([compared(run) for run in whole])
     keys, implied = columns(whole, differ)
-    groups = _sorted(_groups(whole, differ, keys))
+    groups = _sorted(_with_one_goal(_groups(whole, differ, keys)))
     groups = _held_against(groups, _baselines(groups, against))
     return Comparison(
         tuple(runs), tuple(keys), tuple(implied), tuple(groups), tuple(warnings(runs))
@@ -122,6 +123,14 @@ def _groups(runs: Sequence[SavedRun], differ: Sequence[str], keys: Sequence[str]
         values = (canonical(config.get(key, ABSENT)) for key in differ)
         parts.setdefault((objective_of(run), kind_of(run), *values), []).append(run)
     return [group_of(part, keys) for part in parts.values()]
+
+
+def _with_one_goal(groups: Sequence[Group]) -> list[Group]:
+    """Return groups with the goal that most runs of their objective have."""
+    goals: dict[str, Counter[str]] = {}
+    for group in groups:
+        goals.setdefault(group.objective, Counter())[group.goal] += len(group.runs)
+    return [replace(g, goal=goals[g.objective].most_common(1)[0][0]) for g in groups]
 
 
 def _sorted(groups: list[Group]) -> list[Group]:

@@ -31,6 +31,7 @@ def test_equal_runs_give_no_warning(write_run: Write) -> None:
             [{"history": [{"train/num_tokens": n}, {"eval/loss": 1.0}]} for n in (500, 2500)],
             "tokens trained on differ: 500 to 2,500 a run",
         ),
+        ([{}, {}, {"goal": "maximize"}], "goals of eval/loss differ: minimize (2 runs), maximize"),
         ([{}, {"data": {"rows.jsonl": "other"}}], "data differ: 2 contents by hash"),
         ([{}, {"base": "sha256:22"}], "bases differ: sha256:1 (1 run), sha256:22 (1 run); losses"),
         ([{}, {"versions": {"torch": "2.14.0"}}], "versions differ: torch 2.13.0, 2.14.0"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from lora_exp.comparison.group import group_of, grouped, row
 from lora_exp.comparison.run import read_run
+from lora_exp.comparison.statistics import Difference
 
 Write = Callable[..., Path]
 
@@ -34,3 +38,17 @@ def test_runs_of_one_seed_count_once(write_run: Write) -> None:
     group = group_of(runs, [])
     assert group.seeds == {1: (0.2 + 0.4) / 2, 2: 0.9}
     assert group.mean == sum(group.seeds.values()) / 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "verdict"),
+    [("eval/exact_match", "cannot be told apart"), ("eval/loss", "worse")],
+)
+def test_intervals_that_disagree_decide_nothing(
+    write_run: Write, objective: str, verdict: str
+) -> None:
+    group = group_of([read_run(write_run("a", objective=objective))], [])
+    assert group.verdict == ""
+    worse = Difference(objective, "maximize", -0.2, (-0.3, -0.1), "3 seeds")
+    better = Difference("eval/exact_match", "maximize", 0.2, (0.1, 0.3), "16 rows")
+    assert replace(group, difference=worse, rows=better).verdict == verdict

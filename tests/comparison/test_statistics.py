@@ -101,19 +101,22 @@ def test_mean_and_spread_are_those_of_a_sample() -> None:
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
 
 
-def answered(write_run: Write, name: str, right: str) -> SavedRun:
+def answered(write_run: Write, name: str, right: str, seed: int = 1) -> SavedRun:
     """Return a run whose answer i is right where the i-th letter is x."""
-    return read_run(write_run(name, answers=[" yes\n" if c == "x" else "no" for c in right]))
+    answers = [" yes\n" if c == "x" else "no" for c in right]
+    return read_run(write_run(name, answers=answers, overrides={"seed": seed}))
 
 
 def test_rows_are_paired_by_prompt_and_averaged_over_runs(write_run: Write) -> None:
-    ours = [answered(write_run, "a", "x" * 8 + ".."), answered(write_run, "b", "x" * 10)]
+    ours = [answered(write_run, "a", "x" * 8 + ".."), answered(write_run, "b", "x" * 10, seed=2)]
     baseline = [answered(write_run, "c", "." * 10)]
     difference = over_rows(matches(ours), matches(baseline))
     assert difference is not None
     assert (difference.measure, difference.over) == ("eval/exact_match", "10 rows")
     assert difference.mean == pytest.approx(0.9)
     assert difference.verdict == "better"
+    again = answered(write_run, "e", "x" * 10, seed=2)
+    assert matches([*ours, again]) == matches(ours)
     few = over_rows(matches(ours), matches([answered(write_run, "d", "..")]))
     assert few is not None
     assert (few.over, few.interval, few.mean) == ("2 rows, too few", None, 1.0)

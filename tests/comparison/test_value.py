@@ -63,6 +63,17 @@ def test_the_best_of_a_metric_that_rises_is_the_highest(write_run: Write, tmp_pa
     assert compare(tmp_path).groups[0].values == {"peft.r": 8}
 
 
+def test_an_objective_has_one_goal_whatever_an_old_record_says(
+    write_run: Write, tmp_path: Path
+) -> None:
+    goals = {0.2: "maximize", 0.9: "maximize", 0.5: "minimize"}
+    for value, goal in goals.items():
+        write_run(str(value), value, overrides={"peft.r": value}, goal=goal)
+    comparison = compare(tmp_path)
+    assert [group.mean for group in comparison.groups] == [0.9, 0.5, 0.2]
+    assert {group.goal for group in comparison.groups} == {"maximize"}
+
+
 def test_pruned_and_failed_runs_are_groups_of_their_own(write_run: Write, tmp_path: Path) -> None:
     write_run("a", 0.5)
     write_run("b", 0.1, status="pruned", overrides={"seed": 2})
