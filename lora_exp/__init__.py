@@ -1,8 +1,9 @@
 """lora-exp: compose, train and compare fine-tuning runs.
 
-from lora_exp import compose, load_adapter, run
+from lora_exp import compare, compose, load_adapter, run
 result = run(compose("peft.r=8", "quant=nf4"))
 model, tokenizer = load_adapter(result.saved)
+rows = compare("multirun/2026-11-22", against=result.directory).rows()
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_exp.after.loading import load_adapter
+    from lora_exp.comparison.value import compare
     from lora_exp.config.composition import compose
     from lora_exp.experiment import run
 
@@ -21,16 +23,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # and forked tokenizer
 # it misses an optional kernel, aloud, and warns of a cast at every int8 product
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__all__ = ["compose", "load_adapter", "run"]
+__all__ = ["compare", "compose", "load_adapter", "run"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and with it what it needs: torch, for all but `compose`."""
+    """Import what is asked for, and with it what it needs: torch, for `run` and `load_adapter`."""
     if name == "compose":
         from lora_exp.config.composition import compose
 
         return compose
+    if name == "compare":
+        from lora_exp.comparison.value import compare
+
+        return compare
     if name == "run":
         from lora_exp.experiment import run
 

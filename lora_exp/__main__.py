@@ -47,8 +47,8 @@ from lora_exp.training.place import here
 log = logging.getLogger("lora_exp")
 # overrides when a sweep is resumed
 MAY_CHANGE = (
-    "retry_failed", "lockstep.", "early_stopping", "hydra.sweeper.trials", "hydra.launcher.workers",
-    *LIMITS,
+    "retry_failed", "report", "lockstep.", "early_stopping", "hydra.sweeper.trials",
+    "hydra.launcher.workers", *LIMITS,
 )  # fmt: skip
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
@@ -150,6 +150,7 @@ def main() -> None:
     finally:
         if SweepTable.current is not None and SweepTable.current.rows:
             SweepTable.current.print_table()
+            _write_report(SweepTable.current)
             _report_trial(SweepTable.current)
 
 
@@ -160,6 +161,18 @@ def _failure_text(error: LoraExpError) -> str:
     if failed:
         return f"{failed} of {len(rows)} jobs failed; the table of jobs has the errors"
     return f"{type(error).__name__}: {error}"
+
+
+def _write_report(table: SweepTable) -> None:
+    """Write the sweep's report beside its summary, and print where it is."""
+    from lora_exp.comparison.report import report_sweep
+
+    if path := report_sweep(table.folder, table.report):
+        from rich.text import Text
+
+        from lora_exp.record.console import console
+
+        console.print(Text(f"{path} shows them"))
 
 
 def _report_trial(table: SweepTable) -> None:

@@ -143,6 +143,9 @@ def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
     assert done.stdout.rindex("finished") < done.stdout.rindex("failed")
     assert "job 1: peft.r: 0 is no rank" in done.stdout
     assert "eval/loss" in done.stdout
+    report = (sweep / "report.html").read_text(encoding="utf-8")
+    assert "has the lowest eval/loss" in report
+    assert f"{sweep.relative_to(tmp_path)}/report.html shows them" in done.stdout
 
 
 def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
@@ -224,8 +227,10 @@ def test_other_launchers_can_run_the_job_and_the_table_is_written(tmp_path: Path
 
     assert pickle.loads(pickle.dumps(job)) is job
     command = ["-m", "hydra/launcher=basic", "peft.r=2,4", "tracking=none", *QUICK]
+    command.append("report=null")
     done = cli(*command, "hydra.sweep.dir=a/b", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "a/b").glob("*.html"))
     rows = json.loads((tmp_path / "a/b/summary.json").read_text())
     table = SweepTable()
     table.folder, table.uses_other_launcher, table.rows = tmp_path / "a/b", True, []

@@ -43,7 +43,7 @@ DISTRIBUTIONS = {"mlflow": ["mlflow-skinny"], **packages_distributions()}  # it 
 
 
 def test_the_public_names_are_those_of_all() -> None:
-    assert sorted(lora_exp.__all__) == ["compose", "load_adapter", "run"]
+    assert sorted(lora_exp.__all__) == ["compare", "compose", "load_adapter", "run"]
     assert {f"lora_exp.{name}" for name in lora_exp.__all__} <= set(PUBLIC)
     with pytest.raises(AttributeError, match="has no attribute 'anything_else'"):
         lora_exp.anything_else  # noqa: B018

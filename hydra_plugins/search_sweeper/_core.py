@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lockstep_launcher._core import GROUPS
 from hydra_plugins.search_sweeper._directory import check_free, keep_rows, locked
+from lora_exp.comparison.report import report_sweep
 from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
@@ -110,6 +111,8 @@ class _Search:
             keep_rows(self.folder)
             results: list[JobReturn] = []
             while numbers := self._next(journal):
+                if results:  # the last batch's is written with the search's table
+                    report_sweep(self.folder, self.master.get("report"))
                 print_batch(numbers, self.total, journal.trials, self.settings.directions)
                 results += self._launch(journal, numbers)
             self._conclude(journal)

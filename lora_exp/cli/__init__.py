@@ -2,7 +2,7 @@
 
 options   options that several commands share
 train     run, estimate
-look      inspect, check, evaluate, doctor, models
+look      inspect, compare, check, evaluate, ...
 make      save, merge, push, sync
 use       chat, serve, generate
 __main__  python -m lora_exp.cli
@@ -56,6 +56,7 @@ EXIT_INTERRUPTED = 130  # typer's, of Ctrl-C
 LOOK, MAKE, USE, TRAIN = "Look", "Make", "Use", "Train"  # panels of the help
 COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     (LOOK, look.inspect),
+    (LOOK, look.compare),
     (MAKE, make.save),
     (MAKE, make.merge),
     (LOOK, look.check),

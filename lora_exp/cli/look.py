@@ -1,4 +1,4 @@
-"""Commands of the help panel Look: inspect, check, evaluate, doctor, models."""
+"""Commands of the help panel Look: inspect, compare, check, evaluate, doctor, models."""
 
 from __future__ import annotations
 
@@ -28,6 +28,38 @@ def inspect(path: SavedPath, as_json: Json = False) -> None:
     print_result(report, inspection, as_json)
     if not report.get("finite", True):
         raise typer.Exit(1)
+
+
+def compare(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="runs, sweeps, or folders of them")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="the baseline, by directory or name; default: the best"),
+    ] = None,
+    as_json: Json = False,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="write the table to a file, too")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="write a report with figures, as HTML"),
+    ] = None,
+) -> None:
+    """Compare runs of any day: seeds together, differences with intervals, costs."""
+    from lora_exp.comparison.table import as_json as values
+    from lora_exp.comparison.table import page, write_csv
+    from lora_exp.comparison.value import compare as compare_runs
+
+    comparison = compare_runs(*paths, against=against)
+    print_result(values(comparison) if as_json else comparison, page, as_json)
+    if table is not None:
+        write_csv(comparison, table)
+    if report is not None:
+        from lora_exp.comparison.report import write_report
+
+        write_report(comparison, report)
 
 
 def check(

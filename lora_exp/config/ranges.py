@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,8 @@ def range_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
     if cfg.get("sweep_name") is not None and not 0 < len(str(cfg.sweep_name)) <= 128:
         yield "sweep_name", "give 1 to 128 characters"
+    if cfg.report is not None and not re.fullmatch(r"[^/\\]+\.html", str(cfg.report)):
+        yield "report", f"{cfg.report!r} is no file name that ends in .html; null writes no report"
     project = str((cfg.tracking or {}).get("project") or "x")
     if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
         yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"

@@ -15,7 +15,7 @@ from lora_exp.config.keep import evaluations_act
 from lora_exp.config.overrides import split_override
 from lora_exp.errors import ConfigError
 
-NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|strict)$|hydra\b")
+NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|report|strict)$|hydra\b")
 REPORTS = re.compile(
     r"(tracking|early_stopping|sweep_name)\b|lockstep\.(max_jobs|verify|on_difference)$|train\.logging_\w+$"
 )

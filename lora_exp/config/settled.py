@@ -38,13 +38,13 @@ GROUPS = (
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
     "name", "sweep_name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
-    "trusted_targets",
+    "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
-    r"(name|sweep_name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
-    r"|early_stopping"
+    r"(name|sweep_name|resume|retry_failed|report|strict|trusted_targets|tracking|hydra|samples"
+    r"|objective|goal|early_stopping"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
 )
@@ -176,7 +176,7 @@ def _resumed(
     values: dict[str, Any] = OmegaConf.to_container(saved)  # type: ignore[assignment]
     values = resumed_config(renamed(values), cfg, choices, overrides)
     _check_consent(values | {"adapter_base": None}, overrides)  # given when the run began
-    current = {key: cfg[key] for key in ("retry_failed", "strict")}
+    current = {key: cfg[key] for key in ("retry_failed", "report", "strict")}
     current["resume"] = resumed_path(cfg.resume)
     # keys that did not exist when the run was saved
     current["adapter_base"] = values.get("adapter_base")

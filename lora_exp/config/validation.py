@@ -42,7 +42,7 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "sweep_name", "seed", "resume", "retry_failed", "strict", "adapter",
+        "name", "sweep_name", "seed", "resume", "retry_failed", "report", "strict", "adapter",
         "adapter_base", "objective", "goal", "keep", "trusted_targets", "train", "rate",
         "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
         "early_stopping", "lockstep", "choices",

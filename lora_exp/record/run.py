@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
-NOT_COMPARED = ("resume", "retry_failed", "strict")
+NOT_COMPARED = ("resume", "retry_failed", "report", "strict")
 FACTS = (
     "place", "fingerprint", "precision", "attention", "saved_as", "quantised_share", "versions",
     "base", "data", "adapters",

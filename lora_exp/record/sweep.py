@@ -46,12 +46,14 @@ class SweepTable(Callback):
         self.uses_other_launcher, self.has_begun = False, False
         self.began, self.earlier_multirun = 0.0, b""
         self.trial: dict[str, str] = {}
+        self.report: str | None = None  # the name of the file to write, if any
         self.master: DictConfig | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Replace the table of an earlier sweep in this process."""
         SweepTable.current = self
         self.folder, self.master = Path(config.hydra.sweep.dir), config.hydra
+        self.report = config.get("report")
         launcher = str(config.hydra.launcher.get("_target_"))
         self.uses_other_launcher = not launcher.startswith(OUR_LAUNCHER)
         self.began = time.time()

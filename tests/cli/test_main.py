@@ -26,7 +26,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     assert time.perf_counter() - started < 5  # docs/benchmarks.md has the measured time
     assert done.returncode == 0, done.stderr
     commands = "run inspect save merge check chat generate evaluate serve push sync doctor estimate"
-    commands += " models"
+    commands += " models compare"
     for command in commands.split():
         assert f" {command} " in done.stdout
 

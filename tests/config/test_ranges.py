@@ -37,6 +37,9 @@ from tests.config.test_validation import faults
         "train.logging_steps=0",
         "name=../../x",
         "name=/absolute",
+        "report=../report.html",
+        "report=report.pdf",
+        "report=true",
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_key(override: str) -> None:

@@ -131,6 +131,26 @@ def test_a_search_interrupted_anywhere_writes_the_same_journal(
         assert search(*arguments, name=name).path.read_bytes() == whole
 
 
+def test_a_search_has_a_report_after_each_batch(search: Callable[..., Journal]) -> None:
+    reported = []
+
+    def run(cfg: DictConfig) -> float:
+        directory = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+        reported.append((directory.parent / "report.html").is_file())
+        judged = {
+            "objective": "eval/loss",
+            "goal": "minimize",
+            "metrics": {"eval/loss": score(cfg)},
+        }
+        (directory / "run.json").write_text(json.dumps({"status": "finished", **judged}))
+        (directory / "config.yaml").write_text(f"seed: 1\nrate: {cfg.rate}\n")
+        return score(cfg)
+
+    options = ["+report=report.html", "hydra.sweeper.trials=4", "hydra.sweeper.batch=2"]
+    search(*SPACE, *options, task=run)
+    assert reported == [False, False, True, True]
+
+
 def test_raising_the_number_of_trials_gives_the_same_trials(search: Callable[..., Journal]) -> None:
     whole = search(*SPACE, name="whole")
     search(*SPACE, "hydra.sweeper.trials=2", name="raised")
