@@ -25,7 +25,7 @@ from lora_exp.config.learning import check_rows
 from lora_exp.config.settled import run_dir
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
-from lora_exp.data.template import prepare
+from lora_exp.data.template import prepare, template_hash
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, Interrupted, Paused
 from lora_exp.files.redaction import redact
@@ -118,7 +118,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         _connect(clock, trainer)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
-        record.update(place=place.name, counts=numbers, **base.facts, **hashes)
+        facts = base.facts | {"template": template_hash(base.tokenizer)}
+        record.update(place=place.name, counts=numbers, **facts, **hashes)
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
         samples = before(cfg, trainer, base, rows.eval, record, place)

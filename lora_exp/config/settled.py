@@ -36,13 +36,13 @@ GROUPS = (
 )  # one option each  # fmt: skip
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
-    "name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
+    "name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict", "host",
     "trusted_targets",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
-    r"(name|resume|retry_failed|strict|trusted_targets|tracking|hydra|samples|objective|goal"
+    r"(name|resume|retry_failed|strict|host|trusted_targets|tracking|hydra|samples|objective|goal"
     r"|early_stopping"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
@@ -178,7 +178,7 @@ def _resumed(
     current = {key: cfg[key] for key in ("retry_failed", "strict")}
     current["resume"] = resumed_path(cfg.resume)
     # keys that did not exist when the run was saved
-    current["adapter_base"] = values.get("adapter_base")
+    current |= {"adapter_base": values.get("adapter_base"), "host": values.get("host", False)}
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
     current["early_stopping"] = values.get("early_stopping")
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"

@@ -40,9 +40,10 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "seed", "resume", "retry_failed", "strict", "adapter", "adapter_base", "objective",
-        "goal", "keep", "trusted_targets", "train", "rate", "samples", "model", "quant", "peft",
-        "targets", "algorithm", "data", "tracking", "early_stopping", "lockstep", "choices",
+        "name", "seed", "resume", "retry_failed", "strict", "host", "adapter", "adapter_base",
+        "objective", "goal", "keep", "trusted_targets", "train", "rate", "samples", "model",
+        "quant", "peft", "targets", "algorithm", "data", "tracking", "early_stopping", "lockstep",
+        "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),

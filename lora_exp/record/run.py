@@ -14,8 +14,7 @@ import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import date
-from importlib.metadata import version
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,8 @@ from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import refusal, sha256, write_whole
+from lora_exp.model.identity import small_files
+from lora_exp.record.conditions import condition_changes, conditions
 
 if TYPE_CHECKING:
     from lora_exp.data.rows import Rows
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
-NOT_COMPARED = ("resume", "retry_failed", "strict")
-VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+NOT_COMPARED = ("resume", "retry_failed", "strict", "host")
 
 
 class Record:
@@ -128,25 +128,21 @@ class Record:
         if self.begun:
             return
         self.begun = True
+        current = conditions()
         if "versions" in self.values:
-            self.values["resumed"].append(self._resume_entry)
-            self._compare_versions()
+            self.values["resumed"].append(self._resume_entry | {"started": _now(), "ended": None})
+            if changed := condition_changes(self.values, current):
+                text = "resume: other conditions than at the run's start, so bits may differ: %s"
+                log.warning(text, ", ".join(changed))
             if set(LIMITS) & self._resume_entry["changes"].keys():
                 # rungs are shares of the training; written before the config that says its length
                 self.update(rungs=[])
         write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
-        self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
-        self.update(status="running", error=None, stopped=None)
-
-    def _compare_versions(self) -> None:
-        current, earlier = versions(), self.values["versions"]
-        changed = [
-            f"{name} {earlier.get(name)} -> {current[name]}"
-            for name in current
-            if earlier.get(name) != current[name]
-        ]
-        if changed:
-            log.warning("resume: other versions than at the run's start: %s", ", ".join(changed))
+        self.values.setdefault("started", _now())
+        self.values |= {"fingerprint": self._fingerprint, **current}
+        if self._config["host"]:
+            self.values["host"] = platform.node()
+        self.update(status="running", error=None, stopped=None, ended=None)
 
     def update(self, **values: Any) -> None:
         """Set fields and write the file; `metrics` are merged, and `proven: false` stays."""
@@ -164,6 +160,8 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after the step that training resumes from."""
+        if self.values["resumed"]:
+            self.values["resumed"][-1]["step"] = step
         kept = [dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
         write_whole(self.directory / "metrics.jsonl", "".join(kept))
 
@@ -207,9 +205,16 @@ class Record:
                 raise refused from error
             raise
         else:
-            self.update(status=self.ends_as)
+            self._end(status=self.ends_as)
         finally:
             self.lock.release()
+
+    def _end(self, **values: Any) -> None:
+        """Set fields at the end of the run, or of this resume of it, and when that was."""
+        ended = _now()
+        if self.values["resumed"]:
+            self.values["resumed"][-1]["ended"] = ended
+        self.update(**values, ended=ended)
 
     def _fail(self, error: BaseException) -> None:
         """Record the error that ended the run."""
@@ -219,9 +224,14 @@ class Record:
         is_ours = isinstance(error, LoraExpError)
         text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         try:
-            self.update(status=status, error=redact_text(text))
+            self._end(status=status, error=redact_text(text))
         except OSError as disk:
             log.error("%s: its status %s cannot be written: %s", self.directory, status, disk)
+
+
+def _now() -> str:
+    """Return the time in UTC, as ISO 8601 writes it, in whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
@@ -234,12 +244,12 @@ def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
     folders = [Path(n).expanduser() for n in sources if isinstance(n, str) and is_path(n)]
     files = [path for folder in folders for path in folder.glob("adapter_model.*")]
     adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
-    return {"data": data, "base": base.revision, "adapters": adapters}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect a result."""
-    return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
+    return {
+        "data": data,
+        "base": base.revision,
+        "base_files": small_files(cfg.model.path),
+        "adapters": adapters,
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
