@@ -1,0 +1,5 @@
+"""Runs of any day, side by side, held against a baseline. Needs no torch.
+
+run     a saved run, as read
+gather  the saved runs below folders
+"""
