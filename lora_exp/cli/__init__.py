@@ -2,7 +2,7 @@
 
 options   options that several commands share
 train     run, estimate
-look      inspect, check, evaluate, doctor, models
+look      runs, inspect, check, evaluate, doctor, models
 make      save, merge, push
 use       chat, serve, generate
 __main__  python -m lora_exp.cli
@@ -55,6 +55,7 @@ def lora_exp(
 EXIT_INTERRUPTED = 130  # typer's, of Ctrl-C
 LOOK, MAKE, USE, TRAIN = "Look", "Make", "Use", "Train"  # panels of the help
 COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
+    (LOOK, look.runs),
     (LOOK, look.inspect),
     (MAKE, make.save),
     (MAKE, make.merge),

@@ -2,4 +2,8 @@
 
 run     a saved run, as read
 gather  the saved runs below folders
+listing      their values by key
+condition    `--where`
+overview     the page of `lora-exp runs`
+checkpoints  deleted, if asked
 """
