@@ -67,6 +67,7 @@ def run(
     directory: str | Path | None = None,
     sweep: str | None = None,
     place: Place | None = None,
+    day: date | None = None,
 ) -> Result:
     """Train what a validated config describes, and save it.
 
@@ -75,6 +76,7 @@ def run(
         directory: the run's; None: the one that it resumes, or a new one in outputs/.
         sweep: the sweep's name, which groups its runs.
         place: where it trains; None: alone in this process.
+        day: that chat templates write as today's; None: today, or of a resumed run its first day.
 
     Raises:
         LoraExpError: config, data or files cannot be used; the message names what to change.
@@ -85,7 +87,7 @@ def run(
     place = place or Alone()
     with stop.listening():
         stop.check()
-        record = Record(Path(directory or run_dir(cfg.resume)), cfg)
+        record = Record(Path(directory or run_dir(cfg.resume)), cfg, day)
         try:
             with record.outcome():
                 return _run(cfg, record, sweep, place)

@@ -1,7 +1,7 @@
 """`lora-exp`: the tools for saved runs, and `lora-exp run`, which is the same as run.py.
 
 options   options that several commands share
-train     run, estimate
+train     run, reproduce, estimate
 look      runs, inspect, check, evaluate, doctor, models
 make      save, merge, push
 use       chat, serve, generate
@@ -67,6 +67,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     (MAKE, make.push),
     (LOOK, look.doctor),
     (LOOK, look.models),
+    (TRAIN, train.reproduce),
     (TRAIN, train.estimate),
 )
 

@@ -14,6 +14,7 @@ from lora_exp.comparison.listing import Row
 from lora_exp.record.console import short, size
 
 LEFT_OUT_FIRST = ("sweep", "size", "time", "steps", "date")  # where there is no room for all
+LONG = {"name": 24, "differs": 32}  # narrower than this they are only where that is not enough
 LEAST = 12  # characters that a column keeps
 RIGHT = ("objective", "steps", "time", "size")
 GAP = "  "
@@ -43,6 +44,9 @@ def _fit(widths: dict[str, int], width: int) -> list[str]:
     The last column stays: a path that one copies is not cut.
     """
     left_out = []
+    for column, longest in LONG.items():
+        if column in widths and _total(widths) > width:
+            widths[column] = min(widths[column], longest)
     for column in LEFT_OUT_FIRST:
         if _total(widths) > width and column in widths:
             del widths[column]

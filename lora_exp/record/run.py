@@ -44,8 +44,13 @@ NOT_COMPARED = ("resume", "retry_failed", "strict", "host")
 class Record:
     """A run's record, written to disk after every change."""
 
-    def __init__(self, directory: Path, cfg: DictConfig) -> None:
+    def __init__(self, directory: Path, cfg: DictConfig, day: date | None = None) -> None:
         """Start a new record, or load that of the run to resume.
+
+        Args:
+            directory: the run's.
+            cfg: the run's config.
+            day: the date of a new run, which its chat template may write; None: today.
 
         Raises:
             ConfigError: the directory holds another run, is not that to resume, or is in use.
@@ -70,7 +75,7 @@ class Record:
                     "name": cfg.name,
                     # a run that a W&B agent started keeps the agent's id
                     "tracking_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
-                    "date": date.today().isoformat(),  # for chat templates that contain the date
+                    "date": (day or date.today()).isoformat(),  # chat templates may contain it
                     "choices": plain(cfg.choices),
                     "metrics": {},
                     "resumed": [],
