@@ -75,7 +75,7 @@ def _metrics(
     run: Path, other: Path, records: tuple[Mapping[str, Any], Mapping[str, Any]]
 ) -> tuple[int, list[str]]:
     """Return how many numbers were compared, and which differ."""
-    passed_over = _means_since_resume(records[0], _lines(run))
+    passed_over = _since_resume(records[0], _lines(run))
     pairs = [_values(folder, record) for folder, record in zip((run, other), records, strict=True)]
     # a run that went on without its rule has rungs on record that no training measures any more
     passed_over |= {name for name in pairs[0].keys() ^ pairs[1].keys() if name.startswith("rung ")}
@@ -107,20 +107,28 @@ def _is_timed(name: str) -> bool:
     return name.partition(" at step ")[0].endswith(TIMED)
 
 
-def _means_since_resume(record: Mapping[str, Any], lines: list[dict[str, Any]]) -> set[str]:
-    """Return the names of means over steps before and after a resume.
+def _since_resume(record: Mapping[str, Any], lines: list[dict[str, Any]]) -> set[str]:
+    """Return the names of numbers that a resume leaves other than in one go.
 
-    A trainer that resumes between two log steps takes the next mean from the steps since.
+    Tokens are counted from the resume on. A trainer that resumes between two log steps takes the
+    next mean from the steps since.
     """
     steps = sorted({line["step"] for line in lines if "train/loss" in line})
     names: set[str] = set()
     for resume in record.get("resumed") or ():
         resumed = resume.get("step")
-        following = next((s for s in steps if resumed is not None and s > resumed), None)
-        if following is None or resumed in (0, *steps):
+        if not resumed:  # not known, or it started over
             continue
-        line = {key for line in lines if line["step"] == following for key in line}
-        names |= {f"{key} at step {following}" for key in line if key.startswith("train/")}
+        after = [(key, line["step"]) for line in lines if line["step"] > resumed for key in line]
+        names |= {f"{key} at step {step}" for key, step in after if key.endswith("num_tokens")}
+        following = next((step for step in steps if step > resumed), None)
+        if following is None or resumed in steps:
+            continue
+        names |= {
+            f"{key} at step {step}"
+            for key, step in after
+            if step == following and key.startswith("train/")
+        }
         if following == steps[-1]:
             names.add("train/loss")
     return names

@@ -64,6 +64,16 @@ def test_each_difference_is_named(pair: tuple[Path, Path]) -> None:
     assert result.inputs[0].endswith("now sha256:0")
 
 
+@pytest.mark.parametrize(("step", "same"), [(10, True), (12, False), (0, False)])
+def test_tokens_that_are_counted_from_a_resume_on_are_not_compared(
+    pair: tuple[Path, Path], step: int, same: bool
+) -> None:
+    run, copy = pair
+    edit_lines(copy, 12, **{"train/num_tokens": 1.0, "eval/num_tokens": 1.0})
+    edit_record(copy, resumed=[{"status": "interrupted", "changes": {}, "step": step}])
+    assert likeness(copy, run).same is same
+
+
 @pytest.mark.parametrize(("step", "same"), [(11, True), (10, False), (None, False)])
 def test_a_mean_since_a_resume_between_two_log_steps_is_not_compared(
     pair: tuple[Path, Path], step: int | None, same: bool
