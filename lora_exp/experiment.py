@@ -25,7 +25,7 @@ from lora_exp.config.settled import run_dir
 from lora_exp.config.trackers import sent_config, tracker_keys
 from lora_exp.data.examples import prepared, recounted, unending
 from lora_exp.data.rows import Rows
-from lora_exp.data.template import prepare
+from lora_exp.data.template import prepare, template_hash
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, Interrupted, Paused
 from lora_exp.files.redaction import redact
@@ -68,6 +68,7 @@ def run(
     directory: str | Path | None = None,
     sweep: str | None = None,
     place: Place | None = None,
+    day: date | None = None,
 ) -> Result:
     """Train what a validated config describes, and save it.
 
@@ -76,6 +77,7 @@ def run(
         directory: the run's; None: the one that it resumes, or a new one in outputs/.
         sweep: the sweep's name, which groups its runs.
         place: where it trains; None: alone in this process.
+        day: that chat templates write as today's; None: today, or of a resumed run its first day.
 
     Raises:
         LoraExpError: config, data or files cannot be used; the message names what to change.
@@ -86,7 +88,7 @@ def run(
     place = place or Alone()
     with stop.listening():
         stop.check()
-        record = Record(Path(directory or run_dir(cfg.resume)), cfg)
+        record = Record(Path(directory or run_dir(cfg.resume)), cfg, day)
         try:
             with record.outcome():
                 return _run(cfg, record, sweep, place)
@@ -120,7 +122,8 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
         dtypes = precision(cfg, base, trainer)
-        record.update(place=place.name, counts=numbers, precision=dtypes, **base.facts, **hashes)
+        facts = base.facts | {"precision": dtypes, "template": template_hash(base.tokenizer)}
+        record.update(place=place.name, counts=numbers, **facts, **hashes)
         tracker.describe(record.facts())
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)

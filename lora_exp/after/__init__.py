@@ -21,6 +21,9 @@ chat          in a terminal or pipe
 evaluation    with and without the adapter
 endpoints     OpenAI's interface to loaded models
 serving       which models, by which engine
+reproduction  a run trained again
+likeness      whether two runs are equal
+verdict       what `reproduce` prints
 publication   uploads to the Hub
 doctor        whether this machine can train
 models        models of conf/model, their sizes

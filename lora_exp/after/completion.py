@@ -24,9 +24,9 @@ from lora_exp.errors import DataError, SavedError
 from lora_exp.files.lock import hold
 from lora_exp.files.whole import sha256, write_whole
 from lora_exp.model.loading import Base
+from lora_exp.record.conditions import versions
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
-from lora_exp.record.run import versions
 from lora_exp.training.answers import batches, ids_of, left_padded, room
 from lora_exp.training.answers import generate as answer_batch
 

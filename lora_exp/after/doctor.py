@@ -15,11 +15,11 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from lora_exp.model.processor import DRIVER
 from lora_exp.record.console import size
 
 NAME = "lora-exp"
 DISK_SPACE = 5 * 2**30  # bytes; about what a run of a 7B model with its checkpoints takes
-DRIVER = Path("/proc/driver/nvidia/version")
 MAX_ERROR = 0.15  # of a product in 4 bits, relative; with normal weights nf4 has about 0.09
 
 

@@ -31,7 +31,7 @@ def inspection(report: Mapping[str, Any]) -> RenderableType:
         parts.append(changed(report["modules"]))
     if report["run"]:
         parts.append(_run(report["run"]))
-    files = {name: size_of(count) for name, count in report["files"].items()}
+    files = {name: size(count) for name, count in report["files"].items()}
     return Group(*parts, facts("files", files))
 
 
@@ -46,7 +46,7 @@ def _adapter(report: Mapping[str, Any]) -> Table:
         "trains whole": _listed(report["modules_to_save"]),
         "base": f"{report['base']} at {report['base_revision'] or 'an unknown revision'}",
         "task": report["task_type"],
-        "size": f"{report['parameters']:,} parameters, {size_of(report['bytes'])} of"
+        "size": f"{report['parameters']:,} parameters, {size(report['bytes'])} of"
         f" {', '.join(report['dtypes'])}",
         "weights": "finite" if report["finite"] else "NOT FINITE: the adapter is broken",
     }
@@ -58,7 +58,7 @@ def _model(report: Mapping[str, Any]) -> Table:
         "path": report["path"],
         "architecture": f"{report['architecture']}, {report['layers']} layers of"
         f" {report['hidden_size']}, {report['vocabulary']} tokens",
-        "size": f"{report['parameters']:,} parameters, {size_of(report['bytes'])} of"
+        "size": f"{report['parameters']:,} parameters, {size(report['bytes'])} of"
         f" {', '.join(report['dtypes'])}",
     }
     if merge := report["merged_from"]:
@@ -235,8 +235,8 @@ def parcel(files: Mapping[str, int], target: str) -> RenderableType:
         files: the uploaded files, and their sizes.
         target: where they went, or would go.
     """
-    sizes = {name: size_of(count) for name, count in files.items()}
-    return Group(facts(f"{size_of(sum(files.values()))} in {len(files)} files", sizes), target)
+    sizes = {name: size(count) for name, count in files.items()}
+    return Group(facts(f"{size(sum(files.values()))} in {len(files)} files", sizes), target)
 
 
 def estimate(report: Mapping[str, Any]) -> RenderableType:
@@ -249,7 +249,7 @@ def estimate(report: Mapping[str, Any]) -> RenderableType:
         table.add_column(f"{mark}{_variant_name(row)}", justify="right", style=style, no_wrap=True)
     table.add_row("trainable", *(f"{row['trainable']:,}" for row in rows))
     for part in ("saved", "weights", "gradients", "optimizer", "activations", "total", "measured"):
-        sizes = (size_of(row[part]) if row[part] is not None else "-" for row in rows)
+        sizes = (size(row[part]) if row[part] is not None else "-" for row in rows)
         table.add_row(part, *sizes, end_section=part == "activations")
     title = f"{report['name']}: {report['model']}, {report['parameters']:,} parameters"
     return Group(Text(title, style="bold"), table, *_notes(report))
@@ -287,8 +287,3 @@ def _findings(title: str, lines: Iterable[tuple[str, str, str]]) -> Table:
 
 def _listed(names: Any) -> str:
     return ", ".join(names) if isinstance(names, list) else str(names or "")
-
-
-def size_of(count: int) -> str:
-    """Return a number of bytes as text, small ones in KiB."""
-    return size(count) if count >= 2**20 else f"{count / 1024:.1f} KiB"

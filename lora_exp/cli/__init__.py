@@ -1,8 +1,8 @@
 """`lora-exp`: the tools for saved runs, and `lora-exp run`, which is the same as run.py.
 
 options   options that several commands share
-train     run, estimate
-look      inspect, compare, check, evaluate, ...
+train     run, reproduce, estimate
+look      runs, compare, inspect, check, ...
 make      save, merge, push, sync
 use       chat, serve, generate
 __main__  python -m lora_exp.cli
@@ -55,6 +55,7 @@ def lora_exp(
 EXIT_INTERRUPTED = 130  # typer's, of Ctrl-C
 LOOK, MAKE, USE, TRAIN = "Look", "Make", "Use", "Train"  # panels of the help
 COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
+    (LOOK, look.runs),
     (LOOK, look.inspect),
     (LOOK, look.compare),
     (MAKE, make.save),
@@ -68,6 +69,7 @@ COMMANDS: tuple[tuple[str, Callable[..., None]], ...] = (
     (MAKE, make.sync),
     (LOOK, look.doctor),
     (LOOK, look.models),
+    (TRAIN, train.reproduce),
     (TRAIN, train.estimate),
 )
 

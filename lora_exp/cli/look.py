@@ -1,9 +1,10 @@
-"""Commands of the help panel Look: inspect, compare, check, evaluate, doctor, models."""
+"""Commands of the help panel Look: runs, compare, inspect, check, evaluate, doctor, models."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +17,77 @@ from lora_exp.cli.options import (
     check_exists,
     print_result,
 )
+from lora_exp.files.strict import dumps
+
+if TYPE_CHECKING:
+    from lora_exp.comparison.run import SavedRun
+
+
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="default: outputs and multirun"),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="which: 'peft.r>=16 and status=finished'; = != < <= > >= ~ and or ( )"),
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(metavar="KEY", help="with a minus before it, the largest first")
+    ] = "-date",
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="A,B...", help="keys of the row, a metric, or the config"),
+    ] = None,
+    delete_checkpoints: Annotated[
+        bool, typer.Option("--delete-checkpoints", help="of these runs, after a question")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="delete also those needed to resume runs")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
+    as_json: Json = False,
+) -> None:
+    """List runs: status, objective, what differs, steps, time, size; with --where, some of them."""
+    if (unfinished or yes) and not delete_checkpoints:
+        raise typer.BadParameter(
+            "--yes and --unfinished need it", param_hint="--delete-checkpoints"
+        )
+    if delete_checkpoints and as_json:
+        raise typer.BadParameter("is for lists", param_hint="--json")
+    from lora_exp.comparison import listing
+    from lora_exp.comparison.overview import overview
+    from lora_exp.record.console import console
+
+    keys = columns.split(",") if columns else list(listing.COLUMNS)
+    rows = listing.select(folders, where, sort, keys)
+    if delete_checkpoints:
+        _delete_checkpoints([row.run for row in rows], unfinished, yes)
+        return
+    if as_json:
+        print(dumps(listing.as_json(rows, keys), indent=1))
+    else:
+        print(overview(rows, keys, console.width if console.is_terminal else None))
+
+
+def _delete_checkpoints(runs: list[SavedRun], unfinished: bool, yes: bool) -> None:
+    """Say what would be deleted, ask, and delete it."""
+    from lora_exp.comparison.checkpoints import delete, plan_deletions
+    from lora_exp.record.console import size
+
+    planned = plan_deletions(runs, unfinished)
+    print(planned.text())
+    if not planned.deletions:
+        return
+    if not yes and not typer.confirm("Delete them for good?"):
+        print("nothing was deleted")
+        return
+    deleted, failures = delete(planned)
+    print(f"{size(deleted)} deleted")
+    for failure in failures:
+        print(f"not deleted: {failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
 
 
 def inspect(path: SavedPath, as_json: Json = False) -> None:

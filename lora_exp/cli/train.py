@@ -1,7 +1,8 @@
-"""Commands of the help panel Train: run, estimate."""
+"""Commands of the help panel Train: run, reproduce, estimate."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +32,33 @@ def run(
     sys.argv = ["lora-exp run", *(overrides or []), *context.args]
     sys.path.insert(0, str(Path.cwd()))  # for the user's rewards, as with python -m
     train()
+
+
+def reproduce(
+    path: Annotated[str, typer.Argument(metavar="RUN", help="its directory; also a sweep's job")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OVERRIDES]...", help="what it was only allowed by: trusted_targets=[...]"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="the folder to train in; default: one that is deleted"),
+    ] = None,
+) -> None:
+    """Train a run again from its record: are weights and metrics the same, byte for byte?"""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # as the runner does
+    sys.path.insert(0, str(Path.cwd()))  # for the user's rewards
+    from lora_exp.after import reproduction, verdict
+    from lora_exp.record.console import console
+
+    recipe = reproduction.read_recipe(path, overrides or ())
+    console.print(verdict.plan_page(recipe.run, recipe.record, recipe.reasons))
+    result, folder = reproduction.reproduce(recipe, out)
+    console.print(verdict.result_page(result, recipe.reasons, folder))
+    if not result.same:
+        raise typer.Exit(1)
 
 
 def estimate(

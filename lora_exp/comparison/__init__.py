@@ -22,4 +22,8 @@ sections    the tables of the report
 answers     answers to the same prompts
 page        the report as HTML
 report      writes it, after a sweep too
+listing     their values by key
+condition   `--where`
+overview    the page of `lora-exp runs`
+checkpoints deleted, if asked
 """

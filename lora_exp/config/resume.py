@@ -17,7 +17,8 @@ from lora_exp.errors import ConfigError
 
 NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|report|strict)$|hydra\b")
 REPORTS = re.compile(
-    r"(tracking|early_stopping|sweep_name)\b|lockstep\.(max_jobs|verify|on_difference)$|train\.logging_\w+$"
+    r"(host|tracking|early_stopping|sweep_name)\b|lockstep\.(max_jobs|verify|on_difference)$"
+    r"|train\.logging_\w+$"
 )
 # these affect the result if evaluations do
 SAVING = re.compile(r"train\.(save|eval)_\w+$")

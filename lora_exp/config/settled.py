@@ -38,12 +38,12 @@ GROUPS = (
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
     "name", "sweep_name", "adapter_base", "choices", "tracking", "resume", "retry_failed", "strict",
-    "trusted_targets", "report",
+    "host", "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
-    r"(name|sweep_name|resume|retry_failed|report|strict|trusted_targets|tracking|hydra|samples"
+    r"(name|sweep_name|resume|retry_failed|report|strict|host|trusted_targets|tracking|hydra|samples"
     r"|objective|goal|early_stopping"
     r"|lockstep|model\.gguf_file)\b"
     r"|train\.(eval|save|logging)_"
@@ -179,7 +179,7 @@ def _resumed(
     current = {key: cfg[key] for key in ("retry_failed", "report", "strict")}
     current["resume"] = resumed_path(cfg.resume)
     # keys that did not exist when the run was saved
-    current["adapter_base"] = values.get("adapter_base")
+    current |= {"adapter_base": values.get("adapter_base"), "host": values.get("host", False)}
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
     current["sweep_name"] = values.get("sweep_name")
     current["early_stopping"] = values.get("early_stopping")

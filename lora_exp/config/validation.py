@@ -42,9 +42,9 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "sweep_name", "seed", "resume", "retry_failed", "report", "strict", "adapter",
-        "adapter_base", "objective", "goal", "keep", "trusted_targets", "train", "rate",
-        "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
+        "name", "sweep_name", "seed", "resume", "retry_failed", "report", "strict", "host",
+        "adapter", "adapter_base", "objective", "goal", "keep", "trusted_targets", "train",
+        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
         "early_stopping", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),

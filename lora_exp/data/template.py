@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import signal
@@ -188,6 +189,15 @@ def _dated(template: str, day: date) -> str:
 
 
 CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
+def template_hash(tokenizer: Any) -> str | None:
+    """Return the hash of a tokenizer's template, in which no day is fixed; None: it has none."""
+    template = tokenizer.chat_template
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def template_of(tokenizer: Any) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,14 +23,7 @@ from lora_exp.lockstep import probe
 from lora_exp.lockstep.probe import Probe
 from lora_exp.lockstep.segment import PassContext
 from lora_exp.lockstep.state import ComputeState
-from lora_exp.model.processor import processor
-
-# settings by which libraries choose their kernels
-PREFIXES = (
-    "ONEDNN_", "DNNL_", "MKL_", "KMP_", "OMP_", "OPENBLAS_", "ATEN_", "CUBLAS", "CUDNN_", "NVIDIA_",
-    "TORCH_", "PYTORCH_", "DISABLE_ADDMM_",
-)  # fmt: skip
-DRIVER = Path("/proc/driver/nvidia/version")
+from lora_exp.model.processor import device_facts, kernel_settings, processor
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ def _conditions(device: str) -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(PREFIXES)},
+        "settings": kernel_settings(),
         "matmul": [
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
@@ -166,10 +158,8 @@ def _conditions(device: str) -> dict[str, Any]:
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(device)
         conditions["gpu"] = {
-            "name": gpu.name,
-            "capability": [gpu.major, gpu.minor, gpu.multi_processor_count],
-            "cuda": torch.version.cuda,
-            "driver": DRIVER.read_text() if DRIVER.exists() else None,
+            **device_facts(device),
+            "processors": gpu.multi_processor_count,
             "reduced precision": [
                 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
                 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,

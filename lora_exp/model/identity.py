@@ -8,6 +8,13 @@ from typing import Any
 
 from lora_exp.files.paths import asset
 from lora_exp.files.revision import is_commit
+from lora_exp.files.whole import sha256
+
+# what a base is made of beside its weights: shapes, tokenizer, templates
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template*",
+)  # fmt: skip
 
 
 def identity_of(
@@ -44,3 +51,14 @@ def files_hash(folder: Path, gguf_file: str | None) -> str | None:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
+
+
+def small_files(path: str) -> dict[str, str]:
+    """Return the hashes of a local base's config, tokenizer and templates, by file name.
+
+    Args:
+        path: `model.path` of the config; of a hub's model its commit says all of this.
+    """
+    folder = asset(path)
+    files = {file for pattern in SMALL_FILES for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: f"sha256:{sha256(file)}" for file in sorted(files)}

@@ -4,6 +4,7 @@ console   text, tables and curves
 run       a run's directory
 standing  the status of a directory's run
 contents  whether a run's files have changed
+conditions  device, threads, versions
 clock     seconds and tokens of training
 metrics   a trainer's metrics, passed on
 progress  first row and progress

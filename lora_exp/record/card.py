@@ -35,6 +35,7 @@ def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
 # {cfg.name}
 
 Trained with lora-exp. Base: `{cfg.model.path}` at `{record["base"]}`.{_start(cfg)}
+Fingerprint of the run: `{record["fingerprint"]}`.
 
 Data, {_row_counts(record)}:
 

@@ -72,4 +72,6 @@ def short(value: float) -> str:
 
 def size(count: int) -> str:
     """Format a number of bytes."""
+    if count < 2**20:
+        return f"{count / 1024:.1f} KiB"
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from lora_exp.errors import LoraExpError
 from lora_exp.files.paths import asset, is_path
 from lora_exp.files.whole import sha256
-from lora_exp.model.identity import files_hash
+from lora_exp.model.identity import files_hash, small_files
 
 CHANGED = "other-content"  # part of the name of a directory that is set aside
 
@@ -31,7 +31,7 @@ def changed_files(directory: Path, cfg: DictConfig) -> list[str]:
     try:
         record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
         data, adapters = dict(record["data"]), dict(record["adapters"])
-        pairs = [*_data(cfg, data), *_base(cfg, record["base"]), *_adapters(cfg, adapters)]
+        pairs = [*_data(cfg, data), *_base(cfg, record), *_adapters(cfg, adapters)]
     except (OSError, ValueError, KeyError, TypeError, LoraExpError):
         return []
     return [name for name, before, after in pairs if before != after]
@@ -58,10 +58,16 @@ def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any,
         yield name, recorded.get(name), current.get(name)
 
 
-def _base(cfg: DictConfig, recorded: str | None) -> Iterator[tuple[str, Any, Any]]:
+def _base(cfg: DictConfig, record: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     folder = asset(cfg.model.path)
-    if folder.exists() and recorded is not None:
-        yield cfg.model.path, recorded, _hash(folder, cfg.model.gguf_file)
+    if not folder.exists():
+        return
+    if record["base"] is not None:
+        yield cfg.model.path, record["base"], _hash(folder, cfg.model.gguf_file)
+    if "base_files" in record:  # earlier versions did not record them
+        recorded, current = record["base_files"], small_files(cfg.model.path)
+        for name in sorted(recorded.keys() | current.keys()):
+            yield f"{cfg.model.path}/{name}", recorded.get(name), current.get(name)
 
 
 def _adapters(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:

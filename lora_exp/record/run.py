@@ -15,8 +15,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import date
-from importlib.metadata import version
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,8 @@ from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import refusal, sha256, write_whole
+from lora_exp.model.identity import small_files
+from lora_exp.record.conditions import condition_changes, conditions
 
 if TYPE_CHECKING:
     from lora_exp.data.rows import Rows
@@ -39,19 +40,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
-NOT_COMPARED = ("resume", "retry_failed", "report", "strict")
+NOT_COMPARED = ("resume", "retry_failed", "report", "strict", "host")
 FACTS = (
     "place", "fingerprint", "precision", "attention", "saved_as", "quantised_share", "versions",
-    "base", "data", "adapters",
+    "device", "threads", "base", "data", "adapters",
 )  # fmt: skip
-VERSIONED = ("lora-exp", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
 class Record:
     """A run's record, written to disk after every change."""
 
-    def __init__(self, directory: Path, cfg: DictConfig) -> None:
+    def __init__(self, directory: Path, cfg: DictConfig, day: date | None = None) -> None:
         """Start a new record, or load that of the run to resume.
+
+        Args:
+            directory: the run's.
+            cfg: the run's config.
+            day: the date of a new run, which its chat template may write; None: today.
 
         Raises:
             ConfigError: the directory holds another run, is not that to resume, or is in use.
@@ -76,7 +81,7 @@ class Record:
                     "name": cfg.name,
                     # a run that a W&B agent started keeps the agent's id
                     "tracking_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
-                    "date": date.today().isoformat(),  # for chat templates that contain the date
+                    "date": (day or date.today()).isoformat(),  # chat templates may contain it
                     "choices": plain(cfg.choices),
                     "metrics": {},
                     "resumed": [],
@@ -134,25 +139,21 @@ class Record:
         if self.begun:
             return
         self.begun = True
+        current = conditions()
         if "versions" in self.values:
-            self.values["resumed"].append(self._resume_entry)
-            self._compare_versions()
+            self.values["resumed"].append(self._resume_entry | {"started": _now(), "ended": None})
+            if changed := condition_changes(self.values, current):
+                text = "resume: other conditions than at the run's start, so bits may differ: %s"
+                log.warning(text, ", ".join(changed))
             if set(LIMITS) & self._resume_entry["changes"].keys():
                 # rungs are shares of the training; written before the config that says its length
                 self.update(rungs=[])
         write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
-        self.values |= {"fingerprint": self._fingerprint, "versions": versions()}
-        self.update(status="running", error=None, stopped=None)
-
-    def _compare_versions(self) -> None:
-        current, earlier = versions(), self.values["versions"]
-        changed = [
-            f"{name} {earlier.get(name)} -> {current[name]}"
-            for name in current
-            if earlier.get(name) != current[name]
-        ]
-        if changed:
-            log.warning("resume: other versions than at the run's start: %s", ", ".join(changed))
+        self.values.setdefault("started", _now())
+        self.values |= {"fingerprint": self._fingerprint, **current}
+        if self._config["host"]:
+            self.values["host"] = platform.node()
+        self.update(status="running", error=None, stopped=None, ended=None)
 
     def update(self, **values: Any) -> None:
         """Set fields and write the file; `metrics` are merged, and `proven: false` stays."""
@@ -170,6 +171,8 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after the step that training resumes from."""
+        if self.values["resumed"]:
+            self.values["resumed"][-1]["step"] = step
         kept = [dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
         write_whole(self.directory / "metrics.jsonl", "".join(kept))
 
@@ -251,9 +254,16 @@ class Record:
                 raise refused from error
             raise
         else:
-            self.update(status=self.ends_as)
+            self._end(status=self.ends_as)
         finally:
             self.lock.release()
+
+    def _end(self, **values: Any) -> None:
+        """Set fields at the end of the run, or of this resume of it, and when that was."""
+        ended = _now()
+        if self.values["resumed"]:
+            self.values["resumed"][-1]["ended"] = ended
+        self.update(**values, ended=ended)
 
     def _fail(self, error: BaseException) -> None:
         """Record the error that ended the run."""
@@ -263,9 +273,14 @@ class Record:
         is_ours = isinstance(error, LoraExpError)
         text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         try:
-            self.update(status=status, error=redact_text(text))
+            self._end(status=status, error=redact_text(text))
         except OSError as disk:
             log.error("%s: its status %s cannot be written: %s", self.directory, status, disk)
+
+
+def _now() -> str:
+    """Return the time in UTC, as ISO 8601 writes it, in whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
@@ -278,12 +293,12 @@ def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
     folders = [Path(n).expanduser() for n in sources if isinstance(n, str) and is_path(n)]
     files = [path for folder in folders for path in folder.glob("adapter_model.*")]
     adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
-    return {"data": data, "base": base.revision, "adapters": adapters}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that affect a result."""
-    return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
+    return {
+        "data": data,
+        "base": base.revision,
+        "base_files": small_files(cfg.model.path),
+        "adapters": adapters,
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

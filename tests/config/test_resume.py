@@ -108,9 +108,10 @@ def test_a_finished_run_is_trained_further_with_a_higher_max_steps(
     weights = "adapter_model.safetensors"  # the cards differ in the run's name
     assert digest(longer.saved)[weights] == digest(uninterrupted.saved)[weights]
     record = json.loads((longer.directory / "run.json").read_text())
-    assert record["resumed"] == [
-        {"status": "finished", "changes": {"train.max_steps": [3, 5]}},
-    ]
+    (resumed,) = record["resumed"]
+    assert resumed["changes"] == {"train.max_steps": [3, 5]}
+    assert (resumed["status"], resumed["step"]) == ("finished", 3)
+    assert record["started"] <= resumed["started"] <= resumed["ended"] == record["ended"]
     assert "max_steps: 5" in (longer.directory / "config.yaml").read_text()
 
 

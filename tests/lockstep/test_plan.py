@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from lora_exp import compose
 from lora_exp.config.settled import fingerprint
+from lora_exp.files.paths import asset
+from lora_exp.files.whole import sha256
 from lora_exp.lockstep.plan import Job, labels, plan
+from lora_exp.model.identity import files_hash, small_files
+from lora_exp.record.contents import _hash
 
 HYDRA = OmegaConf.create({"hydra": {"job": {"chdir": False, "env_set": {}}}})
 
 
 def job(number: int, *overrides: str, folder: Path = Path("nowhere")) -> Job:
     return Job(number, HYDRA, compose(*overrides), folder / str(number), overrides)
+
+
+def write_finished(done: Job, **record: Any) -> None:
+    """Write the record of a job that has finished."""
+    cfg = done.settled
+    assert cfg is not None
+    record |= {"status": "finished", "fingerprint": fingerprint(cfg), "name": "x"}
+    record |= {"base": files_hash(asset(cfg.model.path), None)}
+    record |= {"base_files": small_files(cfg.model.path)}
+    done.directory.mkdir()
+    (done.directory / "run.json").write_text(json.dumps(record))
 
 
 def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
@@ -63,10 +81,7 @@ def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], expec
 
 def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     done = job(0, "peft.r=4", folder=tmp_path)
-    done.directory.mkdir()
-    assert done.settled is not None
-    record = {"status": "finished", "fingerprint": fingerprint(done.settled), "name": "x"}
-    (done.directory / "run.json").write_text(json.dumps(record))
+    write_finished(done)
     planned = plan([done, Job(1, HYDRA, None, tmp_path / "1")])
     assert [(j.number, reason.split(",")[0]) for j, reason in planned.without_training] == [
         (0, "finished before"),
@@ -74,6 +89,38 @@ def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     ]
     assert not planned.packs
     assert not planned.alone
+
+
+@pytest.mark.parametrize("changed", ["rows.jsonl", "base/tokenizer.json", "base/model.safetensors"])
+def test_a_finished_job_is_trained_again_if_its_data_or_base_has_changed(
+    tmp_path: Path, changed: str
+) -> None:
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(asset("pkg://lora_exp/assets/tiny"), base)
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    overrides = ["data=jsonl", f"data.path={rows}", "model=local", f"model.path={base}"]
+    done = job(0, *overrides, folder=tmp_path)
+    write_finished(done, data={str(rows): sha256(rows)}, adapters={})
+    planned = plan([done])
+    assert [reason for _, reason in planned.without_training] == ["finished before, not run again"]
+    with (tmp_path / changed).open("a") as file:
+        file.write(" ")
+    _hash.cache_clear()  # of this process
+    assert [j.number for j, _ in plan([done]).alone] == [0]
+
+
+def test_a_finished_job_is_trained_again_if_its_start_has_changed(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    weights = start / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    done = job(0, "data=corpus", folder=tmp_path)
+    settled = OmegaConf.merge(done.settled, {"adapter": str(start)})
+    done = replace(done, settled=settled)
+    write_finished(done, data={}, adapters={str(start): f"sha256:{sha256(weights)}"})
+    assert not plan([done]).alone
+    weights.write_bytes(b"two")
+    assert [j.number for j, _ in plan([done]).alone] == [0]
 
 
 def test_a_label_has_the_overrides_that_differ_between_jobs() -> None:

@@ -21,7 +21,7 @@ def test_a_long_curve_is_averaged_to_its_width() -> None:
 
 
 def test_sizes_have_readable_units() -> None:
-    assert (size(3 * 2**20), size(5 * 2**30)) == ("3 MiB", "5.00 GiB")
+    assert [size(n) for n in (512, 3 * 2**20, 5 * 2**30)] == ["0.5 KiB", "3 MiB", "5.00 GiB"]
 
 
 def test_printed_text_is_also_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from lora_exp import compose
 from lora_exp.files.whole import sha256
-from lora_exp.model.identity import files_hash
+from lora_exp.model.identity import files_hash, small_files
 from lora_exp.record.contents import changed_files
 
 
@@ -43,6 +43,24 @@ def test_data_base_and_template_are_compared_by_content(tmp_path: Path) -> None:
     template.write_text("{{ bos_token }}{{ messages }}")
     assert set(changed_files(run, cfg)) == {str(rows), "chat_template"}
     assert changed_files(write_record(tmp_path, data={}, base="sha256:0"), cfg)[-1] == str(base)
+
+
+def test_the_tokenizer_and_the_config_of_a_base_are_compared(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "notes.md"):
+        (base / name).write_text("{}")
+    cfg = compose("data=corpus", "model=local", f"model.path={base}")
+    run = write_record(tmp_path, base=files_hash(base, None), base_files=small_files(str(base)))
+    assert changed_files(run, cfg) == []
+    (base / "notes.md").write_text("other")
+    assert changed_files(run, cfg) == []
+    (base / "tokenizer.json").write_text("other")
+    (base / "chat_template.jinja").write_text("new")
+    changed = [f"{base}/chat_template.jinja", f"{base}/tokenizer.json"]
+    assert changed_files(run, cfg) == changed
+    earlier = write_record(tmp_path, base=files_hash(base, None))  # it has no such hashes
+    assert changed_files(earlier, cfg) == []
 
 
 def test_another_file_in_a_glob_is_a_change(tmp_path: Path) -> None:

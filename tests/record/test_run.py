@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_exp import compose
+from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError, Interrupted
 from lora_exp.files.whole import write_whole
 from lora_exp.record.run import Record
@@ -50,6 +55,47 @@ def test_a_signal_while_the_record_is_first_written_is_recorded(
         Record(tmp_path, compose())
     assert json.loads(record.read_text())["status"] == "interrupted"
     Record(tmp_path, compose(f"resume={tmp_path}"))  # the lock was released
+
+
+def test_a_record_has_the_times_the_device_and_the_versions_of_its_run(tmp_path: Path) -> None:
+    record = Record(tmp_path, compose())
+    values = json.loads((tmp_path / "run.json").read_text())
+    assert values["ended"] is None
+    assert "host" not in values
+    assert {"name", "capability"} < values["device"].keys()
+    assert values["threads"] == torch.get_num_threads()
+    assert values["settings"]["OMP_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"]
+    assert values["versions"]["numpy"] == version("numpy")
+    with record.outcome():
+        pass
+    values = json.loads((tmp_path / "run.json").read_text())
+    times = [datetime.fromisoformat(values[key]) for key in ("started", "ended")]
+    assert times[0] <= times[1] <= datetime.now(UTC)
+
+
+def test_a_record_names_its_machine_if_asked(tmp_path: Path) -> None:
+    cfg = compose("host=true")
+    assert fingerprint(cfg) == fingerprint(compose())
+    assert cfg.name == compose().name
+    record = Record(tmp_path, cfg)
+    assert record.values["host"] == platform.node()
+    record.lock.release()
+    compose(f"resume={tmp_path}", "host=false")  # it does not affect the result
+
+
+def test_other_conditions_than_at_the_start_are_logged_on_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Record(tmp_path, compose()).lock.release()
+    path = tmp_path / "run.json"
+    values = json.loads(path.read_text())
+    values["versions"]["torch"], values["threads"] = "1.0", 64
+    values["device"]["name"] = "Z80"
+    path.write_text(json.dumps(values))
+    Record(tmp_path, compose(f"resume={tmp_path}")).begin()
+    (message,) = caplog.messages
+    assert "device name Z80 -> " in message
+    assert f"threads 64 -> {torch.get_num_threads()}, torch 1.0 -> " in message
 
 
 def test_a_resumed_record_keeps_its_values(tmp_path: Path) -> None:
