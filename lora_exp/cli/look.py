@@ -20,7 +20,7 @@ from lora_exp.cli.options import (
 from lora_exp.files.strict import dumps
 
 if TYPE_CHECKING:
-    from lora_exp.comparison.run import SavedRun
+    from lora_exp.runs.run import SavedRun
 
 
 def runs(
@@ -55,9 +55,9 @@ def runs(
         )
     if delete_checkpoints and as_json:
         raise typer.BadParameter("is for lists", param_hint="--json")
-    from lora_exp.comparison import listing
-    from lora_exp.comparison.overview import overview
     from lora_exp.record.console import console
+    from lora_exp.runs import listing
+    from lora_exp.runs.overview import overview
 
     keys = columns.split(",") if columns else list(listing.COLUMNS)
     rows = listing.select(folders, where, sort, keys)
@@ -72,8 +72,8 @@ def runs(
 
 def _delete_checkpoints(runs: list[SavedRun], unfinished: bool, yes: bool) -> None:
     """Say what would be deleted, ask, and delete it."""
-    from lora_exp.comparison.checkpoints import delete, plan_deletions
     from lora_exp.record.console import size
+    from lora_exp.runs.checkpoints import delete, plan_deletions
 
     planned = plan_deletions(runs, unfinished)
     print(planned.text())

@@ -1,7 +1,5 @@
 """Runs of any day, side by side, held against a baseline. Needs no torch.
 
-run         a saved run, as read
-gather      the saved runs below folders
 keys        keys of configs that differ
 statistics  differences and their intervals
 budget      warnings of unequal runs
@@ -22,8 +20,4 @@ sections    the tables of the report
 answers     answers to the same prompts
 page        the report as HTML
 report      writes it, after a sweep too
-listing     their values by key
-condition   `--where`
-overview    the page of `lora-exp runs`
-checkpoints deleted, if asked
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_exp.comparison.keys import canonical, compared
-from lora_exp.comparison.run import CONFIG, SavedRun, number
+from lora_exp.runs.run import CONFIG, SavedRun, number
 
 TOLERANCE = 1.05  # tokens vary a little with the order of rows
 SHOWN = 3

@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from lora_exp.comparison.points import Point, Series, caption, marks
-from lora_exp.comparison.run import number
 from lora_exp.comparison.scale import LOGARITHM
 from lora_exp.comparison.theme import COLOURS, MUTED, Figure, colour, figure, plain, rounded, symbol
+from lora_exp.runs.run import number
 
 COSTS = {  # title -> where run.json has it, what one of the axis's units is
     "trainable parameters": ("counts", "trainable_parameters", 1),

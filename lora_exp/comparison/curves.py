@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_exp.comparison.points import Series
-from lora_exp.comparison.run import SavedRun, number
 from lora_exp.comparison.theme import (
     COLOURS,
     FILL,
@@ -20,6 +19,7 @@ from lora_exp.comparison.theme import (
     symbol,
     translucent,
 )
+from lora_exp.runs.run import SavedRun, number
 
 MOST, SQUEEZED = 0.8, 3  # this share is shown if all need so many times the room
 FEW = 60  # points of a curve and its band up to which each is marked

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lora_exp.comparison.group import Group
-from lora_exp.comparison.run import SavedRun, number
 from lora_exp.comparison.statistics import SAME, Difference
 from lora_exp.record.console import short, size
+from lora_exp.runs.run import SavedRun, number
 
 Tile = tuple[str, str, str]  # name, value, note
 

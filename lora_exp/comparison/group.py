@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from lora_exp.comparison.keys import ABSENT, text_of, value_of
-from lora_exp.comparison.run import SavedRun, number
 from lora_exp.comparison.statistics import EXACT_MATCH, SAME, Difference, mean_and_spread
 from lora_exp.files.strict import finite
+from lora_exp.runs.run import SavedRun, number
 
 ALONE = "alone"  # the place of a run that shared nothing
 
@@ -25,8 +25,8 @@ class Cost:
         peak_bytes: the most memory of any of them.
         tokens_per_s: of training.
         seconds: from start to end.
-        of_pack: the last three are those of whole packs, for none of the runs trained alone;
-            else they are of those that did.
+        of_pack: none of the runs trained alone, so the memory is that of whole packs, and speed and
+            seconds are a job's share; else the last three are of those that did.
     """
 
     parameters: float | None
@@ -136,7 +136,7 @@ def _status(runs: Sequence[SavedRun]) -> str:
 
 def _cost(runs: Sequence[SavedRun]) -> Cost:
     alone = [run for run in runs if run.record.get("place", ALONE) == ALONE]
-    measured = alone or runs  # the time and memory of a pack say little of a job
+    measured = alone or runs  # the memory of a pack says little of a job
 
     def mean(of: Sequence[SavedRun], section: str, key: str, choose: Any = fmean) -> float | None:
         sections = (run.record.get(section) for run in of)

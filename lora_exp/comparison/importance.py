@@ -7,8 +7,8 @@ from typing import Any
 
 from lora_exp.comparison.keys import ABSENT, canonical
 from lora_exp.comparison.points import Point
-from lora_exp.comparison.run import number
 from lora_exp.comparison.theme import COLOURS, TEXT, Figure, figure, plain, rounded
+from lora_exp.runs.run import number
 
 FEW_RUNS = 16  # below, an importance is a guess
 

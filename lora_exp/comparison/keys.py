@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_exp.comparison.run import SavedRun
 from lora_exp.config.settled import GROUPS, NOT_COMPUTED
+from lora_exp.runs.run import SavedRun
 
 ABSENT = object()
 # what does not change the result, beside the seed, which is what groups are over

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_exp.comparison.run import SavedRun
 from lora_exp.comparison.scale import inside, limits
 from lora_exp.comparison.theme import PAPER, colour, rounded, symbol
+from lora_exp.runs.run import SavedRun
 
 EDGE = "At the edge: out of the picture."
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lora_exp.comparison.gather import read_runs
 from lora_exp.comparison.value import Comparison, comparison
 from lora_exp.files.whole import write_whole
+from lora_exp.runs.gather import read_runs
 
 log = logging.getLogger(__name__)
 

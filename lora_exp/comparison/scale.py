@@ -8,8 +8,8 @@ from statistics import quantiles
 from typing import Any
 
 from lora_exp.comparison.keys import text_of
-from lora_exp.comparison.run import number
 from lora_exp.comparison.theme import plain, rounded
+from lora_exp.runs.run import number
 
 LEVELS = 8  # of a numeric key that are marked at its axis
 LOGARITHM = 4  # largest over smallest number from which an axis is logarithmic

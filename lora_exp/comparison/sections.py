@@ -11,10 +11,10 @@ import yaml
 
 from lora_exp.comparison.group import Group
 from lora_exp.comparison.keys import compared, differing, text_of
-from lora_exp.comparison.run import LOADER, OVERRIDES, SavedRun, number
 from lora_exp.comparison.statistics import Difference
 from lora_exp.comparison.theme import COLOURS
 from lora_exp.record.console import short, size
+from lora_exp.runs.run import LOADER, OVERRIDES, SavedRun, number
 
 Table = dict[str, Any]  # caption, columns (name, numeric), rows (best, cells)
 Badge = dict[str, Any]  # of a group: its number, its class of colour, and its place among all
@@ -93,14 +93,14 @@ def _difference(difference: Difference | None) -> dict[str, Any]:
 
 
 def _costs(group: Group) -> list[dict[str, Any]]:
-    """Return cells of what a group took; `~`: of a whole pack."""
+    """Return cells of what a group took; `~`: the memory of a whole pack."""
     cost, mark = group.cost, "~" if group.cost.of_pack else ""
     peak = f"{mark}{size(int(cost.peak_bytes))}" if cost.peak_bytes is not None else None
     rates = (cost.tokens_per_s, cost.seconds)
     return [
         numeric(cost.parameters, f"{cost.parameters:,.0f}" if cost.parameters else None),
         numeric(cost.peak_bytes, peak),
-        *(numeric(n, f"{mark}{short(n)}" if n is not None else None) for n in rates),
+        *(numeric(n, short(n) if n is not None else None) for n in rates),
     ]
 
 

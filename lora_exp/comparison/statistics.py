@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from lora_exp.comparison.run import SavedRun
+from lora_exp.runs.run import SavedRun
 
 CONFIDENCE = 0.95
 RESAMPLES = 5000

@@ -42,7 +42,8 @@ def notes(comparison: Comparison) -> list[str]:
     if comparison.implied:
         lines.append(f"follow from the columns: {', '.join(comparison.implied)}")
     if any(group.cost.of_pack for group in comparison.groups):
-        lines.append("~ is of a whole pack of jobs; a run of the group, trained alone, replaces it")
+        text = "~ is the memory of a pack, seconds in packs are a job's share"
+        lines.append(f"{text}; a run of the group, trained alone, replaces both")
     differences = [group.difference for group in comparison.groups if group.difference]
     if differences and all(d.over == "one seed" for d in differences):
         lines.append("one seed each: seed=1,2,3 tells a difference from chance")
@@ -105,7 +106,9 @@ def _costs(group: Group) -> list[str]:
     peak = None if cost.peak_bytes is None else size(int(cost.peak_bytes))
     measured = [peak, *(None if n is None else short(n) for n in (cost.tokens_per_s, cost.seconds))]
     parameters = "-" if cost.parameters is None else f"{cost.parameters:,.0f}"
-    return [parameters, *("-" if text is None else mark + text for text in measured)]
+    marks = (mark, "", "")
+    texts = ("-" if t is None else m + t for m, t in zip(marks, measured, strict=True))
+    return [parameters, *texts]
 
 
 def _cell(text: str) -> Text:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.comparison.budget import fault, warnings
-from lora_exp.comparison.gather import read_runs
 from lora_exp.comparison.group import Group, group_of, kind_of, objective_of, row
 from lora_exp.comparison.keys import ABSENT, canonical, columns, compared, differing
-from lora_exp.comparison.run import SavedRun
 from lora_exp.comparison.statistics import matches, over_rows, over_seeds
 from lora_exp.errors import SavedError, did_you_mean
+from lora_exp.runs.gather import read_runs
+from lora_exp.runs.run import SavedRun
 
 
 @dataclass(frozen=True, eq=False)

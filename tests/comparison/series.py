@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.comparison.points import Series
-from lora_exp.comparison.run import SavedRun
+from lora_exp.runs.run import SavedRun
 
 
 def run(

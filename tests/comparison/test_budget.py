@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_exp.comparison.budget import warnings
-from lora_exp.comparison.run import read_run
+from lora_exp.runs.run import read_run
 
 Write = Callable[..., Path]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_exp.comparison.group import group_of, grouped, row
-from lora_exp.comparison.run import read_run
 from lora_exp.comparison.statistics import Difference
+from lora_exp.runs.run import read_run
 
 Write = Callable[..., Path]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.comparison.keys import canonical, columns, compared, differing, text_of, value_of
-from lora_exp.comparison.run import SavedRun, read_run
+from lora_exp.runs.run import SavedRun, read_run
 
 Write = Callable[..., Path]
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_exp.comparison.run import SavedRun, read_run
 from lora_exp.comparison.statistics import (
     Difference,
     bootstrap_interval,
@@ -20,6 +19,7 @@ from lora_exp.comparison.statistics import (
     over_seeds,
     t_interval,
 )
+from lora_exp.runs.run import SavedRun, read_run
 
 Write = Callable[..., Path]
 

@@ -48,10 +48,10 @@ def test_the_page_has_means_intervals_verdicts_costs_and_notes(sweep: Path) -> N
     assert "worse" in other
     assert "+0.072 [+0.062, +0.082]" in other
     assert "-1 [-1, -1]" in other
-    for text in ("1,000", "~1.00 GiB", "~100", "~5"):
+    for text in ("1,000", "~1.00 GiB", "100", "5"):
         assert text in other
     text = "\n".join(lines)
-    assert "~ is of a whole pack of jobs" in text
+    assert "~ is the memory of a pack" in text
     assert "follow from the columns: peft.alpha" in text
     assert "95% interval" in text
     assert "status" not in text

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lora_exp.comparison.run import flattened, number, read_run
 from lora_exp.files.lock import Lock
+from lora_exp.runs.run import flattened, number, read_run
 from tests.conftest import ROOT
 
 Write = Callable[..., Path]

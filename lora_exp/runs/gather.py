@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lora_exp.comparison.run import CONFIG, METRICS, RECORD, SavedRun, read_run
 from lora_exp.errors import SavedError
 from lora_exp.files.paths import near_names
 from lora_exp.record.standing import ASIDE
+from lora_exp.runs.run import CONFIG, METRICS, RECORD, SavedRun, read_run
 
 NOT_WALKED = {"checkpoints", "adapter", "model", "wandb", "node_modules", "__pycache__"}
 DIGITS = re.compile(r"(\d+)")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.comparison.gather import find_runs
-from lora_exp.comparison.listing import COLUMNS, Row, as_json, rows_of, select
-from lora_exp.comparison.overview import overview
 from lora_exp.errors import ConfigError, SavedError
+from lora_exp.runs.gather import find_runs
+from lora_exp.runs.listing import COLUMNS, Row, as_json, rows_of, select
+from lora_exp.runs.overview import overview
 
 Write = Callable[..., Path]
 
@@ -98,6 +98,6 @@ def test_hundreds_of_runs_are_listed_in_a_moment_without_torch(
     begin = time.process_time()
     assert overview(select([tmp_path]), COLUMNS, None).count("\n") == 301
     assert time.process_time() - begin < 1.5  # 0.2 s where nothing else runs
-    code = "import sys, lora_exp.comparison.overview, lora_exp.comparison.checkpoints as _;"
+    code = "import sys, lora_exp.runs.overview, lora_exp.runs.checkpoints as _;"
     code += "assert not {'torch', 'transformers', 'hydra.main'} & {*sys.modules}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

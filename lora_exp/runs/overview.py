@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from lora_exp.comparison.listing import Row
 from lora_exp.record.console import short, size
+from lora_exp.runs.listing import Row
 
 LEFT_OUT_FIRST = ("sweep", "size", "time", "steps", "date")  # where there is no room for all
 LONG = {"name": 24, "differs": 32}  # narrower than this they are only where that is not enough

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_exp.comparison.condition import OPTION, read_condition
-from lora_exp.comparison.gather import find_runs
-from lora_exp.comparison.run import SavedRun
 from lora_exp.errors import ConfigError, SavedError, did_you_mean
+from lora_exp.runs.condition import OPTION, read_condition
+from lora_exp.runs.gather import find_runs
+from lora_exp.runs.run import SavedRun
 
 COLUMNS = (
     "name", "status", "objective", "differs", "steps", "time", "size", "date", "sweep",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from lora_exp.comparison.listing import COLUMNS, select
-from lora_exp.comparison.overview import duration, local_time, overview
+from lora_exp.runs.listing import COLUMNS, select
+from lora_exp.runs.overview import duration, local_time, overview
 
 Write = Callable[..., Path]
 

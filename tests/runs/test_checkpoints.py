@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_exp import cli
-from lora_exp.comparison.checkpoints import delete, plan_deletions
-from lora_exp.comparison.gather import find_runs
 from lora_exp.files.lock import Lock
+from lora_exp.runs.checkpoints import delete, plan_deletions
+from lora_exp.runs.gather import find_runs
 
 Write = Callable[..., Path]
 

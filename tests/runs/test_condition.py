@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lora_exp.comparison.condition import read_condition
 from lora_exp.errors import ConfigError
+from lora_exp.runs.condition import read_condition
 
 VALUES: dict[str, Any] = {
     "peft.r": 16, "status": "finished", "eval/loss": 0.25, "quant": None, "train.bf16": True,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.comparison.gather import find_runs, read_runs
 from lora_exp.errors import SavedError
+from lora_exp.runs.gather import find_runs, read_runs
 
 Write = Callable[..., Path]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_exp.comparison.listing import size_of
-from lora_exp.comparison.run import DAMAGED, ENDED, SavedRun
 from lora_exp.errors import ConfigError
 from lora_exp.files.lock import Lock, in_use
 from lora_exp.record.console import size
+from lora_exp.runs.listing import size_of
+from lora_exp.runs.run import DAMAGED, ENDED, SavedRun
 
 FOLDER = "checkpoints"
 SAVED = ("adapter", "model")

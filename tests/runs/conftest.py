@@ -1,0 +1,3 @@
+"""Runs as they lie on disk, written without training."""
+
+from tests.comparison.conftest import write_run as write_run
