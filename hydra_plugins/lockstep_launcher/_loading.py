@@ -60,7 +60,8 @@ class SweepLoader:
         """Return the config with a job's options, and no values of its own."""
         hydra = master_config.hydra
         choices = [str(o.input_line) for o in parsed if self._is_choice(o)]
-        overrides = [*hydra.overrides.hydra, *choices]
+        general: Any = OmegaConf.to_container(hydra.overrides.hydra)  # with interpolations as texts
+        overrides = [*general, *choices]
         key = (str(hydra.job.config_name), *overrides)
         if key not in self._composed:
             self._composed[key] = self._loader.load_configuration(

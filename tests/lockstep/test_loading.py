@@ -38,7 +38,7 @@ def loader() -> Iterator[Any]:
 
 
 def test_a_jobs_config_is_that_of_hydras_own_loader(loader: Any) -> None:
-    arguments = ["peft.r=4,8", "hydra.job.name=a"]
+    arguments = ["peft.r=4,8", "hydra.sweep.subdir=a_${hydra.job.num}"]
     master = loader.load_configuration("config", arguments, RunMode.MULTIRUN)
     fast = SweepLoader(loader)
     for overrides in (*JOBS, *JOBS[::-1]):  # none changes what another gets
