@@ -7,6 +7,7 @@ them. So jobs in several processes meet at a rung while all of them stay in memo
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -54,24 +55,26 @@ class Link:
             bracket.listener = lambda job, rung, value: self.send("reported", job, rung, value)
 
     def hear(self) -> None:
-        """Take what has come, without waiting."""
-        while self.pipe.poll():
-            self._take(self._message())
+        """Take what has come, without waiting.
+
+        If the launcher has ended, nothing comes; a signal then stops the jobs at their next step.
+        """
+        with suppress(EOFError, OSError):
+            while self.pipe.poll():
+                self._take(self._message())
 
     def news(self) -> bool:
         """Wait for a report or an end of another worker's job; False: none can come.
 
-        So it is once all workers wait, or a signal has asked to stop.
-
-        Raises:
-            EOFError: the launcher has ended.
+        So it is once all workers wait, a signal has asked to stop, or the launcher has ended.
         """
         self.send("waits", self.received)
-        while not stop.asked:
-            if self.pipe.poll(PATIENCE_S):
-                comes = self._take(self._message())
-                self.hear()
-                return comes
+        with suppress(EOFError, OSError):
+            while not stop.asked:
+                if self.pipe.poll(PATIENCE_S):
+                    comes = self._take(self._message())
+                    self.hear()
+                    return comes
         return False
 
     def _message(self) -> Any:

@@ -60,6 +60,19 @@ def test_nothing_can_come_once_all_wait_or_a_signal_came(
     assert not link.news()
 
 
+def test_after_the_launchers_end_nothing_comes_and_jobs_go_on(bracket: Bracket) -> None:
+    launcher, end = Pipe()
+    link = Link(end)
+    link.join([bracket])
+    launcher.close()
+    link.hear()
+    stop.asked = True  # the signal that the system sends then
+    try:
+        assert not link.news()
+    finally:
+        stop.asked = False
+
+
 def test_work_comes_until_the_launcher_has_no_more() -> None:
     launcher, end = Pipe()
     link, work = Link(end), Work((), None, None)
