@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "data.max_rows=64"]
-QUICK += ["data.max_eval_rows=16"]
+QUICK += ["data.max_eval_rows=16", "report=null"]
 
 
 SLOWEST = (  # files that take minutes

@@ -124,7 +124,9 @@ def test_no_secret_stays_in_a_file_when_no_job_begins(tmp_path: Path, mistake: s
 def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
     tmp_path: Path,
 ) -> None:
-    done = cli("-m", "peft.r=2,0,4", *QUICK, "tracking=wandb", cwd=tmp_path)
+    done = cli(
+        "-m", "peft.r=2,0,4", *QUICK, "report=report.html", "tracking=wandb", cwd=tmp_path
+    )  # fmt: skip
     assert done.returncode == 1
     (sweep,) = (tmp_path / "multirun").glob("*/*")
     summary = json.loads((sweep / "summary.json").read_text())
