@@ -67,7 +67,11 @@ PRIVATE = [
         "_return_value",
         "record/sweep.py, lockstep/worker.py, search_sweeper/_core.py, lockstep_launcher/_jobs.py",
     ),
-    ("hydra", "_internal.callbacks.Callbacks", "lockstep/worker.py, lockstep_launcher/_jobs.py"),
+    (
+        "hydra",
+        "_internal.callbacks.Callbacks",
+        "lockstep/worker.py, lockstep_launcher/_jobs.py, tests/lockstep/test_launcher.py",
+    ),
     ("hydra", "_internal.config_loader_impl.ConfigLoaderImpl", "lockstep_launcher/_loading.py"),
     (
         "hydra._internal.config_loader_impl.ConfigLoaderImpl",

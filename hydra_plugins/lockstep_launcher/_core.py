@@ -33,7 +33,10 @@ def launch(
     folder = Path(str(hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder, "hydra.sweep.dir") if ours else None
-    workers = Workers(launcher.hydra_context, launcher.task_function, ours, settings)
+    workers = launcher.kept
+    if workers is None:
+        workers = Workers(launcher.hydra_context, launcher.task_function, ours, settings)
+    launcher.kept = None
     state, stop_immediately = Jobs(launcher), False
     try:
         common = common_keys(job_overrides)
@@ -53,11 +56,14 @@ def launch(
             refused = any(job.error for job, _ in launch_plan.without_training)
             write_command(folder, hydra, keep=refused)
         state.run(launch_plan, {job.number: job for job in jobs}, workers)
+        if launcher.keeps_workers:
+            launcher.kept = workers
     except KeyboardInterrupt as error:
         stop_immediately = not isinstance(error, Interrupted)
         raise
     finally:
-        workers.stop(stop_immediately)
+        if launcher.kept is None:
+            workers.stop(stop_immediately)
         state.stopped()
         if lock is not None:
             lock.release()

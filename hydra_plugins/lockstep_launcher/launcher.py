@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -23,6 +24,20 @@ class LockstepLauncher(Launcher):
             workers: processes that train at once; None: one a GPU, without a GPU one.
         """
         self.workers = workers
+        self.keeps_workers = False
+        self.kept: Any = None  # `Workers` of the latest launch
+
+    @contextmanager
+    def keeping_workers(self) -> Iterator[None]:
+        """Keep the workers between launches: a search launches several times."""
+        self.keeps_workers = True
+        try:
+            yield
+        finally:
+            self.keeps_workers = False
+            if self.kept is not None:
+                self.kept.stop()
+                self.kept = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ class _Search:
         """
         print_start(self.total, self.cells)  # before there is a directory
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
+        keeping_workers = getattr(self.sweeper.launcher, "keeping_workers", nullcontext)
+        with locked(self.folder), keeping_workers():
             journal = Journal(self.folder / JOURNAL)
             check_free(self.folder, journal)
             evidence = journal.evidence if journal.asked else self._evidence()

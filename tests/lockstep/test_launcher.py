@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
+from hydra import initialize
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.plugins.launcher import Launcher
@@ -24,6 +27,7 @@ from hydra.test_utils.launcher_common_tests import (
     IntegrationTestSuite,
     LauncherTestSuite,
 )
+from hydra.types import HydraContext, RunMode
 
 from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
 from lora_exp import compose, run
@@ -182,6 +186,31 @@ def test_the_same_sweep_again_trains_only_what_is_missing(tmp_path: Path) -> Non
 
 FORTY = [*STEPS[:-1], "train.max_steps=40", "train.save_strategy=steps", "train.save_steps=10"]
 FORTY += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+
+
+def process_id(_: Any) -> int:
+    return os.getpid()
+
+
+def test_several_launches_may_keep_their_worker(tmp_path: Path) -> None:
+    with initialize(version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        arguments = [f"hydra.sweep.dir={tmp_path}", "+a=1", "hydra/launcher=lockstep"]
+        config = hydra.config_loader.load_configuration(None, arguments, RunMode.MULTIRUN)
+        launcher = LockstepLauncher()
+        context = HydraContext(hydra.config_loader, Callbacks())
+        launcher.setup(hydra_context=context, task_function=process_id, config=config)
+
+        def launched(number: int) -> Any:
+            (result,) = launcher.launch([["+b=1"]], number)
+            return result.return_value
+
+        with launcher.keeping_workers():
+            first = launched(0)
+            assert launched(1) == first != os.getpid()
+        assert launched(2) not in (first, os.getpid())
+    assert not Path(f"/proc/{first}").exists()
 
 
 @pytest.fixture(scope="module")
