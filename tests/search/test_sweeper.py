@@ -293,7 +293,9 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Journ
 
     def sweep(*overrides: str) -> Journal:
         arguments = [f"hydra.sweep.dir={tmp_path}/real", "hydra/sweeper=search"]
-        arguments += ["hydra/launcher=basic", "hydra/job_logging=none", *overrides]
+        # no logging by Hydra: it would close handlers of others, and absl's closes pytest's stream
+        arguments += ["hydra/hydra_logging=none", "hydra/job_logging=none", "tracking=none"]
+        arguments += ["hydra/launcher=basic", *overrides]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             runner = GlobalHydra.instance().hydra
             assert runner is not None
