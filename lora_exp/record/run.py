@@ -43,7 +43,7 @@ UNKNOWN = "an unknown commit"  # the hub did not answer
 NOT_COMPARED = ("resume", "retry_failed", "report", "strict", "host")
 FACTS = (
     "place", "fingerprint", "precision", "attention", "saved_as", "quantised_share", "versions",
-    "device", "threads", "base", "data", "adapters",
+    "base", "data", "adapters",
 )  # fmt: skip
 
 
