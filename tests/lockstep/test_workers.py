@@ -17,7 +17,7 @@ from tests.conftest import QUICK
 from tests.test_main import cli
 from tests.warm import Process
 
-GRID = ["peft.r=2,4", "train.learning_rate=1e-4,1e-3,3e-3"]
+GRID = ["peft.r=2,4", "train.learning_rate=1e-4,3e-3"]
 SETTINGS = ["tracking=none", *QUICK, "samples.rows=0", "train.max_steps=8"]
 SETTINGS += ["train.save_strategy=no", "train.per_device_train_batch_size=4"]
 SWEEP = ["-m", *GRID, *SETTINGS, "early_stopping=halving", "early_stopping.eta=2"]
@@ -52,11 +52,11 @@ def test_jobs_in_two_workers_meet_at_rungs_without_a_checkpoint(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     adapters, *ends = outcome(uninterrupted)
-    assert sorted(len(rungs) for _, _, rungs in ends) == [1, 1, 1, 2, 2, 2]
-    assert {rungs[0]["of"] for _, _, rungs in ends} == {6}
+    assert sorted(len(rungs) for _, _, rungs in ends) == [1, 1, 2, 2]
+    assert {rungs[0]["of"] for _, _, rungs in ends} == {4}
     assert not list(uninterrupted.glob("*/checkpoints/*"))
     ((best, weights),) = adapters.items()
-    rank, rate = ("2", "4")[int(best) // 3], ("1e-4", "1e-3", "3e-3")[int(best) % 3]
+    rank, rate = ("2", "4")[int(best) // 2], ("1e-4", "3e-3")[int(best) % 2]
     alone = run(compose(f"peft.r={rank}", f"train.learning_rate={rate}", *SETTINGS), tmp_path / "0")
     assert (alone.directory / ADAPTER).read_bytes() == weights
 
