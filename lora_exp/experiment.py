@@ -36,9 +36,10 @@ from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
+from lora_exp.record.contents import input_hashes
 from lora_exp.record.metrics import Metrics
 from lora_exp.record.progress import Progression, quiet
-from lora_exp.record.run import Record, input_hashes
+from lora_exp.record.run import Record
 from lora_exp.record.summary import announce, conclude, counts
 from lora_exp.tracking.several import Several
 from lora_exp.training.best import best_evaluation

@@ -10,11 +10,13 @@ start           the adapter a run starts from
 resume          what may change on resume
 trackers        which trackers, and their packages
 keep            the weights that a run saves
-settled         plain values, name, fingerprint
+naming          a run's name
+settled         plain values, directory, fingerprint
 ranges          numbers that train nothing
 learning        settings under which nothing is learnt
 arguments       mistakes inside arguments, missing packages
 owned           arguments that a run sets itself
+named_files     files and commits that it names
 pairs           settings that do not work together
 stopping        early stopping that cannot work
 sweeping        Hydra's section of a sweep

@@ -24,13 +24,13 @@ from lora_exp.config.keep import (
     has_patience,
     saves_each_best,
 )
+from lora_exp.config.naming import run_name
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import resumed_config
 from lora_exp.config.start import with_start_adapter
 from lora_exp.config.trackers import with_trackers
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import near_names
-from lora_exp.files.redaction import redact_text
 
 GROUPS = (
     "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "early_stopping",
@@ -41,13 +41,6 @@ NOT_COMPUTED = (
     "host", "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
-NAME_LENGTH = 48  # fits a column of a table
-NOT_IN_NAME = re.compile(
-    r"(name|sweep_name|resume|retry_failed|report|strict|host|trusted_targets|tracking|hydra|samples"
-    r"|objective|goal|early_stopping"
-    r"|lockstep|model\.gguf_file)\b"
-    r"|train\.(eval|save|logging)_"
-)
 
 
 def product(*factors: float) -> float:
@@ -144,7 +137,7 @@ def settle(
     _check_consent(values, overrides)
     values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
-    values["name"] = values["name"] or _name(values, overrides, common)
+    values["name"] = values["name"] or run_name(values, overrides, common)
     return _freeze(values)
 
 
@@ -195,65 +188,6 @@ def _freeze(values: dict[str, Any]) -> DictConfig:
     OmegaConf.set_struct(frozen, True)
     OmegaConf.set_readonly(frozen, True)
     return frozen
-
-
-def _name(values: Mapping[str, Any], overrides: Iterable[str], common: Iterable[str] | None) -> str:
-    """Return a name of method, rank, quantisation, targets and overrides.
-
-    Of a job of a sweep it keeps what differs between the jobs; what all share is left out where
-    there is no room, and a hash tells apart what is cut.
-    """
-    choices, peft = values["choices"], values["peft"] or {}
-    given = {split_override(override)[0] for override in overrides}
-    varied = set() if common is None else given - set(common)
-    rank = f"r{peft['r']}" if peft.get("r") else ""
-    targets = choices["targets"] if peft.get("target_modules") == values["targets"] else ""
-    method = {"lora": "", "none": "full"}.get(choices["peft"], choices["peft"])
-    of_groups = {"peft": method, "peft.r": rank, "quant": choices["quant"], "targets": targets}
-    parts = [(text, key in varied) for key, text in of_groups.items()]
-    ambiguous = []
-    for override in overrides:
-        key, value = split_override(override)
-        if key in of_groups or NOT_IN_NAME.match(key) or key in (common or ()):
-            continue
-        if redact_text(override) != override:
-            continue
-        parts.append((_part(override, choices), key in varied))
-        ambiguous += [override] if key in varied and "/" in value.rstrip("/") else []
-    words = [(re.sub(r"[^\w.=,+-]+", "_", text), differs) for text, differs in parts]
-    words = [(word, differs) for word, differs in words if word not in ("", "none")]
-    return _joined(words, ambiguous)
-
-
-def _part(override: str, choices: Mapping[str, Any]) -> str:
-    """Return an override as a part of a name; of a path, only its last part."""
-    key, value = split_override(override)
-    if override.startswith("~"):
-        return f"without_{key.rpartition('.')[2]}"
-    value = value.rstrip("/").rpartition("/")[2]
-    return value if key in choices else f"{key.rpartition('.')[2]}={value}"
-
-
-def _joined(parts: list[tuple[str, bool]], ambiguous: list[str]) -> str:
-    """Join the parts of a name that have room, those first by which jobs differ.
-
-    Args:
-        parts: texts, and whether jobs differ by them.
-        ambiguous: overrides by which jobs differ, and whose texts do not show how.
-    """
-    needed = "-".join(text for text, differs in parts if differs)
-    ending = ""
-    if ambiguous or len(needed) > NAME_LENGTH:
-        digest = hashlib.sha256(" ".join([needed, *ambiguous]).encode()).hexdigest()
-        ending = f"-{digest[:4]}"
-    room = NAME_LENGTH - len(ending)
-    kept = [False] * len(parts)
-    for i in sorted(range(len(parts)), key=lambda i: not parts[i][1]):
-        text = parts[i][0]
-        length = len("-".join(t for (t, _), k in zip(parts, kept, strict=True) if k))
-        kept[i] = not length or length + 1 + len(text) <= room
-    name = "-".join(text for (text, _), keep in zip(parts, kept, strict=True) if keep)
-    return name[:room] + ending
 
 
 def fingerprint(cfg: DictConfig) -> str:

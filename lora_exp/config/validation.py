@@ -7,8 +7,6 @@ Checks arguments and files, and calls the other checks of this room; what needs 
 from __future__ import annotations
 
 import ast
-import glob
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +16,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lora_exp.config.arguments import argument_faults
 from lora_exp.config.door import every_target, is_trusted, plain, untrusted
 from lora_exp.config.learning import learning_faults
+from lora_exp.config.named_files import named_file_faults
 from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned_faults
 from lora_exp.config.pairs import pair_faults
-from lora_exp.config.ranges import Fault, is_number, range_faults
+from lora_exp.config.ranges import Fault, range_faults
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
@@ -29,11 +28,9 @@ from lora_exp.config.sweeping import sweep_faults
 from lora_exp.config.trackers import is_tracker, tracker_keys, tracking_faults
 from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
-from lora_exp.data.template import template_file
 from lora_exp.errors import ConfigError, did_you_mean
-from lora_exp.files.paths import asset, is_path, near_names
+from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact
-from lora_exp.files.revision import is_commit
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM")
 SECTIONS = (
@@ -92,8 +89,8 @@ def validate(cfg: DictConfig) -> DictConfig:
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
         faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
-        faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg), *_files(cfg)]
-        faults += tracking_faults(cfg)
+        faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg)]
+        faults += [*named_file_faults(cfg), *tracking_faults(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
@@ -232,62 +229,6 @@ def _rewards(cfg: DictConfig) -> Iterator[Fault]:
         count = len(weights) if is_list else 1
         text = f"{count} weights for {len(rewards)} rewards; a list has one for each"
         yield "algorithm.args.reward_weights", text
-
-
-def _files(cfg: DictConfig) -> Iterator[Fault]:
-    """Check local files; those on a hub are checked when they are loaded."""
-    yield from _model_files(cfg)
-    if cfg.strict:
-        yield from _unpinned(cfg)
-    if cfg.data._target_ != "lora_exp.data.rows.jsonl":
-        return
-    for key in ("path", "eval_path", "chat_template"):
-        name = cfg.data[key]
-        if not isinstance(name, str):
-            continue  # null, or a fault already
-        try:
-            path = template_file(name) if key == "chat_template" else asset(name)
-        except ConfigError as error:
-            yield f"data.{key}", error.faults[0][1]
-            continue
-        if not glob.glob(str(path), recursive=True):  # noqa: PTH207
-            near = near_names(path)
-            yield f"data.{key}", f"no file matches {name}{near}"
-
-
-def _unpinned(cfg: DictConfig) -> Iterator[Fault]:
-    """Refuse hub revisions that may change; local files are recorded with their hashes."""
-    for key in ("model", "data"):
-        node = cfg[key]
-        hub = key == "model" or node._target_ == "lora_exp.data.rows.hub"
-        if hub and not asset(str(node.path)).exists() and not is_commit(node.revision):
-            text = f"strict=true: pin {node.path} to a commit, its 40 hexadecimal digits"
-            yield f"{key}.revision", text
-
-
-def _model_files(cfg: DictConfig) -> Iterator[Fault]:
-    path, gguf_file = str(cfg.model.path), cfg.model.gguf_file
-    try:
-        folder = asset(path)
-    except ConfigError as error:
-        yield "model.path", error.faults[0][1]
-        return
-    if path.startswith(("/", ".", "~", "pkg://")) and not folder.exists():
-        yield "model.path", f"no such folder: {path}"
-    if isinstance(gguf_file, str) and folder.is_dir() and not (folder / gguf_file).is_file():
-        near = near_names(folder / gguf_file, "*.gguf")
-        yield "model.gguf_file", f"no such file in {path}{near}"
-    args = cfg.algorithm.args
-    length = args.get("max_length")
-    if is_number(length) and length < 1:
-        yield "algorithm.args.max_length", f"{length!r} is not 1 or more"
-    elif is_number(length) and (folder / "config.json").is_file():
-        context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-        if context and length > context:
-            text = f"{length} is longer than the model's context of {context} tokens"
-            yield "algorithm.args.max_length", text
-    if args.get("packing") and length is None:
-        yield "algorithm.args.max_length", "packing fills sequences of this length; give a number"
 
 
 def _secrets(values: Any, redacted: Any, key: str = "") -> Iterator[Fault]:

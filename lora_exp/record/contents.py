@@ -1,4 +1,4 @@
-"""Whether the files that a finished run was trained with have changed. Needs no torch."""
+"""The content of the files that a run is trained with, and whether it has changed. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -15,6 +15,10 @@ from lora_exp.errors import LoraExpError
 from lora_exp.files.paths import asset, is_path
 from lora_exp.files.whole import sha256
 from lora_exp.model.identity import files_hash, small_files
+
+if TYPE_CHECKING:
+    from lora_exp.data.rows import Rows
+    from lora_exp.model.loading import Base
 
 CHANGED = "other-content"  # part of the name of a directory that is set aside
 
@@ -35,6 +39,24 @@ def changed_files(directory: Path, cfg: DictConfig) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, LoraExpError):
         return []
     return [name for name, before, after in pairs if before != after]
+
+
+def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
+    """Return hashes or commits of data, base and adapters, which must not change on resume."""
+    data = dict(rows.source)
+    if rows.chat_template is not None:
+        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
+        data["chat_template"] = f"sha256:{template}"
+    sources = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
+    folders = [Path(n).expanduser() for n in sources if isinstance(n, str) and is_path(n)]
+    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
+    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
+    return {
+        "data": data,
+        "base": base.revision,
+        "base_files": small_files(cfg.model.path),
+        "adapters": adapters,
+    }
 
 
 def _data(cfg: DictConfig, recorded: dict[str, str]) -> Iterator[tuple[str, Any, Any]]:

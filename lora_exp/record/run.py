@@ -5,7 +5,6 @@ A file is written completely or not at all; only metrics.jsonl is appended to.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,16 +26,10 @@ from lora_exp.config.resume import LIMITS, changes
 from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError, Paused
 from lora_exp.files.lock import Lock
-from lora_exp.files.paths import is_path
 from lora_exp.files.redaction import redact, redact_text
 from lora_exp.files.strict import dumps
-from lora_exp.files.whole import refusal, sha256, write_whole
-from lora_exp.model.identity import small_files
+from lora_exp.files.whole import refusal, write_whole
 from lora_exp.record.conditions import condition_changes, conditions
-
-if TYPE_CHECKING:
-    from lora_exp.data.rows import Rows
-    from lora_exp.model.loading import Base
 
 log = logging.getLogger("lora_exp")
 UNKNOWN = "an unknown commit"  # the hub did not answer
@@ -281,24 +274,6 @@ class Record:
 def _now() -> str:
     """Return the time in UTC, as ISO 8601 writes it, in whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def input_hashes(cfg: DictConfig, rows: Rows, base: Base) -> dict[str, Any]:
-    """Return hashes or commits of data, base and adapters, which must not change on resume."""
-    data = dict(rows.source)
-    if rows.chat_template is not None:
-        template = hashlib.sha256(rows.chat_template.encode()).hexdigest()
-        data["chat_template"] = f"sha256:{template}"
-    sources = [cfg.adapter, *(cfg.algorithm.rewards if "rewards" in cfg.algorithm else ())]
-    folders = [Path(n).expanduser() for n in sources if isinstance(n, str) and is_path(n)]
-    files = [path for folder in folders for path in folder.glob("adapter_model.*")]
-    adapters = {str(path.parent): f"sha256:{sha256(path)}" for path in files}
-    return {
-        "data": data,
-        "base": base.revision,
-        "base_files": small_files(cfg.model.path),
-        "adapters": adapters,
-    }
 
 
 def _read(path: Path) -> dict[str, Any]:
