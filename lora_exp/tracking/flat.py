@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+COLUMNS = ("prompt", "task", "expected", "before", "after")  # of a table of samples
+
 
 def flat(values: Mapping[str, Any], key: str = "") -> dict[str, bool | int | float | str]:
     """Return a nested config by dotted names, `peft.r`; numbers stay numbers, null is left out."""
@@ -20,11 +22,11 @@ def flat(values: Mapping[str, Any], key: str = "") -> dict[str, bool | int | flo
     return pairs
 
 
-def as_markdown(samples: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+def as_markdown(samples: list[dict[str, Any]]) -> str:
     """Return samples as a table of Markdown, in which their text cannot leave its cell."""
-    lines = ["|".join(columns), "|".join("---" for _ in columns)]
+    lines = ["|".join(COLUMNS), "|".join("---" for _ in COLUMNS)]
     for sample in samples:
-        cells = (str(sample.get(column) or "") for column in columns)
+        cells = (str(sample.get(column) or "") for column in COLUMNS)
         escaped = (c.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|") for c in cells)
         lines.append("|".join(" ".join(cell.split()) for cell in escaped))
     return "\n".join(f"|{line}|" for line in lines)

@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 
 from lora_exp.tracking.flat import as_markdown, flat
 
-COLUMNS = ("prompt", "task", "expected", "before", "after")
-
 
 class TensorBoard:
     """Event files in a folder; torch and TensorFlow are not needed for them."""
@@ -54,7 +52,7 @@ class TensorBoard:
         from tensorboard.plugins.text import metadata
         from tensorboard.util import tensor_util
 
-        text = as_markdown(samples, COLUMNS)
+        text = as_markdown(samples)
         value = Summary.Value(
             tag="samples",
             metadata=metadata.create_summary_metadata("samples", ""),

@@ -7,8 +7,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lora_exp.tracking.flat import COLUMNS
+
 PROJECT = "lora-exp"
-COLUMNS = ("prompt", "task", "expected", "before", "after")
 
 
 class Trackio:

@@ -14,10 +14,11 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from lora_exp.errors import ConfigError
+from lora_exp.tracking.flat import COLUMNS
 
 log = logging.getLogger("lora_exp")
 PROJECT, GROUP_LENGTH, TAG_LENGTH, TIMEOUT = "lora-exp", 128, 64, 10
-STEP, COLUMNS = "train/global_step", ["prompt", "task", "expected", "before", "after"]
+STEP = "train/global_step"
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
 
@@ -89,7 +90,7 @@ class Wandb:
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Send the answers before and after training as a table."""
-        table = self.wandb.Table(columns=COLUMNS)
+        table = self.wandb.Table(columns=list(COLUMNS))
         for sample in samples:
             table.add_data(*(sample.get(column) for column in COLUMNS))
         self.run.log({"samples": table}, step=step)

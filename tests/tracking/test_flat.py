@@ -11,7 +11,9 @@ def test_numbers_stay_numbers_and_null_is_left_out() -> None:
 
 
 def test_a_samples_text_stays_in_its_cell() -> None:
-    text = as_markdown([{"prompt": "a|b\n\n# c <img src=x>", "after": None}], ("prompt", "after"))
+    text = as_markdown([{"prompt": "a|b\n\n# c <img src=x>", "after": None}])
     assert text.splitlines() == [
-        "|prompt|after|", "|---|---|", "|a\\|b # c &lt;img src=x>||",
-    ]  # fmt: skip
+        "|prompt|task|expected|before|after|",
+        "|---|---|---|---|---|",
+        "|a\\|b # c &lt;img src=x>|||||",
+    ]
