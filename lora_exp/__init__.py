@@ -12,6 +12,8 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from lora_exp import libraries
+
 if TYPE_CHECKING:
     from lora_exp.after.loading import load_adapter
     from lora_exp.comparison.value import compare
@@ -38,10 +40,12 @@ def __getattr__(name: str) -> Any:
 
         return compare
     if name == "run":
+        libraries.load()
         from lora_exp.experiment import run
 
         return run
     if name == "load_adapter":
+        libraries.load(training=False)
         from lora_exp.after.loading import load_adapter
 
         return load_adapter

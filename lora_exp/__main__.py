@@ -21,15 +21,19 @@ from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+from lora_exp import libraries
 from lora_exp.config.door import CONF
 from lora_exp.config.mistakes import translate_error
 from lora_exp.config.overrides import split_override
+from lora_exp.config.processes import process_count
 from lora_exp.config.resume import LIMITS
 from lora_exp.config.validation import job_config
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
+from lora_exp.files.paths import is_scratch
 from lora_exp.files.redaction import redact_files, redact_text
 from lora_exp.files.whole import refusal
 from lora_exp.lockstep import devices
+from lora_exp.parallel.launch import check_single_process
 from lora_exp.record.contents import CHANGED, changed_files
 from lora_exp.record.ranking import judgement, judgements
 from lora_exp.record.standing import (
@@ -43,14 +47,14 @@ from lora_exp.record.standing import (
 from lora_exp.record.sweep import COMMAND, MULTIRUN, SweepTable, refresh_row, saved_command
 from lora_exp.training.interruption import EXIT_CODE, stop
 from lora_exp.training.place import here
+from lora_exp.training.processes import train_in_processes
 
 log = logging.getLogger("lora_exp")
 # overrides when a sweep is resumed
 MAY_CHANGE = (
     "retry_failed", "report", "lockstep.", "early_stopping", "hydra.sweeper.trials",
-    "hydra.launcher.workers", *LIMITS,
+    "hydra.launcher.", *LIMITS,
 )  # fmt: skip
-PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 logging.raiseExceptions = False  # no tracebacks for a log that cannot be written
 
 
@@ -64,7 +68,9 @@ def job(cfg: DictConfig) -> float:
     sweep = "/".join(Path(hydra_config.sweep.dir).parts[-2:]) if in_sweep else None
     try:
         master = SweepTable.current.master if in_sweep and SweepTable.current else None
-        settled = job_config(cfg, hydra_config, master)  # type: ignore[arg-type]
+        settled = here.get().settled  # the launcher has the same
+        if settled is None:
+            settled = job_config(cfg, hydra_config, master)  # type: ignore[arg-type]
         status = run_status(directory, settled) if in_sweep else None
         if status == "finished" and (names := changed_files(directory, settled)):
             _set_aside_changed(directory, names)
@@ -79,9 +85,12 @@ def job(cfg: DictConfig) -> float:
             with read_write(settled):
                 settled.resume = str(directory)
                 settled.train.update(farthest_limits(directory, settled))
-        from lora_exp.experiment import run
-
         try:
+            if process_count(settled) > 1:  # this one does not train, so needs no torch
+                return float(train_in_processes(settled, directory, sweep)["objective"])
+            libraries.load(freeze=True)
+            from lora_exp.experiment import run
+
             return run(settled, directory, sweep, here.get()).objective
         finally:
             if not in_sweep:
@@ -115,16 +124,17 @@ def _set_aside_changed(directory: Path, names: list[str]) -> None:
     if (aside / written).is_dir():
         shutil.copytree(aside / written, directory / ".hydra")
     configure_log(hydra_config.job_logging, hydra_config.verbose)  # opens the new run.log
-    log.warning("trained again, since %s changed; %s keeps what it was", ", ".join(names), aside)
+    text = "trained again, since %s changed; the earlier run is now %s"
+    log.warning(text, ", ".join(names), aside)
 
 
 def main() -> None:
     """Run the command line; errors that the user can fix are printed without a traceback."""
     devices.keep_one()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, not to Hydra's printer
-    _raise_file_limit()
+    raise_file_limit()
     try:
-        _check_single_process()
+        check_single_process()
         sys.argv[1:] = _sweep_command(sys.argv[1:])
         _check_directory(sys.argv[1:])
         with stop.listening():
@@ -141,7 +151,7 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        if SweepTable.current is not None and SweepTable.current.folder is not None:
+        if SweepTable.current is not None and not is_scratch(SweepTable.current.folder):
             folder = SweepTable.current.folder
             saved = (folder / COMMAND).is_file()
             how = f"resume={folder}" if saved else f"the same command with hydra.sweep.dir={folder}"
@@ -172,7 +182,7 @@ def _write_report(table: SweepTable) -> None:
 
         from lora_exp.record.console import console
 
-        console.print(Text(f"{path} shows them"))
+        console.print(Text(f"report: {path}"))
 
 
 def _report_trial(table: SweepTable) -> None:
@@ -186,20 +196,7 @@ def _report_trial(table: SweepTable) -> None:
         report_trial(table.trial, table.rows[0]["judged_by"], values)
 
 
-def _check_single_process() -> None:
-    """Refuse to run as one of several processes, each of which would train and write a run.
-
-    Raises:
-        ConfigError: torchrun, accelerate launch, mpirun or similar has started several.
-    """
-    for name in PROCESS_COUNTS:
-        count = os.environ.get(name, "1")
-        if count != "1":
-            text = f"{count}: a run trains in one process, on one device; start it without torchrun"
-            raise ConfigError([(name, f"{text} or accelerate launch or mpirun (or unset {name})")])
-
-
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """Raise the limit of open files: at a low limit W&B loses files without an error."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):

@@ -1,4 +1,4 @@
-"""The stages of every run, in their order: config, base, adapter, rows, trainer, artifacts.
+"""The stages of every run, in their order: rows, base, adapter, tokens, trainer, artifacts.
 
 Only this module knows all of them; the config is read-only.
 """
@@ -18,37 +18,46 @@ from omegaconf import DictConfig
 from transformers import set_seed
 
 from lora_exp.adapter.attach import Adapted, attach, save
+from lora_exp.adapter.updates import norms
 from lora_exp.algorithm.critic import save_value
 from lora_exp.config.door import build
 from lora_exp.config.learning import check_rows
+from lora_exp.config.processes import process_count
 from lora_exp.config.settled import run_dir
 from lora_exp.config.trackers import sent_config, tracker_keys
-from lora_exp.data.examples import prepared, recounted, unending
+from lora_exp.data.examples import recounted, unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare, template_hash
 from lora_exp.data.tokens import Tokens
-from lora_exp.errors import ConfigError, Interrupted, Paused
+from lora_exp.errors import AdapterError, ConfigError, Interrupted
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
+from lora_exp.model.determinism import explained, switched
 from lora_exp.model.loading import Base
 from lora_exp.model.packing import keeps_rows_apart
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
+from lora_exp.parallel.launch import check_single_process
+from lora_exp.parallel.world import world
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
 from lora_exp.record.contents import input_hashes
+from lora_exp.record.follower import opened
 from lora_exp.record.metrics import Metrics
 from lora_exp.record.progress import Progression, quiet
-from lora_exp.record.run import Record
+from lora_exp.record.run import Record, status_after
 from lora_exp.record.summary import announce, conclude, counts
 from lora_exp.tracking.several import Several
+from lora_exp.tracking.tracker import RunInfo
 from lora_exp.training.best import best_evaluation
 from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.flattened import check_flattened
+from lora_exp.training.inputs import Inputs
 from lora_exp.training.interruption import stop
 from lora_exp.training.loop import train_to_end
 from lora_exp.training.measure import after, before, objective_name, present
 from lora_exp.training.place import Alone, Place
+from lora_exp.training.processes import train_in_processes
 from lora_exp.training.trainer import precision, tokens_trained, trainer_of
 
 log = logging.getLogger("lora_exp")
@@ -86,12 +95,16 @@ def run(
         Interrupted: SIGTERM or Ctrl-C; `resume` continues the run.
     """
     quiet()
-    place = place or Alone()
-    with stop.listening():
+    place, directory = place or Alone(), Path(directory or run_dir(cfg.resume))
+    with stop.listening(), switched(cfg.deterministic):
+        if world.size == 1:
+            check_single_process()
+            if process_count(cfg) > 1:
+                return Result(**train_in_processes(cfg, directory, sweep, day))
         stop.check()
-        record = Record(Path(directory or run_dir(cfg.resume)), cfg, day)
+        record = opened(directory, cfg, day)
         try:
-            with record.outcome():
+            with record.outcome(), explained():
                 return _run(cfg, record, sweep, place)
         finally:
             place.leave()
@@ -99,7 +112,8 @@ def run(
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
     started = place.seconds()
-    rows, shaped = _rows(cfg)
+    inputs = Inputs(cfg, place, record.values["date"])
+    rows, shaped = inputs.rows()
     set_seed(cfg.seed)
     base = place.base(cfg)
     _check_base(cfg, base)
@@ -108,10 +122,12 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     adapted = attach(base, cfg, record.directory)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
     set_end_tokens(base.model, base.tokenizer)
-    data = prepared(shaped, base.tokenizer, adapted.model, cfg)
+    with world.first_alone():
+        data = inputs.tokens(shaped, base, adapted.model)
     rows, shaped = _without_refused(rows, shaped, data, base)
+    measured = inputs.held_out(rows, base)
     tracker = _tracker(cfg, record, sweep)
-    board, clock, saved, ended = place.board(), Clock(place.seconds), None, "failed"
+    board, clock, saved = place.board(), Clock(place.seconds), None
     try:
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
@@ -122,29 +138,30 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
         _connect(clock, trainer)
         adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
         numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
-        dtypes = precision(cfg, base, trainer)
-        facts = base.facts | {"precision": dtypes, "template": template_hash(base.tokenizer)}
+        facts = _facts(cfg, base, trainer)
         record.update(place=place.name, counts=numbers, **facts, **hashes)
         tracker.describe(record.facts())
         announce(cfg, rows, base, adapted, train, held_out)
         place.join(trainer)
-        samples = before(cfg, trainer, base, rows.eval, record, place)
+        samples = before(cfg, trainer, base, measured, record, place)
         objective = objective_name(cfg.objective, record.values["metrics"], held_out)
-        measure = partial(present, objective, cfg, trainer, base, rows.eval)
+        measure = partial(present, objective, cfg, trainer, base, measured)
         stopping = EarlyStopping(cfg, record, place, objective, measure).joined(trainer)
         set_seed(cfg.seed)  # training draws the same numbers, whatever was measured
         train_to_end(trainer, cfg.resume, record, clock)
         with _checkpoint_if_interrupted(trainer):
             samples = stopping.conclude(trainer, samples)
             if not stopping.prunes:
-                samples = after(cfg, trainer, base, rows.eval, record, samples)
+                samples = after(cfg, trainer, base, measured, record, samples)
+            if world.size > 1:  # where one process was asked, all agree here
+                stop.check()
             if not stopping.prunes or stopping.keeps:
                 saved = _save_artifacts(cfg, trainer, adapted, base, record)
             tracker.samples(samples, trainer.state.global_step)
             _record_result(cfg, record, trainer, objective, place.seconds() - started)
             ended = record.ends_as
-    except Paused:
-        ended = "paused"
+    except BaseException as error:
+        ended = status_after(error)
         raise
     finally:
         board.close()
@@ -156,12 +173,13 @@ def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Re
     return Result(metrics[objective], metrics, record.directory, saved)
 
 
-def _rows(cfg: DictConfig) -> tuple[Rows, Rows]:
-    """Return the rows as they were read, and in the shape that the algorithm learns from."""
-    rows: Rows = build(cfg, "data")
-    shaped = rows.shaped(cfg.algorithm.shape)
-    check_rows(cfg, len(shaped.train))
-    return rows, shaped
+def _facts(cfg: DictConfig, base: Base, trainer: Any) -> dict[str, Any]:
+    """Return what the record says of the base, and of how it is computed."""
+    dtypes, template = precision(cfg, base, trainer), template_hash(base.tokenizer)
+    return base.facts | {
+        "precision": dtypes, "template": template, "processes": world.size,
+        "deterministic": cfg.deterministic,
+    }  # fmt: skip
 
 
 def _check_base(cfg: DictConfig, base: Base) -> None:
@@ -203,7 +221,7 @@ def _without_refused(
     rows, shaped = rows.without(refused), shaped.without(refused)
     if warning := unending(shaped, base.tokenizer):
         rows = replace(rows, warnings=(*rows.warnings, warning))
-    _log_skipped(rows)
+    rows.log_skipped()
     return rows, shaped
 
 
@@ -229,12 +247,19 @@ def _save_artifacts(
     cfg: DictConfig, trainer: Any, adapted: Adapted, base: Base, record: Record
 ) -> Path:
     """Write what was trained, each folder completely or not at all."""
+    folder = record.directory / ("adapter" if adapted.method else "model")
+    if not world.is_first:
+        return folder
     if hasattr(trainer.model, "ppo_value"):
         with whole(record.directory / "value") as staged:
             save_value(trainer.model, base, staged)
-    folder = record.directory / ("adapter" if adapted.method else "model")
     with whole(folder) as staged:
         save(adapted, base, staged, model_card(cfg, record.values))
+    if adapted.method:
+        try:
+            record.write_json("updates.json", norms(folder))
+        except AdapterError as error:  # what was trained is saved all the same
+            log.warning("updates.json is left out: %s", error)
     return folder
 
 
@@ -248,30 +273,20 @@ def _checkpoint_if_interrupted(trainer: Any) -> Iterator[None]:
         raise
 
 
-def _log_skipped(rows: Rows) -> None:
-    for why in rows.skipped:
-        log.info("skipped: %s", why)
-    if rows.skipped:
-        text = "%d rows were left out, the first: %s; run.log lists them"
-        log.warning(text, len(rows.skipped), rows.skipped[0])
-
-
 def _tracker(cfg: DictConfig, record: Record, sweep: str | None) -> Several:
     config: dict[str, Any] = redact(sent_config(cfg))
-    keys = tracker_keys(cfg.tracking)
+    keys = tracker_keys(cfg.tracking) if world.is_first else ()
+    info = RunInfo(
+        record.directory,
+        id=record.values["tracking_id"],
+        name=cfg.name,
+        sweep=cfg.get("sweep_name") or sweep,
+        algorithm=cfg.choices.algorithm,
+        choices=[f"{group}={option}" for group, option in config["choices"].items()],
+        config=config | {"sweep": sweep},
+    )
 
     def make(key: str) -> Any:
-        return build(
-            cfg,
-            f"tracking.{key}".rstrip("."),
-            leave_out=keys,
-            directory=record.directory,
-            run_id=record.values["tracking_id"],
-            run_name=cfg.name,
-            sweep=cfg.get("sweep_name") or sweep,
-            job_type=cfg.choices.algorithm,
-            choices=[f"{group}={option}" for group, option in config["choices"].items()],
-            config=config | {"sweep": sweep},
-        )
+        return build(cfg, f"tracking.{key}".rstrip("."), leave_out=keys, run=info)
 
     return Several({key or "wandb": partial(make, key) for key in keys})

@@ -2,7 +2,7 @@
 
 A reward function is TRL's: `f(prompts, completions, **columns) -> list[float | None]`, one number
 for each completion, None where it gives no reward. `columns` are the rows' other columns, each a
-list. In chats a completion is a list of turns; `said` returns its text.
+list. In chats a completion is a list of turns; `completion_text` returns its text.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from lora_exp.adapter.several import add_saved, is_adapted, score, using
 from lora_exp.config.door import build, untrusted
 from lora_exp.config.start import adapter_config, check_base
+from lora_exp.data.rows import Rows
 from lora_exp.data.turns import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
 from lora_exp.files.paths import is_path
@@ -38,7 +40,7 @@ SECONDS = 1.0  # that a pattern may take on one completion
 BATCH = 64  # completions that a reward adapter scores at a time
 
 
-def said(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """Return a completion's text; of a chat, that of the last turn."""
     text: str = completion if isinstance(completion, str) else completion[-1]["content"]
     return text
@@ -46,14 +48,14 @@ def said(completion: Any) -> str:
 
 def exact_match(completions: list[Any], answer: list[str | None], **_: Any) -> list[float | None]:
     """Give 1 for the known answer, outer white space aside, else 0."""
-    pairs = zip(completions, answer, strict=True)
-    return [None if a is None else float(said(c).strip() == a.strip()) for c, a in pairs]
+    pairs = zip(map(completion_text, completions), answer, strict=True)
+    return [None if a is None else float(c.strip() == a.strip()) for c, a in pairs]
 
 
 def similarity(completions: list[Any], answer: list[str | None], **_: Any) -> list[float | None]:
     """Give the share of characters in common with the known answer, in order: 1 for the answer."""
-    pairs = zip(completions, answer, strict=True)
-    return [None if a is None else SequenceMatcher(None, said(c), a).ratio() for c, a in pairs]
+    pairs = zip(map(completion_text, completions), answer, strict=True)
+    return [None if a is None else SequenceMatcher(None, c, a).ratio() for c, a in pairs]
 
 
 def regex(pattern: str) -> Function:
@@ -65,8 +67,9 @@ def regex(pattern: str) -> Function:
     compiled = patterns.compile(pattern, patterns.DOTALL)
 
     def regex(completions: list[Any], **_: Any) -> list[float | None]:
+        texts = map(completion_text, completions)
         try:
-            return [float(bool(compiled.search(said(c), timeout=SECONDS))) for c in completions]
+            return [float(bool(compiled.search(text, timeout=SECONDS))) for text in texts]
         except TimeoutError as error:
             raise RewardError(f"{pattern!r} takes more than {SECONDS:g} s") from error
 
@@ -244,7 +247,7 @@ def _second_base(cfg: DictConfig) -> Any:
     return peft.get_peft_model(base.model, peft.LoraConfig(r=1, target_modules="all-linear"))
 
 
-def rewards(cfg: DictConfig, base: Base, model: Any, rows: list[Row]) -> list[Any]:
+def rewards(cfg: DictConfig, base: Base, model: Any, rows: Rows) -> list[Any]:
     """Return the rewards of `algorithm.rewards`: functions, factories with arguments, adapters.
 
     Raises:
@@ -272,7 +275,7 @@ def rewards(cfg: DictConfig, base: Base, model: Any, rows: list[Row]) -> list[An
             function = getattr(importlib.import_module(module), name)
             built.append(Reward(function, _unused_name(name, built)))
     for reward in built:
-        reward.check(rows)
+        reward.check(chain(rows.train, rows.eval))
     return built
 
 

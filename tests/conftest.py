@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,19 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "0"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from absl import logging as absl_logging
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "data.max_rows=64"]
 QUICK += ["data.max_eval_rows=16", "report=null"]
 
+# absl closes its stream whenever logging is configured, but not this one; else it is pytest's own
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
 
 SLOWEST = (  # files that take minutes
     "lockstep/test_launcher.py", "test_faults.py", "lockstep/test_processors.py",
+    "lockstep/test_interrupted_sweeps.py",
     "training/test_interruption.py", "algorithm/test_algorithms.py", "after/test_merging.py",
     "test_experiment.py", "training/test_checkpoint.py",
 )  # fmt: skip
@@ -42,6 +49,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LORA_EXP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Spare garbage collection what earlier files imported: trainers ask for it several times."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -112,8 +112,9 @@ def test_a_documented_run_composes(
     if page == "README.md" and "peft.lora_alpa" in " ".join(words):
         return  # a deliberate mistake, tested below
     make_files(words)
-    for overrides in jobs(arguments.overrides):
-        compose(*overrides)
+    configs = [compose(*overrides) for overrides in jobs(arguments.overrides)]
+    assert configs
+    assert all(cfg.name for cfg in configs)
 
 
 @pytest.mark.parametrize(("page", "words"), TOOLS, ids=ids)
@@ -122,6 +123,7 @@ def test_a_documented_tool_and_its_flags_exist(
 ) -> None:
     command, name = GROUP.commands[words[0]], words[0]
     parsed = command.make_context(name, words[1:])
+    assert parsed.info_name == name
     if name == "estimate":
         compose(*parsed.params["overrides"])
 

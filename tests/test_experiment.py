@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import compose, load_adapter, run
+from lora_exp.after.likeness import likeness
 from lora_exp.config.door import CONF
 from lora_exp.config.pairs import REFUSED
-from lora_exp.errors import ConfigError
+from lora_exp.errors import AdapterError, ConfigError
 from lora_exp.files.paths import asset
 
 METHODS = sorted(path.stem for path in (CONF / "peft").glob("*.yaml"))
@@ -92,6 +93,9 @@ def test_a_run_writes_the_documented_files(quick_run: Callable[..., Any]) -> Non
     ]
     assert len(samples) == 4
     assert all(sample["after"] is not None for sample in samples)
+    losses = json.loads((result.directory / "row_losses.json").read_text())
+    mean_loss = sum(losses["losses"]) / sum(losses["tokens"])
+    assert mean_loss == pytest.approx(record["metrics"]["eval/loss"], rel=1e-5)
     assert {path.name for path in result.saved.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
         "tokenizer.json", "tokenizer_config.json",
@@ -131,7 +135,7 @@ def test_the_saved_adapter_on_the_original_base_has_the_evaluated_loss(
     model = PeftModel.from_pretrained(base, result.saved).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.saved)
     from lora_exp.data import tasks
-    from lora_exp.data.tokens import encode
+    from lora_exp.data.encoding import encode
 
     rows = tasks.take(tasks.DEMO, 0, 16, held_out=True)
     losses = tokens = 0.0
@@ -248,7 +252,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=6", "train.save_strategy=steps", "train.save_steps=3"]
-    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
+    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=4"]
     uninterrupted = quick_run(*settings, name="whole")
     cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-6")  # as if it had been killed before
@@ -257,11 +261,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     mark_killed(cut.directory)
     resumed = run(compose(f"resume={cut.directory}"))
     assert resumed.directory == cut.directory
-    assert digest(resumed.saved) == digest(uninterrupted.saved)
+    result = likeness(uninterrupted.directory, cut.directory)
+    assert result.weights == result.metrics == []
     lines = [
         json.loads(line) for line in (cut.directory / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "train/loss" in line] == [4, 6]
+    tokens = [line["train/tokens"] for line in lines if "train/tokens" in line]
+    assert tokens == [line["train/num_tokens"] for line in lines if "train/num_tokens" in line]
     before = [
         json.loads(line)["before"]
         for line in (cut.directory / "samples.jsonl").read_text().splitlines()
@@ -279,3 +286,18 @@ def test_adalora_redistributes_its_ranks(quick_run: Callable[..., Any]) -> None:
     assert len(ranks) == 28
     assert sum(ranks) == 28 * 2  # target_r is their mean
     assert len(set(ranks)) > 1  # and ranks differ between layers
+
+
+def test_a_run_does_not_fail_for_a_norm_that_cannot_be_computed(
+    quick_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise AdapterError("weights do not fit")
+
+    monkeypatch.setattr("lora_exp.experiment.norms", refuse)
+    result = quick_run()
+    assert json.loads((result.directory / "run.json").read_text())["status"] == "finished"
+    assert not (result.directory / "updates.json").exists()
+    assert "updates.json is left out: weights do not fit" in caplog.text

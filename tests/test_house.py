@@ -37,7 +37,7 @@ PAGES = sorted(
 ROOM_OF_GROUP = {
     "data": "data", "model": "model", "quant": "model", "peft": "adapter", "targets": "adapter",
     "algorithm": "algorithm", "tracking": "tracking",
-    "early_stopping": "early_stopping",
+    "early_stopping": "early_stopping", "parallel": "parallel",
 }  # fmt: skip
 # modules without their own test file, by room, and why
 TESTED_ELSEWHERE = {
@@ -45,7 +45,8 @@ TESTED_ELSEWHERE = {
     "cli": {"use"},  # in after/: test_chat.py, test_serving.py, test_completion.py
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     # alone in every run, on a seat in lockstep/test_contract.py; the loop in every run
-    "training": {"place", "loop"},
+    # processes: whole runs in parallel/test_launch.py
+    "training": {"place", "loop", "processes"},
     # whole packs in lockstep/test_contract.py run these, the launcher's tests the last
     "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
     # proofs are tested in test_merging.py, the others with their commands
@@ -173,7 +174,7 @@ def test_option_files_are_short_and_begin_with_a_comment() -> None:
 
 def test_tests_mirror_the_rooms_and_every_module_has_its_tests() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/__init__.py")}
-    assert folders == {room.name for room in ROOMS}
+    assert folders - {"gpu"} == {room.name for room in ROOMS}  # which every room shares
     for room in ("", *sorted(folders)):
         modules = {path.stem.strip("_") for path in (PACKAGE / room).glob("*.py")} - {"init"}
         tested = {path.stem[5:] for path in (ROOT / "tests" / room).glob("test_*.py")}

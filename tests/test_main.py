@@ -28,15 +28,16 @@ def started_anew(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--cfg=job", "lora_alpha: 32"), ("peft=lroa", "mean lora"), ("peft.r=0", "0 is no rank")],
+    [("--cfg=job", "lora_alpha: 32"), ("peft=lroa", "mean lora"), ("peft.r=0", "0 is not a rank")],
 )
 def test_showing_and_refusing_a_config_import_no_torch(
     argument: str, message: str, tmp_path: Path
 ) -> None:
     code = (
         "import sys; from lora_exp.__main__ import main\n"
+        "heavy = {'torch', 'transformers', 'wandb', 'rich', 'pyarrow'}\n"
         "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'wandb', 'rich'} & set(sys.modules)"
+        "finally: assert not heavy & set(sys.modules)"
     )
     done = started_anew("-c", code, argument, cwd=tmp_path)
     assert "AssertionError" not in done.stderr
@@ -132,22 +133,22 @@ def test_a_sweep_writes_a_directory_per_job_and_a_table_and_survives_a_failure(
     summary = json.loads((sweep / "summary.json").read_text())
     assert [row["status"] for row in summary] == ["finished", "finished", "failed"]
     assert summary[0]["objective"] <= summary[1]["objective"]
-    assert "peft.r: 0 is no rank" in summary[2]["error"]
+    assert "peft.r: 0 is not a rank" in summary[2]["error"]
     with (sweep / "summary.csv").open() as lines:
         table = list(csv.DictReader(lines))
     assert {row["name"][:2] for row in table[:2]} == {"r2", "r4"}
     assert float(table[0]["eval/loss"]) == summary[0]["objective"]
     assert all((sweep / n / "adapter" / "README.md").is_file() for n in ("0", "2"))
-    assert "peft.r: 0 is no rank" in (sweep / "1" / "run.log").read_text()
+    assert "peft.r: 0 is not a rank" in (sweep / "1" / "run.log").read_text()
     assert "1 of 3 jobs failed" in done.stderr
-    assert "is no rank" not in done.stderr
+    assert "is not a rank" not in done.stderr
     assert "summary.csv" in done.stdout
     assert done.stdout.rindex("finished") < done.stdout.rindex("failed")
-    assert "job 1: peft.r: 0 is no rank" in done.stdout
+    assert "job 1: peft.r: 0 is not a rank" in done.stdout
     assert "eval/loss" in done.stdout
     report = (sweep / "report.html").read_text(encoding="utf-8")
     assert "has the lowest eval/loss" in report
-    assert f"{sweep.relative_to(tmp_path)}/report.html shows them" in done.stdout
+    assert f"report: {sweep.relative_to(tmp_path)}/report.html" in done.stdout
 
 
 def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_preset_sweeps_without_a_flag(tmp_path: Path) -> None:
 
 def test_simultaneous_launches_have_different_directories(tmp_path: Path) -> None:
     started = [Process("-m", "lora_exp", "peft.r=0", cwd=tmp_path) for _ in range(20)]
-    assert {"0 is no rank" in process.communicate()[1] for process in started} == {True}
+    assert {"0 is not a rank" in process.communicate()[1] for process in started} == {True}
     assert {process.returncode for process in started} == {1}
     assert len(list((tmp_path / "outputs").glob("*/*"))) == 20
 
@@ -210,7 +211,8 @@ def test_several_processes_of_torchrun_or_mpirun_are_refused_at_once(
     monkeypatch.setenv("LOCAL_RANK", "1")
     done = cli(cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"ConfigError: {name}: 2: a run trains in one process")
+    assert done.stderr.startswith(f"ConfigError: {name}: 2: a run starts its processes itself")
+    assert "parallel=ddp parallel.processes=2" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/reference.md").read_text(), re.M)
-OURS = {"lora_exp", "hydra_plugins", "scripts", "tests"}
+OURS = {"lora_exp", "hydra_plugins", "scripts", "tests", "gpu", "rows"}
 PACKAGE = [
     path for folder in ("lora_exp", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
 ]
@@ -36,7 +36,8 @@ TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
 # modules that import packages of an extra; they are imported only where it is installed
 NEEDED_EXTRA = {
     "lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve",
-    "lora_exp/search/study.py": "search",
+    "lora_exp/search/study.py": "search", "lora_exp/lockstep/slurm.py": "cluster",
+    "lora_exp/lockstep/ray.py": "ray",
     **{f"lora_exp/tracking/{name}.py": name for name in ("tensorboard", "mlflow", "trackio")},
 }  # fmt: skip
 DISTRIBUTIONS = {"mlflow": ["mlflow-skinny"], **packages_distributions()}  # it may be missing
@@ -97,7 +98,18 @@ def declared(*extras: str) -> set[str]:
 def test_what_is_imported_is_declared(path: Path) -> None:
     extra = NEEDED_EXTRA.get(str(path.relative_to(ROOT)))
     extras = (
-        ["docs", "eval", "search", "serve", "dev", "tensorboard", "mlflow", "trackio"]
+        [
+            "docs",
+            "eval",
+            "search",
+            "serve",
+            "dev",
+            "cluster",
+            "ray",
+            "tensorboard",
+            "mlflow",
+            "trackio",
+        ]
         if path in TESTS_AND_SCRIPTS
         else [extra]
         if extra

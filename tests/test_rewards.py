@@ -14,14 +14,22 @@ from transformers import AutoModelForSequenceClassification
 from lora_exp import compose, rewards, run
 from lora_exp.errors import DataError, RewardError
 from lora_exp.files.paths import asset
-from lora_exp.rewards import AdapterReward, Reward, exact_match, length, regex, said, similarity
+from lora_exp.rewards import (
+    AdapterReward,
+    Reward,
+    completion_text,
+    exact_match,
+    length,
+    regex,
+    similarity,
+)
 
 CHAT = [{"role": "assistant", "content": "a b"}]
 TINY = "pkg://lora_exp/assets/tiny"
 
 
 def test_texts_and_chats_are_rewarded_alike() -> None:
-    assert said("a b") == said(CHAT) == "a b"
+    assert completion_text("a b") == completion_text(CHAT) == "a b"
     assert exact_match(completions=[" a b\n", CHAT, "b"], answer=["a b", "a b", "a b"]) == [1, 1, 0]
     assert similarity(completions=["ab", CHAT], answer=["ab", None]) == [1.0, None]
     assert similarity(completions=["abxx"], answer=["ab"]) == [2 * 2 / 6]

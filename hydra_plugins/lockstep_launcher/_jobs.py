@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, configure_log, run_job
 from hydra.types import HydraContext
 
+from lora_exp.comparison.live import LiveReport
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import Interrupted, LoraExpError, Paused
 from lora_exp.lockstep.brackets import brackets, stopped_before
+from lora_exp.lockstep.cluster import Cluster
+from lora_exp.lockstep.job import failed, returned
 from lora_exp.lockstep.plan import Job, Plan
 from lora_exp.lockstep.work import Work, apart, dealt
-from lora_exp.lockstep.worker import failed, returned
 from lora_exp.lockstep.workers import DiedError, Workers
 from lora_exp.record.contents import CHANGED, changed_files
 from lora_exp.record.standing import (
@@ -31,6 +34,7 @@ from lora_exp.record.standing import (
 from lora_exp.record.sweep import SweepTable
 from lora_exp.training.interruption import stop
 
+Executor = Workers | Cluster
 log = logging.getLogger(__name__)
 
 
@@ -40,8 +44,18 @@ class Jobs:
     `Workers.run` calls `began`, `ended` and `unproven`, by the names in the workers' messages.
     """
 
-    def __init__(self, launcher: Any) -> None:
+    def __init__(self, launcher: Any, ours: bool) -> None:
+        """Create it.
+
+        Args:
+            launcher: Hydra's.
+            ours: whether the jobs are runs of lora-exp, of which a report can be written.
+        """
         self.launcher = launcher
+        config = launcher.config
+        self.report = LiveReport(
+            Path(str(config.hydra.sweep.dir)), config.get("report") if ours else None
+        )
         self.jobs: dict[int, Job] = {}
         self.running: set[int] = set()
         self.returns: dict[int, JobReturn] = {}
@@ -52,7 +66,7 @@ class Jobs:
         self.alone: set[int] = set()  # they have a base to themselves
         self.deaths = 0  # of workers, while no job was running
 
-    def run(self, launch_plan: Plan, jobs: dict[int, Job], workers: Workers) -> None:
+    def run(self, launch_plan: Plan, jobs: dict[int, Job], workers: Executor) -> None:
         """Carry out a plan, even if workers die."""
         self.jobs = jobs
         for job, _ in launch_plan.without_training:
@@ -74,13 +88,13 @@ class Jobs:
         self.train(launch_plan, workers)
         self.retrain(workers)
 
-    def train(self, launch_plan: Plan, workers: Workers) -> None:
+    def train(self, launch_plan: Plan, workers: Executor) -> None:
         """Send work; the running jobs of dead workers are retried alone, once, then the rest.
 
         Jobs that wait for others at a rung have paused; they are sent again when all have ended
         or paused.
         """
-        while work := self._work(launch_plan, len(workers.workers)):
+        while work := self._work(launch_plan, workers.count):
             try:
                 workers.run(work, self)
             except DiedError as error:
@@ -93,11 +107,11 @@ class Jobs:
                 log.warning("%s; to be tried again, alone: jobs %s", error, lost)
                 for number in lost:
                     write_status(self.jobs[number].directory, "interrupted", str(error))
+                workers.replace()
                 for number in lost:
-                    self._retry_alone(number)
+                    self._retry_alone(number, workers)
                     self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
                     stop.check()
-                workers.replace()
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
                 stop.check()
@@ -106,6 +120,7 @@ class Jobs:
 
     def stopped(self) -> None:
         """Mark the jobs that were running as interrupted, after the worker has ended."""
+        self.report.stop()
         for number in sorted(self.running):
             write_status(self.jobs[number].directory, "interrupted", "stopped at once")
 
@@ -114,16 +129,15 @@ class Jobs:
         lockstep: Any = job.config.get("lockstep")
         if lockstep and lockstep.on_difference == "retrain" and is_unproven(job.directory):
             log.error(
-                "job %d is trained again, alone; %s keeps what it was",
+                "job %d is trained again, alone; the earlier run is now %s",
                 job.number, set_aside(job.directory),
             )  # fmt: skip
 
-    def _retry_alone(self, number: int) -> None:
+    def _retry_alone(self, number: int, workers: Executor) -> None:
         job = self.jobs[number]
         if number in self.unproven_jobs:
             mark_unproven(job.directory)
         self._set_aside(job)
-        workers = Workers(self.launcher.hydra_context, self.launcher.task_function, warm=False)
         try:
             workers.run([apart([job], self._brackets())], self)
         except DiedError as error:
@@ -131,10 +145,9 @@ class Jobs:
             text = f"{error}, also when it was tried again, alone"
             write_status(job.directory, "failed", text)
             self.ended(number, failed(job.config, LoraExpError(text)))
-        finally:
-            workers.stop()
+            workers.replace()
 
-    def _work(self, launch_plan: Plan, workers: int) -> list[Work]:
+    def _work(self, launch_plan: Plan, workers: int | None) -> list[Work]:
         """Return the jobs that have not ended, with what is known of those to compare them with.
 
         Raises:
@@ -142,7 +155,8 @@ class Jobs:
         """
         earlier, self.brackets = self.brackets, self._brackets()
         if self.paused and self.brackets == earlier:
-            raise LoraExpError(f"jobs {sorted(self.paused)} wait for each other's rungs")
+            text = f"jobs {sorted(self.paused)} wait for each other at a rung: a fault of lora-exp"
+            raise LoraExpError(f"{text}; the same command with early_stopping=none goes on")
         anew = {n for n in self.unproven_jobs if n in self.paused and self._set_unproven_aside(n)}
         self.unproven_jobs = [n for n in self.unproven_jobs if n not in anew]
         self.alone |= anew | {job.number for job, _ in launch_plan.alone}
@@ -203,7 +217,7 @@ class Jobs:
             if SweepTable.current is not None:
                 SweepTable.current.mark_unproven(self.jobs[number].directory)
 
-    def retrain(self, workers: Workers) -> None:
+    def retrain(self, workers: Executor) -> None:
         """Retrain alone the jobs that are not proven equal, if the config requests it.
 
         Then jobs go on that were stopped only because of what an unproven one had reported.
@@ -230,7 +244,7 @@ class Jobs:
         self.paused.discard(number)
         return True
 
-    def _train_alone(self, numbers: list[int], workers: Workers) -> None:
+    def _train_alone(self, numbers: list[int], workers: Executor) -> None:
         for number in numbers:
             self.returns.pop(number, None)
         self.train(Plan((), (), tuple((self.jobs[number], "") for number in numbers)), workers)
@@ -245,6 +259,7 @@ class Jobs:
         self.launcher.hydra_context.callbacks.on_job_end(
             config=self.jobs[number].config, job_return=result
         )
+        self.report.refresh()
 
 
 def _set_aside_changed(job: Job) -> None:
@@ -252,5 +267,5 @@ def _set_aside_changed(job: Job) -> None:
     if job.settled is None or run_status(job.directory, job.settled) not in ("finished", "pruned"):
         return
     if names := changed_files(job.directory, job.settled):
-        text = "job %d is trained again, since %s changed; %s keeps what it was"
+        text = "job %d is trained again, since %s changed; the earlier run is now %s"
         log.warning(text, job.number, ", ".join(names), set_aside(job.directory, CHANGED))

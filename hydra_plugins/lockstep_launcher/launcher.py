@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,24 @@ from hydra_plugins.lockstep_launcher import config as config  # registers the op
 class LockstepLauncher(Launcher):
     """Plans a sweep and trains it in worker processes; goes on if one dies."""
 
-    def __init__(self, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        workers: int | None = None,
+        executor: str = "local",
+        slurm: Mapping[str, Any] | None = None,
+        ray: Mapping[str, Any] | None = None,
+    ) -> None:
         """Store `hydra.launcher`.
 
         Args:
-            workers: processes that train at once; None: one a GPU, without a GPU one.
+            workers: processes that train at once, or Slurm jobs, or Ray tasks; None: one a GPU,
+                without a GPU one; on a cluster one a pack or job alone.
+            executor: `local`, `slurm` or `ray`.
+            slurm: of a Slurm job; see `SlurmConfig`.
+            ray: of a Ray task; see `RayConfig`.
         """
-        self.workers = workers
+        self.workers, self.executor = workers, executor
+        self.engines = {"slurm": slurm or {}, "ray": ray or {}}
         self.keeps_workers = False
         self.kept: Any = None  # `Workers` of the latest launch
 

@@ -25,7 +25,7 @@ from lora_exp.config.stopping import measured_metrics
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact
-from lora_exp.lockstep.worker import without_hydra
+from lora_exp.lockstep.job import without_hydra
 from lora_exp.record.sweep import MULTIRUN
 from lora_exp.search.cells import Cells
 from lora_exp.search.evidence import read_evidence
@@ -186,7 +186,8 @@ class _Search:
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         loader = self.sweeper.hydra_context.config_loader
-        config: DictConfig = loader.load_sweep_config(self.master, [*self.space.common, *overrides])
+        compose = getattr(loader, "job", loader.load_sweep_config)  # ours keeps what is validated
+        config: DictConfig = compose(self.master, [*self.space.common, *overrides])
         return config
 
     def _settled(self, values: Mapping[str, str]) -> DictConfig:

@@ -11,7 +11,7 @@ from filelock import Timeout
 
 from lora_exp.errors import ConfigError
 from lora_exp.files.lock import hold
-from lora_exp.record.sweep import SUMMARY, SweepTable
+from lora_exp.record.sweep import SUMMARY, SweepTable, read_rows
 from lora_exp.search.journal import Journal
 
 LOCK = ".search.lock"
@@ -47,4 +47,6 @@ def keep_rows(folder: Path) -> None:
     table, path = SweepTable.current, folder / SUMMARY
     if table is not None and path.is_file():
         rows = json.loads(path.read_text("utf-8"))
+        known = {row["job"] for row in rows}  # the last hundredth may be missing after a kill
+        rows += [row for row in read_rows(folder) if row["job"] not in known]
         table.rows = [row | {"directory": str((folder / row["job"]).absolute())} for row in rows]

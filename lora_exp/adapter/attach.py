@@ -41,6 +41,7 @@ from lora_exp.errors import (
 )  # fmt: skip
 from lora_exp.model.loading import Base, new_head
 from lora_exp.model.precision import is_quantised
+from lora_exp.parallel.world import world
 
 log = logging.getLogger("lora_exp")
 
@@ -87,7 +88,8 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
     start = None
     if not cfg.adapter and saved_as_plain_lora(vars(config)):
         start = directory / "start"
-        _save_start(model, config, start)
+        if world.is_first:
+            _save_start(model, config, start)
     callbacks = (AdaLora(),) if isinstance(config, peft.AdaLoraConfig) else ()
     return Adapted(
         model, cfg.choices.peft, modules, trainable, total, start, callbacks, targets.left_out

@@ -4,7 +4,6 @@ saved         what is saved at a path
 base_config   a config that loads its base
 output        whether a path may be written
 loading       an adapter on its base
-stacks        LoRAs of experts in a file
 inspection    what it is, which layers changed
 saving        an adapter copied from its run
 combination   several LoRAs become one
@@ -22,6 +21,7 @@ evaluation    with and without the adapter
 endpoints     OpenAI's interface to loaded models
 serving       which models, by which engine
 reproduction  a run trained again
+relaunch      a sweep trained again
 likeness      whether two runs are equal
 verdict       what `reproduce` prints
 publication   uploads to the Hub

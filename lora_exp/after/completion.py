@@ -23,11 +23,12 @@ from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, SavedError
 from lora_exp.files.lock import hold
 from lora_exp.files.whole import sha256, write_whole
+from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.loading import Base
 from lora_exp.record.conditions import versions
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
-from lora_exp.training.answers import batches, ids_of, left_padded, room
+from lora_exp.training.answers import batches, ids_of, room
 from lora_exp.training.answers import generate as answer_batch
 
 log = logging.getLogger("lora_exp")
@@ -219,12 +220,11 @@ def _answer(
     part: Part, loaded: Loaded, groups: list[list[list[int]]], settings: dict[str, Any]
 ) -> None:
     """Answer the remaining batches, each with a random seed of its own."""
-    tokenizer, model = left_padded(loaded.tokenizer), loaded.model
+    tokenizer, model = loaded.tokenizer, loaded.model
     sampling = {key: settings[key] for key in ("max_new_tokens", "temperature", "top_p")}
     done = len(part.answers)
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with loaded.answering(), torch.random.fork_rng(devices):
+        with loaded.answering(), forked_random_state():
             for number, prompts in enumerate(tracked(groups[done:], "answers", done), done):
                 digest = hashlib.sha256(f"{settings['seed']} {number}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:8], "big"))

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from lora_exp.config.processes import thread_count
 from lora_exp.model.processor import DRIVER
 from lora_exp.record.console import size
 
@@ -29,7 +30,7 @@ class Finding:
 
     state: Literal["ok", "warning", "wrong", "known"]  # known: information only
     what: str
-    told: str  # the details, and what to do; the name is that of the JSON key
+    details: str  # and what to do; the names of these fields are those of the JSON
 
 
 def diagnose() -> list[Finding]:
@@ -194,13 +195,7 @@ def _machine() -> Iterator[Finding]:
     cure = "" if free >= DISK_SPACE else "; checkpoints may not fit: free some, or use another disk"
     yield Finding("warning" if cure else "ok", "disk", f"{size(free)} free here{cure}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("known", "machine", f"{_cores()} CPU cores, {size(memory)} memory")
-
-
-def _cores() -> Any:
-    """Return how many CPU cores this process may use; all of them if the system cannot tell."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count()
+    yield Finding("known", "machine", f"{thread_count()} CPU cores, {size(memory)} memory")
 
 
 def _line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from lora_exp.adapter.attach import attach
 from lora_exp.config.door import CONF, plain
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.pairs import QUANTISATIONS
+from lora_exp.config.processes import divided, process_count
 from lora_exp.config.settled import fingerprint
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
@@ -177,7 +178,7 @@ def skeleton(cfg: DictConfig, config: Any) -> Any:
 
 
 def need(cfg: DictConfig, config: Any) -> Need:
-    """Return what a run needs.
+    """Return what a run, or each of its processes, needs.
 
     Args:
         cfg: of the run.
@@ -186,6 +187,8 @@ def need(cfg: DictConfig, config: Any) -> Need:
     Raises:
         TargetError: the config adapts modules that the model does not have.
     """
+    if several := process_count(cfg) > 1:
+        cfg = _changed(cfg, {}, train=plain(cfg.train) | (divided(cfg) or {}))
     model = skeleton(cfg, config)
     frozen_bytes = base_bytes(model, cfg.quant)
     skeleton_base = Base(model, None, cfg.model.path, None, None)
@@ -199,7 +202,7 @@ def need(cfg: DictConfig, config: Any) -> Need:
         trainable=sum(counts),
         saved=trained_bytes if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
         weights=frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes,
-        gradients=trained_bytes,
+        gradients=trained_bytes * (2 if several else 1),  # a copy of them is averaged
         optimizer=sum(state_bytes(count, cfg.train.optim, size) for count in counts),
         activations=step_bytes(config, _step(cfg, config)),
     )

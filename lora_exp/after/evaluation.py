@@ -1,12 +1,12 @@
 """Evaluation of a saved model and its base on held-out rows: loss, answers, preferences.
 
-The loss counts the same tokens as in training (`lora_exp.data.tokens`).
+The loss counts the same tokens as in training (`lora_exp.data.encoding`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,10 @@ from lora_exp.after.loading import Loaded, check_apart, load, load_base
 from lora_exp.after.output import check_file
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.door import build
+from lora_exp.data.encoding import IGNORED
 from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
-from lora_exp.data.tokens import IGNORED, tokenise
+from lora_exp.data.tokens import tokenise
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.files.strict import dumps
@@ -186,7 +187,7 @@ def _answer_measure(
     return counts, measure
 
 
-def _tokenised(loaded: Loaded, rows: list[Row]) -> HeldOut:
+def _tokenised(loaded: Loaded, rows: Sequence[Row]) -> HeldOut:
     known = [(row, shaped) for row in rows if (shaped := _training_row(row)) is not None]
     if not known:
         text = "no row has a known answer (completion, chosen, answer, turns that end with one)"
@@ -278,7 +279,7 @@ def _preference_measure(
     pairs = rows.train
     groups = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
 
-    def scores(group: list[Row], key: str) -> Tensor:
+    def scores(group: Sequence[Row], key: str) -> Tensor:
         ids = [encoded(row, key, loaded.tokenizer)[0] for row in group]
         scores_B: Tensor = loaded.model(**_inputs(loaded, ids)).logits[:, 0].float()
         return scores_B

@@ -75,19 +75,20 @@ def _metrics(
     run: Path, other: Path, records: tuple[Mapping[str, Any], Mapping[str, Any]]
 ) -> tuple[int, list[str]]:
     """Return how many numbers were compared, and which differ."""
-    passed_over = _since_resume(records[0], _lines(run))
     pairs = [_values(folder, record) for folder, record in zip((run, other), records, strict=True)]
     # a run that went on without its rule has rungs on record that no training measures any more
-    passed_over |= {name for name in pairs[0].keys() ^ pairs[1].keys() if name.startswith("rung ")}
+    passed_over = {name for name in pairs[0].keys() ^ pairs[1].keys() if name.startswith("rung ")}
     names = [name for name in pairs[0] | pairs[1] if name not in passed_over]
     differences = [
         f"{name}: {pairs[0].get(name)}, now {pairs[1].get(name)}"
         for name in names
         if name not in pairs[0] or name not in pairs[1] or pairs[0][name] != pairs[1][name]
     ]
-    answers = [_text(folder / "samples.jsonl") for folder in (run, other)]
-    if answers[0] != answers[1]:
-        differences.append("samples.jsonl: other answers")
+    by_row = {"samples.jsonl": "answers", "row_losses.json": "losses", "pairs.json": "preferences"}
+    for name, what in by_row.items():
+        texts = [_text(folder / name) for folder in (run, other)]
+        if texts[0] != texts[1] and (run / name).is_file():  # an earlier version wrote fewer
+            differences.append(f"{name}: other {what}")
     return len(names), differences
 
 
@@ -105,33 +106,6 @@ def _values(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_timed(name: str) -> bool:
     return name.partition(" at step ")[0].endswith(TIMED)
-
-
-def _since_resume(record: Mapping[str, Any], lines: list[dict[str, Any]]) -> set[str]:
-    """Return the names of numbers that a resume leaves other than in one go.
-
-    Tokens are counted from the resume on. A trainer that resumes between two log steps takes the
-    next mean from the steps since.
-    """
-    steps = sorted({line["step"] for line in lines if "train/loss" in line})
-    names: set[str] = set()
-    for resume in record.get("resumed") or ():
-        resumed = resume.get("step")
-        if not resumed:  # not known, or it started over
-            continue
-        after = [(key, line["step"]) for line in lines if line["step"] > resumed for key in line]
-        names |= {f"{key} at step {step}" for key, step in after if key.endswith("num_tokens")}
-        following = next((step for step in steps if step > resumed), None)
-        if following is None or resumed in steps:
-            continue
-        names |= {
-            f"{key} at step {step}"
-            for key, step in after
-            if step == following and key.startswith("train/")
-        }
-        if following == steps[-1]:
-            names.add("train/loss")
-    return names
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:

@@ -138,7 +138,7 @@ def examination(results: Mapping[str, str | None]) -> Table:
 
 def doctor(findings: Iterable[Mapping[str, str]]) -> Table:
     """Return the page of `lora-exp doctor`."""
-    return _findings("doctor", ((f["state"], f["what"], f["told"]) for f in findings))
+    return _findings("doctor", ((f["state"], f["what"], f["details"]) for f in findings))
 
 
 def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:

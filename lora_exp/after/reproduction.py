@@ -6,6 +6,7 @@ It knows no way to train of its own: the runner gets the config that the run has
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,20 +18,25 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp import libraries
 from lora_exp.after.likeness import Likeness, likeness
 from lora_exp.after.saved import jobs, read_json
 from lora_exp.config.composition import compose
 from lora_exp.config.door import plain
+from lora_exp.config.overrides import quoted
+from lora_exp.config.processes import THREADS, process_count
 from lora_exp.config.resume import LIMITS
 from lora_exp.config.settled import fingerprints
 from lora_exp.early_stopping.bracket import Bracket, Verdict
 from lora_exp.errors import SavedError
-from lora_exp.files.paths import near_names
+from lora_exp.files.paths import SCRATCH, near_names
 from lora_exp.record.conditions import condition_changes, conditions
 from lora_exp.record.contents import changed_files
+from lora_exp.record.sweep import COMMAND
 
 log = logging.getLogger("lora_exp")
 ENDED = ("finished", "pruned")
+LOGGED = ("train.logging_", "train.eval_")  # keys that may change at a resume
 Limits = Mapping[str, Any]  # of the training: max_steps or num_train_epochs
 
 
@@ -61,8 +67,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if record.get("status") not in ENDED:
         text = f"is {record.get('status')}: only a finished or pruned run can be compared"
         raise SavedError(f"{run} {text}; resume={run} goes on")
-    quoted = str(run).replace("\\", "\\\\").replace("'", "\\'")
-    resumed = compose(f"resume='{quoted}'", "tracking=none", *overrides)
+    resumed = compose(f"resume={quoted(run)}", "tracking=none", *overrides)
     cfg = _as_new(resumed, {})
     if record.get("fingerprint") not in fingerprints(cfg):
         text = "is not the config that the run was trained with: its fingerprint is another one"
@@ -83,16 +88,14 @@ def reproduce(recipe: Recipe, out: Path | None = None) -> tuple[Likeness, Path |
     Raises:
         LoraExpError: it cannot be trained; what the run itself raises.
     """
-    with _folder(out) as folder, _threads(recipe.record.get("threads")):
+    with new_folder(out) as folder, _as_recorded(recipe):
         _train(recipe, folder)
         result = likeness(recipe.run, folder)
-        if out is None and result.same:
-            shutil.rmtree(folder.parent)
-            return result, None
-        return result, folder
+        return result, kept_folder(folder, out, result.same)
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
+    libraries.load()
     from lora_exp.experiment import run
     from lora_exp.training.place import Alone
 
@@ -103,7 +106,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
         rungs = record.get("rungs") or () if is_last else ()
         bracket = Replayed(rungs, record.get("stopped")) if rungs else None
         cfg = _as_new(recipe.cfg, limits, folder if number else None)
-        run(cfg, folder, place=Alone(0, bracket), day=day)
+        run(cfg, folder, place=Alone(0, bracket, recalls=False), day=day)
 
 
 class Replayed(Bracket):
@@ -132,7 +135,9 @@ def _run_at(folder: Path) -> Path:
     if all((folder / name).is_file() for name in ("run.json", "config.yaml")):
         return folder
     if several := jobs(folder):
-        raise SavedError(f"{folder} is a sweep; give one of its {len(several)} jobs: {several[0]}")
+        text = f"without {COMMAND}, by which it was launched"
+        text += f"; give one of its {len(several)} jobs: {several[0]}"
+        raise SavedError(f"{folder} is a sweep {text}")
     raise SavedError(f"{folder} is no run: it has no run.json and config.yaml")
 
 
@@ -165,7 +170,8 @@ def _reasons(run: Path, record: Mapping[str, Any], cfg: DictConfig) -> Iterator[
     """Yield why a training here and now may give other bits."""
     for name in changed_files(run, cfg):
         yield f"{name} has changed since"
-    yield from condition_changes(record, conditions())
+    # the number of threads is that of the run, whatever this process has
+    yield from condition_changes(record, conditions() | {"threads": record.get("threads")})
     if "bmm" in str(record.get("place")):
         yield "it was trained with lockstep.mode=bmm, which is about 1e-6 off runs alone"
     if (record.get("lockstep") or {}).get("proven") is False:
@@ -173,17 +179,25 @@ def _reasons(run: Path, record: Mapping[str, Any], cfg: DictConfig) -> Iterator[
     for resume in record.get("resumed") or ():
         if resume["status"] != "finished" and set(LIMITS) & resume["changes"].keys():
             yield "its training was made longer before it had ended; it is trained in one go here"
+        if keys := [key for key in resume["changes"] if key.startswith(LOGGED)]:
+            yield f"{', '.join(keys)} changed at a resume: before it, other steps were logged"
 
 
 @contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    """Yield the folder to train in; a temporary one is deleted if the training fails."""
+def new_folder(out: Path | None, beside: Path | None = None) -> Iterator[Path]:
+    """Yield the folder to train in; a temporary one is deleted if the training fails.
+
+    Args:
+        out: the folder; None: a temporary one.
+        beside: where that one is made; None: where the system has such folders.
+    """
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise SavedError(f"{out} exists and is not empty; give the name of a new folder")
         yield out
         return
-    scratch = Path(tempfile.mkdtemp(prefix="lora-exp-reproduce-"))
+    folder = beside.parent if beside else None
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
     try:
         yield scratch / "run"
     except BaseException:
@@ -191,14 +205,30 @@ def _folder(out: Path | None) -> Iterator[Path]:
         raise
 
 
+def kept_folder(folder: Path, out: Path | None, same: bool) -> Path | None:
+    """Return the folder that was trained in; a temporary one is deleted if all is the same."""
+    if out is None and same:
+        shutil.rmtree(folder.parent)
+        return None
+    return folder
+
+
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Let torch use the number of threads that the run had: sums depend on it."""
+def _as_recorded(recipe: Recipe) -> Iterator[None]:
+    """Compute with the number of threads that the run had, since sums depend on it.
+
+    The processes of a run in several read theirs, and that no cache is evidence, from variables.
+    """
     import torch
 
-    before = torch.get_num_threads()
+    before, count = torch.get_num_threads(), recipe.record.get("threads")
     torch.set_num_threads(count or before)
+    variables = dict(os.environ)
+    if process_count(recipe.cfg) > 1:
+        os.environ |= {"LORA_EXP_CACHE": ""} | ({THREADS: str(count)} if count else {})
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        os.environ.clear()
+        os.environ |= variables

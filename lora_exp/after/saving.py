@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lora_exp.adapter.untrusted import read_weights
-from lora_exp.after.inspection import modules
+from lora_exp.adapter.updates import modules
 from lora_exp.after.loading import load, load_base
 from lora_exp.after.output import check_free, output_folder
 from lora_exp.after.saved import Saved, find

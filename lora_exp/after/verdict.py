@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from lora_exp.after.likeness import Likeness
+from lora_exp.after.relaunch import JobLikeness, SweepRecipe
 from lora_exp.record.console import facts
 
 SHOWN = 8  # differences of a kind
@@ -57,12 +59,58 @@ def result_page(result: Likeness, reasons: Sequence[str], folder: Path | None) -
     return Group(facts("compared", lines), Text(_verdict(result, reasons)))
 
 
+def sweep_page(recipe: SweepRecipe) -> RenderableType:
+    """Return the page before a sweep is launched again."""
+    places = dict.fromkeys(str(record.get("place")) for record in recipe.records.values())
+    lines = {"sweep": f"{recipe.sweep}, {len(recipe.records)} jobs", "trained": ", ".join(places)}
+    lines["conditions"] = _listed(recipe.reasons) or "as then, as far as its records say"
+    return facts("launched again", lines)
+
+
+def jobs_page(
+    results: Sequence[JobLikeness], reasons: Sequence[str], folder: Path | None
+) -> RenderableType:
+    """Return the page after a sweep was launched again.
+
+    Args:
+        results: how alike each job is.
+        reasons: as on the page before.
+        folder: that of the new sweep, if it is left.
+    """
+    table = Table("job", "status", "weights", "metrics", title="compared", title_justify="left")
+    for result in results:
+        table.add_row(result.job, *map(Text, _cells(result)))
+    equal = sum(result.same for result in results)
+    text = f"reproduced: {equal} of {len(results)} jobs are the same"
+    if equal < len(results):
+        inputs = [text for r in results if r.likeness for text in r.likeness.inputs]
+        text = f"not {text}; the others differ {_why([*reasons, *inputs])}"
+    where = [Text(f"directory  {folder}")] if folder is not None else []
+    return Group(table, *where, Text(text))
+
+
+def _cells(result: JobLikeness) -> tuple[str, str, str]:
+    """Return status, weights and metrics of a row of `jobs_page`."""
+    changed = result.new_status != result.status
+    status = f"{result.status}, now {result.new_status}" if changed else result.status
+    if not result.has_same_config and result.new_status != "missing":
+        status += "; another config"
+    if result.likeness is None:
+        return status, "", ""
+    weights = f"the same, {result.likeness.files} files" if result.likeness.files else "none saved"
+    metrics = f"the same, {result.likeness.numbers} numbers"
+    differing = result.likeness.weights, result.likeness.metrics
+    return status, _listed(differing[0]) or weights, _listed(differing[1]) or metrics
+
+
 def _verdict(result: Likeness, reasons: Sequence[str]) -> str:
     if result.same:
         return "reproduced: the same bytes"
-    causes = [*reasons, *result.inputs]
-    why = "for what is listed above" if causes else "and nothing on record says why"
-    return f"not reproduced: other bytes, {why}"
+    return f"not reproduced: other bytes, {_why([*reasons, *result.inputs])}"
+
+
+def _why(causes: Sequence[str]) -> str:
+    return "for what is listed above" if causes else "and nothing on record says why"
 
 
 def _listed(texts: Sequence[str]) -> str:

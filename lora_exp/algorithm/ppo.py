@@ -33,6 +33,7 @@ from lora_exp.algorithm.ppo_losses import (
     whiten,
 )
 from lora_exp.algorithm.rollout import Batch, RolloutConfig, RolloutTrainer, model_inputs
+from lora_exp.parallel.world import world
 
 
 @dataclass
@@ -77,8 +78,8 @@ class PPOTrainer(RolloutTrainer):
         self.buffer: Batch = {}  # the current rollout
         self.rollout_size = self.args.per_device_train_batch_size * self.parts
         count = len(self.train_dataset)
-        if count < self.rollout_size:
-            raise ValueError(f"a rollout takes {self.rollout_size} prompts, but there are {count}")
+        if count < (size := self.rollout_size * world.size):
+            raise ValueError(f"a rollout takes {size} prompts, but there are {count}")
 
     @property
     def parts(self) -> int:
@@ -96,7 +97,7 @@ class PPOTrainer(RolloutTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return RepeatSampler(
-            dataset, mini_repeat_count=1, batch_size=self.rollout_size,
+            dataset, mini_repeat_count=1, batch_size=self.rollout_size * world.size,
             repeat_count=self.parts * self.args.num_iterations,
             shuffle=self.args.shuffle_dataset, seed=self.args.seed,
         )  # fmt: skip
@@ -132,8 +133,8 @@ class PPOTrainer(RolloutTrainer):
             "beta": self.beta, "explained_variance": explained_variance(values, returns, mask),
         })  # fmt: skip
         if self.args.kl_target is not None:
-            share = min(1.0, len(mask) / self.args.kl_horizon)
-            kl = batch["kl"].sum(1).mean().item()
+            share = min(1.0, len(mask) * world.size / self.args.kl_horizon)
+            kl = world.mean(batch["kl"].sum(1).mean().item())
             self.beta = adapted_beta(self.beta, kl, self.args.kl_target, share)
         if self.args.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -174,6 +175,9 @@ class PPOTrainer(RolloutTrainer):
         loss = self._backward(self._policy_loss(batch))
         with self._critic_active(self.accelerator.unwrap_model(model)):
             loss = loss + self._backward(self.args.value_coef * self._value_loss(batch))
+        if self.accelerator.sync_gradients:
+            # its forward passes are not those that DistributedDataParallel watches
+            world.average_gradients(model.parameters())
         return loss
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -235,24 +239,22 @@ class PPOTrainer(RolloutTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         save_file(
             _contiguous(self.buffer | {"order": self.order}),
-            Path(output_dir) / "rollout.safetensors",
+            Path(output_dir) / world.own("rollout.safetensors"),
         )
         state = {
             "micro_step": self.micro_step, "beta": self.beta, "num_tokens": self.num_tokens,
-            "metrics": self._metrics["train"],
         }  # fmt: skip
-        (Path(output_dir) / "ppo.json").write_text(json.dumps(state))
+        (Path(output_dir) / world.own("ppo.json")).write_text(json.dumps(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (Path(checkpoint) / "ppo.json").is_file():
-            buffer = load_file(Path(checkpoint) / "rollout.safetensors")
+            buffer = load_file(Path(checkpoint) / world.own("rollout.safetensors"))
             self.order = buffer.pop("order")
             self.buffer = {key: tensor.to(self.model.device) for key, tensor in buffer.items()}
-            state = json.loads((Path(checkpoint) / "ppo.json").read_text())
+            state = json.loads((Path(checkpoint) / world.own("ppo.json")).read_text())
             self.micro_step, self.beta = state["micro_step"], state["beta"]
             self.num_tokens = state["num_tokens"]
-            self._metrics["train"] |= state["metrics"]
 
 
 def _contiguous(tensors: Any) -> dict[str, Tensor]:

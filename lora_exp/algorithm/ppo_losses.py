@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_exp.parallel.world import world
+
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean over all tokens that the mask counts."""
@@ -57,11 +59,21 @@ def gae_advantages(
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor, keep_mean: bool = False) -> Tensor:
-    """Scale to variance 1 and mean 0 (or the old mean) over the tokens that the mask counts."""
-    centre = masked_mean(x_BT, mask_BT)
-    variance = masked_mean((x_BT - centre) ** 2, mask_BT)
+    """Scale to variance 1 and mean 0 (or the old mean) over the tokens that the mask counts.
+
+    Of a run's several processes, over the tokens of all.
+    """
+    centre = _mean_of_all(x_BT, mask_BT)
+    variance = _mean_of_all((x_BT - centre) ** 2, mask_BT)
     scaled = (x_BT - centre) * torch.rsqrt(variance + 1e-8)
     return (scaled + centre if keep_mean else scaled) * mask_BT
+
+
+def _mean_of_all(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    if world.size == 1:
+        return masked_mean(x_BT, mask_BT)
+    mean: Tensor = world.total((x_BT * mask_BT).sum()) / world.total(mask_BT.sum())
+    return mean
 
 
 def policy_loss(

@@ -24,6 +24,7 @@ from lora_exp.algorithm.ppo_losses import kl_estimate
 from lora_exp.data.examples import prompt_ids
 from lora_exp.errors import RewardError
 from lora_exp.model.special_tokens import end_tokens
+from lora_exp.parallel.world import world
 
 Batch = dict[str, Tensor]
 
@@ -137,7 +138,7 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
         batch["scores"] -= self.args.missing_eos_penalty * ~ended.any(1)
         model.train(training)
         if mode == "train":
-            self.num_tokens += int(batch["attention"].sum())
+            self.num_tokens += sum(world.gathered(int(batch["attention"].sum())))
         self._record(mode, {
             "kl": batch["kl"].sum(1).mean(),
             "completions/mean_length": mask.sum(1).float().mean(),
@@ -230,15 +231,17 @@ class RolloutTrainer(Trainer):  # type: ignore[misc]
             )
 
     def _record(self, mode: str, numbers: dict[str, Any]) -> None:
+        tensors = [n.detach().double().view(()) for n in numbers.values() if isinstance(n, Tensor)]
+        values = iter(torch.stack(tensors).tolist() if tensors else [])  # waits for the device once
         for key, number in numbers.items():
-            number = number.detach() if isinstance(number, Tensor) else number
-            self._metrics[mode][key].append(float(number))
+            value = next(values) if isinstance(number, Tensor) else float(number)
+            self._metrics[mode][key].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of rollout metrics since the last log line."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
-        for key, numbers in self._metrics[mode].items():
+        for key, numbers in world.pooled(self._metrics[mode]).items():
             logs[prefix + key] = sum(numbers) / len(numbers)
         self._metrics[mode].clear()
         if mode == "train":

@@ -35,3 +35,6 @@ class Seq2SeqTrainer(Trainer):  # type: ignore[misc]
             data_collator=DataCollatorForSeq2Seq(processing_class, model=model),
             processing_class=processing_class, callbacks=callbacks,
         )  # fmt: skip
+        # T5 and others take the number of a step's tokens and do not divide by it: the losses of
+        # passes and processes would be added up, not averaged
+        self.model_accepts_loss_kwargs = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_exp import libraries
 from lora_exp.cli.options import (
     Base,
     Force,
@@ -118,6 +119,9 @@ def compare(
         Path | None,
         typer.Option("-o", "--out", metavar="FILE", help="write a report with figures, as HTML"),
     ] = None,
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="save a W&B workspace of the runs that were sent to it")
+    ] = False,
 ) -> None:
     """Compare runs of any day: seeds together, differences with intervals, costs."""
     from lora_exp.comparison.table import as_json as values
@@ -132,6 +136,12 @@ def compare(
         from lora_exp.comparison.report import write_report
 
         write_report(comparison, report)
+    if wandb:
+        from lora_exp.comparison.report import title_of
+        from lora_exp.comparison.workspace import save_workspaces
+
+        for address in save_workspaces(comparison, title_of(comparison)):
+            print(address, file=sys.stderr if as_json else sys.stdout)
 
 
 def check(
@@ -154,6 +164,7 @@ def check(
     if not adapter and (prompts or base or quant):
         raise typer.BadParameter("--prompts, --base and --quant need it", param_hint="--adapter")
     check_exists(merged, *(adapter or []))
+    libraries.load(training=False, freeze=True)
     from lora_exp.after import pages, proof, soundness
 
     if not adapter:
@@ -190,6 +201,7 @@ def evaluate(
 ) -> None:
     """Measure loss, exact match, ROUGE-L and BLEU, with the adapter and without it."""
     check_exists(path)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after import evaluation, pages
 
     results = evaluation.evaluate(

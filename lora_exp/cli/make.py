@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lora_exp import libraries
 from lora_exp.cli.options import Base, Force, Out, SavedPath, check_exists
 
 
@@ -39,6 +40,7 @@ def save(
 ) -> None:
     """Take an adapter out of a run or checkpoint, with tokenizer, model card and record."""
     check_exists(path)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after.saving import save as take
 
     print(take(path, out, as_lora, rank, base, force))
@@ -67,6 +69,7 @@ def merge(
     """Merge adapters into their base: a whole model for engines that know no adapters."""
     shares = _numbers("--weights", weights) if weights else None
     check_exists(*adapters)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after.merging import merge as make
 
     merged = make(
@@ -104,6 +107,7 @@ def push(
     if out is not None and not dry:
         raise typer.BadParameter("is for --dry-run", param_hint="--out")
     check_exists(path)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after import pages, publication
     from lora_exp.record.console import console
 

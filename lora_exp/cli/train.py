@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lora_exp import libraries
 from lora_exp.cli.options import Json, print_result
 
 
@@ -35,11 +36,13 @@ def run(
 
 
 def reproduce(
-    path: Annotated[str, typer.Argument(metavar="RUN", help="its directory; also a sweep's job")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="a run, also a sweep's job; or a whole sweep")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[OVERRIDES]...", help="what it was only allowed by: trusted_targets=[...]"
+            metavar="[OVERRIDES]...", help="what a config file may not hold: trusted_targets=[...]"
         ),
     ] = None,
     out: Annotated[
@@ -47,8 +50,17 @@ def reproduce(
         typer.Option("--out", "-o", help="the folder to train in; default: one that is deleted"),
     ] = None,
 ) -> None:
-    """Train a run again from its record: are weights and metrics the same, byte for byte?"""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # as the runner does
+    """Train a run again from its record: are weights and metrics the same, byte for byte?
+
+    A sweep is launched again as it was, in packs and with early stopping; a job of it trains alone.
+    """
+    from lora_exp.lockstep import devices
+    from lora_exp.record.sweep import COMMAND
+
+    if (Path(path) / COMMAND).is_file():
+        _reproduce_sweep(Path(path), overrides or (), out)
+        return
+    devices.keep_one()
     sys.path.insert(0, str(Path.cwd()))  # for the user's rewards
     from lora_exp.after import reproduction, verdict
     from lora_exp.record.console import console
@@ -58,6 +70,18 @@ def reproduce(
     result, folder = reproduction.reproduce(recipe, out)
     console.print(verdict.result_page(result, recipe.reasons, folder))
     if not result.same:
+        raise typer.Exit(1)
+
+
+def _reproduce_sweep(path: Path, overrides: Sequence[str], out: Path | None) -> None:
+    from lora_exp.after import relaunch, verdict
+    from lora_exp.record.console import console
+
+    recipe = relaunch.read_sweep_recipe(path, overrides)
+    console.print(verdict.sweep_page(recipe))
+    results, folder = relaunch.relaunch(recipe, out)
+    console.print(verdict.jobs_page(results, recipe.reasons, folder))
+    if not all(result.same for result in results):
         raise typer.Exit(1)
 
 
@@ -72,6 +96,7 @@ def estimate(
 
     Not counted: PPO's critic, the reference model of DPO with peft=none, and the process itself.
     """
+    libraries.load(training=False, freeze=True)
     from lora_exp.after import pages
     from lora_exp.after.estimate import estimate as count
     from lora_exp.config.composition import compose

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lora_exp import libraries
 from lora_exp.cli.options import (
     Base,
     Force,
@@ -34,6 +35,7 @@ def chat(
 ) -> None:
     """Talk to what was trained; several adapters answer beside their base. Pipes work too."""
     check_exists(*paths)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after.chat import Chat, open_chat
 
     if not Chat(open_chat(paths, base, quant and quant.value, merge, system)).run():
@@ -54,6 +56,7 @@ def serve(
 ) -> None:
     """Serve what was trained as OpenAI's interface does: each adapter is a model, and the base."""
     check_exists(*paths)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after import pages, serving
 
     def ready(url: str, chats: dict[str, bool]) -> None:
@@ -89,6 +92,7 @@ def generate(
 ) -> None:
     """Answer a file of prompts; the same command continues an interrupted one."""
     check_exists(path)
+    libraries.load(training=False, freeze=True)
     from lora_exp.after.completion import generate as answer
 
     file = answer(

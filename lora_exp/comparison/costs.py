@@ -37,9 +37,9 @@ def front(costs: Sequence[float], values: Sequence[float], goal: str) -> list[in
     return places
 
 
-def tradeoffs(found: Sequence[Point], metric: str, goal: str) -> Figure | None:
+def tradeoffs(points: Sequence[Point], metric: str, goal: str) -> Figure | None:
     """Return the objective against parameters, memory and time, unless these are all equal."""
-    panels = {title: _means(found, *where) for title, where in COSTS.items()}
+    panels = {title: _means(points, *where) for title, where in COSTS.items()}
     panels = {title: means for title, means in panels.items() if len({m.cost for m in means}) > 1}
     if not panels:
         return None
@@ -61,7 +61,7 @@ def tradeoffs(found: Sequence[Point], metric: str, goal: str) -> Figure | None:
     text = (
         "A point is the mean of a group. On the dotted line no finished one is cheaper and better."
     )
-    return figure("Quality and cost", caption(text, found), data, **layout, showlegend=False)
+    return figure("Quality and cost", caption(text, points), data, **layout, showlegend=False)
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Mean:
     shown: float
 
 
-def _means(found: Sequence[Point], section: str, key: str, unit: int) -> list[Mean]:
+def _means(points: Sequence[Point], section: str, key: str, unit: int) -> list[Mean]:
     """Return the means of the groups whose runs have a cost."""
     parts: dict[int, list[tuple[Point, float]]] = {}
-    for point in found:
+    for point in points:
         cost = number((point.run.record.get(section) or {}).get(key))
         if cost is not None:
             parts.setdefault(point.place, []).append((point, cost / unit))

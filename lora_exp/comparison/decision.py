@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lora_exp.comparison.group import Group
-from lora_exp.comparison.statistics import SAME, Difference
+from lora_exp.comparison.statistics import SAME
 from lora_exp.record.console import short, size
 from lora_exp.runs.run import SavedRun, number
 
@@ -47,7 +47,7 @@ def decision(compared: Compared, objective: str) -> tuple[str, list[str]]:
     if not best.is_baseline:  # another was asked for
         baseline = compared.baseline(objective)
         assert baseline is not None
-        text = f"Against the baseline, {baseline.label}: {_difference(best.difference)}."
+        text = f"Against the baseline, {baseline.label}: {_difference(best)}."
         return f"{head}; against the baseline it is {_judged(best.verdict)}.", [text]
     apart = [group for group in held if group.verdict == "worse"]
     if not apart:
@@ -65,7 +65,7 @@ def _support(held: Sequence[Group]) -> list[str]:
     """Return how the next group differs, and what would tell more."""
     if not held:
         return []
-    lines = [f"The next, {held[0].label}: {_difference(held[0].difference)}."]
+    lines = [f"The next, {held[0].label}: {_difference(held[0])}."]
     if all(group.difference and group.difference.over == "one seed" for group in held):
         lines.append("One seed each: seed=1,2,3 would tell a difference from chance.")
     return lines
@@ -75,9 +75,13 @@ def _judged(verdict: str) -> str:
     return "not told apart" if verdict in (SAME, "") else verdict
 
 
-def _difference(difference: Difference | None) -> str:
+def _difference(group: Group) -> str:
+    """Return how a group differs: over seeds, or if that has no interval over held-out rows."""
+    difference = group.difference
     if difference is None:
         return "not compared"
+    if difference.interval is None and group.over_rows and group.over_rows.interval:
+        difference = group.over_rows
     text = f"{difference.mean:+.3g}"
     if difference.interval is None:
         return f"{text} ({difference.over}, so no interval)"

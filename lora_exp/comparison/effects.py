@@ -16,11 +16,11 @@ COLUMNS = 3
 PANEL = 300  # pixels, its height
 
 
-def by_key(found: Sequence[Point], metric: str) -> Figure | None:
+def by_key(points: Sequence[Point], metric: str) -> Figure | None:
     """Return the objective against each varied key, a panel each; None: no key varies."""
-    shares = importances(found)
+    shares = importances(points)
     keys = list(shares)[:KEYS]
-    if not keys or len(found) < 2:
+    if not keys or len(points) < 2:
         return None
     columns = min(COLUMNS, len(keys))
     rows = -(-len(keys) // columns)
@@ -30,10 +30,10 @@ def by_key(found: Sequence[Point], metric: str) -> Figure | None:
     data: list[dict[str, Any]] = []
     for i, key in enumerate(keys):
         suffix = str(i + 1) if i else ""
-        axis = Axis([point.values for point in found], key)
+        axis = Axis([point.values for point in points], key)
         data += [
             trace | {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-            for trace in _panel(found, key, axis)
+            for trace in _panel(points, key, axis)
         ]
         layout[f"xaxis{suffix}"] = {**axis.layout, "title": {"text": plain(key)}}
         is_first = i % columns == 0
@@ -46,25 +46,25 @@ def by_key(found: Sequence[Point], metric: str) -> Figure | None:
     if len(shares) > len(keys):
         text += f" {len(shares) - len(keys)} keys that explain less are not drawn."
     return figure(
-        "The objective against each key", caption(text, found), data, **layout,
+        "The objective against each key", caption(text, points), data, **layout,
         height=60 + PANEL * rows, showlegend=False,
     )  # fmt: skip
 
 
-def _panel(found: Sequence[Point], key: str, axis: Axis) -> list[dict[str, Any]]:
+def _panel(points: Sequence[Point], key: str, axis: Axis) -> list[dict[str, Any]]:
     """Return the traces of one key: its runs, and the mean of each value."""
     parts: dict[float, list[float]] = {}
-    for at, point in zip(axis.at, found, strict=True):
+    for at, point in zip(axis.at, points, strict=True):
         if not point.pruned:
             parts.setdefault(at, []).append(point.shown)
     means = {at: sum(part) / len(part) for at, part in sorted(parts.items())}
-    values = [plain(text_of(point.values, key)) for point in found]
+    values = [plain(text_of(point.values, key)) for point in points]
     runs = {
-        "type": "scatter", "mode": "markers", "marker": marks(found),
-        "x": axis.apart(), "y": [point.shown for point in found],
-        "text": [f"{point.label}: <b>{point.objective:.4g}</b>" for point in found],
+        "type": "scatter", "mode": "markers", "marker": marks(points),
+        "x": axis.apart(), "y": [point.shown for point in points],
+        "text": [f"{point.label}: <b>{point.objective:.4g}</b>" for point in points],
         "customdata": [f"{plain(key)} = {value}" for value in values],
-        "meta": {"groups": [point.place for point in found]},
+        "meta": {"groups": [point.place for point in points]},
         "hovertemplate": "%{text}<br>%{customdata}<extra></extra>",
     }  # fmt: skip
     line = {

@@ -9,6 +9,7 @@ from lora_exp.comparison.curves import curves, rungs
 from lora_exp.comparison.effects import by_key
 from lora_exp.comparison.group import Group
 from lora_exp.comparison.importance import importance
+from lora_exp.comparison.layers import layers
 from lora_exp.comparison.parallel import parallel
 from lora_exp.comparison.points import Series, points
 from lora_exp.comparison.theme import Figure, plain
@@ -25,16 +26,17 @@ def figures(groups: Sequence[Group], objective: str, goal: str) -> dict[str, Fig
         goal: minimize or maximize.
     """
     series = [Series(plain(group.label), group.values, group.runs) for group in groups]
-    found = points(series)
+    all_points = points(series)
     band = "Lines are means of seeds, bands reach from the lowest seed to the highest."
     drawn = {
         "evaluation": curves(series, objective, "Evaluation", f"{band} {STOPPED}"),
         "training": curves(series, "train/loss", "Training loss", band),
         "rungs": rungs(series, objective),
-        "by_key": by_key(found, objective),
-        "importance": importance(found),
-        "costs": tradeoffs(found, objective, goal),
-        "parallel": parallel(found, objective, goal),
+        "by_key": by_key(all_points, objective),
+        "importance": importance(all_points),
+        "costs": tradeoffs(all_points, objective, goal),
+        "parallel": parallel(all_points, objective, goal),
         "tasks": tasks(series),
+        "layers": layers(series),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}

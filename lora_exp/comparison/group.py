@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_exp.comparison.keys import ABSENT, text_of, value_of
-from lora_exp.comparison.statistics import EXACT_MATCH, SAME, Difference, mean_and_spread
+from lora_exp.comparison.statistics import SAME, Difference, mean_and_spread
 from lora_exp.files.strict import finite
 from lora_exp.runs.run import SavedRun, number
 
@@ -51,6 +51,8 @@ class Group:
         spread: its standard deviation over seeds; None: fewer than two.
         difference: of the objective to the baseline's, over seeds.
         rows: of the exact match of held-out rows to the baseline's, over rows.
+        row_losses: of their loss, over rows.
+        pairs: of the preference accuracy of held-out pairs, over pairs.
         cost: what the runs took.
         is_baseline: the others of its objective are held against it.
     """
@@ -66,6 +68,8 @@ class Group:
     cost: Cost
     difference: Difference | None = None
     rows: Difference | None = None
+    row_losses: Difference | None = None
+    pairs: Difference | None = None
     is_baseline: bool = False
 
     @property
@@ -77,16 +81,27 @@ class Group:
     def verdict(self) -> str:
         """`baseline`, `better`, `worse`, `cannot be told apart`; empty: it was not compared.
 
-        All intervals of the objective must agree: over seeds, and over rows if it is exact match.
+        All intervals of the objective must agree: over seeds, and over rows.
         """
         if self.is_baseline:
             return "baseline"
         if self.difference is None:
             return ""
-        measured = [self.difference]
-        measured += [self.rows] if self.rows and self.objective == EXACT_MATCH else []
+        measured = [self.difference, *([self.over_rows] if self.over_rows else [])]
         verdicts = {d.verdict for d in measured if d.interval is not None}
         return verdicts.pop() if len(verdicts) == 1 else SAME
+
+    @property
+    def over_rows(self) -> Difference | None:
+        """The difference of the objective over held-out rows; None: it is not known by row."""
+        several = (self.rows, self.row_losses, self.pairs)
+        return next((d for d in several if d and d.measure == self.objective), None)
+
+    @property
+    def beside(self) -> Difference | None:
+        """The same, unless it has a column of its own, as exact match has."""
+        over_rows = self.over_rows
+        return over_rows if over_rows is not self.rows else None
 
 
 def group_of(runs: Sequence[SavedRun], keys: Sequence[str]) -> Group:
@@ -162,7 +177,8 @@ def row(group: Group, keys: Sequence[str]) -> dict[str, Any]:
         "objective": group.objective, "goal": group.goal, "status": group.status,
         "runs": len(group.runs), "seeds": len(group.seeds),
         "mean": group.mean, "spread": group.spread, "verdict": group.verdict,
-        **_flat("", group.difference), **_flat("rows_", group.rows), **cost,
+        **_flat("", group.difference), **_flat("rows_", group.rows),
+        **_flat("row_losses_", group.row_losses), **_flat("pairs_", group.pairs), **cost,
         "directories": " ".join(str(run.directory) for run in group.runs),
     }  # fmt: skip
 
@@ -186,7 +202,9 @@ def grouped(group: Group) -> dict[str, Any]:
         "label": group.label, "values": finite(dict(group.values)), "status": group.status,
         "mean": group.mean, "spread": group.spread, "is_baseline": group.is_baseline,
         "verdict": group.verdict, "difference": _measured(group.difference),
-        "rows": _measured(group.rows), "cost": asdict(group.cost), "runs": runs,
+        "rows": _measured(group.rows), "row_losses": _measured(group.row_losses),
+        "pairs": _measured(group.pairs),
+        "cost": asdict(group.cost), "runs": runs,
     }  # fmt: skip
 
 

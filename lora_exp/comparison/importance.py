@@ -50,25 +50,25 @@ def correlation(left: Sequence[float], right: Sequence[float]) -> float:
     return float(product / scale) if scale else 0.0
 
 
-def importances(found: Sequence[Point]) -> dict[str, float]:
+def importances(points: Sequence[Point]) -> dict[str, float]:
     """Return the share of variance that each key explains, the largest first."""
-    keys = dict.fromkeys(key for point in found for key in point.values)
-    objectives = [point.objective for point in found]
+    keys = dict.fromkeys(key for point in points for key in point.values)
+    objectives = [point.objective for point in points]
     shares = {
-        key: explained([point.values.get(key, ABSENT) for point in found], objectives)
+        key: explained([point.values.get(key, ABSENT) for point in points], objectives)
         for key in keys
     }
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def importance(found: Sequence[Point]) -> Figure | None:
+def importance(points: Sequence[Point]) -> Figure | None:
     """Return the keys by the share of the objective's variance that they explain."""
-    shares = importances(found)
-    if len(found) < 3 or len(shares) < 2:
+    shares = importances(points)
+    if len(points) < 3 or len(shares) < 2:
         return None
     caption = "Share of the variance of the objective that each key explains by itself."
-    if len(found) < FEW_RUNS:
-        caption += f" With {len(found)} runs this is a hint at most: below {FEW_RUNS} it is noise."
+    if len(points) < FEW_RUNS:
+        caption += f" With {len(points)} runs this is a hint at most: below {FEW_RUNS} it is noise."
     names = [plain(key) for key in shares]
     trace = {
         "type": "bar", "orientation": "h", "y": names, "x": [rounded(s) for s in shares.values()],

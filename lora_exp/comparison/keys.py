@@ -13,9 +13,11 @@ from lora_exp.runs.run import SavedRun
 ABSENT = object()
 # what does not change the result, beside the seed, which is what groups are over
 NOT_COMPARED = {"seed", "early_stopping", *NOT_COMPUTED} - {"lockstep", "keep"}
+# which earlier versions did not write
+NOT_WRITTEN = (("parallel.processes", 1), ("deterministic", True))
 PATIENCE = "early_stopping.patience"
 LOCKSTEP = re.compile(r"lockstep\.(?!mode$)")
-REPORTS = re.compile(r"train\.(logging|save)_")
+REPORTS_OR_PROCESSES = re.compile(r"train\.(logging|save)_|data\.num_proc$")
 OF_EVALUATION = re.compile(r"train\.eval_(?!accumulation)")
 Configs = Sequence[Mapping[str, Any]]
 
@@ -28,8 +30,9 @@ def compared(run: SavedRun) -> dict[str, Any]:
         key: value
         for key, value in config.items()
         if (key.partition(".")[0] not in NOT_COMPARED or key == PATIENCE)
-        and not (LOCKSTEP.match(key) or REPORTS.match(key))
+        and not (LOCKSTEP.match(key) or REPORTS_OR_PROCESSES.match(key))
         and (acts or not OF_EVALUATION.match(key))
+        and (key, value) not in NOT_WRITTEN
     }
 
 

@@ -12,15 +12,15 @@ from lora_exp.comparison.scale import Axis
 from lora_exp.comparison.theme import COLOURS, MUTED, PAPER, TEXT, Figure, colour, figure, plain
 
 
-def parallel(found: Sequence[Point], metric: str, goal: str) -> Figure | None:
+def parallel(points: Sequence[Point], metric: str, goal: str) -> Figure | None:
     """Return parallel coordinates: a line for each run through its values to its objective.
 
     Lines, not plotly's own `parcoords`: those need WebGL, cannot be printed, and show no names.
     """
-    keys = list(importances(found))[:KEYS]
-    if len(keys) < 2 or len(found) < 3:
+    keys = list(importances(points))[:KEYS]
+    if len(keys) < 2 or len(points) < 3:
         return None
-    order = sorted(found, key=lambda p: p.objective, reverse=goal == "maximize")
+    order = sorted(points, key=lambda p: p.objective, reverse=goal == "maximize")
     axes = [Axis([point.values for point in order], key) for key in keys]
     axes.append(Axis([{metric: point.shown} for point in order], metric))
     axes[-1].layout = {}
@@ -41,7 +41,7 @@ def parallel(found: Sequence[Point], metric: str, goal: str) -> Figure | None:
     names = [*map(plain, keys), f"<b>{plain(metric)}</b>"]
     return figure(
         "Parallel coordinates",
-        caption("A line is a run; the keys stand in the order of their importance.", found), data,
+        caption("A line is a run; the keys stand in the order of their importance.", points), data,
         showlegend=False, height=440, annotations=_scales(axes),
         xaxis={"tickvals": list(range(len(axes))), "ticktext": names, "showgrid": True,
                "gridcolor": MUTED, "showline": False, "side": "top", "fixedrange": True,

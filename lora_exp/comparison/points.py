@@ -66,19 +66,19 @@ def points(groups: Sequence[Series]) -> list[Point]:
     ]
 
 
-def caption(text: str, found: Sequence[Point]) -> str:
+def caption(text: str, points: Sequence[Point]) -> str:
     """Return a caption that also says what hollow points and those at the edge are."""
-    if any(point.pruned for point in found):
+    if any(point.pruned for point in points):
         text += " Hollow: stopped early."
-    return f"{text} {EDGE}" if any(p.shown != rounded(p.objective) for p in found) else text
+    return f"{text} {EDGE}" if any(p.shown != rounded(p.objective) for p in points) else text
 
 
-def marks(found: Sequence[Point]) -> dict[str, Any]:
+def marks(points: Sequence[Point]) -> dict[str, Any]:
     """Return the markers of runs: their group's colour and symbol, hollow if stopped early."""
-    colours = [colour(point.place) for point in found]
+    colours = [colour(point.place) for point in points]
     return {
         "size": 9,
-        "symbol": [symbol(point.place) for point in found],
-        "color": [PAPER if p.pruned else c for p, c in zip(found, colours, strict=True)],
+        "symbol": [symbol(point.place) for point in points],
+        "color": [PAPER if p.pruned else c for p, c in zip(points, colours, strict=True)],
         "line": {"width": 1.5, "color": colours},
     }

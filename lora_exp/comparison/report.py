@@ -1,8 +1,12 @@
-"""Writes the report of a comparison, and of a sweep as soon as it has ended."""
+"""Writes the report of a comparison, and of a sweep as soon as it has ended.
+
+`python -m lora_exp.comparison.report FOLDER NAME` writes that of a sweep.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from lora_exp.comparison.value import Comparison, comparison
@@ -18,10 +22,15 @@ def write_report(compared: Comparison, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    write_whole(path, compared.to_html(title_of(compared)))
+
+
+def title_of(compared: Comparison) -> str:
+    """Return the names of the folders that the runs are in, of the first two."""
     folders = dict.fromkeys((run.sweep or run.directory).absolute() for run in compared.runs)
     names = ["/".join(folder.parts[-2:]) for folder in folders]
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    write_whole(path, compared.to_html(", ".join(names[:2]) + more))
+    return ", ".join(names[:2]) + more
 
 
 def report_sweep(folder: Path, name: str | None) -> Path | None:
@@ -37,3 +46,7 @@ def report_sweep(folder: Path, name: str | None) -> Path | None:
         log.warning("no report of %s: %s: %s", folder, type(error).__name__, error)
         return None
     return folder / name
+
+
+if __name__ == "__main__":
+    report_sweep(Path(sys.argv[1]), sys.argv[2])

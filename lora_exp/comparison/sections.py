@@ -72,13 +72,22 @@ def group_table(groups: Sequence[Group], keys: Sequence[str], marks: Sequence[Ba
         spread = f"± {group.spread:.2g}" if group.spread is not None else None
         cells = [
             badged(badge), *values, numeric(group.mean) | {"note": spread},
-            numeric(len(group.seeds)), _difference(group.difference),
+            numeric(len(group.seeds)), _differences(group),
             cell(group.verdict or "-", None, f"verdict {group.verdict.partition(' ')[0]}"),
             *([_difference(group.rows)] if has_rows else []),
             *_costs(group), *([] if all_finished else [cell(group.status, None, "status")]),
         ]  # fmt: skip
         rows.append({"best": group.is_baseline, "cells": cells})
     return table(f"Groups by {objective}, the best first", names, rows)
+
+
+def _differences(group: Group) -> dict[str, Any]:
+    """Return the cell of a difference over seeds, with its interval over rows."""
+    made, rows = _difference(group.difference), group.beside
+    if not rows or not rows.interval:
+        return made
+    low, high = rows.interval
+    return made | {"note": f"{made['note']}\n[{low:+.3g}, {high:+.3g}] {rows.over}"}
 
 
 def _difference(difference: Difference | None) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.comparison.group import Group, grouped
 from lora_exp.comparison.keys import text_of
-from lora_exp.comparison.statistics import Difference
+from lora_exp.comparison.statistics import APART, Difference
 from lora_exp.comparison.value import Comparison
 from lora_exp.files.whole import write_whole
 from lora_exp.record.console import short, size
@@ -44,13 +45,26 @@ def notes(comparison: Comparison) -> list[str]:
     if any(group.cost.of_pack for group in comparison.groups):
         text = "~ is the memory of a pack, seconds in packs are a job's share"
         lines.append(f"{text}; a run of the group, trained alone, replaces both")
-    differences = [group.difference for group in comparison.groups if group.difference]
-    if differences and all(d.over == "one seed" for d in differences):
-        lines.append("one seed each: seed=1,2,3 tells a difference from chance")
-    if differences:
-        text = "[low, high] is a 95% interval of the difference to the baseline, over seeds"
-        has_rows = any(group.rows for group in comparison.groups)
-        lines.append(text + ("; of exact match, over held-out rows" if has_rows else ""))
+    lines += _notes_on_differences(comparison.groups)
+    return lines
+
+
+def _notes_on_differences(groups: Sequence[Group]) -> list[str]:
+    differences = [group.difference for group in groups if group.difference]
+    if not differences:
+        return []
+    lines = []
+    if all(d.over == "one seed" for d in differences):
+        of_rows = any(group.over_rows for group in groups)
+        text = "one seed each: seed=1,2,3 tells a difference from chance in training"
+        lines.append(text + ("; over rows a verdict is about these runs" if of_rows else ""))
+    if any(d.over == APART for d in differences):
+        lines.append("seeds are compared in pairs: without two in common there is no interval")
+    text = "[low, high] is a 95% interval of the difference to the baseline, over seeds"
+    beside = [group.beside for group in groups]
+    over_rows = ["below it"] if any(rows and rows.interval for rows in beside) else []
+    over_rows += ["of exact match"] if any(group.rows for group in groups) else []
+    lines.append(text + (f"; {' and '.join(over_rows)}, over held-out rows" if over_rows else ""))
     return lines
 
 
@@ -71,13 +85,12 @@ def _table(comparison: Comparison, objective: str) -> Table:
     for name in names:
         table.add_column(_cell(name), overflow="fold")
     for group in groups:
-        texts = [text_of(group.values, key) for key in keys] or [group.label]
-        texts += [_value(group), str(len(group.seeds)), _difference(group.difference)]
-        texts += [group.verdict or "-"]
-        texts += [_difference(group.rows)] if has_rows else []
+        values = [text_of(group.values, key) for key in keys] or [group.label]
+        values += [_value(group), str(len(group.seeds))]
+        texts = [group.verdict or "-", *([_difference(group.rows)] if has_rows else [])]
         texts += [*_costs(group), *([] if all_finished else [group.status])]
-        style = "bold" if group.is_baseline else ""
-        table.add_row(*(_cell(text) for text in texts), style=style)
+        cells = [*map(_cell, values), _cell(*_differences(group)), *map(_cell, texts)]
+        table.add_row(*cells, style="bold" if group.is_baseline else "")
     return table
 
 
@@ -87,14 +100,26 @@ def _value(group: Group) -> str:
     return short(group.mean) + (f" ± {group.spread:.2g}" if group.spread is not None else "")
 
 
+def _differences(group: Group) -> list[str]:
+    """Return the difference over seeds, and its interval over rows, as lines."""
+    lines = [_difference(group.difference)]
+    if (rows := group.beside) and rows.interval:
+        lines.append(f"{_interval(rows.interval)} {rows.over}")
+    return lines
+
+
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return "-"
     mean = _signed(difference.mean)
     if difference.interval is None:
         return f"{mean} ({difference.over})"
-    low, high = difference.interval
-    return f"{mean} [{_signed(low)}, {_signed(high)}]"
+    return f"{mean} {_interval(difference.interval)}"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"[{_signed(low)}, {_signed(high)}]"
 
 
 def _signed(value: float) -> str:
@@ -111,10 +136,10 @@ def _costs(group: Group) -> list[str]:
     return [parameters, *texts]
 
 
-def _cell(text: str) -> Text:
+def _cell(*lines: str) -> Text:
     from rich.text import Text
 
-    return Text(_clean(text))
+    return Text("\n".join(map(_clean, lines)))
 
 
 def _clean(text: str) -> str:

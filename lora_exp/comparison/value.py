@@ -14,7 +14,15 @@ from typing import Any
 from lora_exp.comparison.budget import fault, warnings
 from lora_exp.comparison.group import Group, group_of, kind_of, objective_of, row
 from lora_exp.comparison.keys import ABSENT, canonical, columns, compared, differing
-from lora_exp.comparison.statistics import matches, over_rows, over_seeds
+from lora_exp.comparison.row_losses import over_row_losses, row_losses
+from lora_exp.comparison.statistics import (
+    EXACT_MATCH,
+    PREFERENCE,
+    matches,
+    over_rows,
+    over_seeds,
+    preferences,
+)
 from lora_exp.errors import SavedError, did_you_mean
 from lora_exp.runs.gather import read_runs
 from lora_exp.runs.run import SavedRun
@@ -182,6 +190,8 @@ def _held_against(groups: Sequence[Group], baselines: Sequence[Group]) -> list[G
     """Return the groups with their differences to the baseline of their objective."""
     by_objective = {group.objective: group for group in baselines}
     answered = {name: matches(group.runs) for name, group in by_objective.items()}
+    losses = {name: row_losses(group.runs) for name, group in by_objective.items()}
+    preferred = {name: preferences(group.runs) for name, group in by_objective.items()}
     held = []
     for group in groups:
         baseline = by_objective.get(group.objective)
@@ -191,6 +201,10 @@ def _held_against(groups: Sequence[Group], baselines: Sequence[Group]) -> list[G
             held.append(group)
         else:
             difference = over_seeds(group.seeds, baseline.seeds, group.objective, group.goal)
-            rows = over_rows(matches(group.runs), answered[group.objective])
-            held.append(replace(group, difference=difference, rows=rows))
+            rows = over_rows(matches(group.runs), answered[group.objective], EXACT_MATCH)
+            by_row = over_row_losses(row_losses(group.runs), losses[group.objective])
+            pairs = over_rows(preferences(group.runs), preferred[group.objective], PREFERENCE)
+            held.append(
+                replace(group, difference=difference, rows=rows, row_losses=by_row, pairs=pairs)
+            )
     return held

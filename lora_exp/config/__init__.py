@@ -11,6 +11,7 @@ resume          what may change on resume
 trackers        which trackers, and their packages
 keep            the weights that a run saves
 naming          a run's name
+processes       how many, and their shares
 settled         plain values, directory, fingerprint
 ranges          numbers that train nothing
 learning        settings under which nothing is learnt

@@ -65,6 +65,26 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
+class Section(dict[str, Any]):
+    """Nested values whose keys are attributes, too, as a DictConfig's, in a hundredth of the time.
+
+    For checks that read many values of each of a sweep's jobs.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+def sections(values: Any) -> Any:
+    """Return nested values with their dicts as sections."""
+    if isinstance(values, dict):
+        return Section({key: sections(value) for key, value in values.items()})
+    return [sections(value) for value in values] if isinstance(values, list) else values
+
+
 @cache
 def shipped_targets() -> frozenset[str]:
     """Return every `_target_` of our own conf/."""
@@ -94,9 +114,15 @@ def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from every_target(child, f"{key}.{name}" if key else str(name))
 
 
-def untrusted(cfg: DictConfig) -> list[tuple[str, str]]:
-    """Return a fault for each `_target_` that may not be imported."""
-    targets = [(f"{key}._target_", target) for key, target in every_target(plain(cfg))]
+def untrusted(cfg: DictConfig, section: str = "") -> list[tuple[str, str]]:
+    """Return a fault for each `_target_` that may not be imported.
+
+    Args:
+        cfg: the run's config.
+        section: the key of the only node whose targets are wanted, beside the rewards.
+    """
+    node = plain(OmegaConf.select(cfg, section) if section else cfg)
+    targets = [(f"{key}._target_", target) for key, target in every_target(node, section)]
     rewards = OmegaConf.select(cfg, "algorithm.rewards", throw_on_missing=False) or ()
     if isinstance(rewards, str):
         return [("algorithm.rewards", f"is a list; algorithm.rewards=[{rewards}]")]
@@ -153,7 +179,7 @@ def build(
     node = OmegaConf.select(cfg, key)
     if node is None:
         return None
-    faults = [fault for fault in untrusted(cfg) if fault[0].startswith(key)]
+    faults = [fault for fault in untrusted(cfg, key) if fault[0].startswith(key)]
     if faults:
         raise ConfigError(faults)
     arguments = {name: value for name, value in node.items() if name not in set(leave_out)}

@@ -6,6 +6,7 @@ Messages contain no values: one of them may be a secret.
 from __future__ import annotations
 
 import re
+from traceback import walk_tb
 from typing import Any
 
 import hydra
@@ -34,7 +35,8 @@ def translate_error(error: Exception) -> LoraExpError | None:
         return ConfigError([(key, 'cannot be read; give key=value, or key="a text"')])
     if text.startswith("Only one of --run"):
         return ConfigError([("--cfg", "shows one run; leave out -m, and give one value to a key")])
-    if text.startswith("Config group override must be"):
+    in_options = _raised_in(error) == "hydra._internal.defaults_list"
+    if text.startswith("Config group override must be") or in_options:
         return ConfigError([("overrides", "an option is a word, like quant=nf4 or quant=none")])
     if not isinstance(error, HydraException | OmegaConfBaseException):
         failed = re.search(r"^\s*full_key: (\S+)$", text, re.MULTILINE)  # inside omegaconf
@@ -54,11 +56,21 @@ def translate_error(error: Exception) -> LoraExpError | None:
     if existing := re.search(duplicate, text):
         key = existing[1] or existing[2]
         return ConfigError([(key, f"is there already; give {key}=... without the +")])
+    merging = re.search(r"Error merging override \+*([^=\s]+)=", text)
+    kind = re.search(r"could not be converted to (\w+)", str(error.__cause__))
+    if merging and kind:
+        return ConfigError([(merging[1], f"cannot take this value, but one of type {kind[1]}")])
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return ConfigError([(str(error.full_key), text.splitlines()[0])])
     if error.__cause__ is not None and str(error.__cause__) not in text:
         text += f"\n{error.__cause__}"
     return ConfigError([("overrides", "; ".join(line.strip() for line in text.splitlines()))])
+
+
+def _raised_in(error: Exception) -> str:
+    """Return the module whose line raised an error that is not Hydra's own; empty: it is."""
+    frames = [] if isinstance(error, HydraException) else list(walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals["__name__"]) if frames else ""
 
 
 def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
@@ -78,7 +90,7 @@ def _no_such_option(error: MissingConfigException) -> tuple[str, str]:
 def _no_such_key(key: str) -> str:
     """Compare a key, part by part, with the default config, and return what is wrong with it."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config")
+        cfg = hydra.compose("config", return_hydra_config=key.startswith("hydra."))
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, DictConfig):

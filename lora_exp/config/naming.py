@@ -14,7 +14,7 @@ NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
     r"(name|sweep_name|resume|retry_failed|report|strict|host|trusted_targets|tracking|hydra|samples"
     r"|objective|goal|early_stopping"
-    r"|lockstep|model\.gguf_file)\b"
+    r"|lockstep|model\.gguf_file|data\.num_proc)\b"
     r"|train\.(eval|save|logging)_"
 )
 

@@ -9,7 +9,8 @@ from lora_exp.config.ranges import Fault
 from lora_exp.config.signature import members
 from lora_exp.errors import did_you_mean
 
-ONE_DEVICE = "leave it out: a run trains on one device"
+ONE_DEVICE = "leave it out: every process has the whole model, with parallel=ddp too"
+BY_PARALLEL = "give parallel=ddp parallel.processes=<number>"
 PUBLISHED = "use lora-exp push, which publishes what a run saved"
 OWNED = {  # argument -> what to do instead
     "output_dir": "give hydra.run.dir=<directory>",
@@ -35,7 +36,7 @@ OWNED = {  # argument -> what to do instead
     "do_predict": "use lora-exp generate",
     "batch_eval_metrics": "leave it out: no function of yours computes metrics",
     "include_for_metrics": "leave it out: no function of yours computes metrics",
-    "local_rank": ONE_DEVICE,
+    "local_rank": BY_PARALLEL,
     "fsdp": ONE_DEVICE,
     "fsdp_config": ONE_DEVICE,
     "deepspeed": ONE_DEVICE,
@@ -45,7 +46,7 @@ OWNED = {  # argument -> what to do instead
             "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
             "ddp_static_graph", "ddp_backend", "ddp_timeout",
         ),
-        ONE_DEVICE,
+        BY_PARALLEL,
     ),
     **dict.fromkeys(
         (
@@ -73,9 +74,7 @@ UNREAD = {
         "pad_token": "leave it out: the tokenizer's own, or its end token",
     }
 }
-OWNED_IN_TRACKING = (
-    "directory", "run_id", "run_name", "sweep", "job_type", "choices", "config",
-)  # fmt: skip
+OWNED_IN_TRACKING = ("run",)
 ENUMERATIONS = {  # argument -> the enumeration of its values
     "lr_scheduler_type": "transformers.trainer_utils.SchedulerType",
     "optim": "transformers.training_args.OptimizerNames",

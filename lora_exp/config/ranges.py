@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from omegaconf import DictConfig
 
 Fault = tuple[str, str]  # the key, and what is wrong with it
 
 
-def range_faults(cfg: DictConfig) -> Iterator[Fault]:
-    """Yield a fault for each number that is out of range."""
-    train, peft = cfg.train, cfg.peft or {}
-    for name in ("r", "init_r", "target_r", "num_virtual_tokens"):
+def range_faults(cfg: Any) -> Iterator[Fault]:
+    """Yield a fault for each number that is out of range.
+
+    Args:
+        cfg: a settled config, or its sections.
+    """
+    yield from _adapter_ranges(cfg.peft or {})
+    yield from _training_ranges(cfg.train)
+    for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
+            yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
+    if cfg.goal not in ("minimize", "maximize"):
+        yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
+    yield from _algorithm_ranges(cfg)
+    yield from _lockstep_ranges(cfg.lockstep)
+    yield from _data_ranges(cfg.data)
+    if not isinstance(cfg.deterministic, bool):
+        yield "deterministic", f"{cfg.deterministic!r} is neither true nor false"
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
+    if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
+        yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
+    if cfg.get("sweep_name") is not None and not 0 < len(str(cfg.sweep_name)) <= 128:
+        yield "sweep_name", "give 1 to 128 characters"
+    if cfg.report is not None and not re.fullmatch(r"[^/\\]+\.html", str(cfg.report)):
+        yield "report", f"{cfg.report!r} is no file name that ends in .html; null writes no report"
+    project = str((cfg.tracking or {}).get("project") or "x")
+    if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+        yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"
+
+
+def _adapter_ranges(peft: Mapping[str, Any]) -> Iterator[Fault]:
+    what = dict.fromkeys(("r", "init_r", "target_r"), "a rank")
+    for name, noun in (what | {"num_virtual_tokens": "a number of tokens"}).items():
         least = 0 if name == "r" and "oft_block_size" in peft else 1
         if name in peft and is_number(peft[name]) and peft[name] < least:
-            yield f"peft.{name}", f"{peft[name]} is no rank; give {least} or more"
+            yield f"peft.{name}", f"{peft[name]} is not {noun}; give {least} or more"
     alpha = peft.get("lora_alpha", 1)
     if is_number(alpha) and not 0 < alpha < math.inf:
         yield (
@@ -27,7 +55,10 @@ def range_faults(cfg: DictConfig) -> Iterator[Fault]:
         )
     for name in (name for name in peft if name.endswith("dropout")):
         if is_number(peft[name]) and not 0 <= peft[name] < 1:
-            yield f"peft.{name}", f"{peft[name]} is no share; give 0 or more and below 1"
+            yield f"peft.{name}", f"{peft[name]} is not a probability; give 0 or more and below 1"
+
+
+def _training_ranges(train: Any) -> Iterator[Fault]:
     if is_number(train.learning_rate) and not 0 < train.learning_rate < math.inf:
         text = f"{train.learning_rate} trains nothing; give a rate above 0 (LoRA 1e-4 to 5e-4)"
         yield "train.learning_rate", text
@@ -44,36 +75,20 @@ def range_faults(cfg: DictConfig) -> Iterator[Fault]:
     for name in ("gradient_accumulation_steps", "logging_steps", "save_steps"):
         if is_number(train[name]) and not train[name] > 0:
             yield f"train.{name}", f"{train[name]} is not above 0"
-    for name, least in (("rows", 0), ("max_new_tokens", 1), ("batch_size", 1)):
-        if not isinstance(cfg.samples[name], int) or cfg.samples[name] < least:
-            yield f"samples.{name}", f"{cfg.samples[name]!r} is not {least} or more"
-    if cfg.goal not in ("minimize", "maximize"):
-        yield "goal", f"{cfg.goal!r} is neither minimize nor maximize"
-    yield from _algorithm_ranges(cfg)
-    yield from _lockstep_ranges(cfg.lockstep)
-    yield from _data_ranges(cfg.data)
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
-    if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):
-        yield "name", "give 1 to 128 characters, no slash, no leading dot: it is not a path"
-    if cfg.get("sweep_name") is not None and not 0 < len(str(cfg.sweep_name)) <= 128:
-        yield "sweep_name", "give 1 to 128 characters"
-    if cfg.report is not None and not re.fullmatch(r"[^/\\]+\.html", str(cfg.report)):
-        yield "report", f"{cfg.report!r} is no file name that ends in .html; null writes no report"
-    project = str((cfg.tracking or {}).get("project") or "x")
-    if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
-        yield "tracking.project", f"{project!r}: give 1 to 128 characters, none of / \\ # ? % :"
 
 
-def _data_ranges(data: DictConfig) -> Iterator[Fault]:
+def _data_ranges(data: Any) -> Iterator[Fault]:
     for name in ("max_rows", "max_eval_rows", "rows", "eval_rows"):
         if name in data and data[name] is not None and number(data[name]) < 1:
             yield f"data.{name}", f"{data[name]!r} is not 1 or more; null takes all"
+    processes = data.get("num_proc", 1)
+    if type(processes) is not int or processes < 1:
+        yield "data.num_proc", f"{processes!r} is no number of processes; give 1 or more"
     if "eval_share" in data and not 0 <= number(data.eval_share, -1) < 1:
         yield "data.eval_share", f"{data.eval_share!r} is no share; give 0 or more and below 1"
 
 
-def _lockstep_ranges(lockstep: DictConfig) -> Iterator[Fault]:
+def _lockstep_ranges(lockstep: Any) -> Iterator[Fault]:
     jobs, share = lockstep.max_jobs, lockstep.verify
     if jobs is not None and (type(jobs) is not int or jobs < 1):
         yield "lockstep.max_jobs", f"{jobs!r} is not 1 or more; null takes what memory holds"
@@ -84,7 +99,7 @@ def _lockstep_ranges(lockstep: DictConfig) -> Iterator[Fault]:
             yield f"lockstep.{key}", f"{lockstep[key]!r} is neither {first} nor {second}"
 
 
-def _algorithm_ranges(cfg: DictConfig) -> Iterator[Fault]:
+def _algorithm_ranges(cfg: Any) -> Iterator[Fault]:
     args = cfg.algorithm.args
     for name in ("num_generations", "max_completion_length", "num_iterations", "num_minibatches"):
         if name in args and args[name] is not None and number(args[name]) < 1:

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: a longer training, and how it reports.
+"""What may change when a run is resumed: a longer training, how it reports, and processes.
 
 Everything else affects the result, which would then belong to neither config. Needs no torch.
 """
@@ -18,7 +18,7 @@ from lora_exp.errors import ConfigError
 NOT_SAVED = re.compile(r"(resume|trusted_targets|retry_failed|report|strict)$|hydra\b")
 REPORTS = re.compile(
     r"(host|tracking|early_stopping|sweep_name)\b|lockstep\.(max_jobs|verify|on_difference)$"
-    r"|train\.logging_\w+$"
+    r"|train\.logging_\w+$|data\.num_proc$"
 )
 # these affect the result if evaluations do
 SAVING = re.compile(r"train\.(save|eval)_\w+$")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config.deletions import restore_defaults
@@ -26,6 +28,7 @@ from lora_exp.config.keep import (
 )
 from lora_exp.config.naming import run_name
 from lora_exp.config.overrides import split_override
+from lora_exp.config.processes import process_count, with_processes
 from lora_exp.config.resume import resumed_config
 from lora_exp.config.start import with_start_adapter
 from lora_exp.config.trackers import with_trackers
@@ -34,6 +37,7 @@ from lora_exp.files.paths import near_names
 
 GROUPS = (
     "model", "quant", "peft", "targets", "algorithm", "data", "tracking", "early_stopping",
+    "parallel",
 )  # one option each  # fmt: skip
 # keys that do not change what a run computes: its name, where it reports, what it may import
 NOT_COMPUTED = (
@@ -41,6 +45,9 @@ NOT_COMPUTED = (
     "host", "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
+# of each shape the values that had it first, and their config: a sweep's jobs differ in few values,
+# and to create a config takes many times as long as to unpickle one
+_first: dict[Any, tuple[dict[str, Any], bytes]] = {}
 
 
 def product(*factors: float) -> float:
@@ -118,27 +125,26 @@ def settle(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
     if resumed_path(cfg.resume):
-        return _freeze(_resumed(cfg, choices, overrides))
+        return frozen(_resumed(cfg, choices, overrides))
     if missing_groups := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in missing_groups)
     _check_demo(choices, overrides)
     cfg = restore_defaults(cfg, choices, overrides)
     try:
-        missing = OmegaConf.missing_keys(cfg)
         values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
-    if missing:
+    if _is_missing(values) and (missing := OmegaConf.missing_keys(cfg)):
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
-    values = renamed(values) | {"resume": None}
+    values = with_processes(renamed(values)) | {"resume": None}
     if OmegaConf.is_interpolation(cfg, "goal"):  # the algorithm's, which is its own objective's
         values["goal"] = goal_of(values["objective"]) or values["goal"]
     _check_consent(values, overrides)
     values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or run_name(values, overrides, common)
-    return _freeze(values)
+    return frozen(values)
 
 
 def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:
@@ -174,8 +180,10 @@ def _resumed(
     # keys that did not exist when the run was saved
     current |= {"adapter_base": values.get("adapter_base"), "host": values.get("host", False)}
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
+    current["deterministic"] = values.get("deterministic", True)
     current["sweep_name"] = values.get("sweep_name")
     current["early_stopping"] = values.get("early_stopping")
+    current["parallel"] = values.get("parallel")
     current["keep"] = "best" if values["train"].get(LOAD_BEST) else "last"
     if current["keep"] == "best" and not saves_each_best(values["train"]):
         text = "best, but the run saves no checkpoint of each evaluation, so the best may be lost"
@@ -183,11 +191,42 @@ def _resumed(
     return values | current | {"trusted_targets": list(cfg.trusted_targets)}
 
 
-def _freeze(values: dict[str, Any]) -> DictConfig:
-    frozen = OmegaConf.create(values)
-    OmegaConf.set_struct(frozen, True)
-    OmegaConf.set_readonly(frozen, True)
-    return frozen
+def frozen(values: dict[str, Any]) -> DictConfig:
+    """Return a settled config's values as a config that cannot be changed."""
+    shape = _shape(values)
+    if shape not in _first:
+        cfg = OmegaConf.create(values)
+        OmegaConf.set_struct(cfg, True)
+        OmegaConf.set_readonly(cfg, True)
+        _first[shape] = copy.deepcopy(values), pickle.dumps(cfg)
+    earlier, pickled = _first[shape]
+    copied: DictConfig = pickle.loads(pickled)
+    _fill(copied, values, earlier)
+    return copied
+
+
+def _shape(values: Any) -> Any:
+    """Return the keys of nested values; of a leaf None."""
+    if isinstance(values, dict):
+        return tuple((key, _shape(value)) for key, value in values.items())
+    return (list, *map(_shape, values)) if isinstance(values, list | tuple) else None
+
+
+def _fill(node: Any, values: Any, earlier: Any) -> None:
+    """Set the leaves of a config that differ from the values with which it was created."""
+    for key in values if isinstance(values, dict) else range(len(values)):
+        value, before = values[key], earlier[key]
+        if isinstance(value, dict | list | tuple):
+            _fill(node._get_node(key), value, before)
+        elif type(value) is not type(before) or value != before:
+            node._get_node(key)._val = value
+
+
+def _is_missing(values: Any) -> bool:
+    """Return whether a value is omegaconf's mark for one that is required."""
+    if isinstance(values, dict | list):
+        return any(map(_is_missing, values.values() if isinstance(values, dict) else values))
+    return isinstance(values, str) and values == MISSING
 
 
 def fingerprint(cfg: DictConfig) -> str:
@@ -210,6 +249,11 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     values["lockstep_mode"] = cfg.lockstep.mode
     if not has_patience(values):  # other rules only stop losers; earlier versions had none
         values.pop("early_stopping", None)
+    if values.get("deterministic", True):  # computes what a run of an earlier version does
+        values.pop("deterministic", None)
+    if process_count(values) == 1:  # computes what a run without processes does
+        values.pop("parallel", None)
+    values["data"].pop("num_proc", None)  # the tokens do not depend on it
     values["train"] |= limits or {}
     # as earlier versions wrote it, which had no such keys, and sdpa for what auto is
     model, quant = values["model"], values.get("quant")

@@ -5,6 +5,7 @@ Those beside W&B have a section of their own: `tracking.tensorboard`. Needs no t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from lora_exp.config.door import plain
 from lora_exp.config.ranges import Fault
+from lora_exp.errors import did_you_mean
 
 # target -> the package that it needs, and whose name is that of its extra
 PACKAGES = {
@@ -20,6 +22,8 @@ PACKAGES = {
     "lora_exp.tracking.mlflow.MLflow": "mlflow",
     "lora_exp.tracking.trackio.Trackio": "trackio",
 }
+WANDB = "lora_exp.tracking.wandb.Wandb"
+WANDB_MODES = ("online", "offline", "disabled", "dryrun")  # values of the variable WANDB_MODE
 
 
 def tracker_keys(node: Mapping[str, Any] | None) -> list[str]:
@@ -44,9 +48,14 @@ def with_trackers(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]
 
 
 def tracking_faults(cfg: DictConfig) -> Iterator[Fault]:
-    """Yield a fault for each tracker whose package is missing."""
+    """Yield a fault for each tracker whose package is missing, and for W&B's variable."""
     for key in tracker_keys(cfg.tracking):
         node = cfg.tracking[key] if key else cfg.tracking
+        if node["_target_"] == WANDB and node.get("mode") == "auto":
+            mode = os.environ.get("WANDB_MODE")
+            if mode and mode not in WANDB_MODES:
+                text = f"the environment's {mode!r} is none of {', '.join(WANDB_MODES)}"
+                yield "WANDB_MODE", text + did_you_mean(mode, WANDB_MODES)
         package = PACKAGES.get(str(node["_target_"]))
         if package is not None and find_spec(package) is None:
             text = f'needs the package {package}: pip install "lora-exp[{package}]"'

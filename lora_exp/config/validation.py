@@ -14,11 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lora_exp.config.arguments import argument_faults
-from lora_exp.config.door import every_target, is_trusted, plain, untrusted
+from lora_exp.config.door import every_target, is_trusted, plain, sections, untrusted
 from lora_exp.config.learning import learning_faults
 from lora_exp.config.named_files import named_file_faults
 from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned_faults
 from lora_exp.config.pairs import pair_faults
+from lora_exp.config.processes import process_faults
 from lora_exp.config.ranges import Fault, range_faults
 from lora_exp.config.settled import settle
 from lora_exp.config.signature import fits, signature, texts_compared_with
@@ -39,14 +40,15 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "sweep_name", "seed", "resume", "retry_failed", "report", "strict", "host",
-        "adapter", "adapter_base", "objective", "goal", "keep", "trusted_targets", "train",
+        "name", "sweep_name", "seed", "deterministic", "resume", "retry_failed", "report", "strict",
+        "host", "adapter", "adapter_base", "objective", "goal", "keep", "trusted_targets", "train",
         "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
-        "early_stopping", "lockstep", "choices",
+        "early_stopping", "parallel", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
     "lockstep": ("max_jobs", "mode", "verify", "on_difference"),
+    "parallel": ("processes",),
     "algorithm": (
         "learning_rate", "task_type", "shape", "objective", "goal", "metrics", "rewards",
         "trainer", "args",
@@ -88,8 +90,9 @@ def validate(cfg: DictConfig) -> DictConfig:
     faults = list(_shape(cfg))
     if not faults:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
+        faults += [*range_faults(sections(values)), *learning_faults(cfg), *argument_faults(cfg)]
         faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg)]
+        faults += [*process_faults(cfg)]
         faults += [*named_file_faults(cfg), *tracking_faults(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
@@ -109,6 +112,8 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
         if not isinstance(OmegaConf.select(cfg, key), DictConfig):
             yield key, "is not a section; choose an option of its group, or leave it as it is"
             return
+    if not isinstance(cfg.get("parallel"), DictConfig | None):  # None: of an earlier version
+        yield "parallel", "is no option of conf/parallel; give parallel=none or parallel=ddp"
     for key in ("model", "quant", "peft", "data", "tracking", "early_stopping"):
         node = cfg[key]
         if key == "tracking" and isinstance(node, DictConfig) and tracker_keys(node):
@@ -121,7 +126,7 @@ def _shape(cfg: DictConfig) -> Iterator[Fault]:
 def _keys(cfg: DictConfig) -> Iterator[Fault]:
     """Yield a fault for each key that nothing reads; `_arguments` checks those of targets."""
     for section, readable in KEYS.items():
-        for key in map(str, OmegaConf.select(cfg, section) if section else cfg):
+        for key in map(str, (OmegaConf.select(cfg, section) if section else cfg) or ()):
             if key not in readable:
                 full_key = f"{section}.{key}".lstrip(".")
                 hint = key_hint(full_key)

@@ -4,12 +4,15 @@ turns       a chat's turns, checked
 formats     how rows are written
 shapes      what algorithms learn from
 reading     files of rows
+stored      rows in a temporary file
 tasks       the generated tasks and their answers
 conversion  a row, by its format
 rows        read, converted, split
 template    chat templates: turns to text
 rendered    a row as text, its answers
-tokens      rows to tokens and labels, cached
+encoding    a row to tokens and labels
+processes   work in several processes
+tokens      all rows' tokens, cached
 examples    what each trainer takes, counted
 """
 

@@ -6,13 +6,14 @@ Knows nothing of files or tokens; needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_exp.data.formats import EmptyAnswer, detect, read_as
 from lora_exp.data.reading import OnError
 from lora_exp.data.shapes import LocatedRow, list_faults
+from lora_exp.data.stored import StoredRows
 from lora_exp.data.turns import FieldError, Row
 from lora_exp.errors import DataError
 
@@ -23,7 +24,7 @@ Columns = dict[str, str] | None
 class Converted:
     """Rows in the shape of their format, and those that were left out."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     format: str
     skipped: list[str]
     empty: int  # number of skipped rows without an answer
@@ -52,28 +53,42 @@ def convert(
     Raises:
         DataError: rows cannot be used (file, line and field are named), or there are no rows.
     """
-    converted: list[Row] = []
-    skipped: list[str] = []
-    faults: list[str] = []
-    empty = 0
-    for where, row in rows:
-        try:
-            if format == "auto":
-                format = detect(_rename_columns(validate(row, where), columns, where), where)
-            converted.append(_converted(row, format, columns, as_chat, where))
-        except EmptyAnswer as error:
-            empty += 1
-            skipped.append(f"{where}: {error}")
-        except DataError as error:
-            (faults if on_error == "raise" else skipped).append(str(error))
-            if format == "auto":  # without a format no row can be read
-                break
-    if faults:
-        raise DataError(list_faults(faults))
+    conversion = _Conversion(format, on_error, columns, as_chat)
+    converted = StoredRows(conversion.converted(rows))
+    skipped = conversion.skipped
+    if conversion.faults:
+        raise DataError(list_faults(conversion.faults))
     if not converted:
         why = f"; {len(skipped)} were skipped, the first: {skipped[0]}" if skipped else ""
         raise DataError(f"{source}: no rows{why}")
-    return Converted(converted, format, skipped, empty)
+    return Converted(converted, conversion.format, skipped, conversion.empty)
+
+
+class _Conversion:
+    """Converts rows one after the other, and notes what it leaves out."""
+
+    def __init__(self, format: str, on_error: OnError, columns: Columns, as_chat: bool) -> None:
+        self.format, self.columns, self.as_chat = format, columns, as_chat
+        self.skipped: list[str] = []
+        self.faults: list[str] = []
+        self.refused = self.faults if on_error == "raise" else self.skipped
+        self.empty = 0
+
+    def converted(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+        """Yield the rows that can be used."""
+        for where, row in rows:
+            try:
+                if self.format == "auto":
+                    renamed = _rename_columns(validate(row, where), self.columns, where)
+                    self.format = detect(renamed, where)
+                yield _converted(row, self.format, self.columns, self.as_chat, where)
+            except EmptyAnswer as error:
+                self.empty += 1
+                self.skipped.append(f"{where}: {error}")
+            except DataError as error:
+                self.refused.append(str(error))
+                if self.format == "auto":  # without a format no row can be read
+                    return
 
 
 def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: str) -> Row:

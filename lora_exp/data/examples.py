@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow
@@ -11,19 +11,12 @@ from datasets import Dataset, Features, Json, List
 from datasets.features.features import generate_from_arrow_type
 from omegaconf import DictConfig
 
+from lora_exp.data.encoding import IGNORED, text_prompt
 from lora_exp.data.reading import OnError
 from lora_exp.data.rows import Rows
 from lora_exp.data.shapes import SHAPES, list_faults, location_of
 from lora_exp.data.template import render_chat, to_form, turn_end
-from lora_exp.data.tokens import (
-    IGNORED,
-    Counts,
-    Lengths,
-    Tokens,
-    text_prompt,
-    tokenise,
-    virtual_tokens,
-)
+from lora_exp.data.tokens import Counts, Lengths, Tokens, tokenise, virtual_tokens
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError
 
@@ -76,7 +69,8 @@ def prepared(
             if rows_of_split
         }
     else:
-        options = _token_options(cfg, context) | {"on_error": rows.on_error}
+        options = _token_options(cfg, context)
+        options |= {"on_error": rows.on_error, "num_proc": rows.num_proc}
         tokens = {
             what: tokenise(rows_of_split, tokenizer, what=what, **options)
             for what, rows_of_split in splits.items()
@@ -119,7 +113,7 @@ def recounted(
 
 
 def prompts(
-    rows: list[Row], tokenizer: Any, room: float, what: str, on_error: OnError = "raise"
+    rows: Sequence[Row], tokenizer: Any, room: float, what: str, on_error: OnError = "raise"
 ) -> Tokens:
     """Prepare prompt rows for trainers that answer them; other columns are kept for rewards.
 
@@ -148,7 +142,7 @@ def prompts(
     return Tokens(table(prepared_rows), counts, cached=False, refused=refused)
 
 
-def raw(rows: list[Row], shape: str, tokenizer: Any, on_error: OnError = "raise") -> Tokens:
+def raw(rows: Sequence[Row], shape: str, tokenizer: Any, on_error: OnError = "raise") -> Tokens:
     """Prepare rows for a trainer that tokenises them itself; `recount` then counts their tokens.
 
     Raises:
@@ -170,7 +164,7 @@ def raw(rows: list[Row], shape: str, tokenizer: Any, on_error: OnError = "raise"
 
 
 def _refused_rows(
-    rows: list[Row], tokenizer: Any, check: Callable[[Row, int], None], on_error: OnError
+    rows: Sequence[Row], tokenizer: Any, check: Callable[[Row, int], None], on_error: OnError
 ) -> dict[str, str]:
     """Return the rows that the chat template refuses: where each was read -> why."""
     if any(isinstance(row["prompt"], list) for row in rows) and not tokenizer.chat_template:
@@ -196,7 +190,7 @@ def _in_template_form(row: Row, tokenizer: Any) -> Row:
 CHATS = ("prompt", "chosen", "rejected", "completion")
 
 
-def table(rows: list[Row]) -> Dataset:
+def table(rows: Sequence[Row]) -> Dataset:
     """Return rows as a data set with the columns of all of them, None where a row has none.
 
     Columns of objects, or of several types, are stored as JSON: Arrow would give each object the

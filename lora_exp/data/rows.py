@@ -6,7 +6,9 @@ Knows nothing of tokens; needs no torch.
 from __future__ import annotations
 
 import json
+import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +18,13 @@ from lora_exp.data.conversion import Columns, Converted
 from lora_exp.data.conversion import convert as convert
 from lora_exp.data.reading import OnError, files, lines
 from lora_exp.data.shapes import location_of, reshape
+from lora_exp.data.stored import selected
 from lora_exp.data.template import template_file
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 from lora_exp.files.whole import sha256
 
+log = logging.getLogger("lora_exp")
 Format = Literal[
     "auto", "preference", "unpaired_preference", "messages", "sharegpt", "alpaca",
     "prompt_completion", "text", "prompt",
@@ -31,16 +35,17 @@ DRAWN = "lora_exp.corpus"  # name of the source in run.json; a resume compares i
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set in memory, and its source."""
+    """A data set, and its source."""
 
-    train: list[Row]
-    eval: list[Row]
+    train: Sequence[Row]
+    eval: Sequence[Row]
     format: str
     source: dict[str, str]  # file -> SHA-256, or hub id -> revision
     chat_template: str | None  # Jinja text that replaces the model's own
     warnings: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # where rows were left out, and why
     on_error: OnError = "raise"  # what to do with rows that the chat template refuses
+    num_proc: int = 1  # processes that tokenise them
 
     def shaped(self, shape: str) -> Rows:
         """Return the rows in the shape that an algorithm learns from.
@@ -57,12 +62,22 @@ class Rows:
         Args:
             refused: where a row was read -> why it is left out.
         """
+        if not refused:
+            return self
         kept = [
-            [row for row in rows if location_of(row) not in refused]
+            selected(rows, [i for i, row in enumerate(rows) if location_of(row) not in refused])
             for rows in (self.train, self.eval)
         ]
         skipped = (*self.skipped, *refused.values())
         return replace(self, train=kept[0], eval=kept[1], skipped=skipped)
+
+    def log_skipped(self) -> None:
+        """Log each row that was left out, and warn once of all."""
+        for why in self.skipped:
+            log.info("skipped: %s", why)
+        if self.skipped:
+            text = "%d rows were left out, the first: %s; run.log lists them"
+            log.warning(text, len(self.skipped), self.skipped[0])
 
 
 def jsonl(
@@ -77,6 +92,7 @@ def jsonl(
     on_error: OnError,
     columns: dict[str, str] | None = None,
     as_chat: bool = False,
+    num_proc: int = 1,
 ) -> Rows:
     """Read rows from a file or a glob; see `reading` for the kinds of files.
 
@@ -89,7 +105,7 @@ def jsonl(
         held_out, eval_source = _read_files(eval_path, format, on_error, columns, as_chat)
         source |= eval_source
     split = _split(loaded, held_out, eval_share, max_rows, max_eval_rows)
-    return _rows(loaded, held_out, split, source, chat_template, on_error)
+    return _rows(loaded, held_out, split, source, chat_template, on_error, num_proc)
 
 
 def hub(
@@ -107,6 +123,7 @@ def hub(
     on_error: OnError,
     columns: dict[str, str] | None = None,
     as_chat: bool = False,
+    num_proc: int = 1,
 ) -> Rows:
     """Load a data set from the Hugging Face hub, or a folder that `datasets` can read.
 
@@ -129,9 +146,10 @@ def hub(
     if Path(path).exists():
         paths = sorted(p for p in Path(path).rglob("*") if p.is_file())
         source = {str(p): sha256(p) for p in paths}
-        return _rows(loaded, held_out, split_rows, source, chat_template, on_error)
+        return _rows(loaded, held_out, split_rows, source, chat_template, on_error, num_proc)
     commit = _commit(path, revision)
-    rows = _rows(loaded, held_out, split_rows, {path: str(commit)}, chat_template, on_error)
+    source = {path: str(commit)}
+    rows = _rows(loaded, held_out, split_rows, source, chat_template, on_error, num_proc)
     if revision == commit:
         return rows
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
@@ -141,10 +159,11 @@ def hub(
 def _rows(
     loaded: Converted,
     held_out: Converted | None,
-    split: tuple[list[Row], list[Row]],
+    split: tuple[Sequence[Row], Sequence[Row]],
     source: dict[str, str],
     chat_template: str | None,
     on_error: OnError,
+    num_proc: int,
 ) -> Rows:
     """Return `Rows` with warnings about empty answers, prompts that end in a space, duplicates."""
     splits = [loaded, held_out] if held_out else [loaded]
@@ -153,26 +172,31 @@ def _rows(
     warnings = []
     if empty := sum(part.empty for part in splits):
         warnings.append(f"{empty:,} rows have an empty answer and are left out")
-    texts = [row["prompt"] for row in train if isinstance(row.get("prompt"), str)]
-    if spaces := sum(text[-1:].isspace() for text in texts):
-        text = f"{spaces:,} of {len(texts):,} prompts end in white space, which most tokenizers"
+    texts, spaces, duplicates = _counts(train, evaluation)
+    if spaces:
+        text = f"{spaces:,} of {texts:,} prompts end in white space, which most tokenizers"
         warnings.append(f"{text} join with the answer's first word; end prompts without it")
-    if duplicates := _count_duplicates(train, evaluation):
+    if duplicates:
         warnings.append(
             f"{duplicates:,} of {len(evaluation):,} held-out rows are training rows, too"
         )
     return Rows(
         train, evaluation, loaded.format, source, _template(chat_template), tuple(warnings),
-        skipped, on_error,
+        skipped, on_error, num_proc,
     )  # fmt: skip
 
 
-def _count_duplicates(train: list[Row], held_out: list[Row]) -> int:
-    """Count the held-out rows that are also training rows."""
-    if not held_out:
-        return 0
-    contents = {_content(row) for row in train}
-    return sum(_content(row) in contents for row in held_out)
+def _counts(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[int, int, int]:
+    """Count prompts that are text, those that end in white space, and held-out training rows."""
+    contents = [_content(row) for row in held_out]
+    missing, texts, spaces = set(contents), 0, 0
+    for row in train:
+        prompt = row.get("prompt")
+        texts += isinstance(prompt, str)
+        spaces += isinstance(prompt, str) and prompt[-1:].isspace()
+        if missing:
+            missing.discard(_content(row))
+    return texts, spaces, sum(content not in missing for content in contents)
 
 
 def _content(row: Row) -> int:
@@ -233,7 +257,7 @@ def _split(
     share: float,
     max_rows: int | None,
     max_eval_rows: int | None,
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """Hold out a share of the rows if there are no evaluation rows, then apply the limits."""
     train = loaded.rows
     if evaluation is not None:
@@ -242,6 +266,6 @@ def _split(
         count = min(round(len(train) * share), len(train) - 1)
         count = max(count, 1) if share and len(train) > 1 else count
         chosen = set(random.Random(SPLIT_SEED).sample(range(len(train)), count))
-        held_out = [row for i, row in enumerate(train) if i in chosen]
-        train = [row for i, row in enumerate(train) if i not in chosen]
+        held_out = selected(train, sorted(chosen))
+        train = selected(train, [i for i in range(len(train)) if i not in chosen])
     return train[:max_rows], held_out[:max_eval_rows]

@@ -11,10 +11,11 @@ prompt                `prompt`, and `answer` if it is known
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_exp.data.formats import FORMATS
+from lora_exp.data.stored import StoredRows
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 
@@ -57,7 +58,7 @@ def shape_of(format: str) -> str:
     return format if format in SHAPES else "completion"
 
 
-def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
+def reshape(rows: Sequence[Row], format: str, shape: str) -> Sequence[Row]:
     """Convert rows to the shape that an algorithm learns from.
 
     A pair becomes two unpaired rows, or the prompt with its chosen answer; a row with an answer
@@ -83,7 +84,8 @@ def reshape(rows: list[Row], format: str, shape: str) -> list[Row]:
             f" these were read as {format} with the fields {fields}; formats that would do:"
             f" {', '.join(usable)}"
         )
-    return [_at(row, new) for row in rows for new in convert(row)]
+    reshaped = (_at(row, new) for row in rows for new in convert(row))
+    return StoredRows(reshaped) if isinstance(rows, StoredRows) else list(reshaped)
 
 
 def _at(row: Row, new: Row) -> Row:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_exp.errors import ConfigError, did_you_mean
 
 PACKAGE = Path(__file__).parent.parent
+SCRATCH = "lora-exp-reproduce-"  # how folders are named that their command deletes
 
 
 def asset(path: str) -> Path:
@@ -36,6 +37,11 @@ def is_path(name: str) -> bool:
     return "/" in name or name.startswith(("~", "."))
 
 
+def is_scratch(path: Path) -> bool:
+    """Return whether a path will be gone when its command has ended, so that nobody is shown it."""
+    return any(part.startswith(SCRATCH) for part in path.absolute().parts)
+
+
 def near_names(path: Path, pattern: str = "*") -> str:
     """Return ` (did you mean a, b?)`: the nearest names in the folder of a path that is missing."""
     return did_you_mean(path.name, (sibling.name for sibling in path.parent.glob(pattern)))
@@ -45,3 +51,8 @@ def cache_dir() -> Path:
     """Return the cache directory: `LORA_EXP_CACHE`, else one in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LORA_EXP_CACHE") or Path(home) / "lora-exp")
+
+
+def results_dir(kind: str) -> Path | None:
+    """Return the folder of cached results of a kind; None: `LORA_EXP_CACHE=` asks for none."""
+    return None if os.environ.get("LORA_EXP_CACHE") == "" else cache_dir() / kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,38 @@ SHAPES = re.compile(
 
 def redact(value: Any) -> Any:
     """Return nested dicts and lists with the secrets replaced by `<redacted>`."""
-    if isinstance(value, Mapping):
-        return {
-            key: REDACTED if KEY.fullmatch(str(key)) and item else redact(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return redact_text(value) if isinstance(value, str) else value
+    return _redacted(value, tuple(_environment()))
 
 
 def redact_text(text: str) -> str:
     """Replace tokens of known formats, secrets in the environment, and `key=...` or `key: ...`."""
-    for name, secret in os.environ.items():
-        if ENVIRONMENT.search(name) and len(secret) >= 8:
-            text = text.replace(secret, REDACTED)
+    return _redacted_text(text, tuple(_environment()))
+
+
+def _environment() -> list[str]:
+    """Return the secrets in the environment, of which there are few: texts to redact are many."""
+    return [v for name, v in os.environ.items() if ENVIRONMENT.search(name) and len(v) >= 8]
+
+
+def _redacted(value: Any, secrets: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: REDACTED if KEY.fullmatch(str(key)) and item else _redacted(item, secrets)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_redacted(item, secrets) for item in value]
+    return _redacted_value(value, secrets) if isinstance(value, str) else value
+
+
+@lru_cache(maxsize=4096)  # the jobs of a sweep have most values in common
+def _redacted_value(text: str, secrets: tuple[str, ...]) -> str:
+    return _redacted_text(text, secrets)
+
+
+def _redacted_text(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
     return ASSIGNED.sub(rf"\1{REDACTED}", SHAPES.sub(REDACTED, text))
 
 

@@ -25,10 +25,10 @@ from lora_exp.lockstep import attention, proof
 from lora_exp.lockstep.classes import LayerSignature, RowClasses
 from lora_exp.lockstep.eligibility import described, preserved_random_state
 from lora_exp.lockstep.fusing import FusedLayers
-from lora_exp.lockstep.grouping import Sizes, group, on_grid
 from lora_exp.lockstep.hub import out_of_memory
 from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, stop_at_layers
 from lora_exp.lockstep.linear import Adapter
+from lora_exp.lockstep.products import Sizes, group, on_grid
 from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
 from lora_exp.lockstep.segmentwise import outputs_of

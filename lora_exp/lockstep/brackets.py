@@ -117,6 +117,37 @@ def forecasts(by_job: Mapping[int, Bracket], first: int = 0) -> list[tuple[list[
     return [line for line in lines if line[0]]
 
 
+def bracket_values(by_job: Mapping[int, Bracket]) -> list[dict[str, Any]]:
+    """Return the reports of brackets as JSON can hold them; see `brackets_of`."""
+    return [
+        {
+            "jobs": sorted(bracket.jobs),
+            "values": {n: list(values.items()) for n, values in bracket.values.items()},
+            "finished": sorted(bracket.finished),
+            "failed": sorted(bracket.failed),
+        }
+        for bracket in {id(b): b for b in by_job.values()}.values()
+    ]
+
+
+def brackets_of(jobs: Iterable[Job], values: Iterable[Mapping[str, Any]]) -> dict[int, Bracket]:
+    """Return the brackets of some jobs, from what `bracket_values` has returned of them."""
+    jobs, by_job = list(jobs), dict[int, Bracket]()
+    for each in values:
+        # a job whose config is refused here says so when it begins
+        settled = [job for job in jobs if job.settled is not None]
+        if not (theirs := [job for job in settled if job.number in each["jobs"]]):
+            continue
+        cfg: Any = theirs[0].settled
+        bracket = Bracket(
+            build(cfg, "early_stopping"), cfg.goal == "maximize", frozenset(each["jobs"])
+        )
+        bracket.values = {int(n): dict(reports) for n, reports in each["values"].items()}
+        bracket.finished, bracket.failed = set(each["finished"]), set(each["failed"])
+        by_job |= dict.fromkeys((job.number for job in theirs), bracket)
+    return by_job
+
+
 def _bracket(jobs: list[Job], failed: Mapping[int, bool]) -> Bracket:
     cfg: Any = jobs[0].settled
     rule = build(cfg, "early_stopping")

@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from lora_exp.config.processes import CUDA, THREADS, VISIBLE, thread_count
 from lora_exp.errors import ConfigError
-
-CUDA, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
-GPUS = Path("/proc/driver/nvidia/gpus")
-
-
-def visible() -> list[str]:
-    """Return the names of the GPUs that this process may use, without loading torch."""
-    if not GPUS.is_dir():
-        return []
-    names = os.environ.get(CUDA)
-    if names is None:
-        return [str(n) for n in range(len(list(GPUS.iterdir())))]
-    return [name for name in names.replace(" ", "").split(",") if name not in ("", "-1")]
-
-
-VISIBLE = visible()  # when the process began
 
 
 def keep_one() -> None:
@@ -52,6 +36,18 @@ def environments(workers: int | None) -> list[dict[str, str]]:
     return [{CUDA: name, **lines} for name in VISIBLE[:count]]
 
 
+def one_worker(workers: int | None, needed: bool) -> int | None:
+    """Return a launch's workers; where jobs train on all devices, these train one after another.
+
+    Raises:
+        ConfigError: several are asked for where one is needed.
+    """
+    if needed and workers is not None and workers > 1:
+        text = f"{workers}, but jobs with parallel=ddp take all devices, one after another; give 1"
+        raise ConfigError([("hydra.launcher.workers", text)])
+    return 1 if needed else workers
+
+
 def where(jobs: list[int], workers: list[dict[str, str]]) -> list[tuple[list[int], str]]:
     """Return a line for the plan, with the numbers of jobs that several workers train."""
     if len(workers) == 1 or not jobs:
@@ -61,12 +57,12 @@ def where(jobs: list[int], workers: list[dict[str, str]]) -> list[tuple[list[int
         return [(jobs, f"{text} with a GPU of its own")]
     threads = workers[0][THREADS]
     count = f"{threads} thread{'s' * (threads != '1')}"
-    return [(jobs, f"{text} with {count}: bits as of runs with {THREADS}={threads}")]
+    return [(jobs, f"{text} with {count}: bit for bit as runs with {THREADS}={threads}")]
 
 
 def threads_each(workers: int) -> int:
     """Return how many of the CPU's threads each worker has."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    return max(1, thread_count() // workers)
 
 
 def memory_share(workers: int) -> float:

@@ -11,8 +11,9 @@ import gc
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from omegaconf import DictConfig
@@ -39,6 +40,13 @@ from lora_exp.model.sharing import sharing_copy
 # tokens in one pass: more exceed a CPU's caches, and do not use a GPU better
 MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 log = logging.getLogger("lora_exp")
+
+
+@dataclass(eq=False)
+class Shared:
+    """A value that several jobs use; each of them holds this."""
+
+    value: Any
 
 
 class Pack:
@@ -70,6 +78,7 @@ class Pack:
         self.free_bytes, self.admitting, self.memory_share = 0, False, memory_share
         self.obstacles: dict[int, str] = {}  # why a job shares no pass
         self.measured: dict[str, Any] = {}  # results before training, shared by equal jobs
+        self.shared: WeakValueDictionary[str, Shared] = WeakValueDictionary()  # rows, tokens
         self._base = base
 
     def base(self, cfg: DictConfig) -> Base:
@@ -103,6 +112,7 @@ class Pack:
         self.loss_bytes = max(self.loss_bytes, loss)
         if self.admitting:
             self.widen()
+        gc.freeze()  # nor of the trainer: every job begins to train with a collection
         body.forward = self._shared_forward(job, body)
         backward = trainer.accelerator.backward
 

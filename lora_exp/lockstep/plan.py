@@ -14,8 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config.door import plain
+from lora_exp.config.door import plain, sections
 from lora_exp.config.initialization import rewrites_base
+from lora_exp.config.processes import process_count
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact_text
 from lora_exp.record.contents import changed_files
@@ -34,6 +35,8 @@ APART = {
     "torch_compile_mode": "torch_compile makes kernels of its own",
     "use_liger_kernel": "Liger's kernels replace those of the base",
     "liger_kernel_config": "Liger's kernels replace those of the base",
+    "cast_lm_head_to_fp32": "cast_lm_head_to_fp32 casts the base's head",
+    "use_vllm": f"use_vllm {PROCESS}",
     "activation_checkpointing": "activation_checkpointing wraps the base's layers",
     "activation_checkpointing_kwargs": "activation_checkpointing wraps the base's layers",
     "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs are the base's layers' own",
@@ -96,12 +99,12 @@ def plan(jobs: Iterable[Job], stopped: Container[int] = ()) -> Plan:
         elif job.number in stopped:
             without_training.append((job, "stopped early before, not run again"))
         elif status in FAILED and not job.settled.retry_failed:
-            text = f"{status} before, not run again but with retry_failed=true"
+            text = f"{status} before, not run again; retry_failed=true does"
             without_training.append((job, text))
-        elif why := solitary(job):
+        elif why := solitary(job, values := plain(job.settled)):
             alone.append((job, why))
         else:
-            packs.setdefault(_base_key(job), []).append(job)
+            packs.setdefault(_base_key(values), []).append(job)
     for key, members in list(packs.items()):
         if len(members) == 1:
             alone.append((packs.pop(key)[0], "no other job to train with it"))
@@ -119,10 +122,17 @@ def _directory_conflict(job: Job) -> ConfigError | None:
     return None
 
 
-def solitary(job: Job) -> str | None:
-    """Return why a job needs a base to itself; None if it can share one."""
-    assert job.settled is not None
-    cfg, peft = job.settled, job.settled.peft
+def solitary(job: Job, values: dict[str, Any]) -> str | None:
+    """Return why a job needs a base to itself; None if it can share one.
+
+    Args:
+        job: one that trains.
+        values: of its settled config.
+    """
+    cfg = sections(values)
+    peft = cfg.peft
+    if (count := process_count(cfg)) > 1:
+        return f"parallel={cfg.choices.parallel} trains it in {count} processes of its own"
     if peft is None:
         return "full fine-tuning changes the base"
     if peft._target_ != "peft.LoraConfig":
@@ -146,6 +156,8 @@ def solitary(job: Job) -> str | None:
     for key, why in APART.items():
         if cfg.train.get(key) or cfg.algorithm.args.get(key):
             return why
+    if not cfg.deterministic:
+        return "deterministic=false lets equal runs differ, so none can be proven equal"
     if cfg.model.random_weights:
         return "random_weights makes a base of its own"
     if cfg.lockstep.max_jobs == 1:
@@ -156,11 +168,9 @@ def solitary(job: Job) -> str | None:
     return None
 
 
-def _base_key(job: Job) -> str:
-    assert job.settled is not None
-    cfg = job.settled
-    values = plain(cfg)
-    shaping = [values["model"], values["quant"], values["lockstep"], cfg.algorithm.task_type]
+def _base_key(values: dict[str, Any]) -> str:
+    task_type = values["algorithm"]["task_type"]
+    shaping = [values["model"], values["quant"], values["lockstep"], task_type]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
 
 
@@ -192,11 +202,11 @@ def show(planned: Plan, remarks: Iterable[tuple[list[int], str]] = ()) -> None:
     console.print(Text("     jobs", style="dim"))
     numbered = [([job.number for job in jobs], text) for text, jobs in lines]
     for numbers, text in (*numbered, *remarks):
-        console.print(Text.assemble((f"{_ranges(numbers):>9}  ", "bold"), text))
+        console.print(Text.assemble((f"{ranges(numbers):>9}  ", "bold"), text))
     if planned.packs or planned.alone:  # else the sweep's table follows at once, with the errors
         refused = ((job, str(job.error)) for job, _ in planned.without_training if job.error)
         for text, jobs in _by_reason(refused).items():
-            which = _ranges([job.number for job in jobs])
+            which = ranges([job.number for job in jobs])
             console.print(Text(f"job{'s' * (len(jobs) > 1)} {which}: {text}"))
 
 
@@ -207,7 +217,7 @@ def _by_reason(pairs: Iterable[tuple[Job, str]]) -> dict[str, list[Job]]:
     return reasons
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """Write 0, 1, 2, 5 as 0-2, 5."""
     parts: list[list[int]] = []
     for number in sorted(numbers):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.lockstep.classes import LayerSignature
-from lora_exp.lockstep.grouping import Group
+from lora_exp.lockstep.products import Group
 from lora_exp.lockstep.replacement import Replacement
 from lora_exp.lockstep.segment import Pass, PassContext, split
 

@@ -5,33 +5,30 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from lora_exp.config.door import plain
 from lora_exp.early_stopping.bracket import Bracket
-from lora_exp.lockstep.pack import Pack
+from lora_exp.lockstep.pack import Pack, Shared
 from lora_exp.model.loading import Base
 from lora_exp.record.progress import Board
+from lora_exp.training.untrained import Content, Measure, Measured, is_random, settings
 
-if TYPE_CHECKING:
-    from lora_exp.training.place import Measure, Measured
-
-# settings of training that cannot change what is measured before it
-UNTRAINED = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "weight_decay", "max_grad_norm", "optim", "logging_steps", "eval_strategy", "eval_steps",
-    "save_strategy", "save_steps", "save_total_limit",
-)  # fmt: skip
+T = TypeVar("T")
 
 
 class Seat:
     """A job's place in a pack."""
 
     def __init__(
-        self, pack: Pack, index: int, board: Board, job: int = 0, bracket: Bracket | None = None
+        self,
+        pack: Pack,
+        index: int,
+        board: Board,
+        job: int = 0,
+        bracket: Bracket | None = None,
+        settled: DictConfig | None = None,
     ) -> None:
         """Create the place of a job.
 
@@ -41,30 +38,38 @@ class Seat:
             board: the job's row of the pack's table.
             job: its number in the sweep.
             bracket: the jobs that it is compared with; some may be in other packs.
+            settled: its config, if the launcher has settled and validated it.
         """
         self.pack, self.index, self._board = pack, index, board
-        self.job, self.bracket = job, bracket
+        self.job, self.bracket, self.settled = job, bracket, settled
+        self._held: list[Shared] = []
         self.name = f"lockstep, {pack.mode}"
 
     def base(self, cfg: DictConfig) -> Base:
         """Return a copy of the pack's base that shares its weights."""
         return self.pack.base(cfg)
 
+    def shared(self, key: str, make: Callable[[], T]) -> T:
+        """Return what the pack's jobs with an equal key share while one of them needs it."""
+        shared = self.pack.shared.get(key)
+        if shared is None:
+            shared = self.pack.shared[key] = Shared(make())
+        self._held.append(shared)
+        value: T = shared.value
+        return value
+
     def board(self) -> Board:
         """Return the job's row of the pack's table."""
         return self._board
 
-    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
+    def untrained(
+        self, cfg: DictConfig, trainer: Any, measure: Measure, content: Content
+    ) -> Measured:
         """Measure once for all jobs with equal settings: LoRA's update is zero before training."""
-        values = plain(cfg)
-        is_sampled = cfg.algorithm.shape == "prompt"  # its held-out answers are random, by job
-        if is_sampled or (values["peft"] or {}).get("init_lora_weights", True) is not True:
+        if is_random(cfg) or (cfg.peft or {}).get("init_lora_weights", True) is not True:
             results = measure()
         else:
-            sections = ("model", "quant", "algorithm", "data", "samples", "adapter")
-            train = {k: v for k, v in values["train"].items() if k not in UNTRAINED}
-            head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None
-            key = json.dumps([{k: values[k] for k in sections}, train, head], sort_keys=True)
+            key = json.dumps(settings(cfg), sort_keys=True)
             if key in self.pack.measured:
                 results = self.pack.measured[key]
                 if results[0]:
@@ -94,6 +99,7 @@ class Seat:
     def leave(self) -> None:
         """Free the seat; if other jobs wait for it, also collect the job's garbage."""
         self.pack.leave(self.index)
+        self._held.clear()
         if self.pack.hub.queued:
             gc.unfreeze()
             gc.collect()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_exp.lockstep.grouping import Group
+from lora_exp.lockstep.products import Group
 from lora_exp.lockstep.state import ComputeState, RandomState
 
 ALIGNMENT = (
@@ -69,12 +69,19 @@ class Segment:
 
     def equals_request(self, other: Segment) -> bool:
         """Return whether the other segment has the same inputs, and no cache."""
-        ours, theirs = ({**s.arguments} for s in (self, other))
-        return other.past is None and ours.keys() == theirs.keys() and all(
-            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor)
-            else a is b or (type(a) is type(b) and not isinstance(a, Tensor) and a == b)
-            for a, b in ((value, theirs[key]) for key, value in ours.items())
-        )  # fmt: skip
+        if other.past is not None or self.arguments.keys() != other.arguments.keys():
+            return False
+        pairs = [(value, other.arguments[key]) for key, value in self.arguments.items()]
+        tensors = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]
+        return (
+            all(
+                a is b or (type(a) is type(b) and (isinstance(a, Tensor) or a == b))
+                for a, b in pairs
+            )
+            and all(a.shape == b.shape and a.dtype == b.dtype for a, b in tensors)
+            # the device is waited for once
+            and bool(torch.stack([(a == b).all() for a, b in tensors]).all())
+        )
 
     def rows(self, x_1NC: Tensor) -> Tensor:
         """Return this segment's tokens in the shape of its own job: [B, S, C], or [B S, C]."""

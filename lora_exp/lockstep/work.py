@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from itertools import count
+from operator import itemgetter
 from typing import Any
 
 from omegaconf import DictConfig
@@ -27,13 +30,14 @@ class Work:
     verify: float = 0.0
     brackets: Mapping[int, Bracket] = field(default_factory=dict)  # of jobs that are compared
     memory_share: float = 1.0  # of the free memory; the rest is for other workers
+    settled: Mapping[int, DictConfig] = field(default_factory=dict)  # configs, without `hydra`
 
 
 def dealt(
     packs: Iterable[Sequence[Job]],
     alone: Sequence[Job],
     brackets: Mapping[int, Bracket],
-    workers: int = 1,
+    workers: int | None = 1,
 ) -> list[Work]:
     """Return work for some workers: packs are halved until each worker has about as many rows.
 
@@ -41,23 +45,36 @@ def dealt(
         packs: jobs that share a base.
         alone: jobs that each need one to themselves.
         brackets: those of these and other jobs.
-        workers: their number; of several, each fills its share of the memory.
+        workers: their number; of several, each fills its share of the memory. None: one for each
+            pack, and for each job alone.
     """
     parts = [list(pack) for pack in packs if pack]
     if workers == 1:
         work = [together(part, brackets, labels(part)) for part in parts]
         return [*work, apart(alone, brackets)] if alone else work
-    most = max((rows([job]) for part in [*parts, alone] for job in part), default=0)
-    fair = rows([job for part in [*parts, alone] for job in part]) / workers + most
-    while parts and rows(largest := max(parts, key=rows)) > fair and len(largest) >= 4:
-        parts.remove(largest)
-        parts += _halves(largest)
+    if workers is None:
+        names = labels([job for part in parts for job in part])
+        whole = [together(part, brackets, names) for part in parts]
+        return [*whole, *(apart([job], brackets) for job in alone)]
+    costs = {job.number: rows(job) for part in [*parts, alone] for job in part}
+    fair = sum(costs.values()) / workers + max(costs.values(), default=0)
+    parts = _halved(parts, costs, fair)
     names = labels([job for part in [*parts, alone] for job in part])
     work = [*(together(part, brackets, names) for part in parts)]
     work += [apart([job], brackets) for job in alone]
-    costs = [*map(rows, parts), *(rows([job]) for job in alone)]
-    order = sorted(range(len(work)), key=lambda i: -costs[i])  # the longest first
-    return [replace(work[i], memory_share=memory_share(workers)) for i in order]
+    work.sort(key=lambda part: -sum(costs[number] for number, _ in part.jobs))  # the longest first
+    return [replace(part, memory_share=memory_share(workers)) for part in work]
+
+
+def _halved(parts: Iterable[list[Job]], costs: Mapping[int, float], fair: float) -> list[list[Job]]:
+    """Return packs of which none costs more than is fair, unless it has less than four jobs."""
+    ids = count()
+    heap = [(-sum(costs[job.number] for job in part), next(ids), part) for part in parts]
+    heapify(heap)
+    while heap and -heap[0][0] > fair and len(heap[0][2]) >= 4:
+        for half in _halves(heappop(heap)[2]):
+            heappush(heap, (-sum(costs[job.number] for job in half), next(ids), half))
+    return [part for _, _, part in sorted(heap, key=itemgetter(1))]
 
 
 def _halves(jobs: list[Job]) -> list[list[Job]]:
@@ -67,15 +84,13 @@ def _halves(jobs: list[Job]) -> list[list[Job]]:
     return [sorted(part, key=lambda job: job.number) for part in (drawn[:middle], drawn[middle:])]
 
 
-def rows(jobs: Iterable[Job]) -> float:
-    """Return how many rows jobs train on; of epochs, as if the data had a thousand rows."""
-    total = 0.0
-    for job in jobs:
-        train: Any = job.settled.train  # type: ignore[union-attr]
-        batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        epochs = train.num_train_epochs * EPOCH_ROWS
-        total += batch * train.max_steps if train.max_steps > 0 else epochs
-    return total
+def rows(job: Job) -> float:
+    """Return how many rows a job trains on; of epochs, as if the data had a thousand rows."""
+    train: Any = job.settled.train  # type: ignore[union-attr]
+    if train.max_steps <= 0:
+        return float(train.num_train_epochs * EPOCH_ROWS)
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return float(batch * train.max_steps)
 
 
 def together(
@@ -96,16 +111,21 @@ def together(
         tuple(names[job.number] for job in jobs),
         lockstep.verify,
         _of(jobs, brackets),
+        settled=_settled(jobs),
     )
 
 
 def apart(jobs: Sequence[Job], brackets: Mapping[int, Bracket]) -> Work:
     """Return jobs that run one after the other, each with a base of its own."""
-    return Work(_configs(jobs), None, None, brackets=_of(jobs, brackets))
+    return Work(_configs(jobs), None, None, brackets=_of(jobs, brackets), settled=_settled(jobs))
 
 
 def _configs(jobs: Sequence[Job]) -> tuple[tuple[int, DictConfig], ...]:
     return tuple((job.number, job.config) for job in jobs)
+
+
+def _settled(jobs: Sequence[Job]) -> dict[int, DictConfig]:
+    return {job.number: job.settled for job in jobs if job.settled is not None}
 
 
 def _of(jobs: Sequence[Job], brackets: Mapping[int, Bracket]) -> dict[int, Bracket]:

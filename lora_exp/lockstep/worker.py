@@ -6,23 +6,24 @@ plugins, but no GPU state.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
-import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.callbacks import Callbacks
-from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig
 
+from lora_exp import libraries
+from lora_exp.child import end_with_parent
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.errors import DivergedError, Interrupted, LoraExpError, Paused
+from lora_exp.lockstep.events import EventFile
+from lora_exp.lockstep.job import failed, run_in_pack
 from lora_exp.lockstep.link import Link
 from lora_exp.lockstep.work import Work
 from lora_exp.record.standing import how_ended
@@ -34,15 +35,6 @@ STATUSES = {
 }  # fmt: skip
 # packages whose errors can be sent to the launcher
 SENDABLE = ("builtins", "lora_exp", "hydra", "omegaconf")
-
-
-def end_with_parent(launcher: int) -> None:
-    """Have the system send SIGTERM to this process when the launcher ends (prctl(2))."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != launcher:
-        raise SystemExit(130)
 
 
 def serve(
@@ -78,45 +70,57 @@ def serve(
 
 def _run_all(link: Link, context: HydraContext, task: TaskFunction, warm: bool) -> None:
     if warm:
+        libraries.load(freeze=True)
         import lora_exp.experiment
         import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
-    while (work := link.work()) is not None:
-        link.join(work.brackets.values())
-        _run(work, _Report(link, context, task, work.brackets))
+    work = link.work()
+    while work is not None:
+        carry_out(work, link, context, task)
         link.send("over")
+        if (work := link.work()) is not None:  # half a second: not if the process ends now
+            gc.unfreeze()  # free the pack before, and its base
+            gc.collect()
+
+
+def carry_out(
+    work: Work, link: Link | EventFile, context: HydraContext, task: TaskFunction
+) -> None:
+    """Run the jobs of some work, and send their events.
+
+    Args:
+        work: of this process.
+        link: to the launcher.
+        context: Hydra's, without the launcher's callbacks.
+        task: what runs a job.
+    """
+    link.join(work.brackets.values())
+    _run(work, _Report(link, context, task, work.brackets))
 
 
 def _run(work: Work, report: _Report) -> None:
     if work.mode is not None:
         _train_pack(work, report)
-        gc.unfreeze()  # free the pack and its base
-        gc.collect()
         return
     for number, config in work.jobs:
-        here.set(Alone(number, work.brackets.get(number), report.link.news))
+        bracket, settled = work.brackets.get(number), work.settled.get(number)
+        here.set(Alone(number, bracket, report.link.news, settled=settled))
         report.run(number, config)
 
 
 @dataclass
 class _Report:
-    link: Link
+    link: Link | EventFile
     context: HydraContext
     task: TaskFunction
     brackets: Mapping[int, Bracket]
 
-    def run(self, number: int, config: DictConfig) -> JobReturn:
+    def run(self, number: int, config: DictConfig, in_pack: bool = False) -> JobReturn:
         """Run one job as every launcher does, and send the result."""
         if stop.asked:
             return failed(config, Interrupted())  # it has not begun
         self.link.send("began", number)
         try:
-            result = run_job(
-                hydra_context=self.context,
-                task_function=self.task,
-                config=config,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
+            result = run_in_pack(config, self.task) if in_pack else self._run_alone(config)
         except Interrupted as error:  # the others stop at the end of their own step
             result = failed(config, error)
         except Exception as error:  # Hydra's errors, before or after the task
@@ -127,29 +131,14 @@ class _Report:
         self.link.send("ended", number, portable(result))
         return result
 
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    """Return a composed config without the `hydra` section."""
-    task = config.copy()
-    with read_write(task), open_dict(task):
-        del task["hydra"]
-    return task
-
-
-def failed(config: DictConfig, error: BaseException) -> JobReturn:
-    """Return the result of a job that ended before Hydra could return one."""
-    return returned(config, error, JobStatus.FAILED)
-
-
-def returned(config: DictConfig, value: Any, status: JobStatus = JobStatus.COMPLETED) -> JobReturn:
-    """Return the result of a job that Hydra has not run."""
-    result = JobReturn()
-    result.cfg = without_hydra(config)
-    result.hydra_cfg = OmegaConf.masked_copy(config, "hydra")
-    result.overrides = list(config.hydra.overrides.task)
-    result.working_dir, result.task_name = str(Path.cwd()), config.hydra.job.name
-    result.return_value, result.status = value, status
-    return result
+    def _run_alone(self, config: DictConfig) -> JobReturn:
+        return run_job(
+            hydra_context=self.context,
+            task_function=self.task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
 
 
 def portable(result: JobReturn) -> JobReturn:
@@ -164,6 +153,7 @@ def portable(result: JobReturn) -> JobReturn:
 
 
 def _train_pack(work: Work, report: _Report) -> None:
+    libraries.load(freeze=True)
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
     from lora_exp.lockstep.table import Row, Table
@@ -176,8 +166,9 @@ def _train_pack(work: Work, report: _Report) -> None:
 
     def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:
-            here.set(Seat(pack, index, rows[index], number, work.brackets.get(number)))
-            result = report.run(number, config)
+            bracket, settled = work.brackets.get(number), work.settled.get(number)
+            here.set(Seat(pack, index, rows[index], number, bracket, settled))
+            result = report.run(number, config, in_pack=True)
             table.ended(rows[index], *_ended(result))
 
         return run

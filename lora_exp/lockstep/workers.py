@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
 
+from lora_exp.config.processes import THREADS
 from lora_exp.errors import Interrupted, LoraExpError
-from lora_exp.lockstep.devices import THREADS
 from lora_exp.lockstep.work import Work
 from lora_exp.lockstep.worker import serve
 from lora_exp.training.interruption import stop
@@ -124,6 +124,7 @@ class Workers:
             environments: variables of each worker.
         """
         self.workers = [Worker(each, context, task, warm) for each in environments]
+        self.count: int | None = len(self.workers)
         self._queue: deque[Work] = deque()
 
     def run(self, work: Iterable[Work], launch: Launch) -> None:

@@ -7,6 +7,7 @@ text_part       language model of a multimodal one
 weights         all read, or drawn at random
 identity        what identifies a base's weights
 precision       what it computes in
+determinism     torch's switches, restored after runs
 special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
 participation   layers that get a gradient

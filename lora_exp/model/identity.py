@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from lora_exp.files.digests import digest
 from lora_exp.files.paths import asset
 from lora_exp.files.revision import is_commit
 from lora_exp.files.whole import sha256
@@ -35,9 +36,9 @@ def identity_of(
         commit = getattr(config, "_commit_hash", None)
         text = f"model.revision: {path} is not pinned to a commit; later runs may get other weights"
         return commit, None if is_commit(revision) else text
-    digest = files_hash(asset(path), gguf_file)
+    files = files_hash(asset(path), gguf_file)
     text = f"model.path: {path} holds no weights that a hash could identify"
-    return digest, None if digest else text
+    return files, None if files else text
 
 
 def files_hash(folder: Path, gguf_file: str | None) -> str | None:
@@ -46,11 +47,10 @@ def files_hash(folder: Path, gguf_file: str | None) -> str | None:
     files = [folder / gguf_file] if gguf_file else sorted(weights)
     if not files:
         return None
-    digest = hashlib.sha256()
+    together = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
+        together.update(bytes.fromhex(digest(file)))
+    return f"sha256:{together.hexdigest()}"
 
 
 def small_files(path: str) -> dict[str, str]:

@@ -46,6 +46,7 @@ from lora_exp.model.weights import (
     read_complete,
     without_gguf,
 )
+from lora_exp.parallel.world import world
 
 STD = 0.02  # of new weights, where an architecture names none
 
@@ -263,8 +264,8 @@ def attention_of(attn_implementation: str | None) -> str | None:
 
 
 def device() -> str:
-    """Return the one device that a run uses."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    """Return the one device that a run, or this process of it, uses."""
+    return f"cuda:{world.rank}" if torch.cuda.is_available() else "cpu"
 
 
 def new_head(model: Any) -> None:

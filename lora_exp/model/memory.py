@@ -13,10 +13,14 @@ MEMORY = Path("/proc/meminfo")
 
 
 def reset_peak() -> None:
-    """Reset the peak, which earlier runs in this process may have raised, where the system can."""
+    """Reset the peak, which earlier runs in this process may have raised, where the system can.
+
+    What they have freed is given back first: the system counts it as the process's.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR.exists():
+        give_back()
         CLEAR.write_text("5")  # resets VmHWM: proc(5)
 
 

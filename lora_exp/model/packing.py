@@ -19,8 +19,9 @@ def keeps_rows_apart(model: Any, ahead: int = TOKENS) -> bool:
     """Return whether a packed row computes as it does alone.
 
     Packed rows are separated only by their position ids, which start at 0 in each row; some
-    architectures compute attention without them, as Falcon does with ALiBi, and some cannot
-    compute a sequence that is longer than their context, however short its rows are. So the
+    architectures compute attention without them, as Falcon does with ALiBi, some cannot
+    compute a sequence that is longer than their context, however short its rows are, and some
+    convolutions need a package that is not there. So the
     hidden states of a row behind others are compared with those of the row alone.
 
     Args:
@@ -48,7 +49,17 @@ def keeps_rows_apart(model: Any, ahead: int = TOKENS) -> bool:
 
 
 def _hidden(model: Any, ids_A: Tensor, positions_A: Tensor) -> Tensor:
-    """Return the hidden states of the last row."""
-    rows = {"input_ids": ids_A[None], "position_ids": positions_A[None]}
+    """Return the hidden states of the last row, from all that TRL's collator gives a model."""
+    starts_A = positions_A == 0
+    end = torch.tensor([len(ids_A)], device=ids_A.device)
+    ends = torch.cat([starts_A.nonzero().flatten(), end]).int()
+    longest = int(ends.diff().max())
+    rows = {
+        "input_ids": ids_A[None],
+        "position_ids": positions_A[None],
+        "seq_idx": (starts_A.cumsum(0) - 1).int()[None],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
     hidden_TH: Tensor = model.base_model(**rows, use_cache=False)[0][0, -TOKENS:].float()
     return hidden_TH

@@ -2,6 +2,7 @@
 
 console   text, tables and curves
 run       a run's directory
+follower  the record in several processes
 standing  the status of a directory's run
 contents  whether a run's files have changed
 conditions  device, threads, versions

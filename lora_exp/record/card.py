@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lora_exp.config.door import plain
 from lora_exp.files.paths import asset
 from lora_exp.files.redaction import redact
+from lora_exp.files.yaml_text import to_yaml
 
 SECTIONS = ("peft", "quant", "train", "algorithm")
 HERE = "path/to/this/folder"
@@ -30,7 +31,7 @@ def model_card(cfg: DictConfig, record: Mapping[str, Any]) -> str:
     """
     sources = "\n".join(f"- `{_short(name)}`: {digest}" for name, digest in record["data"].items())
     return f"""---
-{OmegaConf.to_yaml(_metadata(cfg))}---
+{to_yaml(_metadata(cfg))}---
 
 # {cfg.name}
 
@@ -76,7 +77,7 @@ def _settings(cfg: DictConfig) -> str:
     if "rewards" in values["algorithm"]:
         rewards = values["algorithm"]["rewards"]
         values["algorithm"]["rewards"] = [_tail(r) if isinstance(r, str) else r for r in rewards]
-    return OmegaConf.to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
+    return to_yaml({key: values[key] for key in SECTIONS} | {"seed": cfg.seed})
 
 
 def _metric_rows(metrics: Mapping[str, float]) -> str:

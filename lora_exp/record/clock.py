@@ -21,7 +21,7 @@ class Clock:
         self.begin()
 
     def begin(self) -> None:
-        """Start from zero; a trainer that resumed may already count the earlier tokens."""
+        """Start from zero; a resumed trainer counts the earlier tokens, too."""
         self._began, self._evaluating, self._counted = self.now(), 0.0, self.count()
 
     @property
@@ -32,7 +32,12 @@ class Clock:
     @property
     def tokens(self) -> int:
         """Return the tokens trained on."""
-        return self.count() - self._counted
+        return self.all_tokens - self._counted
+
+    @property
+    def all_tokens(self) -> int:
+        """Return the tokens trained on, those before a resume too."""
+        return self.count()
 
     def without(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function for an evaluation whose time is excluded."""

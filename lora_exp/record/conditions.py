@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,12 @@ VERSIONED = (
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a result."""
-    return {name: version(name) for name in VERSIONED} | {"python": platform.python_version()}
+    return {name: _version(name) for name in VERSIONED} | {"python": platform.python_version()}
+
+
+@cache
+def _version(name: str) -> str:
+    return version(name)  # reads a file each time
 
 
 def conditions() -> dict[str, Any]:

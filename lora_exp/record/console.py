@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 def print_and_log(renderable: RenderableType) -> None:
     """Print to the terminal, and write the same text to run.log."""
-    console.print(renderable)
+    if not console.quiet:  # it would render all the same
+        console.print(renderable)
     plain = Console(file=io.StringIO(), width=100, no_color=True)
     plain.print(renderable)
     assert isinstance(plain.file, io.StringIO)

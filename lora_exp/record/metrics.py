@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -14,47 +13,17 @@ from lora_exp.tracking.several import Several
 TRAINER_SPEED = ("_runtime", "_per_second", "_preparation_time")
 
 
-class Tracker(Protocol):
-    """The interface of a tracker, which gets a run's metrics in addition to its directory.
-
-    What it raises is caught: it gets nothing more, and the run goes on.
-    """
-
-    label: str  # its name, for people
-    place: str  # where to look
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Take what is known before training: place, precision, versions, hashes."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Take the metrics of a step: `train/...`, `eval/...`, those of step 0 as `before/...`."""
-
-    def samples(self, samples: list[dict[str, Any]], step: int) -> None:
-        """Take the answers before and after training."""
-
-    def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
-        """Take the final metrics, the saved folder and how the run ended, and close.
-
-        Args:
-            summary: metrics and counts.
-            saved: None: nothing was saved.
-            ended: `finished`, `pruned`, `paused` (it goes on) or `failed`.
-        """
-
-
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """Callback: pass log lines to the record and the tracker, as `train/x` and `eval/x`."""
 
     def __init__(self, record: Record, trackers: Several, clock: Clock) -> None:
         self.record, self.trackers, self.clock = record, trackers, clock
         self.logged = (0, 0.0)  # the tokens and seconds of the last log line
-        self.tokens_before = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
         self.clock.begin()
         self.logged = (0, 0.0)
-        self.tokens_before = self.record.tokens()  # of a resumed run
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the last step, whatever `logging_steps` is."""
@@ -67,11 +36,12 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             return  # the trainer's last line: the run's own summary has these numbers
         metrics = grouped_metrics(logs)
         tokens, seconds = self.clock.tokens, self.clock.seconds
-        if tokens > self.logged[0] and "train/loss" in metrics:
-            speed = (tokens - self.logged[0]) / (seconds - self.logged[1])
-            metrics["train/tokens_per_s"] = speed
-            metrics["train/tokens"] = self.tokens_before + tokens
-            self.logged = (tokens, seconds)
+        if self.clock.all_tokens and "train/loss" in metrics:
+            metrics["train/tokens"] = float(self.clock.all_tokens)
+            if tokens > self.logged[0]:  # not between two rollouts
+                speed = (tokens - self.logged[0]) / (seconds - self.logged[1])
+                metrics["train/tokens_per_s"] = speed
+                self.logged = (tokens, seconds)
         step = state.global_step
         self.record.log(metrics, step)
         if step == 0:  # in a chart of losses the base's would squeeze all others

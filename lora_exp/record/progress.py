@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback
 
-from lora_exp.data.tokens import IGNORED
+from lora_exp.data.encoding import IGNORED
 from lora_exp.record.clock import Clock
 from lora_exp.record.console import console
 from lora_exp.record.metrics import grouped_metrics

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_exp.files.paths import is_scratch
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -61,9 +63,8 @@ def sweep_table(folder: Path, rows: list[dict[str, Any]]) -> Table:
         shown_metrics = {"eval/exact_match": "exact match", **shown_metrics}
     texts = ["judged by"] if len(judged) > 1 else []
     columns = ["job", *(varying or ["name"]), *texts, objective, *shown_metrics.values(), "status"]
-    table = Table(
-        title=f"{folder}", title_justify="left", caption=_caption(rows), caption_justify="left"
-    )
+    title = None if is_scratch(folder) else str(folder)
+    table = Table(title=title, title_justify="left", caption=_caption(rows), caption_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for r, following in pairwise([*rows, None]):

@@ -29,6 +29,7 @@ from lora_exp.files.lock import Lock
 from lora_exp.files.redaction import redact, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import refusal, write_whole
+from lora_exp.files.yaml_text import to_yaml
 from lora_exp.record.conditions import condition_changes, conditions
 
 log = logging.getLogger("lora_exp")
@@ -95,7 +96,7 @@ class Record:
     def _check_changes(self) -> None:
         """Note the changes of a resumed run's config; a finished run needs a higher limit."""
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
-        changed = changes(renamed(saved), self._config)
+        changed = changes({"deterministic": True} | renamed(saved), self._config)
         changed = {key: pair for key, pair in changed.items() if key not in NOT_COMPARED}
         if self.values.get("lockstep", {}).get("proven") is False and (
             self._config["lockstep"]["on_difference"] == "retrain"
@@ -141,7 +142,7 @@ class Record:
             if set(LIMITS) & self._resume_entry["changes"].keys():
                 # rungs are shares of the training; written before the config that says its length
                 self.update(rungs=[])
-        write_whole(self.directory / "config.yaml", OmegaConf.to_yaml(self._config))
+        write_whole(self.directory / "config.yaml", to_yaml(self._config))
         self.values.setdefault("started", _now())
         self.values |= {"fingerprint": self._fingerprint, **current}
         if self._config["host"]:
@@ -180,11 +181,6 @@ class Record:
         """Return the training losses logged so far, also those before a resume."""
         return [line["train/loss"] for line in self._lines() if line.get("train/loss") is not None]
 
-    def tokens(self) -> float:
-        """Return the tokens trained on so far, by the last line that counts them."""
-        counts = [line["train/tokens"] for line in self._lines() if "train/tokens" in line]
-        return float(counts[-1]) if counts else 0.0
-
     def write_samples(self, samples: list[dict[str, Any]]) -> None:
         """Write samples.jsonl: prompts, expected answers, answers before and after training."""
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
@@ -195,6 +191,10 @@ class Record:
         path = self.directory / "samples.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         return [json.loads(line) for line in text.split("\n") if line]
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write a file of values beside run.json, which is read for every run that is listed."""
+        write_whole(self.directory / name, dumps(values) + "\n")
 
     def facts(self) -> dict[str, Any]:
         """Return what trackers show of a run beside its config."""
@@ -260,15 +260,19 @@ class Record:
 
     def _fail(self, error: BaseException) -> None:
         """Record the error that ended the run."""
-        status = "diverged" if isinstance(error, DivergedError) else "failed"
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else status
-        status = "paused" if isinstance(error, Paused) else status
+        status = status_after(error)
         is_ours = isinstance(error, LoraExpError)
         text = str(error) if is_ours else f"{type(error).__name__}: {error}"
         try:
             self._end(status=status, error=redact_text(text))
         except OSError as disk:
             log.error("%s: its status %s cannot be written: %s", self.directory, status, disk)
+
+
+def status_after(error: BaseException) -> str:
+    """Return the status of a run that an error has ended."""
+    kinds = {DivergedError: "diverged", Paused: "paused", KeyboardInterrupt: "interrupted"}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
 
 
 def _now() -> str:

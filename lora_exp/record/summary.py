@@ -11,9 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_exp.adapter.attach import Adapted
+from lora_exp.config.processes import shares_text
 from lora_exp.data.examples import first
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Counts, Tokens
+from lora_exp.files.paths import is_scratch
 from lora_exp.model.loading import Base
 from lora_exp.record.console import curve, facts, print_and_log, size
 from lora_exp.record.progress import preview
@@ -53,6 +55,7 @@ def announce(
         "trainable": f"{adapted.trainable:,} of {adapted.total:,} parameters"
         f" ({adapted.trainable / adapted.total:.2%})",
         "algorithm": f"{cfg.choices.algorithm}, learning rate {cfg.train.learning_rate:g}",
+        "processes": shares_text(cfg),
         "reference": _reference(cfg),
         "rewards": _rewards(cfg),
         "rows": _rows(train.counts, f", read as {rows.format}{', cached' * train.cached}"),
@@ -172,6 +175,7 @@ def conclude(record: Record, objective: str, places: dict[str, str], saved: Path
             label = f"eval {name}".replace("_", " ")
             table.add_row(label, form(before) if before is not None else "-", form(after))
     print_and_log(table)
+    left = {"run": str(record.directory), **({saved.name: str(saved)} if saved else {})}
     lines = {
         "training loss": f"{metrics['train/loss']:.4f}  {curve(record.losses())}",
         "objective": f"{objective} {metrics[objective]:.4f}",
@@ -180,8 +184,7 @@ def conclude(record: Record, objective: str, places: dict[str, str], saved: Path
         "time": f"{metrics['train/seconds']:.1f} s training, {metrics['seconds']:.1f} s in all",
         "speed": _speed(metrics),
         "peak memory": size(int(metrics["peak_bytes"])),
-        "run": str(record.directory),
-        **({saved.name: str(saved)} if saved else {}),
+        **(left if not is_scratch(record.directory) else {}),
         **places,
     }
     print_and_log(facts("", {key: value for key, value in lines.items() if value != "none"}))

@@ -1,4 +1,4 @@
-"""A sweep's table: summary.csv and summary.json after every job, printed at the end."""
+"""A sweep's table: summary.csv and summary.json while jobs end, printed at the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +18,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.door import CONF
-from lora_exp.config.overrides import split_override
+from lora_exp.config.overrides import quoted, split_override
 from lora_exp.errors import ConfigError, LoraExpError
+from lora_exp.files.paths import is_scratch
 from lora_exp.files.redaction import REDACTED, redact, redact_files, redact_text
 from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
@@ -29,6 +31,7 @@ COMMAND, SUMMARY, MULTIRUN = "sweep.json", "summary.json", "multirun.yaml"
 COLUMNS = {"job", "objective", "goal", "overrides", "metrics"}  # those that are read back
 TRIAL_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 FLAGS = {"main": "--config-path", "command-line": "--config-dir"}  # by Hydra's name for a source
+NEW = 0.01  # of a summary's jobs: it is written again when so many have ended
 OUR_LAUNCHER = "hydra_plugins.lockstep_launcher"  # it runs callbacks in this process
 
 
@@ -42,12 +45,22 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self.folder = Path()
-        self.rows: list[dict[str, Any]] = []
+        self._rows: dict[str, dict[str, Any]] = {}  # by directory
+        self._unwritten = 0  # changes since the summary was written
         self.uses_other_launcher, self.has_begun = False, False
         self.began, self.earlier_multirun = 0.0, b""
         self.trial: dict[str, str] = {}
         self.report: str | None = None  # the name of the file to write, if any
         self.master: DictConfig | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The jobs that have ended, the best first."""
+        return sorted(self._rows.values(), key=sort_key)
+
+    @rows.setter
+    def rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._rows = {r["directory"]: r for r in rows}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Replace the table of an earlier sweep in this process."""
@@ -72,6 +85,7 @@ class SweepTable(Callback):
         Hydra writes the file before it composes the jobs, which redact it when they begin.
         """
         self.read_jobs()
+        self._write(at_once=True)
         if self.earlier_multirun and not (self.has_begun or self.rows):
             write_whole(self.folder / MULTIRUN, self.earlier_multirun.decode())
         redact_files(self.folder, MULTIRUN)
@@ -84,26 +98,32 @@ class SweepTable(Callback):
         new = (path for path in files if path.stat().st_mtime >= self.began - 1)
         if not self.uses_other_launcher or self.rows or not any(new):
             return
-        self.rows = sorted(map(read_row, folders), key=sort_key)
+        self.rows = map(read_row, folders)
         write_summary(self.folder, self.rows)
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
-        """Read a job's result from its directory and rewrite the summary."""
+        """Read a job's result from its directory, and keep the summary up to date."""
         if SweepTable.current is not self:
             return  # a single run
         directory = Path(config.hydra.runtime.output_dir)
-        self.rows = [r for r in self.rows if r["directory"] != str(directory)]  # if trained again
-        self.rows.append(job_row(directory, list(config.hydra.overrides.task), job_return))
-        self.rows.sort(key=sort_key)
-        write_summary(Path(config.hydra.sweep.dir), self.rows)
+        self._rows.pop(str(directory), None)  # if trained again
+        overrides = list(config.hydra.overrides.task)
+        self._rows[str(directory)] = job_row(directory, overrides, job_return)
+        self._unwritten += 1
+        self._write()
 
     def mark_unproven(self, directory: Path) -> None:
         """Mark an ended job as not proven equal to its run alone."""
-        for r in self.rows:
-            if Path(r["directory"]) == directory.absolute():
-                r["proven"] = False
-        if self.rows:
+        if row := self._rows.get(str(directory.absolute())):
+            row["proven"] = False
+            self._unwritten += 1
+            self._write()
+
+    def _write(self, at_once: bool = False) -> None:
+        """Write the summary if enough has changed: all writes together are linear in the jobs."""
+        if self._unwritten and (at_once or self._unwritten >= NEW * len(self._rows)):
             write_summary(self.folder, self.rows)
+            self._unwritten = 0
 
     def print_table(self) -> None:
         """Print the jobs, the best first, and the errors below them."""
@@ -111,14 +131,16 @@ class SweepTable(Callback):
 
         from lora_exp.record.console import console
 
-        console.print(sweep_table(self.folder, self.rows))
+        rows = self.rows
+        console.print(sweep_table(self.folder, rows))
         jobs_by_error: dict[str, list[str]] = {}
-        for r in self.rows:
+        for r in rows:
             if r["error"]:
                 jobs_by_error.setdefault(r["error"], []).append(r["job"])
         for error, jobs in jobs_by_error.items():
             console.print(Text(f"job{'s' * (len(jobs) > 1)} {', '.join(jobs)}: {error}"))
-        console.print(f"{self.folder}/summary.csv and summary.json have the rest")
+        if not is_scratch(self.folder):
+            console.print(f"{self.folder}/summary.csv and summary.json have the rest")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -172,8 +194,7 @@ def saved_command(folder: Path) -> list[str]:
     if any(REDACTED in word for word in arguments):
         text = f"{folder} was launched with a secret; give its command again, with hydra.sweep.dir"
         raise ConfigError([("resume", text)])
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [*arguments, f"hydra.sweep.dir='{quoted}'"]
+    return [*arguments, f"hydra.sweep.dir={quoted(folder)}"]
 
 
 def job_row(directory: Path, overrides: list[str], job_return: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lora_exp.config.overrides import split_override
 from lora_exp.record.standing import status_text
 
 RECORD, METRICS, CONFIG, SAMPLES = "run.json", "metrics.jsonl", "config.yaml", "samples.jsonl"
+ROW_LOSSES, PAIRS, UPDATES = "row_losses.json", "pairs.json", "updates.json"
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 OF_SWEEP = ("sweep.json", "multirun.yaml")  # either marks the folder of a sweep
 DAMAGED = "damaged"  # the status of a run whose record cannot be read
@@ -103,6 +105,59 @@ class SavedRun:
     def samples(self) -> list[dict[str, Any]]:
         """Return the lines of samples.jsonl."""
         return self._samples
+
+    def row_losses(self) -> dict[str, tuple[float, int]]:
+        """Return of each held-out row the sum of its tokens' losses, and how many tokens count.
+
+        Equal rows are one, with the losses and tokens of all. Empty: they are not recorded.
+        """
+        return self._row_losses
+
+    @cached_property
+    def _row_losses(self) -> dict[str, tuple[float, int]]:
+        rows: dict[str, tuple[float, int]] = {}
+        try:
+            columns = json.loads(_text(self.directory / ROW_LOSSES))
+            names = (columns[name] for name in ("rows", "losses", "tokens"))
+            for row, loss, tokens in zip(*names, strict=True):
+                before = rows.get(row, (0.0, 0))
+                rows[row] = (before[0] + loss, before[1] + tokens)
+        except (ValueError, TypeError, KeyError, RecursionError):  # none, damaged, or not finite
+            return {}
+        return rows
+
+    def preferences(self) -> dict[tuple[str, int], bool]:
+        """Return of each held-out pair, and of which of equal ones, whether the model prefers it.
+
+        Empty: they are not recorded.
+        """
+        return self._preferences
+
+    @cached_property
+    def _preferences(self) -> dict[tuple[str, int], bool]:
+        seen: Counter[str] = Counter()
+        preferred: dict[tuple[str, int], bool] = {}
+        try:
+            columns = json.loads(_text(self.directory / PAIRS))
+            for pair, is_preferred in zip(columns["pairs"], columns["preferred"], strict=True):
+                preferred[pair, seen[pair]] = bool(is_preferred)
+                seen[pair] += 1
+        except (ValueError, TypeError, KeyError, RecursionError):  # none, or damaged
+            return {}
+        return preferred
+
+    def updates(self) -> dict[str, float]:
+        """Return the norm of each module's update; empty: none are recorded."""
+        return self._updates
+
+    @cached_property
+    def _updates(self) -> dict[str, float]:
+        try:
+            values = json.loads(_text(self.directory / UPDATES))
+            norms = {str(name): number(norm) for name, norm in values.items()}
+        except (ValueError, AttributeError, RecursionError):  # none, or damaged
+            return {}
+        return {name: norm for name, norm in norms.items() if norm is not None}
 
     @cached_property
     def _config(self) -> dict[str, Any]:

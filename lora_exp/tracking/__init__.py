@@ -1,5 +1,6 @@
 """Trackers: where metrics and artifacts go in addition to the run's directory.
 
+tracker      the interface, and RunInfo
 flat         nested configs as plain pairs
 wandb        metrics and artifacts to W&B
 tensorboard  event files of TensorBoard

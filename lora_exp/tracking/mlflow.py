@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_exp.tracking.flat import flat
+from lora_exp.tracking.tracker import RunInfo
 
 EXPERIMENT, STORE, LENGTH = "lora-exp", "mlruns", 6000  # the longest value of a parameter
 ID = "lora_exp.id"  # the tag that finds a resumed run
-STATES = {"finished": "FINISHED", "pruned": "FINISHED", "paused": "RUNNING", "failed": "FAILED"}
+STATES = {
+    "finished": "FINISHED", "pruned": "FINISHED", "paused": "RUNNING", "interrupted": "KILLED",
+    "failed": "FAILED", "diverged": "FAILED",
+}  # fmt: skip
 
 
 class MLflow:
@@ -25,13 +29,7 @@ class MLflow:
         uri: str | None,
         experiment: str | None,
         *,
-        directory: Path,
-        run_id: str,
-        run_name: str,
-        sweep: str | None,
-        job_type: str,
-        choices: list[str],
-        config: dict[str, Any],
+        run: RunInfo,
     ) -> None:
         # the file store is maintained, no more; without this, it is refused
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -43,11 +41,11 @@ class MLflow:
         name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
         known = self.client.get_experiment_by_name(name)
         number = known.experiment_id if known else self.client.create_experiment(name)
-        self.config, self.run = config, self._resumed(number, run_id)
+        self.config, self.run = run.config, self._resumed(number, run.id)
         if self.run is None:
-            tags = {ID: run_id, "sweep": sweep or "", "algorithm": job_type}
-            tags |= dict(choice.split("=", 1) for choice in choices)
-            created = self.client.create_run(number, tags=tags, run_name=run_name)
+            tags = {ID: run.id, "sweep": run.sweep or "", "algorithm": run.algorithm}
+            tags |= dict(choice.split("=", 1) for choice in run.choices)
+            created = self.client.create_run(number, tags=tags, run_name=run.name)
             self.run = created.info.run_id
         self.place = f"{uri}, experiment {name}, run {self.run}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_exp.tracking.flat import as_markdown, flat
+from lora_exp.tracking.tracker import RunInfo
 
 
 class TensorBoard:
@@ -18,26 +19,20 @@ class TensorBoard:
         self,
         folder: str | None,
         *,
-        directory: Path,
-        run_id: str,
-        run_name: str,
-        sweep: str | None,
-        job_type: str,
-        choices: list[str],
-        config: dict[str, Any],
+        run: RunInfo,
     ) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        path = Path(folder) / f"{run_name}-{run_id}" if folder else directory / "tensorboard"
-        self.writer, self.config, self.run_name = EventFileWriter(str(path)), config, run_name
+        path = Path(folder) / f"{run.name}-{run.id}" if folder else run.directory / "tensorboard"
+        self.writer, self.info = EventFileWriter(str(path)), run
         self.place = f"tensorboard --logdir {folder or path}"
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write the config and the facts as hyperparameters."""
         from tensorboard.plugins.hparams import summary_v2
 
-        pairs = flat(self.config | {"run": facts})
-        self._write(summary_v2.hparams_pb(pairs, trial_id=self.run_name), 0)
+        pairs = flat(self.info.config | {"run": facts})
+        self._write(summary_v2.hparams_pb(pairs, trial_id=self.info.name), 0)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Write the metrics of a step."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_exp.tracking.flat import COLUMNS
+from lora_exp.tracking.tracker import RunInfo
 
 PROJECT = "lora-exp"
 
@@ -22,25 +23,19 @@ class Trackio:
         project: str | None,
         space: str | None,
         *,
-        directory: Path,
-        run_id: str,
-        run_name: str,
-        sweep: str | None,
-        job_type: str,
-        choices: list[str],
-        config: dict[str, Any],
+        run: RunInfo,
     ) -> None:
         import trackio
 
-        self.trackio, self.config = trackio, config
+        self.trackio = trackio
         project = project or PROJECT
         with redirect_stdout(io.StringIO()):
             self.run = trackio.init(
                 project=project,
-                name=f"{run_name}-{run_id}",  # a resumed run is found by its name
-                group=sweep,
+                name=f"{run.name}-{run.id}",  # a resumed run is found by its name
+                group=run.sweep,
                 space_id=space,
-                config=config,
+                config=run.config,
                 resume="allow",
                 embed=False,
                 auto_log_gpu=False,

@@ -15,10 +15,12 @@ from urllib.request import urlopen
 
 from lora_exp.errors import ConfigError
 from lora_exp.tracking.flat import COLUMNS
+from lora_exp.tracking.tracker import RunInfo
 
 log = logging.getLogger("lora_exp")
 PROJECT, GROUP_LENGTH, TAG_LENGTH, TIMEOUT = "lora-exp", 128, 64, 10
 STEP = "train/global_step"
+EXIT_CODES = {"failed": 1, "diverged": 1, "interrupted": 255}  # 255: W&B shows `killed`
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
 
@@ -42,32 +44,26 @@ class Wandb:
         name: str | None = None,
         system: bool = False,
         *,
-        directory: Path,
-        run_id: str,
-        run_name: str,
-        sweep: str | None,
-        job_type: str,
-        choices: list[str],
-        config: dict[str, Any],
+        run: RunInfo,
     ) -> None:
         import wandb
 
         env = os.environ.get
         self.wandb, self.log_adapter = wandb, log_adapter
-        self.directory, self.data_dir = directory, directory / "wandb"
+        self.directory, self.data_dir = run.directory, run.directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         all_tags = [str(tag).strip() for tag in (*(tags or ()), *env("WANDB_TAGS", "").split(","))]
         options: dict[str, Any] = {
             "project": project or env("WANDB_PROJECT") or PROJECT,
             "entity": entity,
-            "dir": str(directory),
-            "id": run_id,
+            "dir": str(run.directory),
+            "id": run.id,
             "resume": "allow",
-            "name": name or env("WANDB_NAME") or run_name,
-            "group": _shortened(group or env("WANDB_RUN_GROUP") or sweep, GROUP_LENGTH),
-            "job_type": job_type,
-            "tags": list({_shortened(t, TAG_LENGTH): 0 for t in (*all_tags, *choices) if t}),
-            "config": config,
+            "name": name or env("WANDB_NAME") or run.name,
+            "group": _shortened(group or env("WANDB_RUN_GROUP") or run.sweep, GROUP_LENGTH),
+            "job_type": run.algorithm,
+            "tags": list({_shortened(t, TAG_LENGTH): 0 for t in (*all_tags, *run.choices) if t}),
+            "config": run.config,
             "reinit": "create_new",
         }
         self.run, self.mode = _init_run(mode, options, system)
@@ -76,7 +72,7 @@ class Wandb:
             self.run.define_metric(pattern, step_metric=STEP)
         self.run.define_metric("before/*", hidden=True)  # one point, which is in the summary
         if self.mode == "offline":
-            self.place = f"offline; to send it: lora-exp sync {directory}"
+            self.place = f"offline; to send it: lora-exp sync {run.directory}"
         else:  # W&B warns if an offline run is asked for its URL
             self.place = "none" if self.mode == "disabled" else str(self.run.url)
 
@@ -108,7 +104,7 @@ class Wandb:
                 for path in sorted(saved.iterdir()):  # add_dir would print
                     artifact.add_file(str(path))
                 self.run.log_artifact(artifact)
-            self.run.finish(exit_code=1 if ended == "failed" else 0)
+            self.run.finish(exit_code=EXIT_CODES.get(ended, 0))
         Wandb.live -= 1
         written = self.data_dir.glob("offline-run-*/*.wandb")
         if self.mode == "offline" and not any(file.stat().st_size for file in written):

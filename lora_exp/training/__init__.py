@@ -3,14 +3,20 @@
 interruption    SIGTERM and Ctrl-C: save, then stop
 guards          stops on NaN and missing gradients
 housekeeping    saves repeated work in each step
+row_losses      the loss of each held-out row
 averages        evaluations as means over tokens
 best            which evaluation was the best
 manifest        a checkpoint's hashes; the newest intact
 checkpoint      complete or absent; the best kept
 resumption      intervals and rate of new arguments
+unlogged        means not logged yet, in checkpoints
 answers         greedy answers before and after
 place           alone, or in a lockstep pack
+inputs          rows, tokens, questions; once a pack
 flattened       batches that are one sequence
+untrained       what was measured before, cached
+processes       starts several, waits for them
+draws           each process its own
 measure         held-out rows before and after
 early_stopping  measured at rungs, stopped there
 trainer         the algorithm's trainer, built and guarded

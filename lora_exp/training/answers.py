@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -42,21 +42,63 @@ class Answer:
     task: str | None
 
 
-def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str) -> list[Answer]:
-    """Answer the prompts of the first rows.
+@dataclass(frozen=True)
+class Question:
+    """A row's prompt, with its tokens."""
+
+    prompt: Prompt
+    ids: list[int]
+    task: str | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, and the questions in them."""
+
+    rows: Sequence[Row]
+    ask: Callable[[], list[Question]]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Return the questions that are answered."""
+        return self.ask()
+
+
+def questions(rows: Sequence[Row], tokenizer: Any, count: int) -> list[Question]:
+    """Return the prompts of the first rows that have one: plain text has none.
+
+    Args:
+        rows: held-out rows.
+        tokenizer: the base's, with its chat template.
+        count: of questions, at most.
+    """
+    with_prompt = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
+    selected = islice(with_prompt, count)
+    return [Question(p, ids_of(p, tokenizer), row.get("task")) for row, p in selected]
+
+
+def answer(
+    model: Any, tokenizer: Any, rows: Sequence[Row], settings: Any, what: str
+) -> list[Answer]:
+    """Answer the prompts of the first rows; see `answered`."""
+    asked = questions(rows, tokenizer, settings.rows)
+    return answered(model, tokenizer, asked, settings, what)
+
+
+def answered(
+    model: Any, tokenizer: Any, asked: list[Question], settings: Any, what: str
+) -> list[Answer]:
+    """Answer questions.
 
     Args:
         model: with its adapter as it is now.
         tokenizer: the base's.
-        rows: held-out rows; plain text has no prompt and is skipped.
-        settings: the config's `samples`: rows, max_new_tokens, batch_size.
+        asked: the questions.
+        settings: the config's `samples`: max_new_tokens, batch_size.
         what: text for the progress bar.
     """
-    tokenizer = left_padded(tokenizer)
-    with_prompt = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
-    selected = list(islice(with_prompt, settings.rows))
     max_tokens = room(model, settings.max_new_tokens)
-    prompts = [ids_of(prompt, tokenizer)[-max_tokens:] for _, prompt in selected]
+    prompts = [question.ids[-max_tokens:] for question in asked]
     texts: dict[int, str] = {}
     with _generating(model):
         for batch in tracked(batches(prompts, model, settings.batch_size), f"answers {what}"):
@@ -64,8 +106,8 @@ def answer(model: Any, tokenizer: Any, rows: list[Row], settings: Any, what: str
             generated = generate(model, tokenizer, ids, settings.max_new_tokens)
             texts |= dict(zip(batch, generated, strict=True))
     return [
-        Answer(prompt.text, prompt.answer, texts[i], row.get("task"))
-        for i, (row, prompt) in enumerate(selected)
+        Answer(question.prompt.text, question.prompt.answer, texts[i], question.task)
+        for i, question in enumerate(asked)
     ]
 
 
@@ -91,16 +133,6 @@ def _generating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def left_padded(tokenizer: Any) -> Any:
-    """Return a copy of a tokenizer that pads on the left.
-
-    A copy, since the padding side would be saved with the adapter.
-    """
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def room(model: Any, max_new_tokens: int) -> int:
@@ -142,13 +174,14 @@ def generate(
 
     Args:
         model: in eval mode, without gradients.
-        tokenizer: one that pads on the left.
+        tokenizer: the base's.
         prompts: as tokens.
         max_new_tokens: of each answer.
         temperature: 0 for greedy answers; else tokens are sampled with torch's random state.
         top_p: the share of the probability that is sampled from.
     """
-    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
     sampled = temperature > 0
     output = model.generate(
         input_ids=inputs["input_ids"],

@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_exp.data.tokens import IGNORED, virtual_tokens
+from lora_exp.data.encoding import IGNORED
+from lora_exp.data.tokens import virtual_tokens
+from lora_exp.parallel.world import world
+from lora_exp.training.row_losses import RowLosses
 
 Weighted = list[tuple[float, int]]  # a batch's mean, and the number of its tokens or rows
 EXTREME = re.compile(r"(?:^|[/_])(min|max)(?:[/_]|$)")
@@ -26,23 +31,40 @@ class Averages:
 
     model: Any
     args: Any
+    state: Any
+    row_losses: Mapping[int, RowLosses] = MappingProxyType({})  # by step, of the last and the best
     _batches: defaultdict[str, Weighted]
+    _rows: RowLosses
 
     def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
         """Return batches of all held-out rows; `dataloader_drop_last` is for training rows only."""
+        loader = self._all_batches(*arguments, **options)
+        return loader if world.size == 1 else Dealt(loader)
+
+    def _all_batches(self, *arguments: Any, **options: Any) -> Any:
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*arguments, **options)  # type: ignore[misc]
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        """Evaluate; of several processes each takes some of the batches, as one would have them."""
+        with world.apart():
+            return super().evaluate(*arguments, **options)  # type: ignore[misc]
+
     def evaluation_loop(self, *arguments: Any, **options: Any) -> Any:
         """Evaluate, then replace the means over batches."""
-        self._batches = defaultdict(list)
+        self._batches, self._rows = defaultdict(list), RowLosses()
         output = super().evaluation_loop(*arguments, **options)  # type: ignore[misc]
+        best = self.state.best_global_step
+        kept = {step: rows for step, rows in self.row_losses.items() if step == best}
+        rows = RowLosses(**world.pooled(vars(self._rows)))
+        self.row_losses = kept | {self.state.global_step: rows}
         loss = f"{options.get('metric_key_prefix', 'eval')}_loss"
-        if loss in output.metrics:
-            output.metrics[loss] = mean(self._batches.pop("loss"))
+        self._batches = defaultdict(list, world.pooled(self._batches))
+        if losses := self._batches.pop("loss", None):
+            output.metrics[loss] = mean(losses)
         metrics = self._eval_metrics()
         for name, batches in self._batches.items():
             metrics[name] = [combined(name, batches)]  # the trainer takes the mean of one number
@@ -55,7 +77,8 @@ class Averages:
         """Evaluate a batch, and store the weight of each of its metrics."""
         sizes = BatchSizes.of(inputs, self.model)
         before = {name: len(numbers) for name, numbers in self._eval_metrics().items()}
-        output = super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
+        with self._rows.of_batch(model, inputs):
+            output = super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
         if output[0] is not None:
             self._batches["loss"].append((output[0].mean().item(), sizes.of_metric("loss")))
         for name, numbers in self._eval_metrics().items():
@@ -68,6 +91,22 @@ class Averages:
         collected: dict[str, Any] = getattr(self, "_metrics", {})
         metrics: dict[str, list[float]] = collected.get("eval", {})
         return metrics
+
+
+class Dealt:
+    """A loader's batches as far as this process takes them: every n-th one, of n processes."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, world.rank, None, world.size)
+
+    def __len__(self) -> int:
+        return len(range(world.rank, len(self.loader), world.size))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
 
 class BatchSizes:

@@ -1,13 +1,15 @@
 """Checkpoints of a trainer: complete or absent, the best kept.
 
 Knows trainers' methods, nothing of configs. A checkpoint has what transformers saves, and what it
-leaves out: rollouts, the encoders of trained prompts, a reference that is updated.
+leaves out: rollouts, the encoders of trained prompts, a reference that is updated, what is not
+logged yet.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from lora_exp.adapter.untrusted import numbers_only
-from lora_exp.errors import CheckpointError
+from lora_exp.errors import CheckpointError, Interrupted
 from lora_exp.files.whole import whole
+from lora_exp.parallel.world import world
 from lora_exp.training.averages import Averages
 from lora_exp.training.best import Watched
 from lora_exp.training.early_stopping import EarlyStopping
-from lora_exp.training.guards import check_finite
+from lora_exp.training.guards import check_alike, check_finite
 from lora_exp.training.interruption import stop
 from lora_exp.training.manifest import PREFIX, checkpoints_by_step, flaw, owner, seal
+from lora_exp.training.unlogged import restore_loss, restore_metrics, save_unlogged
 
 ROLLOUT, TRAINED, REFERENCE = "rollout.pt", "trained.safetensors", "reference.safetensors"
 
@@ -50,6 +54,8 @@ class Checkpoints:
         Returns:
             transformers' `TrainOutput`.
         """
+        if world.size > 1:
+            self._forget_evaluation()
         if resume_from_checkpoint is None:
             return super().train(**options)  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
@@ -67,6 +73,18 @@ class Checkpoints:
             self._load_best_model()
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
+
+    def _forget_evaluation(self) -> None:
+        """Let accelerate prepare the model anew: to train one that it has prepared to evaluate.
+
+        Else it would not wrap the model, and each process would follow its own gradients.
+        """
+        for model in self.accelerator._models:  # type: ignore[attr-defined]
+            model._is_accelerate_prepared = False
+            forward = vars(model).pop("_original_forward", None)
+            if forward is not None:
+                model.forward = forward
+        self.accelerator._models.clear()  # type: ignore[attr-defined]
 
     def ensure_checkpoint(self) -> None:
         """Save a checkpoint of the last step, unless there is one or its weights are gone."""
@@ -89,9 +107,9 @@ class Checkpoints:
         super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
         if self.early_stopping is not None:
             self.early_stopping.step_ended(self)
-        if stop.asked:
+        if stop.agreed():
             self.ensure_checkpoint()
-            stop.check()
+            raise Interrupted
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._stage or super()._get_output_dir(trial))  # type: ignore[misc]
@@ -102,22 +120,29 @@ class Checkpoints:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
         check_finite(self.model.named_parameters(), step)
+        check_alike(self.model.parameters(), step)
         if self.early_stopping is not None:
             self.early_stopping.measure_at_rung(self)
         folder = Path(self._get_output_dir(trial))
         self._find_best(folder)
-        with whole(folder / f"{PREFIX}{step}") as staged:
+        with _staged(folder / f"{PREFIX}{step}") as staged:
             self._stage = staged.parent
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
                 self._stage = None
             self._save_rollout(staged)
-            self._save_extra_weights(staged)
-            if self._find_best(folder, step):
-                self.state.save_to_json(str(staged / "trainer_state.json"))
-            seal(staged, self.owner, step)
-        self._rotate(folder)
+            save_unlogged(self, staged)
+            is_best = self._find_best(folder, step)
+            world.wait()  # until every process has saved its own
+            if world.is_first:
+                self._save_extra_weights(staged)
+                if is_best:
+                    self.state.save_to_json(str(staged / "trainer_state.json"))
+                seal(staged, self.owner, step)
+        if world.is_first:
+            self._rotate(folder)
+        world.wait()
 
     def _rotate(self, folder: Path) -> None:
         """Keep the run's newest checkpoints, and the best; transformers counts other runs' too."""
@@ -161,6 +186,7 @@ class Checkpoints:
         if checkpoint is not None:
             self._find_best(Path(checkpoint).parent)
             self._load_rollout(Path(checkpoint))
+            restore_metrics(self, Path(checkpoint))
             if self._updates_reference():
                 reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
                 _fill(reference.named_parameters(), Path(checkpoint) / REFERENCE)
@@ -168,6 +194,8 @@ class Checkpoints:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            restore_loss(self, Path(checkpoint))
 
     def _trains_prompts(self) -> bool:
         """Return whether prompts are trained: peft saves their encoder's output, not itself."""
@@ -197,13 +225,21 @@ class Checkpoints:
         period = getattr(self.args, "steps_per_generation", None) or 1
         period *= getattr(self, "num_iterations", 1)
         if inputs is not None and self._step % period:
-            torch.save({"step": self._step, "inputs": inputs}, folder / ROLLOUT)
+            torch.save({"step": self._step, "inputs": inputs}, folder / world.own(ROLLOUT))
 
     def _load_rollout(self, folder: Path) -> None:
-        if (folder / ROLLOUT).is_file():
+        path = folder / world.own(ROLLOUT)
+        if path.is_file():
             with numbers_only(str(folder), CheckpointError):
-                saved = torch.load(folder / ROLLOUT, weights_only=True)
+                saved = torch.load(path, weights_only=True)
             self._step, self._buffered_inputs = saved["step"], saved["inputs"]
+
+
+@contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """Yield a checkpoint's temporary folder, the same in all processes of the run."""
+    with whole(final) if world.is_first else nullcontext(final) as staged:
+        yield world.shared(staged)
 
 
 def _fill(parameters: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:

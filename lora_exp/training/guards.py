@@ -12,12 +12,23 @@ from transformers import TrainerCallback
 
 from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
 from lora_exp.model.mixture import expert_count
+from lora_exp.parallel.world import world
 
 log = logging.getLogger("lora_exp")
 
 
+HALVINGS = 16  # of the scale of gradients in float16, which begins at 2**16: then it is 1
+
+
 class FiniteLoss(TrainerCallback):  # type: ignore[misc]
-    """Stop at the first log line whose loss or gradient norm is not finite."""
+    """Stop at the first log line whose loss or gradient norm is not finite.
+
+    In float16 gradients are scaled. If that makes them infinite, the step is left out and the scale
+    halved: the gradients themselves are infinite only if they still are after `HALVINGS` steps.
+    """
+
+    def __init__(self) -> None:
+        self.overflowing_since: int | None = None  # the step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Check one log line.
@@ -31,10 +42,20 @@ class FiniteLoss(TrainerCallback):  # type: ignore[misc]
             raise RewardError(f"{text} {state.global_step}; nothing can be learnt from that")
         for name in ("loss", "grad_norm"):
             if name in logs and not math.isfinite(logs[name]):
+                if name == "grad_norm" and self._may_recover(args, state.global_step):
+                    continue
                 raise DivergedError(
                     f"{name} is {logs[name]} at step {state.global_step}; try a lower"
                     " train.learning_rate, more train.warmup_steps or another quant.compute_dtype"
                 )
+        if "grad_norm" in logs and math.isfinite(logs["grad_norm"]):
+            self.overflowing_since = None
+
+    def _may_recover(self, args: Any, step: int) -> bool:
+        """Return whether an infinite norm may be that of scaled gradients only."""
+        if self.overflowing_since is None:
+            self.overflowing_since = step
+        return bool(args.fp16) and step - self.overflowing_since < HALVINGS
 
 
 def _is_finite(value: float | None) -> bool:
@@ -58,10 +79,31 @@ def check_finite(named_parameters: Iterable[tuple[str, Any]], step: int) -> None
     Raises:
         DivergedError: a trained tensor is not finite; it names the step and the tensor.
     """
-    for name, parameter in named_parameters:
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
-            raise DivergedError(f"{text}; the checkpoints before it are kept")
+    trained = {name: p for name, p in named_parameters if p.requires_grad}
+    finite = _each([torch.isfinite(p).all() for p in trained.values()])
+    for name in (name for name, is_finite in zip(trained, finite, strict=True) if not is_finite):
+        text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
+        raise DivergedError(f"{text}; the checkpoints before it are kept")
+
+
+def _each(conditions: list[torch.Tensor]) -> list[bool]:
+    """Return conditions that are computed on a device; it is waited for once."""
+    values: list[bool] = torch.stack(conditions).tolist() if conditions else []
+    return values
+
+
+def check_alike(parameters: Iterable[Any], step: int) -> None:
+    """Refuse to go on if the processes of a run no longer train the same weights.
+
+    Raises:
+        DivergedError: they differ; nothing is saved of them.
+    """
+    if world.size == 1:
+        return
+    sums = [p.detach().double().sum().item() for p in parameters if p.requires_grad]
+    if any(others != sums for others in world.gathered(sums)):
+        text = f"the processes of the run have different weights at step {step}: gradients were not"
+        raise DivergedError(f"{text} averaged over all of them; give parallel=none")
 
 
 class GradientCheck(TrainerCallback):  # type: ignore[misc]
@@ -93,7 +135,10 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
                     " (peft.target_modules, peft.modules_to_save), or choose another method"
                 )
             return
-        unchanged = [n for n, p in trained.items() if p.grad is None or not p.grad.count_nonzero()]
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        changes = _each([gradient.any() for gradient in gradients.values()])
+        changed = {name for name, any_ in zip(gradients, changes, strict=True) if any_}
+        unchanged = [name for name in trained if name not in changed]
         if unchanged:
             log.warning(
                 "%d of %d trained tensors get no gradient and stay as they are: %s",

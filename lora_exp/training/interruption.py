@@ -28,6 +28,7 @@ class Stop:
         self.training = 0  # trainers that stop at the end of a step
         self.forward: Callable[[], None] | None = None  # signals the process that trains
         self.silent = False
+        self.agree: Callable[[bool], bool] = bool  # whether a process of the run was asked
         self._interrupts, self._process = 0, os.getpid()
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -81,13 +82,17 @@ class Stop:
     def _is_installed(self) -> bool:
         return signal.getsignal(signal.SIGTERM) is self
 
+    def agreed(self) -> bool:
+        """Return whether a signal has asked this process to stop, or another one of its run."""
+        return self.agree(self.asked)
+
     def check(self) -> None:
         """Stop here if a signal has asked for it.
 
         Raises:
             Interrupted: a signal has asked for it.
         """
-        if self.asked:
+        if self.agreed():
             raise Interrupted
 
     @contextmanager

@@ -8,11 +8,12 @@ from typing import Any
 
 from lora_exp.errors import ConfigError, DivergedError
 from lora_exp.model.memory import peak_bytes
+from lora_exp.parallel.world import world
 from lora_exp.record.clock import Clock
 from lora_exp.record.console import print_and_log
 from lora_exp.record.run import Record
 from lora_exp.training.best import saved_step
-from lora_exp.training.guards import check_finite, check_stepped
+from lora_exp.training.guards import check_alike, check_finite, check_stepped
 from lora_exp.training.interruption import stop
 from lora_exp.training.manifest import newest
 
@@ -46,6 +47,7 @@ def train_to_end(trainer: Any, resume: str | None, record: Record, clock: Clock)
     if not math.isfinite(output.training_loss):
         raise DivergedError(f"the training loss ended as {output.training_loss}")
     check_finite(trainer.model.named_parameters(), trainer.state.global_step)
+    check_alike(trainer.model.parameters(), trainer.state.global_step)
     step = saved_step(trainer)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry and entry["step"] <= step]
@@ -66,7 +68,10 @@ def _checkpoint(record: Record, resume: str | None) -> tuple[str | None, int]:
     """Return a resumed run's newest intact checkpoint, and its step; later metrics are deleted."""
     if not resume:
         return None, 0
-    checkpoint, step = newest(record.directory / "checkpoints", record.values["tracking_id"])
+    found = None
+    if world.is_first:
+        found = newest(record.directory / "checkpoints", record.values["tracking_id"])
+    checkpoint, step = world.shared(found) or (None, 0)
     if checkpoint is None:
         log.warning("resume: %s has no checkpoint yet; training starts anew", record.directory)
     record.rewind(step)

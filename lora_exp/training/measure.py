@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +20,33 @@ from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.loading import Base
+from lora_exp.parallel.world import world
 from lora_exp.record.metrics import grouped_metrics
 from lora_exp.record.run import Record
-from lora_exp.training.answers import Answer, answer, exact_match_rates
+from lora_exp.training.answers import Answer, HeldOut, answered, exact_match_rates
 from lora_exp.training.best import saved_step
 from lora_exp.training.place import Place
+from lora_exp.training.row_losses import row_losses_at
+from lora_exp.training.untrained import Measured, content
 
 LOGITS = 2**28  # held at a time, 1 GiB in float32
 
-if TYPE_CHECKING:
-    from lora_exp.training.place import Measured
-
 
 def before(
-    cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row], record: Record, place: Place
+    cfg: DictConfig, trainer: Any, base: Base, held_out: HeldOut, record: Record, place: Place
 ) -> list[dict[str, Any]]:
     """Measure before training; a resumed run reads the saved results."""
     if cfg.resume and any(name.startswith("before/") for name in record.values["metrics"]):
         return record.samples()
-    trainer_metrics, accuracy, answers = place.untrained(
-        cfg, trainer, lambda: _measure("before training", cfg, trainer, base, held_out, 0)
+    measured = place.untrained(
+        cfg,
+        trainer,
+        lambda: _measure("before training", cfg, trainer, base, held_out, 0),
+        lambda: content(cfg, trainer.model, base, held_out.rows, record),
     )
-    metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
+    metrics, answers = _all_metrics(cfg, *measured), measured[2]
     record.update(metrics={f"before/{name}": value for name, value in metrics.items()})
     samples = [
         {
@@ -59,24 +66,36 @@ def after(
     cfg: DictConfig,
     trainer: Any,
     base: Base,
-    held_out: list[Row],
+    held_out: HeldOut,
     record: Record,
     samples: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Measure after training, and add the answers to those from before."""
     step = saved_step(trainer)
     measured = _measure("after training", cfg, trainer, base, held_out, step)
-    trainer_metrics, accuracy, answers = measured
-    metrics = _all_metrics(cfg, trainer_metrics, accuracy, answers)
+    _, preferred, answers = measured
+    metrics = _all_metrics(cfg, *measured)
     record.update(metrics={f"eval/{name}": value for name, value in metrics.items()})
     pairs = zip(samples, answers, strict=True)
     samples = [sample | {"after": a.text} for sample, a in pairs]
     record.write_samples(samples)
+    if cfg.algorithm.shape == "completion" and trainer.eval_dataset is not None:
+        record.write_json("row_losses.json", asdict(row_losses_at(trainer, step)))
+    if preferred is not None:
+        hashes = [_hash(row) for row in held_out.rows]
+        record.write_json("pairs.json", {"pairs": hashes, "preferred": preferred})
     return samples
 
 
+def _hash(row: Row) -> str:
+    """Return a hash of what a pair's preference depends on."""
+    parts = [row.get(key) for key in ("prompt", "chosen", "rejected", "tools")]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return blake2b(text.encode(), digest_size=6).hexdigest()
+
+
 def present(
-    objective: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row]
+    objective: str, cfg: DictConfig, trainer: Any, base: Base, held_out: HeldOut
 ) -> dict[str, float]:
     """Measure a trainer's present weights, as far as an objective needs it.
 
@@ -103,7 +122,7 @@ def _kept_random_state() -> Iterator[None]:
     """Restore the random states of Python, numpy and torch: rewards may draw from any."""
     python, arrays = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with forked_random_state():
             yield
     finally:
         random.setstate(python)
@@ -126,18 +145,28 @@ def objective_name(wanted: str, metrics: dict[str, float], held_out: Tokens | No
 
 
 def _measure(
-    when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: list[Row], step: int
+    when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: HeldOut, step: int
 ) -> Measured:
     """Evaluate and answer with the trainer's present weights, which are those of a step."""
     metrics = _evaluated(trainer, step)
+    answered = _answered(when, cfg, trainer, base, held_out) if world.is_first else None
+    preferred, answers = world.shared(answered) or (None, [])
+    return metrics, preferred, answers
+
+
+def _answered(
+    when: str, cfg: DictConfig, trainer: Any, base: Base, held_out: HeldOut
+) -> tuple[list[bool] | None, list[Answer]]:
+    """Return the preferences, where rows are pairs, and answers to held-out prompts."""
     with trainer.accelerator.autocast():  # in the precision that the loss is computed in
         if not trainer.model.can_generate():
-            return metrics, None, []
-        accuracy = None
-        if held_out and "chosen" in held_out[0]:
-            accuracy = preference_accuracy(trainer.model, base.tokenizer, held_out, trainer.args)
-        answers = answer(trainer.model, base.tokenizer, held_out, cfg.samples, when)
-        return metrics, accuracy, answers
+            return None, []
+        preferred = None
+        rows = held_out.rows
+        if rows and "chosen" in rows[0]:
+            preferred = preferences(trainer.model, base.tokenizer, rows, trainer.args)
+        asked = held_out.questions
+        return preferred, answered(trainer.model, base.tokenizer, asked, cfg.samples, when)
 
 
 def _evaluated(trainer: Any, step: int) -> dict[str, float]:
@@ -157,26 +186,27 @@ def _evaluation(entry: dict[str, Any]) -> dict[str, float]:
 def _all_metrics(
     cfg: DictConfig,
     trainer_metrics: dict[str, float],
-    accuracy: float | None,
+    preferred: list[bool] | None,
     answers: list[Answer],
 ) -> dict[str, float]:
     """Return the algorithm's own metrics, the preference accuracy and exact match."""
     numbers = grouped_metrics(trainer_metrics)
     names = cfg.algorithm.metrics
     metrics = {name: numbers[f"eval/{name}"] for name in names if f"eval/{name}" in numbers}
-    metrics |= {} if accuracy is None else {"preference_accuracy": accuracy}
+    if preferred is not None:
+        metrics["preference_accuracy"] = sum(preferred) / len(preferred)
     return metrics | exact_match_rates(answers)
 
 
 @torch.no_grad()
-def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any) -> float:
-    """Return the share of pairs whose chosen answer is more likely, as a whole, than the rejected.
+def preferences(model: Any, tokenizer: Any, pairs: Sequence[Row], args: Any) -> list[bool]:
+    """Return of each pair whether its chosen answer is more likely, as a whole, than the rejected.
 
     No reference model is used: only the probabilities of the model itself.
     """
     training = model.training
     model.eval()
-    wins = 0
+    preferred: list[bool] = []
     size = max(1, args.per_device_eval_batch_size // 2)
     for i in range(0, len(pairs), size):
         batch = pairs[i : i + size]
@@ -186,9 +216,9 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[Row], args: Any)
         rows = max(1, LOGITS // (vocab_size * longest))
         parts = [both[j : j + rows] for j in range(0, len(both), rows)]
         total = torch.cat([_likelihoods(model, tokenizer, part) for part in parts])
-        wins += int((total[: len(batch)] > total[len(batch) :]).sum())
+        preferred += (total[: len(batch)] > total[len(batch) :]).tolist()
     model.train(training)
-    return wins / len(pairs)
+    return preferred
 
 
 def _likelihoods(model: Any, tokenizer: Any, encodings: list[tuple[list[int], int]]) -> Tensor:

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from omegaconf import DictConfig
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from lora_exp.early_stopping.bracket import Bracket
     from lora_exp.model.loading import Base
     from lora_exp.record.progress import Board
-    from lora_exp.training.answers import Answer
+    from lora_exp.training.untrained import Content, Measure, Measured
 
-    # the trainer's metrics, the preference accuracy, the answers
-    Measured = tuple[dict[str, float], float | None, list[Answer]]
-    Measure = Callable[[], Measured]
+T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -30,15 +28,28 @@ class Place(Protocol):
     name: str  # for the run's record
     job: int  # its number in a sweep
     bracket: Bracket | None  # the jobs that it is compared with
+    settled: DictConfig | None  # its config, if the launcher has settled and validated it
 
     def base(self, cfg: DictConfig) -> Base:
         """Return the base for the run's adapter."""
 
+    def shared(self, key: str, make: Callable[[], T]) -> T:
+        """Return what runs with an equal key share, made by the first of them."""
+
     def board(self) -> Board:
         """Return the board that shows the run's progress."""
 
-    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
-        """Return the results of `measure` before training, which a pack may share."""
+    def untrained(
+        self, cfg: DictConfig, trainer: Any, measure: Measure, content: Content
+    ) -> Measured:
+        """Return the results of `measure` before training, which may be shared or known.
+
+        Args:
+            cfg: the run's.
+            trainer: it logs results that it has not measured itself.
+            measure: measures.
+            content: gives a hash of all that decides the results, or None.
+        """
 
     def join(self, trainer: Any) -> None:
         """Prepare a trainer that is about to measure and train."""
@@ -66,6 +77,8 @@ class Alone:
         job: int = 0,
         bracket: Bracket | None = None,
         news: Callable[[], bool] = lambda: False,
+        recalls: bool = True,
+        settled: DictConfig | None = None,
     ) -> None:
         """Create the place of a run, or of a job that is compared with others of its sweep.
 
@@ -73,8 +86,11 @@ class Alone:
             job: its number in the sweep.
             bracket: the jobs that it is compared with.
             news: waits for what jobs of other processes report; False: nothing can come any more.
+            recalls: whether results before training may be those that the cache has.
+            settled: its config, if the launcher has settled and validated it.
         """
-        self.job, self.bracket, self._news = job, bracket, news
+        self.job, self.bracket, self.settled = job, bracket, settled
+        self._news, self._recalls = news, recalls
 
     def base(self, cfg: DictConfig) -> Base:
         """Load the base, and say so: a large one takes minutes."""
@@ -88,15 +104,23 @@ class Alone:
         print_and_log(Text(f"loading {cfg.model.path}", style="dim"))
         return base_of(cfg)
 
+    def shared(self, key: str, make: Callable[[], T]) -> T:
+        """Make it: nobody else is here."""
+        return make()
+
     def board(self) -> Board:
         """Return a progress bar."""
         from lora_exp.record.progress import Bar
 
         return Bar()
 
-    def untrained(self, cfg: DictConfig, trainer: Any, measure: Measure) -> Measured:
-        """Measure."""
-        return measure()
+    def untrained(
+        self, cfg: DictConfig, trainer: Any, measure: Measure, content: Content
+    ) -> Measured:
+        """Measure, unless the cache has the results of the same content."""
+        from lora_exp.training.untrained import recalled
+
+        return recalled(trainer, measure, content) if self._recalls else measure()
 
     def join(self, trainer: Any) -> None:
         """Leave the trainer as it is."""

@@ -20,18 +20,22 @@ from trl.trainer.utils import RepeatSampler
 from lora_exp.adapter.attach import Adapted
 from lora_exp.adapter.several import copy_to
 from lora_exp.config.door import build, plain
+from lora_exp.config.processes import divided
 from lora_exp.config.signature import signature
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
+from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.loading import Base, device
 from lora_exp.model.mixture import name_experts, without_router_logits
 from lora_exp.model.precision import autocast_dtype, is_quantised
 from lora_exp.model.special_tokens import without_end
+from lora_exp.parallel.world import world
 from lora_exp.record.run import Record
 from lora_exp.rewards import rewards
 from lora_exp.training.best import Watched
 from lora_exp.training.checkpoint import checkpointed
+from lora_exp.training.draws import OwnDraws
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import avoid_module_walks
 from lora_exp.training.resumption import Resumption
@@ -74,7 +78,7 @@ def trainer_of(
             train_dataset=train.dataset,
             eval_dataset=held_out.dataset if held_out else None,
             processing_class=_tokenizer(cfg, base),
-            callbacks=[FiniteLoss(), GradientCheck(), Resumption(), *adapted.callbacks, *callbacks],
+            callbacks=[*_checks(), *adapted.callbacks, *callbacks],
             **own_arguments,
         )
     except ConfigError:
@@ -89,6 +93,10 @@ def trainer_of(
     return trainer
 
 
+def _checks() -> list[TrainerCallback]:
+    return [FiniteLoss(), GradientCheck(), Resumption(), OwnDraws()]
+
+
 def _rewards_and_reference(
     cfg: DictConfig, base: Base, adapted: Adapted, rows: Rows
 ) -> dict[str, Any]:
@@ -97,8 +105,7 @@ def _rewards_and_reference(
     trainer_signature = signature(cfg.algorithm.trainer._target_)
     parameters = trainer_signature.arguments if trainer_signature else {}
     if "rewards" in cfg.algorithm:
-        all_rows = [*rows.train, *rows.eval]
-        arguments["reward_funcs"] = rewards(cfg, base, adapted.model, all_rows)
+        arguments["reward_funcs"] = rewards(cfg, base, adapted.model, rows)
     if "ref_model" in parameters and adapted.method is None:
         arguments["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
     return arguments
@@ -169,7 +176,7 @@ def _with_own_random_state(evaluate: Any) -> Any:
     """Evaluate without changing the random state: data loaders draw a seed that they never use."""
 
     def evaluate_apart(*arguments: Any, **options: Any) -> Any:
-        with torch.random.fork_rng():
+        with forked_random_state():
             return evaluate(*arguments, **options)
 
     return evaluate_apart
@@ -190,6 +197,9 @@ def _training_arguments(
         settings["greater_is_better"] = watched.maximize
     if held_out is None:
         settings["eval_strategy"] = "no"
+    if world.size > 1:
+        # without this, gradients are added up in another order from the second step on
+        settings |= (divided(cfg) or {}) | {"ddp_find_unused_parameters": True}
     if cfg.algorithm.args.get("activation_offloading") and device() == "cpu":
         text = "moves activations from a GPU to the CPU, and this run is on a CPU; give false"
         raise ConfigError([("algorithm.args.activation_offloading", text)])
@@ -201,7 +211,7 @@ def _training_arguments(
     if "dataset_kwargs" in parameters and not cfg.algorithm.args.packing:
         settings["dataset_kwargs"] = {"skip_prepare_dataset": True}  # rows are tokenised already
     try:
-        return build(
+        args = build(
             cfg,
             "algorithm.args",
             **settings,
@@ -215,6 +225,9 @@ def _training_arguments(
         )
     except ValueError as error:
         raise ConfigError([("algorithm.args", str(error))]) from error
+    if args.n_gpu > 1:  # transformers would spread each pass over all GPUs that it sees
+        args._n_gpu = 1
+    return args
 
 
 def _precision(cfg: DictConfig, base: Base) -> dict[str, bool]:

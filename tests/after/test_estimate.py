@@ -49,6 +49,15 @@ def test_trained_and_saved_sizes_equal_those_of_the_run(trained: Trained, overri
     )
 
 
+def test_of_several_processes_each_holds_its_share_of_the_rows() -> None:
+    alone, rows = compose(), "train.per_device_train_batch_size"
+    half, two = compose(f"{rows}=8"), compose("parallel=ddp", "parallel.processes=2")
+    whole, share, each = (need(cfg, model_config(cfg)) for cfg in (alone, half, two))
+    assert each.activations == share.activations < whole.activations
+    assert each.gradients == 2 * whole.gradients
+    assert each.weights == whole.weights
+
+
 def loaded_bytes(model: Any) -> int:
     """Count the bytes that a loaded model's weights take, their scales included."""
     tensors = [*model.parameters(), *model.buffers()]

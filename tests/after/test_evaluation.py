@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from lora_exp import compose, load_adapter, run
 from lora_exp.after.evaluation import _overlap, evaluate
 from lora_exp.after.merging import merge
+from lora_exp.data.encoding import IGNORED, encode
 from lora_exp.data.tasks import pairs
-from lora_exp.data.tokens import IGNORED, encode
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.training.answers import Answer
 from tests.after.test_chat import run_cli

@@ -55,32 +55,16 @@ def test_each_difference_is_named(pair: tuple[Path, Path]) -> None:
     ]
     edit_lines(copy, 10, **{"train/loss": 0.5})
     (copy / "samples.jsonl").write_text("")
+    (copy / "row_losses.json").write_text("{}")
     edit_record(copy, base="sha256:0")
     result = likeness(run, copy)
-    loss, answers = result.metrics
+    loss, answers, losses = result.metrics
     assert loss.startswith("train/loss at step 10: ")
     assert loss.endswith(", now 0.5")
-    assert answers == "samples.jsonl: other answers"
+    assert (answers, losses) == ("samples.jsonl: other answers", "row_losses.json: other losses")
+    (copy / "pairs.json").write_text("{}")
+    assert likeness(copy, run).metrics[-1] == "pairs.json: other preferences"
+    (copy / "pairs.json").unlink()
+    (copy / "row_losses.json").unlink()  # as if trained by an earlier version
+    assert len(likeness(copy, run).metrics) == 2
     assert result.inputs[0].endswith("now sha256:0")
-
-
-@pytest.mark.parametrize(("step", "same"), [(10, True), (12, False), (0, False)])
-def test_tokens_that_are_counted_from_a_resume_on_are_not_compared(
-    pair: tuple[Path, Path], step: int, same: bool
-) -> None:
-    run, copy = pair
-    edit_lines(copy, 12, **{"train/num_tokens": 1.0, "eval/num_tokens": 1.0})
-    edit_record(copy, resumed=[{"status": "interrupted", "changes": {}, "step": step}])
-    assert likeness(copy, run).same is same
-
-
-@pytest.mark.parametrize(("step", "same"), [(11, True), (10, False), (None, False)])
-def test_a_mean_since_a_resume_between_two_log_steps_is_not_compared(
-    pair: tuple[Path, Path], step: int | None, same: bool
-) -> None:
-    run, copy = pair
-    edit_lines(copy, 12, **{"train/loss": 0.5})
-    record = json.loads((copy / "run.json").read_text())
-    edit_record(copy, metrics=record["metrics"] | {"train/loss": 0.5})
-    edit_record(copy, resumed=[{"status": "interrupted", "changes": {}, "step": step}])
-    assert likeness(copy, run).same is same

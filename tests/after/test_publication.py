@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from lora_exp.after.merging import merge
 from lora_exp.after.publication import dry_run, push
 from lora_exp.errors import HubError, SavedError
+from tests.warm import python
 
 Trained = Callable[..., Path]
 TOKEN = "hf_" + "x" * 24
@@ -126,8 +127,26 @@ def client_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def run_push(url: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+# in a process that has imported the Hub's client already, which reads its environment once
+PUSH = """
+import os
+from huggingface_hub import constants
+constants.ENDPOINT, constants.HF_HUB_OFFLINE = os.environ["HF_ENDPOINT"], False
+constants.HF_TOKEN_PATH = os.environ["HF_HOME"] + "/token"
+from lora_exp.cli import main
+main()
+"""
+
+
+def run_push(
+    url: str, *arguments: str, token: str = TOKEN, home: Path = Path()
+) -> subprocess.CompletedProcess[str]:
+    settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(home)}
+    return python("-c", PUSH, "push", *arguments, env=os.environ | settings)
+
+
+def run_push_anew(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     return subprocess.run(
         [sys.executable, "-m", "lora_exp.cli", "push", *arguments],
         env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False,
@@ -147,7 +166,7 @@ def test_an_adapter_is_uploaded_byte_for_byte_and_private(
     hub: Hub, trained: Trained, tmp_path: Path
 ) -> None:
     run = trained("peft=lora")
-    done = run_push(hub.url, str(run), "me/mirror")
+    done = run_push_anew(hub.url, str(run), "me/mirror")
     assert done.returncode == 0, done.stderr
     uploaded = hub.files["me/mirror", "main"]
     assert uploaded == contents(dry_run(run, "me/mirror", tmp_path / "dry"))
@@ -220,15 +239,13 @@ def test_a_missing_network_is_one_clear_line(trained: Trained) -> None:
     )
 
 
-def test_without_a_token_only_a_dry_run_works(
-    hub: Hub, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))  # no token of this machine's user
+def test_without_a_token_only_a_dry_run_works(hub: Hub, trained: Trained, tmp_path: Path) -> None:
     run = str(trained("peft=lora"))
-    done = run_push(hub.url, run, "me/mirror", token="")
+    done = run_push(hub.url, run, "me/mirror", token="", home=tmp_path)
     assert done.returncode == 1
     assert "`hf auth login`" in done.stderr
-    dry = run_push(hub.url, run, "me/mirror", "--dry-run", "-o", str(tmp_path / "dry"), token="")
+    options = ["--dry-run", "-o", str(tmp_path / "dry")]
+    dry = run_push(hub.url, run, "me/mirror", *options, token="", home=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "to me/mirror, main, private" in dry.stdout
     assert set(contents(tmp_path / "dry")) == ADAPTER | TOKENIZER

@@ -17,6 +17,7 @@ from lora_exp.after.reproduction import _limits, read_recipe, reproduce
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Halving
 from lora_exp.errors import ConfigError, SavedError
+from lora_exp.files.paths import SCRATCH
 from lora_exp.training.place import Alone
 
 SMALL = ["tracking=none", "train.logging_steps=2", "peft.r=2", "targets=qv", "data.max_rows=16"]
@@ -57,7 +58,9 @@ def test_other_bytes_are_named_with_what_is_different_here(copied: Path, tmp_pat
     assert (tmp_path / "again/adapter").is_dir()
 
 
-def test_a_job_that_was_pruned_is_reproduced_up_to_its_last_step(tmp_path: Path) -> None:
+def test_a_job_that_was_pruned_is_reproduced_up_to_its_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is stopped by other jobs, which are not there any more."""
     halving = ["early_stopping=halving", "early_stopping.eta=2", "early_stopping.first_rung=0.25"]
     bracket = Bracket(Halving(eta=2, first_rung=0.25, keep=True), False, frozenset(range(4)))
@@ -67,16 +70,23 @@ def test_a_job_that_was_pruned_is_reproduced_up_to_its_last_step(tmp_path: Path)
     pruned = run(cfg, tmp_path / "job", place=Alone(0, bracket))
     record = json.loads((pruned.directory / "run.json").read_text())
     assert (record["status"], record["steps"]) == ("pruned", 4)
+    assert f"run            {pruned.directory}" in capsys.readouterr().out
     result, folder = reproduce(read_recipe(pruned.directory))
     assert result.same, result
     assert result.files >= 3
     assert folder is None
+    output = capsys.readouterr().out
+    assert "peak memory" in output
+    assert SCRATCH not in output  # it is deleted
 
 
 def test_a_finished_run_that_was_trained_further_is_reproduced_in_the_same_parts(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path / "cache"))
     first = run(compose(*SMALL, "train.max_steps=2"), tmp_path / "run")
+    (entry,) = (tmp_path / "cache/untrained").iterdir()  # the cache is no evidence
+    entry.write_text(entry.read_text().replace('"eval_loss": ', '"eval_loss": 1'))
     run(compose(f"resume={first.directory}", "train.max_steps=3"))  # a cosine to another end
     recipe = read_recipe(first.directory)
     assert recipe.limits == [{"max_steps": 2}, {}]
@@ -106,7 +116,7 @@ def test_what_cannot_be_reproduced_is_refused_before_torch_trains(
         read_recipe(edited(copied, status="interrupted"))
     (tmp_path / "sweep").mkdir()
     copied.rename(tmp_path / "sweep/0")
-    with pytest.raises(SavedError, match=r"is a sweep; give one of its 1 jobs: .*sweep/0"):
+    with pytest.raises(SavedError, match=r"sweep\.json, .* give one of its 1 jobs: .*sweep/0"):
         read_recipe(tmp_path / "sweep")
     with pytest.raises(SavedError, match=r"swep does not exist \(did you mean sweep\?\)"):
         read_recipe(tmp_path / "swep")
@@ -121,7 +131,9 @@ def test_a_folder_with_files_is_not_trained_into(copied: Path, tmp_path: Path) -
 
 def test_a_place_that_changes_bits_is_a_reason(copied: Path) -> None:
     assert read_recipe(copied).reasons == []
-    edited(copied, place="lockstep, bmm", lockstep={"proven": False})
-    first, second = read_recipe(copied).reasons
+    resumed = {"status": "interrupted", "changes": {"train.logging_steps": [5, 10]}}
+    edited(copied, place="lockstep, bmm", lockstep={"proven": False}, resumed=[resumed])
+    first, second, third = read_recipe(copied).reasons
     assert "about 1e-6 off runs alone" in first
     assert "is not proven equal to a run alone" in second
+    assert "train.logging_steps changed at a resume" in third

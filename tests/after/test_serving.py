@@ -32,7 +32,7 @@ from lora_exp.after.saved import find, find_all
 from lora_exp.after.serving import vllm_command
 from lora_exp.data.template import render_chat
 from lora_exp.errors import AdapterError
-from lora_exp.training.answers import generate, left_padded
+from lora_exp.training.answers import generate
 from tests.conftest import ROOT
 from tests.warm import Process, python
 
@@ -114,7 +114,7 @@ def greedy(path: Path, question: str, new: int = MAX_NEW_TOKENS) -> str:
     text = render_chat([{"role": "user", "content": question}], loaded.tokenizer, answer=True)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     with loaded.answering():
-        return generate(loaded.model, left_padded(loaded.tokenizer), [ids], new)[0]
+        return generate(loaded.model, loaded.tokenizer, [ids], new)[0]
 
 
 def test_two_adapters_and_their_base_answer_concurrently(

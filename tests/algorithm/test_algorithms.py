@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from lora_exp import compose, run
+from lora_exp.after.likeness import likeness
 from lora_exp.errors import ConfigError, DataError
 from tests.lockstep.runs import outputs, run_alone, run_packed
 from tests.test_experiment import copied, digest, mark_killed, rows_override
@@ -105,15 +106,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     rows = 2 if algorithm in ("grpo", "rloo") else 8
     settings = [f"data.rows={rows}", "train.max_steps=10", "train.save_strategy=steps"]
     settings += ["train.save_steps=5"]
-    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1", "train.logging_steps=1"]
+    settings += ["train.save_total_limit=2", "peft.lora_dropout=0.1"]
+    settings += ["train.logging_steps=3"]  # the resume lies between two log lines
     uninterrupted = train(algorithm, *settings)
     cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints" / "checkpoint-10")
     mark_killed(cut.directory)
-    resumed = run(compose(f"resume={cut.directory}"))
-    assert digest(resumed.saved) == digest(uninterrupted.saved)
-    if algorithm == "ppo":
-        assert digest(resumed.directory / "value") == digest(uninterrupted.directory / "value")
+    run(compose(f"resume={cut.directory}"))
+    result = likeness(uninterrupted.directory, cut.directory)
+    assert result.weights == result.metrics == []
+    assert result.files > (6 if algorithm == "ppo" else 0)  # with the value's
 
 
 @pytest.mark.parametrize("algorithm", SETTINGS)
@@ -231,7 +233,10 @@ def test_an_adapter_without_a_score_head_is_refused_as_reward(
 
 def test_sft_trains_on_the_chosen_answers_of_pairs(tmp_path: Path) -> None:
     result = run(compose(*COMMON, "data=demo_pairs"), tmp_path / "run")
-    assert 0 <= result.metrics["eval/preference_accuracy"] <= 1
+    accuracy = result.metrics["eval/preference_accuracy"]
+    assert 0 <= accuracy <= 1
+    by_pair = json.loads((result.directory / "pairs.json").read_text())
+    assert sum(by_pair["preferred"]) / len(by_pair["pairs"]) == accuracy
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_lora_exp_run_is_the_runner(tmp_path: Path) -> None:
     assert "r: 4" in done.stdout
     wrong = run_cli("run", "peft.r=0", f"hydra.run.dir={tmp_path}/run")
     assert wrong.returncode == 1
-    assert "peft.r: 0 is no rank" in wrong.stderr
+    assert "peft.r: 0 is not a rank" in wrong.stderr
 
 
 COMPLETING = "import sys; sys.argv[0] = 'lora-exp'\nfrom lora_exp.cli import main; main()"

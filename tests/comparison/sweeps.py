@@ -110,7 +110,11 @@ def _write_job(
     if hostile:
         config["train"] |= {HOSTILE: overrides["+train." + HOSTILE.replace("=", "")]}
     samples = [_sample(i, best, random_numbers, hostile) for i in range(prompts)]
+    losses = [10 * (value + 0.05) + math.sin(7 * i + rank) for i in range(prompts)]
+    by_row = {"rows": [*map(str, range(prompts))], "tokens": [10] * prompts, "losses": losses}
+    updates = {f"model.layers.{i}.q_proj": i + rank * rate * 1e3 for i in range(4)}
     texts = {
+        "row_losses.json": json.dumps(by_row), "updates.json": json.dumps(updates),
         "run.json": json.dumps(record), "config.yaml": yaml.safe_dump(config),
         "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         "samples.jsonl": "".join(json.dumps(sample) + "\n" for sample in samples),

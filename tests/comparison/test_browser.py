@@ -102,12 +102,15 @@ def click(browser: Any, element: Any) -> None:
 def scheme(browser: Any, name: str) -> None:
     features = [{"name": "prefers-color-scheme", "value": name}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    # the page hears of it before the next frame
+    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
 
 
 def test_every_figure_is_drawn_and_nothing_is_loaded(page: Any) -> None:
     assert all_drawn(page) == [
         "Evaluation", "Training loss", "Rungs", "The objective against each key",
         "Importance of the keys", "Quality and cost", "Parallel coordinates", "Each task",
+        "Where layers changed",
     ]  # fmt: skip
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert len(find_all(page, "main figure .scatterlayer .trace")) > 50

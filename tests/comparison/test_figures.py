@@ -12,6 +12,7 @@ from tests.comparison.sweeps import HOSTILE, write_sweep
 
 NAMES = [
     "evaluation", "training", "rungs", "by_key", "importance", "costs", "parallel", "tasks",
+    "layers",
 ]  # fmt: skip
 
 

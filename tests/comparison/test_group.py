@@ -52,3 +52,8 @@ def test_intervals_that_disagree_decide_nothing(
     worse = Difference(objective, "maximize", -0.2, (-0.3, -0.1), "3 seeds")
     better = Difference("eval/exact_match", "maximize", 0.2, (0.1, 0.3), "16 rows")
     assert replace(group, difference=worse, rows=better).verdict == verdict
+    of_loss = replace(
+        better, measure="eval/loss", goal="minimize", mean=-0.2, interval=(-0.3, -0.1)
+    )
+    other = "worse" if verdict != "worse" else "cannot be told apart"
+    assert replace(group, difference=worse, row_losses=of_loss).verdict == other

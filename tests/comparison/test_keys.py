@@ -22,9 +22,14 @@ def test_names_seeds_and_what_only_reports_do_not_differ(write_run: Write) -> No
     keys = {
         "name": "x", "seed": 5, "tracking.project": "p", "resume": "r", "train.logging_steps": 3,
         "train.save_steps": 3, "train.eval_steps": 3, "lockstep.max_jobs": 1, "choices.tracking": 1,
+        "data.num_proc": 1,
         "early_stopping.rungs": 3,
     }  # fmt: skip
     assert chosen(write_run, a={}, b=keys) == ([], [])
+    one, two = ({"parallel.processes": count} for count in (1, 2))
+    assert chosen(write_run, none={}, one=one) == ([], [])  # earlier versions did not write it
+    assert chosen(write_run, before={}, two=two) == (["parallel.processes"], [])
+    assert chosen(write_run, earlier={}, usual={"deterministic": True}) == ([], [])
     other = {"lockstep.mode": "bmm", "keep": "best", "train.eval_accumulation_steps": 2}
     assert chosen(write_run, c={}, d=other) == (list(other), [])
 

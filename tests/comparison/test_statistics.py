@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lora_exp import compare
 from lora_exp.comparison.statistics import (
+    BATCH,
+    EXACT_MATCH,
+    PREFERENCE,
+    RESAMPLES,
+    SAME,
     Difference,
     bootstrap_interval,
     matches,
     mean_and_spread,
     over_rows,
     over_seeds,
+    preferences,
     t_interval,
 )
 from lora_exp.runs.run import SavedRun, read_run
@@ -47,6 +55,11 @@ def test_the_interval_over_rows_is_scipys_paired_bootstrap() -> None:
     ).confidence_interval  # fmt: skip
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
     assert (low, high) == bootstrap_interval(list(one - other))
+    exact = stats.bootstrap(
+        (one - other,), np.mean, method="percentile", n_resamples=RESAMPLES, batch=BATCH // 60,
+        rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert (low, high) == (exact.low, exact.high)
     spread = float((one - other).std() / 60**0.5)
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1)
 
@@ -110,29 +123,61 @@ def answered(write_run: Write, name: str, right: str, seed: int = 1) -> SavedRun
 def test_rows_are_paired_by_prompt_and_averaged_over_runs(write_run: Write) -> None:
     ours = [answered(write_run, "a", "x" * 8 + ".."), answered(write_run, "b", "x" * 10, seed=2)]
     baseline = [answered(write_run, "c", "." * 10)]
-    difference = over_rows(matches(ours), matches(baseline))
+    difference = over_rows(matches(ours), matches(baseline), EXACT_MATCH)
     assert difference is not None
     assert (difference.measure, difference.over) == ("eval/exact_match", "10 rows")
     assert difference.mean == pytest.approx(0.9)
     assert difference.verdict == "better"
     again = answered(write_run, "e", "x" * 10, seed=2)
     assert matches([*ours, again]) == matches(ours)
-    few = over_rows(matches(ours), matches([answered(write_run, "d", "..")]))
+    few = over_rows(matches(ours), matches([answered(write_run, "d", "..")]), EXACT_MATCH)
     assert few is not None
     assert (few.over, few.interval, few.mean) == ("2 rows, too few", None, 1.0)
+
+
+def test_two_runs_of_one_seed_are_told_apart_by_their_pairs(
+    write_run: Write, tmp_path: Path
+) -> None:
+    for name, right in (("a", 11), ("b", 2), ("c", 10)):
+        metrics = {PREFERENCE: right / 12}
+        run = write_run(
+            name, metrics=metrics, objective=PREFERENCE, goal="maximize", overrides={"peft.r": name}
+        )
+        columns = {"pairs": ["same", "same", *"0123456789"]}
+        columns["preferred"] = [n < right for n in range(12)]
+        (run / "pairs.json").write_text(json.dumps(columns))
+    best, close, worse = compare(tmp_path).groups
+    assert (best.verdict, close.verdict, worse.verdict) == ("baseline", SAME, "worse")
+    assert worse.over_rows is worse.beside is worse.pairs
+    assert worse.pairs is not None
+    assert worse.difference is not None
+    assert worse.pairs.over == "12 rows"
+    assert worse.pairs.mean == pytest.approx(worse.difference.mean)
+    seeds = [read_run(tmp_path / "a"), read_run(write_run("d", overrides={"seed": 2}))]
+    assert preferences(seeds[:1])["same", 1] == 1.0
+    assert preferences(seeds) == {}  # the other has recorded none
 
 
 def test_rows_without_an_expected_answer_or_a_counterpart_are_not_compared(
     write_run: Write,
 ) -> None:
     ours, none = answered(write_run, "a", "x" * 9), answered(write_run, "b", "")
-    assert over_rows(matches([ours]), matches([none])) is None
-    assert over_rows(matches([ours, none]), matches([ours])) is None
+    assert over_rows(matches([ours]), matches([none]), EXACT_MATCH) is None
+    assert over_rows(matches([ours, none]), matches([ours]), EXACT_MATCH) is None
     odd = read_run(write_run("c"))
     lines = ['{"prompt": "0?", "expected": null, "after": "a"}', '{"after": 3}', "[]", "nonsense"]
     (odd.directory / "samples.jsonl").write_text("\n".join(lines))
-    assert over_rows(matches([odd]), matches([odd])) is None
-    assert over_rows(matches([ours]), matches([odd])) is None
+    assert over_rows(matches([odd]), matches([odd]), EXACT_MATCH) is None
+    assert over_rows(matches([ours]), matches([odd]), EXACT_MATCH) is None
+
+
+def test_differences_that_cancel_are_zero() -> None:
+    difference = over_rows({0: 1.0, 1: 0.0, 2: 0.0}, dict.fromkeys(range(3), 1 / 3), EXACT_MATCH)
+    assert difference is not None
+    assert str(difference.mean) == "0.0"
+    opposite = over_rows(dict.fromkeys(range(3), 1 / 3), {0: 1.0, 1: 0.0, 2: 0.0}, EXACT_MATCH)
+    assert opposite is not None
+    assert str(opposite.mean) == "0.0"
 
 
 def test_equal_prompts_are_different_rows(write_run: Write) -> None:
@@ -142,6 +187,6 @@ def test_equal_prompts_are_different_rows(write_run: Write) -> None:
         run = read_run(write_run(name))
         (run.directory / "samples.jsonl").write_text(line % "yes" + line % answer)
         runs.append(run)
-    difference = over_rows(matches(runs[:1]), matches(runs[1:]))
+    difference = over_rows(matches(runs[:1]), matches(runs[1:]), EXACT_MATCH)
     assert difference is not None
     assert (difference.over, difference.mean) == ("2 rows, too few", 0.5)

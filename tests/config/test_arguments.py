@@ -87,7 +87,7 @@ def test_a_mistake_inside_an_argument_is_an_error(
     ],
 )
 def test_correct_values_inside_arguments_are_accepted(overrides: list[str]) -> None:
-    compose(*overrides)
+    assert compose(*overrides).train.keys() > {"learning_rate", "optim"}
 
 
 def test_the_schedulers_are_those_of_transformers() -> None:

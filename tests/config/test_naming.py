@@ -33,7 +33,10 @@ def sweep_name(*overrides: str, common: tuple[str, ...] = ()) -> str:
         (["peft=none", "seed=7"], "full-seed=7"),
         (["peft.target_modules=[q_proj,v_proj]"], "r16-target_modules=_q_proj,v_proj_"),
         (["model=local", "model.path=pkg://hydra/conf"], "r16-all_linear-local-path=conf"),
-        (["train.eval_strategy=no", "data.max_rows=9"], "r16-all_linear-max_rows=9"),
+        (
+            ["train.eval_strategy=no", "data.max_rows=9", "data.num_proc=2"],
+            "r16-all_linear-max_rows=9",
+        ),
         (["name=mine", "peft.r=2"], "mine"),
     ],
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import itertools
 
-from lora_exp.config.overrides import split_override
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lora_exp.config.overrides import quoted, split_override
 
 
 @pytest.mark.parametrize("sign", ["", "+", "++"])
@@ -15,3 +18,11 @@ def test_an_override_is_a_key_and_a_value(sign: str) -> None:
 
 def test_a_deletion_has_no_value() -> None:
     assert split_override("~peft.rank_pattern") == ("peft.rank_pattern", "")
+
+
+def test_a_quoted_text_is_what_hydra_reads() -> None:
+    parser = OverridesParser.create()
+    for characters in itertools.product("a\\'\", ", repeat=4):
+        text = "".join(characters)
+        override = parser.parse_override(f"key={quoted(text)}")
+        assert override.value() == text

@@ -29,6 +29,8 @@ from tests.config.test_validation import faults
         "samples.max_new_tokens=0",
         "data.max_rows=0",
         "data.eval_share=1.0",
+        "data.num_proc=0",
+        "data.num_proc=all",
         "seed=1.5",
         "seed=4294967296",
         "seed=true",

@@ -69,10 +69,11 @@ def test_equal_overrides_and_changes_of_reporting_are_accepted(killed_run: Path)
         f"resume={killed_run}",
         "peft.r=4",
         "train.logging_steps=2",
+        "data.num_proc=2",
         "tracking=wandb",
         "train.max_steps=9",
     )
-    assert (cfg.train.logging_steps, cfg.train.max_steps) == (2, 9)
+    assert (cfg.train.logging_steps, cfg.train.max_steps, cfg.data.num_proc) == (2, 9, 2)
     assert cfg.tracking is not None
     assert cfg.choices.tracking == "wandb"
 

@@ -47,12 +47,15 @@ def test_it_is_refused_by_key(overrides: list[str], key: str, text: str) -> None
 
 
 def test_a_rung_at_a_known_step_after_the_warm_up_is_accepted() -> None:
-    compose("early_stopping=halving", "train.max_steps=90", "train.warmup_steps=9")
+    cfg = compose("early_stopping=halving", "train.max_steps=90", "train.warmup_steps=9")
+    assert 90 / cfg.early_stopping.eta**2 > cfg.train.warmup_steps
 
 
 def test_what_is_compared_by_answers_is_accepted() -> None:
-    compose("early_stopping=halving", "objective=eval/exact_match_mirror")
-    compose("early_stopping=median", "algorithm=dpo", "data=demo_pairs")
+    answers = compose("early_stopping=halving", "objective=eval/exact_match_mirror")
+    assert answers.goal == "maximize"
+    pairs = compose("early_stopping=median", "algorithm=dpo", "data=demo_pairs")
+    assert pairs.objective == "eval/preference_accuracy"
 
 
 def test_rules_that_only_stop_losers_do_not_change_the_fingerprint() -> None:

@@ -44,10 +44,10 @@ def test_the_settings_of_several_are_their_own_and_checked(installed: None) -> N
     cfg = compose(*words)
     assert (cfg.tracking.mode, cfg.tracking.mlflow.uri) == ("offline", "here")
     with pytest.raises(ConfigError) as refused:
-        compose(*words, "+tracking.mlflow.url=x", "+tracking.mlflow.run_id=x", "tracking.mode=on")
+        compose(*words, "+tracking.mlflow.url=x", "+tracking.mlflow.run=x", "tracking.mode=on")
     faults = dict(refused.value.faults)
     assert "did you mean uri" in faults["tracking.mlflow.url"]
-    assert faults["tracking.mlflow.run_id"] == "belongs to the run; leave it out"
+    assert faults["tracking.mlflow.run"] == "belongs to the run; leave it out"
     assert "is none of auto" in faults["tracking.mode"]
 
 
@@ -56,6 +56,16 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match=r'pip install "lora-exp\[trackio\]"') as refused:
         compose("tracking=[wandb,trackio]")
     assert [key for key, _ in refused.value.faults] == ["tracking.trackio"]
+
+
+def test_a_mode_of_wandb_that_does_not_exist_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "of-line")
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE: .*'of-line' is none of online, offline"):
+        compose()
+    for override in ("tracking.mode=offline", "tracking=none"):  # nothing reads the variable
+        compose(override)
 
 
 def test_trackers_and_a_sweeps_name_do_not_change_what_is_computed(installed: None) -> None:

@@ -32,7 +32,7 @@ def test_all_faults_are_reported_together() -> None:
 def test_one_fault_is_a_line_and_several_are_a_list() -> None:
     with pytest.raises(ConfigError) as caught:
         compose("peft.r=0")
-    assert str(caught.value) == "peft.r: 0 is no rank; give 1 or more"
+    assert str(caught.value) == "peft.r: 0 is not a rank; give 1 or more"
     with pytest.raises(ConfigError) as caught:
         compose("peft.r=0", "seed=x")
     assert str(caught.value).startswith("2 faults\n  ")

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from lora_exp.data.examples import first, prompt_ids, prompts, raw, recount, table, unending
+from lora_exp.config.composition import compose
+from lora_exp.data.encoding import IGNORED
+from lora_exp.data.examples import (
+    first,
+    prepared,
+    prompt_ids,
+    prompts,
+    raw,
+    recount,
+    table,
+    unending,
+)
 from lora_exp.data.rows import corpus
 from lora_exp.data.shapes import LocatedRow
-from lora_exp.data.tokens import IGNORED, Counts, Tokens
+from lora_exp.data.tokens import Counts, Tokens
 from lora_exp.errors import DataError
 
 ASK = [{"role": "user", "content": "Flip: a b"}]
@@ -75,6 +87,20 @@ def test_a_template_without_an_end_token_gives_a_warning(base: Any) -> None:
     endless = copy.deepcopy(base.tokenizer)
     endless.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert "does not learn to stop" in str(unending(rows, endless))
+
+
+def test_as_many_processes_tokenise_as_the_rows_say(base: Any, monkeypatch: Any) -> None:
+    counts = []
+
+    def in_processes(function: Any, parts: Any, count: int) -> Any:
+        counts.append(count)
+        return map(function, parts)
+
+    monkeypatch.setattr("lora_exp.data.tokens.in_processes", in_processes)
+    rows = replace(corpus(4711, 8, 4, None), num_proc=3)
+    train, held_out = prepared(rows, base.tokenizer, base.model, compose())
+    assert counts == [3, 3]
+    assert (train.counts.rows, held_out.counts.rows) == (8, 4)
 
 
 def tokens_of(rows: int) -> Tokens:

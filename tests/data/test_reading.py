@@ -10,6 +10,7 @@ import json
 import lzma
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ def test_a_file_that_cannot_be_read_is_named(
         ("rows.csv", b"prompt,completion\nonly one\n", "rows.csv:2: not the 2 columns"),
         ("rows.csv", b"prompt,completion\na,b,c\n", "rows.csv:2: not the 2 columns"),
         ("rows.csv", b'prompt,completion\na,"open\n', "rows.csv:2: not CSV"),
+        ("rows.csv", b"prompt,completion\na,caf\xe9\n", "rows.csv:2: not UTF-8; convert"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -132,3 +134,30 @@ def test_a_row_that_cannot_be_read_is_returned_as_an_error(
     assert isinstance(error, DataError)
     assert re.search(message, str(error))
     assert str(error).count(name) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "jsonl.gz", "parquet", "arrow"])
+def test_a_file_is_read_row_by_row(tmp_path: Path, kind: str) -> None:
+    texts = [f"{i} " * 250 for i in range(8000)]  # 9 MB
+    path, table = tmp_path / f"rows.{kind}", pyarrow.table({"text": texts})
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=500)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)  # one batch
+    elif kind == "csv":
+        path.write_text("text,n\n" + "".join(f"{text},1\n" for text in texts))
+    else:
+        path.write_bytes(gzip.compress(content, 1) if kind == "jsonl.gz" else content)
+    del content, table
+    before, peak, count = pyarrow.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    try:
+        for _ in lines(path):
+            peak, count = max(peak, pyarrow.total_allocated_bytes() - before), count + 1
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # of Python, bytes
+    finally:
+        tracemalloc.stop()
+    assert count == len(texts)
+    assert peak < 5_000_000  # of Arrow, bytes

@@ -12,11 +12,11 @@ import pytest
 import trl
 from jinja2 import TemplateError
 
+from lora_exp.data.encoding import IGNORED, encode
 from lora_exp.data.rendered import Prompt, prompt_of, rendered
 from lora_exp.data.template import render_chat, to_form
-from lora_exp.data.tokens import IGNORED, encode
 from lora_exp.errors import DataError
-from tests.data.test_tokens import chat
+from tests.data.test_encoding import chat
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TOKEN = r"<[\[|\uff5c][^<>]{1,30}[\]|\uff5c]>|<(?:start|end)_of_turn>|<turn\|>|</?s>|\[/?INST\]"

@@ -112,7 +112,8 @@ def test_a_glob_reads_its_files_in_order_and_hashes_each(tmp_path: Path) -> None
 
 def test_the_split_is_stable_disjoint_and_complete(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", *({"text": str(i)} for i in range(50)))
-    first, second = read_rows(path, eval_share=0.2), read_rows(path, eval_share=0.2)
+    first, second = (read_rows(path, eval_share=0.2, num_proc=2) for _ in range(2))
+    assert first.num_proc == 2
     assert first == second
     train, held_out = [{row["text"] for row in part} for part in (first.train, first.eval)]
     assert len(held_out) == 10

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lora_exp.data.shapes import LocatedRow, list_faults, location_of, reshape, shape_of
+from lora_exp.data.stored import StoredRows
 from lora_exp.errors import DataError
 
 ASK = [{"role": "user", "content": "q"}]
@@ -23,6 +24,9 @@ def test_pairs_become_unpaired_rows_and_chats() -> None:
     assert reshape([pair], "preference", "completion") == [
         {"prompt": "q", "completion": "a", "task": "t"}
     ]
+    stored = reshape(StoredRows([pair]), "preference", "unpaired_preference")
+    assert isinstance(stored, StoredRows)  # still not in memory
+    assert stored == unpaired
     chat = {"prompt": ASK, "chosen": GOOD, "rejected": BAD}
     assert reshape([chat], "preference", "completion") == [{"messages": ASK + GOOD}]
 

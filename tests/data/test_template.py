@@ -13,7 +13,7 @@ from lora_exp.data.examples import prompts
 from lora_exp.data.template import Form, form_of, prepare, render_chat, template_file, turn_end
 from lora_exp.data.tokens import tokenise
 from lora_exp.errors import ConfigError, DataError
-from tests.data.test_tokens import chat, trained_text
+from tests.data.test_encoding import chat, trained_text
 from tests.model.test_special_tokens import plain_tokenizer
 
 

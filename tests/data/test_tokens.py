@@ -1,90 +1,19 @@
-"""Tokens that count in the loss: exactly the answers, with their end tokens."""
+"""Tokenised rows: cut, counted, cached, by one process or several."""
 
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
 
-from lora_exp.data import tasks
-from lora_exp.data.rendered import prompt_of
-from lora_exp.data.shapes import LocatedRow
-from lora_exp.data.tokens import IGNORED, encode, tokenise
+from lora_exp.data.encoding import IGNORED
+from lora_exp.data.shapes import LocatedRow, location_of
+from lora_exp.data.tokens import _key, tokenise
 from lora_exp.errors import DataError
-
-
-def chat(*contents: str) -> dict[str, Any]:
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": s} for i, s in enumerate(contents)]}
-
-
-def trained_text(row: dict[str, Any], tokenizer: Any, completion_only: bool = True) -> str:
-    (encoded,) = encode([row], tokenizer, completion_only)
-    if isinstance(encoded, DataError):
-        raise encoded
-    ids, labels = encoded
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    return tokenizer.decode([token for token in labels if token != IGNORED])
-
-
-def test_only_the_answer_counts_with_its_end(base: Any) -> None:
-    assert trained_text(chat("Hi!", "Yes."), base.tokenizer) == "Yes.<|im_end|>\n"
-
-
-def test_every_assistant_turn_counts_and_no_user_turn(base: Any) -> None:
-    row = chat("one", "two", "three", "four")
-    assert trained_text(row, base.tokenizer) == "two<|im_end|>\nfour<|im_end|>\n"
-
-
-def test_a_completion_counts_and_gets_its_end(base: Any) -> None:
-    row = {"prompt": "Q: a", "completion": " b"}
-    assert trained_text(row, base.tokenizer) == " b<|im_end|>"
-
-
-def test_all_of_a_text_counts_and_it_gets_one_end_token(base: Any) -> None:
-    assert trained_text({"text": "abc"}, base.tokenizer) == "abc<|im_end|>"
-    assert trained_text({"text": "abc<|im_end|>"}, base.tokenizer) == "abc<|im_end|>"
-
-
-def test_everything_counts_unless_completion_only(base: Any) -> None:
-    text = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
-    assert trained_text(chat("Hi!", "Yes."), base.tokenizer, completion_only=False) == text
-
-
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-
-
-@pytest.mark.parametrize(
-    ("template", "specials", "counted_text", "expected"),
-    [
-        ("qwen3", ["<|im_end|>", "<|im_start|>"],
-         "one<|im_end|>\ntwo<|im_end|>\n<think>\n\n</think>\n\nthree<|im_end|>\n",
-         "<think>\n\n</think>\n\nthree\n"),
-        ("phi3", ["<|end|>", "<|endoftext|>"],
-         "one<|end|>\n<think>t</think>\n\ntwo<|end|>\nthree<|end|>\n<|end|>", "three\n"),
-        ("llama3_2", ["<|eot_id|>", "<|end_of_text|>"],
-         "one<|eot_id|><think>t</think>\n\ntwo<|eot_id|>three<|eot_id|>", "three"),
-        ("gemma", ["<end_of_turn>", "<eos>"],
-         "one<end_of_turn>\n<think>t</think>\n\ntwo<end_of_turn>\nthree<end_of_turn>\n", "three\n"),
-    ],
-)  # fmt: skip
-def test_every_turn_counts_under_the_templates_of_real_models(
-    base: Any, template: str, specials: list[str], counted_text: str, expected: str
-) -> None:
-    tokenizer = copy.deepcopy(base.tokenizer)
-    tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
-    tokenizer.add_special_tokens({"eos_token": specials[0], "additional_special_tokens": specials})
-    tokenizer.bos_token = "<|endoftext|>"
-    row = chat("q1", "one", "q2", "<think>t</think>\n\ntwo", "q3", "three")
-    assert trained_text(row, tokenizer) == counted_text
-    prompt = prompt_of(row, tokenizer)
-    assert prompt is not None
-    assert prompt.answer == expected
+from tests.data.test_encoding import TEMPLATES, chat
 
 
 def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None:
@@ -104,35 +33,6 @@ def test_rows_that_the_template_refuses_are_named_or_left_out(base: Any) -> None
             assert [*tokenise(moved, tokenizer, on_error="skip", **options).refused] == [
                 "other.jsonl:1"
             ]
-
-
-def test_a_turn_that_the_template_does_not_show_is_an_error(base: Any) -> None:
-    tokenizer = copy.deepcopy(base.tokenizer)
-    # like templates that summarise earlier turns
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]"
-        "{{ m.content if loop.last or m.role == 'user' else 'summary' }}\n"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    row = chat("q", "one", "r", "two")
-    with pytest.raises(DataError, match=r"does not show assistant turn 1: 'one'"):
-        trained_text(row, tokenizer)
-
-
-def test_our_labels_equal_those_of_trl_on_prompt_and_answer(base: Any, tmp_path: Any) -> None:
-    rows = tasks.take(tasks.CORPUS, 5, 40, held_out=False)
-    rows += [chat("wide   spaces", "é ü\n\nnew"), chat("", "only an answer")]
-    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
-    args = SFTConfig(
-        output_dir=str(tmp_path), report_to=[], bf16=False, use_cpu=True, max_length=512,
-        gradient_checkpointing=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model=copy.deepcopy(base.model), args=args, train_dataset=Dataset.from_list(pairs),
-        processing_class=copy.deepcopy(base.tokenizer),
-    )  # fmt: skip
-    expected = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
-    assert list(encode(rows, base.tokenizer, True)) == expected
 
 
 def test_rows_are_truncated_and_rows_without_answer_tokens_dropped(base: Any) -> None:
@@ -174,3 +74,38 @@ def test_the_same_rows_are_read_from_the_cache_and_changed_rows_are_not(base: An
     assert not tokenise(rows, changed, **options).cached
     assert not tokenise([chat("cached?", "no")], base.tokenizer, **options).cached
     assert not tokenise(rows, base.tokenizer, **{**options, "max_length": 63}).cached
+
+
+def test_the_key_leaves_out_padding_and_truncation_and_keeps_them(base: Any) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    key = _key([], tokenizer)
+    tokenizer.backend_tokenizer.enable_padding(length=7, pad_id=1, direction="left")
+    tokenizer.backend_tokenizer.enable_truncation(5, stride=1, direction="left")
+    before = tokenizer.backend_tokenizer.to_str()
+    assert _key([], tokenizer) == key
+    assert tokenizer.backend_tokenizer.to_str() == before
+    tokenizer.add_tokens(["<new>"])
+    assert _key([], tokenizer) != key
+
+
+def test_several_processes_make_the_files_of_one(base: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lora_exp.data.tokens.CHUNK", 3)
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
+    refused = {"messages": [{"role": "system", "content": "x"}, *chat("q", "a")["messages"]]}
+    rows = [chat(f"question {i}", f"answer {i} " * (i % 4)) for i in range(10)] + [refused]
+    options = {"max_length": 40, "completion_only": True, "on_error": "skip", "what": "train"}
+    one = tokenise(rows, tokenizer, **options)
+    file = Path(one.dataset.cache_files[0]["filename"])
+    content = file.read_bytes()
+    shutil.rmtree(file.parent)
+    two = tokenise(rows, tokenizer, num_proc=2, **options)
+    assert not two.cached
+    assert file.read_bytes() == content
+    assert (two.counts, two.lengths, two.refused) == (one.counts, one.lengths, one.refused)
+    assert list(one.refused) == [location_of(refused)]
+    assert one.counts.truncated > 0
+    assert one.counts.rows == len(one.dataset) > 3
+    assert one.counts.trained_tokens == sum(
+        label != IGNORED for row in one.dataset["labels"] for label in row
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp.errors import ConfigError
-from lora_exp.files.paths import asset, cache_dir, is_path, near_names
+from lora_exp.files.paths import SCRATCH, asset, cache_dir, is_path, is_scratch, near_names
 
 
 def test_a_package_path_finds_a_file_of_the_package() -> None:
@@ -40,6 +40,17 @@ def test_lora_exp_cache_takes_precedence_over_the_users_cache(
     assert cache_dir() == Path("theirs/lora-exp")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache/lora-exp"
+
+
+def test_a_folder_that_is_deleted_is_known_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / f"{SCRATCH}x"
+    assert is_scratch(scratch / "run/3/adapter")
+    assert not is_scratch(tmp_path / "run")
+    scratch.mkdir()
+    monkeypatch.chdir(scratch)
+    assert is_scratch(Path("run"))
 
 
 def test_similar_names_are_suggested_for_a_missing_path(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def run_alone(
 
 
 def outputs(result: Any) -> tuple[Any, ...]:
-    """Return everything that a run computed: logged metrics, answers and weights."""
+    """Return everything that a run computed: logged metrics, answers, losses by row and weights."""
     lines = (result.directory / "metrics.jsonl").read_text().splitlines()
     logged = [
         {k: v for k, v in json.loads(line).items() if "per_s" not in k and "step_time" not in k}
@@ -75,7 +75,9 @@ def outputs(result: Any) -> tuple[Any, ...]:
     ]
     metrics = {k: v for k, v in result.metrics.items() if k.startswith(("eval/", "before/"))}
     weights = (result.saved / "adapter_model.safetensors").read_bytes()
-    return logged, metrics, (result.directory / "samples.jsonl").read_text(), weights
+    names = ("samples.jsonl", "row_losses.json", "pairs.json")
+    paths = [path for name in names if (path := result.directory / name).is_file()]
+    return logged, metrics, {path.name: path.read_text() for path in paths}, weights
 
 
 class AtThirdStep(TrainerCallback):  # type: ignore[misc]

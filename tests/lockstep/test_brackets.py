@@ -13,7 +13,14 @@ from typing import Any
 from lora_exp import compose, run
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Halving
-from lora_exp.lockstep.brackets import brackets, earlier_jobs, forecasts, stopped_before
+from lora_exp.lockstep.brackets import (
+    bracket_values,
+    brackets,
+    brackets_of,
+    earlier_jobs,
+    forecasts,
+    stopped_before,
+)
 from lora_exp.lockstep.plan import Job
 from tests.conftest import QUICK
 from tests.lockstep.runs import COMMON, run_alone, run_packed
@@ -136,6 +143,21 @@ def test_reports_of_another_length_or_other_rungs_do_not_count(tmp_path: Path) -
     assert math.isnan(brackets([job], {})[0].values[0][0] or 0)
     (tmp_path / "config.yaml").write_text("train: {max_steps: 4}\n")  # raised since
     assert brackets([job], {})[0].values == {}
+
+
+def test_brackets_are_the_same_after_a_way_through_json() -> None:
+    cfg = compose(*STEPS, "early_stopping=halving", "train.warmup_steps=0")
+    jobs = [Job(n, cfg, cfg, Path("none")) for n in range(3)]
+    before = brackets(jobs, {1: True})
+    before[0].note(0, 0, 0.5)
+    before[0].note(2, 0, None)
+    before[0].note(2, 1, math.inf)
+    values = json.loads(json.dumps(bracket_values({2: before[2]})))
+    refused = Job(0, cfg, None, Path("none"))  # on this machine: its data is not there, say
+    after = brackets_of([refused, *jobs[2:]], values)  # of a share that has two of the jobs
+    assert list(after) == [2]
+    assert after[2] == before[2]
+    assert after[2].live(1) == before[2].live(1)
 
 
 def test_jobs_with_other_rules_or_objectives_are_not_compared() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.errors import MissingConfigException
 
+from hydra_plugins.lockstep_launcher._composition import in_processes
+from lora_exp.config import processes
 from lora_exp.errors import ConfigError
 from lora_exp.lockstep import devices
-from lora_exp.lockstep.devices import environments, memory_share, visible, where
+from lora_exp.lockstep.devices import environments, memory_share, one_worker, where
 
 
 def test_without_a_gpu_there_is_one_worker_and_more_share_the_threads(
@@ -24,7 +27,7 @@ def test_without_a_gpu_there_is_one_worker_and_more_share_the_threads(
     monkeypatch.setenv("OMP_NUM_THREADS", "4")  # threads of each process, as everywhere
     assert [e["OMP_NUM_THREADS"] for e in environments(2)] == ["4"] * 2
     ((jobs, text),) = where([0, 1], environments(2))
-    assert (jobs, text.split(": ")[1]) == ([0, 1], "bits as of runs with OMP_NUM_THREADS=4")
+    assert (jobs, text.split(": ")[1]) == ([0, 1], "bit for bit as runs with OMP_NUM_THREADS=4")
     assert where([0, 1], environments(1)) == []
 
 
@@ -39,19 +42,32 @@ def test_each_gpu_has_a_worker_and_no_gpu_two(monkeypatch: pytest.MonkeyPatch) -
         environments(0)
 
 
-def test_visible_gpus_are_those_of_the_variable_or_all(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(devices, "GPUS", tmp_path / "none")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert visible() == []  # the driver is not there
-    monkeypatch.setattr(devices, "GPUS", tmp_path)
-    for name in ("0000:17:00.0", "0000:3d:00.0"):
-        (tmp_path / name).mkdir()
-    assert visible() == ["0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, GPU-ab")
-    assert visible() == ["1", "GPU-ab"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert visible() == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible() == ["0", "1"]
+def test_jobs_in_processes_of_their_own_need_the_only_worker() -> None:
+    assert one_worker(None, needed=True) == 1
+    assert one_worker(1, needed=True) == 1
+    assert one_worker(3, needed=False) == 3
+    with pytest.raises(ConfigError, match=r"workers: 2, but jobs with parallel=ddp take all"):
+        one_worker(2, needed=True)
+
+
+def test_a_preset_may_train_its_jobs_in_processes_of_their_own() -> None:
+    def load(config: SimpleNamespace, words: list[str]) -> SimpleNamespace:
+        if words == ["experiment=none_such"]:
+            raise MissingConfigException("no such preset")
+        count = 2 if "experiment=two" in words else 1
+        return SimpleNamespace(parallel=SimpleNamespace(processes=count))
+
+    loader = SimpleNamespace(load_sweep_config=load)
+    launcher = SimpleNamespace(
+        config=load(SimpleNamespace(), []), hydra_context=SimpleNamespace(config_loader=loader)
+    )
+    assert not in_processes(launcher, [["seed=1"], ["experiment=one"], ["experiment=none_such"]])
+    assert in_processes(launcher, [["experiment=one"], ["experiment=two", "seed=1"]])
+    assert in_processes(launcher, [["seed=1"], ["parallel.processes=2"]])
+
+
+def test_a_system_that_tells_no_affinity_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(processes.os, "sched_getaffinity")
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 10)
+    assert processes.thread_count() == 10
+    assert devices.threads_each(3) == 3

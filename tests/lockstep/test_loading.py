@@ -57,3 +57,13 @@ def test_a_mistake_has_hydras_own_message(loader: Any) -> None:
                 each.load_sweep_config(master, overrides)
             messages.append(str(caught.value))
         assert messages[0] == messages[1], overrides
+
+
+def test_a_validated_job_is_not_composed_again_when_it_is_launched(loader: Any) -> None:
+    master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+    fast = SweepLoader(loader)
+    validated = fast.load_sweep_config(master, ["peft.r=4"])
+    assert fast.job(master, ["peft.r=4"]) is validated
+    again = fast.job(master, ["peft.r=4"])  # of a later launch
+    assert again is not validated
+    assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(validated)

@@ -55,6 +55,10 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
     ("overrides", "expected"),
     [
         (["peft=none"], "full fine-tuning changes the base"),
+        (
+            ["parallel=ddp", "parallel.processes=2"],
+            "parallel=ddp trains it in 2 processes of its own",
+        ),
         (["peft=ia3"], "ia3 is not LoRA"),
         (["peft=dora"], "DoRA needs"),
         (["peft=pissa"], "pissa starts"),
@@ -68,7 +72,12 @@ def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
         (["+algorithm.args.neftune_noise_alpha=5"], "NEFTune"),
         (["+train.full_determinism=true"], "full_determinism sets what a process has"),
         (["+train.tf32=true"], "tf32 sets"),
+        (["deterministic=false"], "none can be proven equal"),
         (["+train.torch_compile=true"], "kernels of its own"),
+        (
+            ["experiment=demo_grpo", "+algorithm.args.cast_lm_head_to_fp32=true"],
+            "casts the base's head",
+        ),
         (["+train.liger_kernel_config={rope: true}"], "Liger"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_exp.lockstep.grouping import Group
+from lora_exp.lockstep.products import Group
 from lora_exp.lockstep.segment import ALIGNMENT, LayerGroups, Pass, Segment, split
 from lora_exp.lockstep.state import RandomState
 

@@ -33,6 +33,7 @@ def test_one_worker_gets_whole_packs_then_the_jobs_alone(configs: dict[int, Any]
     assert numbers(work) == [[0, 1, 2, 3, 4], [5, 6], [7, 8]]
     assert [part.memory_share for part in work] == [1, 1, 1]
     assert work[1].names == ("seed=5", "seed=6")
+    assert [sorted(part.settled) for part in work] == numbers(work)
 
 
 def test_a_large_pack_is_halved_and_the_longest_work_comes_first(
@@ -51,6 +52,16 @@ def test_a_large_pack_is_halved_and_the_longest_work_comes_first(
     assert numbers(dealt(packs, [], {}, workers=2)) == numbers(work)
 
 
+def test_without_a_number_of_workers_each_pack_and_each_job_alone_has_its_own(
+    configs: dict[int, Any],
+) -> None:
+    packs = [jobs(configs, *range(9)), jobs(configs, 9, 10)]
+    work = dealt(packs, jobs(configs, 11, 12), {}, workers=None)
+    assert numbers(work) == [list(range(9)), [9, 10], [11], [12]]
+    assert [part.mode for part in work] == ["exact", "exact", None, None]
+    assert {part.memory_share for part in work} == {1.0}
+
+
 def test_a_pack_of_three_is_not_halved(configs: dict[int, Any]) -> None:
     assert numbers(dealt([jobs(configs, 0, 1, 2)], [], {}, workers=4)) == [[0, 1, 2]]
 
@@ -61,6 +72,16 @@ def test_names_tell_a_job_from_those_of_other_workers(configs: dict[int, Any]) -
 
 
 def test_rows_are_counted_by_steps_or_epochs(configs: dict[int, Any]) -> None:
-    assert rows(jobs(configs, 0, 1)) == 2 * 10 * 16
+    assert rows(jobs(configs, 0)[0]) == 10 * 16
     cfg = compose("train.num_train_epochs=2", "train.per_device_train_batch_size=4")
-    assert rows([Job(0, cfg, cfg, Path("0"))]) == 2 * 1000
+    assert rows(Job(0, cfg, cfg, Path("0"))) == 2 * 1000
+
+
+def test_dealing_out_reads_each_job_once_however_many_workers_there_are(
+    configs: dict[int, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(work_file, "rows", lambda job: read.append(job.number) or 1.0)
+    work = dealt([jobs(configs, *range(600))], [], {}, workers=100)
+    assert sorted(read) == list(range(600))
+    assert max(map(len, numbers(work))) <= 7

@@ -9,7 +9,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.lockstep.worker import failed, portable
+from lora_exp.lockstep.job import failed
+from lora_exp.lockstep.worker import portable
 
 
 def returned(value: Any) -> JobReturn:
@@ -36,6 +37,10 @@ def test_what_cannot_be_sent_arrives_as_its_text() -> None:
 
 def test_a_job_that_was_lost_looks_like_one_that_failed() -> None:
     hydra = {"overrides": {"task": ["a=1"]}, "job": {"name": "run"}}
-    result = failed(OmegaConf.create({"hydra": hydra, "a": 1}), LoraExpError("killed"))
+    config = OmegaConf.create({"hydra": hydra, "a": 1})
+    result = failed(config, LoraExpError("killed"))
     assert (result.cfg, result.overrides) == ({"a": 1}, ["a=1"])
+    assert result.hydra_cfg == {"hydra": hydra}
+    assert config == {"hydra": hydra, "a": 1}  # copies, without a change of their source
+    assert result.hydra_cfg.hydra._get_full_key("job") == "hydra.job"
     assert result.status == JobStatus.FAILED

@@ -19,9 +19,10 @@ from transformers import (
     MptConfig,
     Qwen3Config,
 )
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lora_exp.errors import ConfigError
-from lora_exp.model.packing import keeps_rows_apart
+from lora_exp.model.packing import TOKENS, keeps_rows_apart
 
 SMALL = {"vocab_size": 300, "initializer_range": 0.2}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
@@ -94,3 +95,23 @@ def test_packing_is_refused_if_rows_attend_to_each_other(
         sign, name = ("+", key[1:]) if key[0] == "+" else ("", key)
         with pytest.raises(ConfigError, match="FalconForCausalLM does not keep rows apart"):
             quick_run(*model, f"{sign}algorithm.args.{name}", name=name.partition("=")[0])
+
+
+def test_the_packed_rows_are_given_as_training_gives_them() -> None:
+    """With all of TRL's arguments: a convolution may refuse the numbers of rows, for instance."""
+    model = model_from(LlamaConfig(**SMALL, **LAYERS, **WIDE))
+    calls: list[dict[str, Any]] = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, arguments: calls.append(arguments), with_kwargs=True
+    )
+    keeps_rows_apart(model, ahead=2 * TOKENS)
+    hook.remove()
+    ids = calls[1]["input_ids"][0].tolist()
+    rows = [{"input_ids": ids[i : i + TOKENS]} for i in range(0, 3 * TOKENS, TOKENS)]
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    expected = collator(rows)
+    del expected["labels"]
+    given = {name: value for name, value in calls[1].items() if name != "use_cache"}
+    assert given.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(given[name]), torch.as_tensor(value)), name

@@ -20,9 +20,6 @@ class RecordedLogs:
     def __init__(self) -> None:
         self.lines: list[tuple[dict[str, float], int]] = []
 
-    def tokens(self) -> float:
-        return 490.0  # before the resume
-
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.lines.append((metrics, step))
 
@@ -39,7 +36,7 @@ def test_metrics_are_logged_to_record_and_tracking_except_the_final_summary() ->
     callback.on_log(None, state, None, {"train_runtime": 1.0, "train_loss": 2.0})
     ((metrics, step),) = record.lines
     assert tracker.lines == [(metrics | {"train/global_step": 3}, 3)]
-    assert metrics["train/tokens"] == 500  # of the whole run
+    assert metrics["train/tokens"] == 510  # of the whole run
     assert (metrics["train/loss"], step) == (2.0, 3)
     assert metrics["train/tokens_per_s"] > 0
 

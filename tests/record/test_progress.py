@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_exp.data.tokens import IGNORED
+from lora_exp.data.encoding import IGNORED
 from lora_exp.record.clock import Clock
 from lora_exp.record.progress import SHOWN_TOKENS, Bar, Progression, preview
 

@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError
+from lora_exp.files.paths import SCRATCH
 from lora_exp.files.redaction import REDACTED
+from lora_exp.record import sweep
 from lora_exp.record.ranking import varied_keys
 from lora_exp.record.sweep import (
     SweepTable,
@@ -156,13 +158,56 @@ def test_an_error_of_several_jobs_is_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = SweepTable()
-    table.folder = tmp_path
+    table.folder, rows = tmp_path, []
     for name, error in (("0", "no such folder"), ("1", "no rank"), ("2", "no such folder")):
         result = SimpleNamespace(_return_value=ConfigError([("model.path", error)]))
-        table.rows.append(job_row(tmp_path / name, [f"peft.r={name}"], result))
+        rows.append(job_row(tmp_path / name, [f"peft.r={name}"], result))
+    table.rows = rows
     table.print_table()
     printed = capsys.readouterr().out
     assert "jobs 0, 2: model.path: no such folder\njob 1: model.path: no rank\n" in printed
+
+
+def test_a_table_names_its_folder_unless_it_will_be_deleted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path / "sweep", tmp_path / f"{SCRATCH}x"):
+        table = SweepTable()
+        table.folder = folder
+        result = SimpleNamespace(_return_value=1.0)
+        table.rows = [job_row(folder / "0", ["seed=1"], result)]
+        table.print_table()
+        printed = capsys.readouterr().out
+        assert "objective" in printed
+        assert (str(folder) in printed) == (folder.name == "sweep")
+
+
+def ended(table: SweepTable, folder: Path, *numbers: int) -> None:
+    """Tell a table that jobs have ended, of which none has a record."""
+    for number in numbers:
+        values = {"sweep": {"dir": str(folder)}, "overrides": {"task": [f"seed={number}"]}}
+        values["runtime"] = {"output_dir": str(folder / str(number))}
+        result = SimpleNamespace(_return_value=1.0)
+        table.on_job_end(OmegaConf.create({"hydra": values}), result)
+
+
+def test_the_summaries_of_a_large_sweep_take_a_time_linear_in_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(sweep, "write_summary", lambda folder, rows: written.append(len(rows)))
+    table = SweepTable()
+    monkeypatch.setattr(SweepTable, "current", table)
+    table.folder = tmp_path
+    ended(table, tmp_path, *range(100))
+    assert written == list(range(1, 101))  # a small one is written after every job
+    totals = []
+    for numbers in (range(100, 500), range(500, 1000)):
+        ended(table, tmp_path, *numbers)
+        totals.append(sum(written))
+    assert totals[1] < 2.3 * totals[0]
+    table.on_launch_end()
+    assert written[-1] == len(table.rows)
 
 
 @pytest.mark.parametrize("begins", [True, False])

@@ -71,6 +71,16 @@ def test_missing_and_cut_off_files_leave_the_rest_readable(write_run: Write) -> 
     assert read_run(directory).problem == "run.json is missing"
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"pairs": ["a"], "preferred": [true, false]}'])
+def test_missing_or_damaged_preferences_are_none(write_run: Write, text: str) -> None:
+    directory = write_run("a")
+    assert read_run(directory).preferences() == {}
+    (directory / "pairs.json").write_text(text)
+    assert read_run(directory).preferences() == {}
+    (directory / "pairs.json").write_text('{"pairs": ["a", "a"], "preferred": [true, false]}')
+    assert read_run(directory).preferences() == {("a", 0): True, ("a", 1): False}
+
+
 def test_only_ended_runs_have_a_value_and_only_finite_ones(write_run: Write) -> None:
     assert read_run(write_run("a", status="failed")).objective is None
     assert read_run(write_run("b", None)).objective is None

@@ -183,4 +183,4 @@ def test_nothing_imports_torch() -> None:
         "propose(settings_of(), presence_of(space_of('a=interval(1,2)')), ())\n"
         "assert 'optuna' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,14 +19,16 @@ from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
+from hydra_plugins.search_sweeper._directory import keep_rows
 from hydra_plugins.search_sweeper.sweeper import SearchSweeper
 from lora_exp.config.door import CONF
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.record.sweep import SweepTable
+from lora_exp.record.sweep import SweepTable, read_rows, write_summary
 from lora_exp.search.journal import JOURNAL, Journal
 from lora_exp.search.limits import Size
 from lora_exp.search.sizes import Sizes
 from lora_exp.search.trial import Trial
+from tests.record.test_sweep import finished_job
 
 Task = Callable[[DictConfig], Any]
 SPACE = ["rate=tag(log,interval(1e-5,1e-1))", "kind=a,b", "kind.x=range(1,5)"]
@@ -61,6 +63,13 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(cfg: DictConfig) -> float:
     return abs(math.log10(cfg.rate) + 3) + abs(cfg.kind.get("x", 4) - 2)
+
+
+def raising(error: Exception) -> Callable[[DictConfig], float]:
+    def task(cfg: DictConfig) -> float:
+        raise error
+
+    return task
 
 
 @pytest.fixture
@@ -202,11 +211,8 @@ def test_failed_and_nan_trials_count_and_the_search_goes_on(search: Callable[...
 def test_a_search_without_a_result_is_an_error(
     search: Callable[..., Journal], error: Exception, message: str
 ) -> None:
-    def task(cfg: DictConfig) -> float:
-        raise error
-
     with pytest.raises(LoraExpError, match=message):
-        search(*SPACE, task=task)
+        search(*SPACE, task=raising(error))
 
 
 def test_a_batch_that_is_refused_later_ends_no_search(search: Callable[..., Journal]) -> None:
@@ -293,9 +299,7 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Journ
 
     def sweep(*overrides: str) -> Journal:
         arguments = [f"hydra.sweep.dir={tmp_path}/real", "hydra/sweeper=search"]
-        # no logging by Hydra: it would close handlers of others, and absl's closes pytest's stream
-        arguments += ["hydra/hydra_logging=none", "hydra/job_logging=none", "tracking=none"]
-        arguments += ["hydra/launcher=basic", *overrides]
+        arguments += ["tracking=none", "hydra/launcher=basic", *overrides]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             runner = GlobalHydra.instance().hydra
             assert runner is not None
@@ -398,6 +402,18 @@ def test_the_directory_of_a_grid_is_refused(search: Callable[..., Journal], tmp_
     assert not (tmp_path / "sweep" / JOURNAL).exists()
 
 
+def test_a_search_goes_on_with_jobs_that_its_summary_had_not_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0", "1"):
+        finished_job(tmp_path, name, 1.0)
+    write_summary(tmp_path, [row for row in read_rows(tmp_path) if row["job"] == "0"])
+    table = SweepTable()
+    monkeypatch.setattr(SweepTable, "current", table)
+    keep_rows(tmp_path)
+    assert [row["job"] for row in table.rows] == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -414,11 +430,8 @@ def test_the_directory_of_a_grid_is_refused(search: Callable[..., Journal], tmp_
 def test_a_mistake_is_one_error_before_a_job_begins(
     search: Callable[..., Journal], overrides: list[str], message: str
 ) -> None:
-    def task(cfg: DictConfig) -> float:
-        raise AssertionError
-
     with pytest.raises(ConfigError, match=message):
-        search(*overrides, task=task)
+        search(*overrides, task=raising(AssertionError()))
 
 
 def test_a_key_that_no_option_has_is_hydras_error(search: Callable[..., Journal]) -> None:

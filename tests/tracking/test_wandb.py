@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from lora_exp import compose, run
+from lora_exp import compose, experiment, run
+from lora_exp.errors import Interrupted
 from lora_exp.tracking.wandb import _shortened
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import mark_killed
@@ -183,6 +184,19 @@ def test_a_pruned_run_is_finished_and_tagged(tmp_path: Path) -> None:
     assert {"peft=lora", "early_stopping=threshold"} <= set(tags[-1])
     (end,) = (record["exit"] for record in records if record["type"] == "exit")
     assert not end.get("exit_code")
+
+
+def test_an_interrupted_run_is_not_one_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(experiment, "train_to_end", interrupt)
+    with pytest.raises(Interrupted):
+        offline_run(["samples.rows=0", "data.max_eval_rows=2"], tmp_path)
+    (end,) = (record["exit"] for record in read_records(tmp_path) if record["type"] == "exit")
+    assert end["exit_code"] == 255
 
 
 def test_without_tracking_there_are_no_wandb_files(quick_run: Callable[..., Any]) -> None:

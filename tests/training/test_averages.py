@@ -68,6 +68,11 @@ def evaluate(trainer: Any, rows: int) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if not k.endswith(("runtime", "second", "time"))}
 
 
+def losses_of(trainer: Any) -> dict[str, float]:
+    rows = trainer.row_losses[0]
+    return dict(zip(rows.rows, rows.losses, strict=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Path, case: str) -> None:
     rows, overrides = CASES[case]
@@ -76,6 +81,13 @@ def test_metrics_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Path, cas
     trainer = trainer_on(base, tmp_path, rows, *overrides)
     one_batch = evaluate(trainer, len(rows))
     assert math.isfinite(one_batch["eval_loss"])
+    by_row = trainer.row_losses[0]
+    if case in ("dpo", "kto", "reward"):
+        assert by_row.rows == []
+    else:
+        assert len(set(by_row.rows)) == len(rows)
+        mean_loss = sum(by_row.losses) / sum(by_row.tokens)
+        assert mean_loss == pytest.approx(one_batch["eval_loss"], rel=1e-5)
     for size in (1, 3, 4):
         batches = evaluate(trainer, size)
         shared = one_batch.keys() - {"eval_kl"}
@@ -85,13 +97,15 @@ def test_metrics_do_not_depend_on_the_batch(fresh_base: Any, tmp_path: Path, cas
 
 
 def test_packed_rows_have_the_metrics_of_separate_rows(tmp_path: Path) -> None:
-    expected = evaluate(trainer_on(tiny(), tmp_path, PLAIN), 2)
+    apart = trainer_on(tiny(), tmp_path, PLAIN)
+    expected, by_row = evaluate(apart, 2), losses_of(apart)
     packing = ["algorithm.args.packing=true", "algorithm.args.max_length=96"]
     trainer = trainer_on(tiny(), tmp_path / "packed", PLAIN, *packing)
     for rows in (1, 5):
         metrics = evaluate(trainer, rows)
         for key in ("eval_loss", "eval_mean_token_accuracy"):
             assert metrics[key] == pytest.approx(expected[key], rel=1e-4)
+        assert losses_of(trainer) == pytest.approx(by_row, rel=1e-4)
 
 
 def test_a_batch_is_weighted_by_what_each_metric_averages_over() -> None:

@@ -78,13 +78,15 @@ def test_the_saved_step_is_the_last_unless_the_best_was_loaded(tmp_path: Path) -
 def test_the_results_of_a_run_are_those_of_the_step_it_saved(
     quick_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        {"prompt": f"count to {n}: ", "completion": " ".join("abcdefgh"[:n])} for n in range(1, 9)
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["data=jsonl", f"data.path={path}", f"data.eval_path={path}", "data.max_rows=8"]
-    kept = quick_run(*overrides, *OVERFIT, "keep=best", name="best")
+    path = tmp_path / "eval.jsonl"
+    # other letters than those that are learnt: the loss falls by what is alike, then rises
+    for file, letters in ((tmp_path / "train.jsonl", "abcdefgh"), (path, "zyxwvuts")):
+        counts = [(f"count to {n}: ", " ".join(letters[:n])) for n in range(1, 9)]
+        rows = [{"prompt": prompt, "completion": answer} for prompt, answer in counts]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data=jsonl", f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={path}"]
+    overrides += ["data.max_rows=8", *OVERFIT, "train.learning_rate=5e-2"]
+    kept = quick_run(*overrides, "keep=best", name="best")
     record = json.loads((kept.directory / "run.json").read_text())
     assert record["saved_step"] == record["best"]["step"] < record["steps"] == 4
     assert kept.objective == record["best"]["value"] == record["metrics"]["eval/loss"]
@@ -93,12 +95,12 @@ def test_the_results_of_a_run_are_those_of_the_step_it_saved(
     assert f"| eval/loss | {kept.objective:.4f} |" in (kept.saved / "README.md").read_text()
     best = ["+train.load_best_model_at_end=true", "+train.metric_for_best_model=eval_loss"]
     best += ["train.save_strategy=steps", "train.save_steps=1"]
-    by_transformers = quick_run(*overrides, *OVERFIT, *best, name="old")
+    by_transformers = quick_run(*overrides, *best, name="old")
     weights = "adapter_model.safetensors"
     assert digest(by_transformers.saved)[weights] == digest(kept.saved)[weights]
     capsys.readouterr()
-    last = quick_run(*overrides, *OVERFIT, "train.save_strategy=steps", "train.save_steps=1",
-                     "train.save_total_limit=1", name="last")  # fmt: skip
+    saving = ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=1"]
+    last = quick_run(*overrides, *saving, name="last")
     record = json.loads((last.directory / "run.json").read_text())
     assert record["saved_step"] == 4
     assert last.objective > kept.objective

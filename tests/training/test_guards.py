@@ -15,15 +15,43 @@ import torch
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
-from lora_exp.training.guards import FiniteLoss, GradientCheck, check_stepped
+from lora_exp.training.guards import FiniteLoss, GradientCheck, check_finite, check_stepped
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_an_error_names_the_step_and_the_metric(name: str) -> None:
     state = SimpleNamespace(global_step=7)
-    FiniteLoss().on_log(None, state, None, {name: 1.0})
+    args = SimpleNamespace(fp16=False)
+    FiniteLoss().on_log(args, state, None, {name: 1.0})
     with pytest.raises(DivergedError, match=f"{name} is nan at step 7; try a lower"):
-        FiniteLoss().on_log(None, state, None, {name: math.nan})
+        FiniteLoss().on_log(args, state, None, {name: math.nan})
+
+
+def test_in_float16_scaled_gradients_may_overflow_until_the_scale_is_1() -> None:
+    args, check = SimpleNamespace(fp16=True), FiniteLoss()
+
+    def log(step: int, norm: float) -> None:
+        check.on_log(args, SimpleNamespace(global_step=step), None, {"loss": 1, "grad_norm": norm})
+
+    for step in range(1, 17):
+        log(step, math.inf)
+    log(17, 2.0)
+    log(18, math.inf)
+    log(33, math.nan)
+    with pytest.raises(DivergedError, match="grad_norm is inf at step 34"):
+        log(34, math.inf)
+    with pytest.raises(DivergedError, match="loss is nan at step 1"):
+        FiniteLoss().on_log(args, SimpleNamespace(global_step=1), None, {"loss": math.nan})
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    names = ("frozen", "first", "second")
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in names}
+    parameters["frozen"].requires_grad_(False).fill_(math.inf)
+    check_finite(parameters.items(), 3)
+    parameters["second"].data[1] = math.nan
+    with pytest.raises(DivergedError, match="second is not finite at step 3"):
+        check_finite(parameters.items(), 3)
 
 
 @pytest.mark.parametrize("value", [None, math.nan])

@@ -127,6 +127,7 @@ class Watching(Alone):
     """A place that keeps the trainer, and lets a signal arrive during a step."""
 
     def __init__(self, step: int = 0) -> None:
+        super().__init__()
         self.step = step
 
     def join(self, trainer: Any) -> None:

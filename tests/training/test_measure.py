@@ -12,7 +12,7 @@ import torch
 
 from lora_exp.errors import ConfigError
 from lora_exp.training import measure
-from lora_exp.training.measure import objective_name, preference_accuracy
+from lora_exp.training.measure import objective_name, preferences
 
 ARGS = SimpleNamespace(per_device_eval_batch_size=4)
 
@@ -40,15 +40,15 @@ def test_the_model_prefers_answers_it_would_give(base: Any) -> None:
         pair("What is the capital of France?", "Paris", "Rome"),
     ]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in correct]
-    assert preference_accuracy(base.model, base.tokenizer, correct, ARGS) == 1
-    assert preference_accuracy(base.model, base.tokenizer, swapped, ARGS) == 0
-    assert preference_accuracy(base.model, base.tokenizer, [*correct, swapped[0]], ARGS) == 0.75
+    assert preferences(base.model, base.tokenizer, correct, ARGS) == [True] * 3
+    assert preferences(base.model, base.tokenizer, swapped, ARGS) == [False] * 3
+    assert preferences(base.model, base.tokenizer, [*correct, swapped[0]], ARGS)[3:] == [False]
 
 
 def test_plain_texts_are_compared_too(base: Any) -> None:
     start = "<|im_start|>user\nReverse: a b c<|im_end|>\n<|im_start|>assistant\n"
     row = {"prompt": start, "chosen": "c b a", "rejected": "b a c"}
-    assert preference_accuracy(base.model, base.tokenizer, [row], ARGS) == 1
+    assert preferences(base.model, base.tokenizer, [row], ARGS) == [True]
 
 
 def test_logits_computed_in_parts_give_the_same_accuracy(
@@ -71,12 +71,12 @@ def test_logits_computed_in_parts_give_the_same_accuracy(
         expected.append(float(chosen[start - 1 :].sum()))
     likelihoods = measure._likelihoods(base.model, base.tokenizer, sequences)
     assert likelihoods.tolist() == pytest.approx(expected, abs=1e-3)
-    accuracy = preference_accuracy(base.model, base.tokenizer, rows, ARGS)
+    accuracy = preferences(base.model, base.tokenizer, rows, ARGS)
     monkeypatch.setattr(measure, "LOGITS", 1)
     shapes = []
     hook = base.model.lm_head.register_forward_hook(lambda *a: shapes.append(a[2].shape))
     try:
-        assert preference_accuracy(base.model, base.tokenizer, rows, ARGS) == accuracy
+        assert preferences(base.model, base.tokenizer, rows, ARGS) == accuracy
     finally:
         hook.remove()
     assert all(rows == 1 for rows, *_ in shapes)

@@ -42,6 +42,15 @@ def test_the_trainer_is_a_trl_trainer_with_a_float32_adapter(
     assert {p.dtype for p in trained} == {torch.float32}
 
 
+def test_several_gpus_do_not_share_a_pass(
+    fresh_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = property(lambda args: args._n_gpu or 4)  # 0 on a CPU
+    monkeypatch.setattr(trl.DPOConfig, "n_gpu", seen)
+    trainer = trainer_with(fresh_base, tmp_path / "run", "algorithm=dpo")  # trl refuses 4
+    assert trainer.args.n_gpu == 1
+
+
 def test_full_fine_tuning_keeps_a_frozen_copy_as_reference(fresh_base: Any, tmp_path: Path) -> None:
     trainer = trainer_with(fresh_base, tmp_path / "run", "algorithm=dpo", "peft=none")
     for weight, frozen in zip(

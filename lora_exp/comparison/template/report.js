@@ -111,7 +111,7 @@
     const fields = (row) => [...row.cells].flatMap((cell, i) => {
       const value = quoted(cell.dataset.value ?? cell.textContent.trim());
       if (!noted.has(i)) return [value];
-      return [value, quoted(row.closest("thead") ? `${cell.textContent.trim()}: interval or spread` : cell.querySelector("small")?.textContent ?? "")];
+      return [value, quoted(row.closest("thead") ? `${cell.textContent.trim()}: interval or spread` : cell.querySelector("small")?.textContent.replaceAll("\n", "; ") ?? "")];
     });
     return all("tr", table).map((row) => fields(row).join(",")).join("\n") + "\n";
   };

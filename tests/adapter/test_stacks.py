@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_exp.after.stacks import factors_of_experts, parameters_of
+from lora_exp.adapter.stacks import factors_of_experts, parameters_of
 
 TARGETS = {"target_parameters": ["experts.down_proj", "experts.gate_up_proj", "mlp.up_proj.weight"]}
 INNER, OUTER = "layers.0.mlp.experts.base_layer", "layers.0.mlp.experts"

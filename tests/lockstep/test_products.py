@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lora_exp.lockstep.grouping import MAX_FILLING, Group, group, on_grid
+from lora_exp.lockstep.products import MAX_FILLING, Group, group, on_grid
 
 # as measured on a processor with AMX in bfloat16: (from this number of rows on, this class)
 AMX = {

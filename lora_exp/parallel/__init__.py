@@ -1,0 +1,5 @@
+"""One run in several processes; what is written, the first one writes.
+
+world    this process among the run's
+launch   starts the processes, waits for them
+"""
