@@ -94,7 +94,7 @@ def test_several_processes_make_the_files_of_one(base: Any, monkeypatch: Any) ->
     tokenizer.chat_template = (TEMPLATES / "gemma.jinja").read_text()
     refused = {"messages": [{"role": "system", "content": "x"}, *chat("q", "a")["messages"]]}
     rows = [chat(f"question {i}", f"answer {i} " * (i % 4)) for i in range(10)] + [refused]
-    options = {"max_length": 40, "completion_only": True, "on_error": "skip", "what": "train"}
+    options = {"max_length": 75, "completion_only": True, "on_error": "skip", "what": "train"}
     one = tokenise(rows, tokenizer, **options)
     file = Path(one.dataset.cache_files[0]["filename"])
     content = file.read_bytes()
