@@ -86,12 +86,7 @@ def job(cfg: DictConfig) -> float:
                 settled.resume = str(directory)
                 settled.train.update(farthest_limits(directory, settled))
         try:
-            if process_count(settled) > 1:  # this one does not train, so needs no torch
-                return float(train_in_processes(settled, directory, sweep)["objective"])
-            libraries.load(freeze=True)
-            from lora_exp.experiment import run
-
-            return run(settled, directory, sweep, here.get()).objective
+            return _train(settled, directory, sweep)
         finally:
             if not in_sweep:
                 refresh_row(directory)
@@ -111,6 +106,16 @@ def job(cfg: DictConfig) -> float:
             raise SystemExit(1) from None  # Hydra would print its own line before ours
         traceback.clear_frames(error.__traceback__)  # they would hold the job's tensors
         raise
+
+
+def _train(settled: DictConfig, directory: Path, sweep: str | None) -> float:
+    """Train a settled config, and return its objective."""
+    if process_count(settled) > 1:  # this process does not train, so needs no torch
+        return float(train_in_processes(settled, directory, sweep)["objective"])
+    libraries.load(freeze=True)
+    from lora_exp.experiment import run
+
+    return run(settled, directory, sweep, here.get()).objective
 
 
 def _set_aside_changed(directory: Path, names: list[str]) -> None:

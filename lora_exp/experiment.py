@@ -1,6 +1,6 @@
-"""The stages of every run, in their order: rows, base, adapter, tokens, trainer, artifacts.
+"""The stages of every run, in their order: what it needs, its trainer, training, what is saved.
 
-Only this module knows all of them; the config is read-only.
+The config is read-only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from lora_exp.adapter.attach import Adapted, attach, save
+from lora_exp.adapter.attach import Adapted, save
 from lora_exp.adapter.updates import norms
 from lora_exp.algorithm.critic import save_value
 from lora_exp.config.door import build
@@ -25,23 +25,17 @@ from lora_exp.config.learning import check_rows
 from lora_exp.config.processes import process_count
 from lora_exp.config.settled import run_dir
 from lora_exp.config.trackers import sent_config, tracker_keys
-from lora_exp.data.examples import recounted, unending
-from lora_exp.data.rows import Rows
-from lora_exp.data.template import prepare, template_hash
-from lora_exp.data.tokens import Tokens
-from lora_exp.errors import AdapterError, ConfigError, Interrupted
+from lora_exp.data.examples import recounted
+from lora_exp.data.template import template_hash
+from lora_exp.errors import AdapterError, Interrupted
 from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.determinism import explained, switched
 from lora_exp.model.loading import Base
-from lora_exp.model.packing import keeps_rows_apart
-from lora_exp.model.special_tokens import set_end_tokens
-from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.parallel.launch import check_single_process
 from lora_exp.parallel.world import world
 from lora_exp.record.card import model_card
 from lora_exp.record.clock import Clock
-from lora_exp.record.contents import input_hashes
 from lora_exp.record.follower import opened
 from lora_exp.record.metrics import Metrics
 from lora_exp.record.progress import Progression, quiet
@@ -52,11 +46,11 @@ from lora_exp.tracking.tracker import RunInfo
 from lora_exp.training.best import best_evaluation
 from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.flattened import check_flattened
-from lora_exp.training.inputs import Inputs
 from lora_exp.training.interruption import stop
 from lora_exp.training.loop import train_to_end
 from lora_exp.training.measure import after, before, objective_name, present
 from lora_exp.training.place import Alone, Place
+from lora_exp.training.preparation import prepared
 from lora_exp.training.processes import train_in_processes
 from lora_exp.training.trainer import precision, tokens_trained, trainer_of
 
@@ -112,36 +106,24 @@ def run(
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:
     started = place.seconds()
-    inputs = Inputs(cfg, place, record.values["date"])
-    rows, shaped = inputs.rows()
-    set_seed(cfg.seed)
-    base = place.base(cfg)
-    _check_base(cfg, base)
-    hashes = _begin(cfg, record, rows, base)
-    set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
-    adapted = attach(base, cfg, record.directory)
-    prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
-    set_end_tokens(base.model, base.tokenizer)
-    with world.first_alone():
-        data = inputs.tokens(shaped, base, adapted.model)
-    rows, shaped = _without_refused(rows, shaped, data, base)
-    measured = inputs.held_out(rows, base)
+    ready = prepared(cfg, record, place)
+    base, data, measured = ready.base, ready.data, ready.measured
     tracker = _tracker(cfg, record, sweep)
     board, clock, saved = place.board(), Clock(place.seconds), None
     try:
         progress = Progression(board, clock, cfg.algorithm.metrics)
         callbacks = [Metrics(record, tracker, clock), progress]
-        trainer = trainer_of(cfg, base, adapted, shaped, data, record, callbacks)
+        trainer = trainer_of(cfg, base, ready.adapted, ready.shaped, data, record, callbacks)
         train, held_out = recounted(*data, trainer, cfg)
         check_rows(cfg, len(trainer.train_dataset), packed=True)
         check_flattened(trainer, base.model)
         _connect(clock, trainer)
-        adapted = replace(adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
-        numbers = counts(adapted, train, held_out) | {"rows_skipped": len(rows.skipped)}
+        adapted = replace(ready.adapted, trainable=_trainable(trainer.model))  # PPO adds a critic
+        numbers = counts(adapted, train, held_out) | {"rows_skipped": len(ready.rows.skipped)}
         facts = _facts(cfg, base, trainer)
-        record.update(place=place.name, counts=numbers, **facts, **hashes)
+        record.update(place=place.name, counts=numbers, **facts, **ready.hashes)
         tracker.describe(record.facts())
-        announce(cfg, rows, base, adapted, train, held_out)
+        announce(cfg, ready.rows, base, adapted, train, held_out)
         place.join(trainer)
         samples = before(cfg, trainer, base, measured, record, place)
         objective = objective_name(cfg.objective, record.values["metrics"], held_out)
@@ -180,49 +162,6 @@ def _facts(cfg: DictConfig, base: Base, trainer: Any) -> dict[str, Any]:
         "precision": dtypes, "template": template, "processes": world.size,
         "deterministic": cfg.deterministic,
     }  # fmt: skip
-
-
-def _check_base(cfg: DictConfig, base: Base) -> None:
-    """Refuse a base that cannot train what the config asks for.
-
-    Raises:
-        ConfigError: tokens without an embedding, or packed rows that would see each other.
-    """
-    if missing := missing_embeddings(base.model, base.tokenizer):
-        fix = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
-        raise ConfigError([("model.path", f"{cfg.model.path}: {missing}; {fix}")])
-    args = cfg.algorithm.args
-    packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
-    if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
-        key = "packing" if packs else "padding_free"
-        name = type(base.model).__name__
-        text = f"{name} does not keep rows apart that share a sequence: they would see each other"
-        raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
-
-
-def _begin(cfg: DictConfig, record: Record, rows: Rows, base: Base) -> dict[str, Any]:
-    """Begin the run's record, and return the hashes of the run's inputs.
-
-    Raises:
-        ConfigError: the run resumes, and an input has changed.
-    """
-    hashes = input_hashes(cfg, rows, base)
-    for key, value in hashes.items():
-        record.check_unchanged(key, value)
-    record.begin()
-    return hashes
-
-
-def _without_refused(
-    rows: Rows, shaped: Rows, data: tuple[Tokens, Tokens | None], base: Base
-) -> tuple[Rows, Rows]:
-    """Return the rows without those that the chat template refuses, and log what is left out."""
-    refused = {where: why for tokens in data if tokens for where, why in tokens.refused.items()}
-    rows, shaped = rows.without(refused), shaped.without(refused)
-    if warning := unending(shaped, base.tokenizer):
-        rows = replace(rows, warnings=(*rows.warnings, warning))
-    rows.log_skipped()
-    return rows, shaped
 
 
 def _connect(clock: Clock, trainer: Any) -> None:

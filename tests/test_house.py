@@ -46,7 +46,8 @@ TESTED_ELSEWHERE = {
     "record": {"summary", "card"},  # whole runs in test_experiment.py write them
     # alone in every run, on a seat in lockstep/test_contract.py; the loop in every run
     # processes: whole runs in parallel/test_launch.py
-    "training": {"place", "loop", "processes"},
+    # preparation: in every run; what it refuses, in model/test_packing.py and test_vocabulary.py
+    "training": {"place", "loop", "processes", "preparation"},
     # whole packs in lockstep/test_contract.py run these, the launcher's tests the last
     "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
     # proofs are tested in test_merging.py, the others with their commands

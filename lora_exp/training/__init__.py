@@ -13,6 +13,7 @@ unlogged        means not logged yet, in checkpoints
 answers         greedy answers before and after
 place           alone, or in a lockstep pack
 inputs          rows, tokens, questions; once a pack
+preparation     what there is before a trainer
 flattened       batches that are one sequence
 untrained       what was measured before, cached
 processes       starts several, waits for them

@@ -1,0 +1,105 @@
+"""What a run has before its trainer: rows, a base with the adapter, tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import set_seed
+
+from lora_exp.adapter.attach import Adapted, attach
+from lora_exp.data.examples import unending
+from lora_exp.data.rows import Rows
+from lora_exp.data.template import prepare
+from lora_exp.data.tokens import Tokens
+from lora_exp.errors import ConfigError
+from lora_exp.model.loading import Base
+from lora_exp.model.packing import keeps_rows_apart
+from lora_exp.model.special_tokens import set_end_tokens
+from lora_exp.model.vocabulary import missing_embeddings
+from lora_exp.parallel.world import world
+from lora_exp.record.contents import input_hashes
+from lora_exp.record.run import Record
+from lora_exp.training.answers import HeldOut
+from lora_exp.training.inputs import Inputs
+from lora_exp.training.place import Place
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is before a trainer."""
+
+    base: Base
+    adapted: Adapted
+    rows: Rows
+    shaped: Rows  # as the trainer takes them
+    data: tuple[Tokens, Tokens | None]  # training, held-out
+    measured: HeldOut
+    hashes: dict[str, Any]  # of the run's inputs
+
+
+def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
+    """Read the rows, load the base, attach the adapter, and make the tokens; the record begins.
+
+    Raises:
+        LoraExpError: config, rows, base or adapter cannot be used.
+    """
+    inputs = Inputs(cfg, place, record.values["date"])
+    rows, shaped = inputs.rows()
+    set_seed(cfg.seed)
+    base = place.base(cfg)
+    _check_base(cfg, base)
+    hashes = _begin(cfg, record, rows, base)
+    set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
+    adapted = attach(base, cfg, record.directory)
+    prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
+    set_end_tokens(base.model, base.tokenizer)
+    with world.first_alone():
+        data = inputs.tokens(shaped, base, adapted.model)
+    rows, shaped = _without_refused(rows, shaped, data, base)
+    return Prepared(base, adapted, rows, shaped, data, inputs.held_out(rows, base), hashes)
+
+
+def _check_base(cfg: DictConfig, base: Base) -> None:
+    """Refuse a base that cannot train what the config asks for.
+
+    Raises:
+        ConfigError: tokens without an embedding, or packed rows that would see each other.
+    """
+    if missing := missing_embeddings(base.model, base.tokenizer):
+        fix = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
+        raise ConfigError([("model.path", f"{cfg.model.path}: {missing}; {fix}")])
+    args = cfg.algorithm.args
+    packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
+    if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
+        key = "packing" if packs else "padding_free"
+        name = type(base.model).__name__
+        text = f"{name} does not keep rows apart that share a sequence: they would see each other"
+        raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
+
+
+def _begin(cfg: DictConfig, record: Record, rows: Rows, base: Base) -> dict[str, Any]:
+    """Begin the run's record, and return the hashes of the run's inputs.
+
+    Raises:
+        ConfigError: the run resumes, and an input has changed.
+    """
+    hashes = input_hashes(cfg, rows, base)
+    for key, value in hashes.items():
+        record.check_unchanged(key, value)
+    record.begin()
+    return hashes
+
+
+def _without_refused(
+    rows: Rows, shaped: Rows, data: tuple[Tokens, Tokens | None], base: Base
+) -> tuple[Rows, Rows]:
+    """Return the rows without those that the chat template refuses, and log what is left out."""
+    refused = {where: why for tokens in data if tokens for where, why in tokens.refused.items()}
+    rows, shaped = rows.without(refused), shaped.without(refused)
+    if warning := unending(shaped, base.tokenizer):
+        rows = replace(rows, warnings=(*rows.warnings, warning))
+    rows.log_skipped()
+    return rows, shaped
