@@ -20,7 +20,8 @@ def bench(
 ) -> Callable[..., dict[str, str]]:
     """Measure the cases that have a word, and return each one's result; commands are forked."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import gpu
+    from benchmarks.gpu import bench as commands
+    from benchmarks.gpu import gpu
 
     def forked(
         *words: str, timeout: float, env: Mapping[str, str]
@@ -28,10 +29,10 @@ def bench(
         assert timeout > 0
         return warm.python(*words, env=env)
 
-    monkeypatch.setattr(gpu, "python", forked)
+    monkeypatch.setattr(commands, "python", forked)
 
     def measure(*words: str) -> dict[str, str]:
-        gpu.gpu("quick", "--device", "cpu", *words)
+        gpu("quick", "--device", "cpu", *words)
         head, line, *rows = capsys.readouterr().out.splitlines()
         assert head.count("|") == line.count("|") == 5
         cells = [row.strip("|").split(" | ") for row in rows]
@@ -55,14 +56,14 @@ def test_its_parts_measure(bench: Callable[..., dict[str, str]]) -> None:
 def test_what_fails_is_a_row(
     bench: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu
+    from benchmarks.gpu import bench as commands
 
     def failing(*words: str, **_: Any) -> subprocess.CompletedProcess[str]:
-        if "-c" in words:
+        if words[0].endswith("random_base.py"):
             raise subprocess.TimeoutExpired(words, 1)
         return subprocess.CompletedProcess(words, 1, "", "Traceback\nRuntimeError: a | b\n")
 
-    monkeypatch.setattr(gpu, "python", failing)
+    monkeypatch.setattr(commands, "python", failing)
     found = bench("machine", "equal runs")
     assert found["machine: doctor"] == "**failed**: RuntimeError: a / b"
     assert found["bases: small bf16"] == "not measured: the time of its part is over"
@@ -73,12 +74,12 @@ def test_a_command_and_what_it_started_end_with_their_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import gpu
+    from benchmarks.gpu.bench import python
 
     text = "import os, time; os.fork() or open({!r}, 'a').write('begun'); time.sleep(1)"
     script = text.format(str(tmp_path / "log")) + f"; open({str(tmp_path / 'log')!r}, 'a')"
     with pytest.raises(subprocess.TimeoutExpired):
-        gpu.python("-S", "-c", f"{script}.write('ended')", timeout=0.5, env={})
+        python("-S", "-c", f"{script}.write('ended')", timeout=0.5, env={})
     time.sleep(1)
     assert "ended" not in (tmp_path / "log").read_text()
 
@@ -88,7 +89,7 @@ def test_rows_are_measured_beside_datasets_in_processes_of_their_own(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import rows
+    from benchmarks import rows
 
     monkeypatch.setattr(rows, "python", warm.python)
     rows.rows("1100", "1")

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PUBLIC = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/reference.md").read_text(), re.M)
-OURS = {"lora_exp", "hydra_plugins", "scripts", "tests", "gpu", "rows"}
+OURS = {"lora_exp", "hydra_plugins", "scripts", "tests", "benchmarks"}
 PACKAGE = [
     path for folder in ("lora_exp", "hydra_plugins") for path in (ROOT / folder).rglob("*.py")
 ]
