@@ -1,4 +1,4 @@
-"""What makes runs unequal beside their configs: budgets, data, versions. A line each."""
+"""What makes runs unequal beside their configs: budgets, data, versions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ SHOWN = 3
 
 
 def warnings(runs: Sequence[SavedRun]) -> list[str]:
-    """Return what is unequal among finished runs, and what was left out."""
+    """Return what is unequal among finished runs, budgets in one line, and what is left out."""
     damaged = [f"{run.directory} ({why})" for run in runs if (why := fault(run))]
     finished = [r for r in runs if not fault(r) and r.record["status"] == "finished"]
-    lines = [_objectives(finished), *(check(finished) for check in CHECKS)]
+    unequal = "; ".join(text for check in BUDGETS if (text := check(finished)))
+    budgets = f"unequal budgets: {unequal}" if unequal else ""
+    lines = [_objectives(finished), _goals(finished), budgets, *(f(finished) for f in OTHERS)]
     text = f"damaged, left out: {_listed(damaged)}" if damaged else ""
     return [line for line in [*lines, text] if line]
 
@@ -55,14 +57,14 @@ def _tokens(runs: Sequence[SavedRun]) -> str:
 
 def _data(runs: Sequence[SavedRun]) -> str:
     kinds = {canonical(run.record["data"]) for run in runs if run.record.get("data")}
-    text = "data differ: {} contents by hash; values may be of different held-out rows"
+    text = "data differ: {} contents by hash, so values may be of different held-out rows"
     return text.format(len(kinds)) if len(kinds) > 1 else ""
 
 
 def _bases(runs: Sequence[SavedRun]) -> str:
     bases = [run.record["base"] for run in runs if run.record.get("base")]
     text = _counted("bases differ", [str(base)[:19] for base in bases])
-    return f"{text}; losses under different tokenizers are not comparable" if text else ""
+    return f"{text}, whose losses are not comparable under different tokenizers" if text else ""
 
 
 def _versions(runs: Sequence[SavedRun]) -> str:
@@ -71,7 +73,7 @@ def _versions(runs: Sequence[SavedRun]) -> str:
     names = dict.fromkeys(name for v in known for name in v)
     by_name = {n: list(dict.fromkeys(str(v[n]) for v in known if n in v)) for n in names}
     texts = [f"{name} {', '.join(found)}" for name, found in by_name.items() if len(found) > 1]
-    return f"versions differ: {'; '.join(texts)}" if texts else ""
+    return f"versions differ: {' and '.join(texts)}" if texts else ""
 
 
 def _repeated(runs: Sequence[SavedRun]) -> str:
@@ -97,9 +99,9 @@ def _unproven(runs: Sequence[SavedRun]) -> str:
     return f"not proven equal to their runs alone: {_listed(names)}" if names else ""
 
 
-CHECKS: tuple[Callable[[Sequence[SavedRun]], str], ...] = (
-    _goals, _steps, _tokens, _data, _bases, _versions, _repeated, _unproven,
-)  # fmt: skip
+Check = Callable[[Sequence[SavedRun]], str]
+BUDGETS: tuple[Check, ...] = (_steps, _tokens, _data, _bases, _versions)
+OTHERS: tuple[Check, ...] = (_repeated, _unproven)
 
 
 def _last(run: SavedRun, metric: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Warnings: each of one line, and none where runs are equal."""
+"""Warnings: budgets in one line, others a line each, and none where runs are equal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def test_equal_runs_give_no_warning(write_run: Write) -> None:
         ),
         ([{}, {}, {"goal": "maximize"}], "goals of eval/loss differ: minimize (2 runs), maximize"),
         ([{}, {"data": {"rows.jsonl": "other"}}], "data differ: 2 contents by hash"),
-        ([{}, {"base": "sha256:22"}], "bases differ: sha256:1 (1 run), sha256:22 (1 run); losses"),
+        (
+            [{}, {"base": "sha256:22"}],
+            "bases differ: sha256:1 (1 run), sha256:22 (1 run), whose losses",
+        ),
         ([{}, {"versions": {"torch": "2.14.0"}}], "versions differ: torch 2.13.0, 2.14.0"),
         ([{}, {"objective": "eval/x", "metrics": {"eval/x": 1}}], "different objectives, a table"),
         ([{}, {"lockstep": {"proven": False}}], "not proven equal to their runs alone: 1"),
@@ -46,6 +49,13 @@ def test_what_is_unequal_is_one_line(
     lines = [line for line in warned(write_run, *records) if text in line]
     assert len(lines) == 1
     assert "\n" not in lines[0]
+
+
+def test_unequal_budgets_are_one_line_together(write_run: Write) -> None:
+    other = {"steps": 5, "data": {"rows.jsonl": "other"}, "versions": {"torch": "2.14.0"}}
+    (line,) = warned(write_run, {}, other)
+    assert line.startswith("unequal budgets: steps differ: 10 (1 run), 5 (1 run); data differ: 2 ")
+    assert line.endswith("; versions differ: torch 2.13.0, 2.14.0")
 
 
 def test_runs_that_have_not_finished_are_not_unequal(write_run: Write) -> None:
