@@ -14,14 +14,9 @@ from lora_exp import compose
 from lora_exp.after.base_config import base_config, parse_base
 from lora_exp.after.saved import find
 from lora_exp.errors import ConfigError, SavedError
+from tests.after.copies import copy_run
 
 Trained = Callable[..., Path]
-
-
-def copy_run(run: Path, to: Path) -> Path:
-    """Copy a run, to damage it."""
-    shutil.copytree(run, to)
-    return to
 
 
 def test_the_base_is_quantised_as_in_the_run_unless_a_flag_sets_it(trained: Trained) -> None:

@@ -23,7 +23,8 @@ from lora_exp.after.pages import inspection
 from lora_exp.after.saving import save
 from lora_exp.errors import AdapterError
 from tests.adapter.test_targets import DOTS
-from tests.after.test_saved import ADALORA, copy_run
+from tests.after.copies import copy_run, copy_with_weights
+from tests.after.test_saved import ADALORA
 
 Trained = Callable[..., Path]
 
@@ -148,9 +149,7 @@ def test_a_damaged_file_is_an_error(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_matrices_that_do_not_fit_each_other_are_an_error(trained: Trained, tmp_path: Path) -> None:
-    run = copy_run(trained("peft=lora"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora"), tmp_path / "run")
     first = min(key for key in weights if "lora_A" in key)
     save_file(weights | {first: weights[first][:3].clone()}, file)
     for function in (inspect, lambda path: save(path, tmp_path / "taken")):
@@ -160,9 +159,7 @@ def test_matrices_that_do_not_fit_each_other_are_an_error(trained: Trained, tmp_
 
 
 def test_weights_that_are_not_finite_are_reported(trained: Trained, tmp_path: Path) -> None:
-    run = copy_run(trained("peft=lora"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora"), tmp_path / "run")
     weights[min(weights)][0, 0] = float("nan")
     save_file(weights, file)
     report = inspect(run)

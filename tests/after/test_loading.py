@@ -18,7 +18,7 @@ from lora_exp.after.loading import check_apart, load_base, side_by_side
 from lora_exp.after.merging import merge
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError, SavedError
-from tests.after.test_saved import copy_run
+from tests.after.copies import copy_run, copy_with_weights
 
 Trained = Callable[..., Path]
 IDS = torch.tensor([[5, 9, 101, 7, 300, 12]])
@@ -90,9 +90,7 @@ def test_a_fully_trained_model_loads(trained: Trained) -> None:
 
 
 def test_old_weights_are_read_but_pickles_are_not(trained: Trained, tmp_path: Path) -> None:
-    run = copy_run(trained("peft=lora"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora"), tmp_path / "run")
     file.unlink()
     torch.save(weights, run / "adapter" / "adapter_model.bin")
     model, _ = load_adapter(run)
@@ -118,9 +116,7 @@ def test_a_tokenizer_that_came_with_an_adapter_runs_no_code(
 
 
 def test_weights_that_do_not_fit_are_refused(trained: Trained, tmp_path: Path) -> None:
-    run = copy_run(trained("peft=lora"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora"), tmp_path / "run")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(AdapterError, match="its weights are damaged"):
         load_adapter(run)

@@ -24,7 +24,8 @@ from lora_exp.after.saved import find
 from lora_exp.after.soundness import check_model
 from lora_exp.errors import AdapterError, ConfigError, SavedError
 from lora_exp.model.loading import bnb_4bit
-from tests.after.test_saved import ADALORA, copy_run
+from tests.after.copies import copy_run, copy_with_weights
+from tests.after.test_saved import ADALORA
 from tests.conftest import tiny
 from tests.model.test_prequantised import saved
 from tests.model.test_text_part import llava, mllama
@@ -260,9 +261,7 @@ def test_what_cannot_be_merged_is_an_error_and_leaves_no_files(
 
 
 def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path: Path) -> None:
-    run = copy_run(trained("peft=lora"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora"), tmp_path / "run")
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, file)
     with pytest.raises(AdapterError, match="1 weights are not finite, the first is base_model"):
@@ -273,9 +272,7 @@ def test_weights_that_are_not_finite_are_never_merged(trained: Trained, tmp_path
 def test_weights_that_leave_the_range_of_float16_are_never_saved(
     trained: Trained, tmp_path: Path
 ) -> None:
-    run = copy_run(trained("peft=lora", "quant=nf4"), tmp_path / "run")
-    file = run / "adapter" / "adapter_model.safetensors"
-    weights = load_file(file)
+    run, file, weights = copy_with_weights(trained("peft=lora", "quant=nf4"), tmp_path / "run")
     save_file({name: w + 1e5 * ("lora_B" in name) for name, w in weights.items()}, file)
     with pytest.raises(AdapterError, match=r"not finite .*; give --dtype float32"):
         merge([run], tmp_path / "merged", into="dequantised", dtype="float16")

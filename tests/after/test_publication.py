@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from lora_exp.after.merging import merge
 from lora_exp.after.publication import dry_run, push
 from lora_exp.errors import HubError, SavedError
+from tests.after.copies import copy_run
 from tests.warm import python
 
 Trained = Callable[..., Path]
@@ -133,6 +134,7 @@ import os
 from huggingface_hub import constants
 constants.ENDPOINT, constants.HF_HUB_OFFLINE = os.environ["HF_ENDPOINT"], False
 constants.HF_TOKEN_PATH = os.environ["HF_HOME"] + "/token"
+from tests.after.copies import copy_run
 from lora_exp.cli import main
 main()
 """
@@ -151,11 +153,6 @@ def run_push_anew(url: str, *arguments: str) -> subprocess.CompletedProcess[str]
         [sys.executable, "-m", "lora_exp.cli", "push", *arguments],
         env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-
-
-def copy_run(run: Path, folder: Path) -> Path:
-    shutil.copytree(run, folder)
-    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -11,15 +11,10 @@ import pytest
 
 from lora_exp.after.saved import find, find_all
 from lora_exp.errors import SavedError
+from tests.after.copies import copy_run
 
 Trained = Callable[..., Path]
 ADALORA = ("peft.tinit=2", "peft.tfinal=2", "peft.deltaT=1")  # so that it fits into a dozen steps
-
-
-def copy_run(run: Path, to: Path) -> Path:
-    """Copy a run, to damage it."""
-    shutil.copytree(run, to)
-    return to
 
 
 def test_a_run_its_adapter_and_its_checkpoint_are_found(trained: Trained) -> None:

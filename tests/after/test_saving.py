@@ -14,8 +14,8 @@ from lora_exp import load_adapter
 from lora_exp.after.saved import find
 from lora_exp.after.saving import save
 from lora_exp.errors import AdapterError, SavedError
+from tests.after.copies import copy_run
 from tests.after.test_loading import IDS
-from tests.after.test_saved import copy_run
 
 Trained = Callable[..., Path]
 

@@ -43,7 +43,7 @@ def test_a_base_with_such_tokens_is_not_trained(
 
 def test_an_adapter_saved_with_such_tokens_is_refused(trained: Trained, tmp_path: Path) -> None:
     from lora_exp import load_adapter
-    from tests.after.test_saved import copy_run
+    from tests.after.copies import copy_run
 
     run = copy_run(trained("peft=lora"), tmp_path / "run")
     tokenizer = tiny().tokenizer

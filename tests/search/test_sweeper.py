@@ -65,6 +65,22 @@ def score(cfg: DictConfig) -> float:
     return abs(math.log10(cfg.rate) + 3) + abs(cfg.kind.get("x", 4) - 2)
 
 
+def interrupted_after(
+    count: int, task: Callable[[DictConfig], float]
+) -> Callable[[DictConfig], float]:
+    """Return a task that does so many jobs, and is interrupted in the next."""
+    left = count
+
+    def interrupted(cfg: DictConfig) -> float:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return task(cfg)
+
+    return interrupted
+
+
 def raising(error: Exception) -> Callable[[DictConfig], float]:
     def task(cfg: DictConfig) -> float:
         raise error
@@ -124,19 +140,10 @@ def test_a_search_interrupted_anywhere_writes_the_same_journal(
     arguments = [*space, f"hydra.sweeper.sampler={sampler}", "hydra.sweeper.trials=5"]
     arguments.append("hydra.sweeper.batch=2")
     whole = search(*arguments, name="whole").path.read_bytes()
-    left = 0
-
-    def interrupted(cfg: DictConfig) -> float:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return score(cfg)
-
     for name, steps in (("a", [1, 2]), ("b", [3])):
-        for left in steps:  # noqa: B007 (read by the task)
+        for count in steps:
             with pytest.raises(KeyboardInterrupt):
-                search(*arguments, task=interrupted, name=name)
+                search(*arguments, task=interrupted_after(count, score), name=name)
         assert search(*arguments, name=name).path.read_bytes() == whole
 
 
@@ -262,18 +269,9 @@ def test_several_objectives_end_with_a_front_and_go_on_the_same_after_a_kill(
     whole = search(*arguments, task=of_two, name="whole")
     assert all(t.others == {"parameters": float(t.values["kind.x"])} for t in whole.trials[:6])
     assert "Pareto front, 6 of 6 trials" in capsys.readouterr().out
-    left = 0
-
-    def interrupted(cfg: DictConfig) -> float:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        return of_two(cfg)
-
-    for left in (2, 4):  # noqa: B007 (read by the task)
+    for count in (2, 4):
         with pytest.raises(KeyboardInterrupt):
-            search(*arguments, task=interrupted)
+            search(*arguments, task=interrupted_after(count, of_two))
     assert search(*arguments, task=of_two).path.read_bytes() == whole.path.read_bytes()
     with pytest.raises(ConfigError, match=r"hydra\.sweeper\.objectives: None, was"):
         search(*arguments[::2], task=of_two)
