@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_exp.data.rendered import Span, prompt_of, rendered
+from lora_exp.data.template import handled_alarms
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 
@@ -47,11 +48,12 @@ def encode(rows: Sequence[Row], tokenizer: Any, completion_only: bool) -> Iterat
     texts: dict[int, str] = {}
     spans: dict[int, list[Span]] = {}
     refused: dict[int, DataError] = {}
-    for i, row in enumerate(rows):
-        try:
-            texts[i], spans[i] = rendered(row, tokenizer)
-        except DataError as error:
-            refused[i] = error
+    with handled_alarms():
+        for i, row in enumerate(rows):
+            try:
+                texts[i], spans[i] = rendered(row, tokenizer)
+            except DataError as error:
+                refused[i] = error
     encoded: dict[int, Encoded] = dict(refused)
     for chat in (False, True):
         indices = [i for i in texts if ("messages" in rows[i]) == chat]

@@ -21,6 +21,7 @@ from lora_exp.errors import ConfigError, DataError, LoraExpError
 from lora_exp.files.paths import asset
 
 SECONDS = 3.0  # the limit for one row
+_is_handled = False  # whether alarms come to `_on_alarm`
 SHIPPED = {"chatml": "pkg://lora_exp/assets/chatml.jinja"}  # name -> file
 TURN_END = "<|im_end|>"  # ChatML's
 MARK = "7051846925306172"  # digits: neither trimming, case, JSON nor HTML changes them
@@ -134,21 +135,40 @@ def in_time() -> Iterator[None]:
     Raises:
         ConfigError: the time is over.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+    if not _has_alarms():
         yield
         return
+    with handled_alarms():
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def on_alarm(*_: Any) -> None:
-        text = f"the chat template does not end within {SECONDS:g} s; give another"
-        raise ConfigError([("data.chat_template", text)])  # not the fault of a row
 
-    previous_handler = signal.signal(signal.SIGALRM, on_alarm)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+@contextmanager
+def handled_alarms() -> Iterator[None]:
+    """Set the handler of `in_time` once for many renderings: it takes longer than the timer."""
+    global _is_handled
+    if _is_handled or not _has_alarms():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, _on_alarm)
+    _is_handled = True
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous_handler)
+        _is_handled = False
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _on_alarm(*_: Any) -> None:
+    text = f"the chat template does not end within {SECONDS:g} s; give another"
+    raise ConfigError([("data.chat_template", text)])  # not the fault of a row
+
+
+def _has_alarms() -> bool:
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM")
 
 
 def template_file(name: str) -> Path:

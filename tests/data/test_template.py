@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import time
 from datetime import date
 from typing import Any
@@ -21,13 +22,15 @@ def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
     tokenizer = copy.deepcopy(base.tokenizer)
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = 3 * loop + "{{ i }}" + 3 * "{% endfor %}"
-    start = time.perf_counter()
+    start, handler = time.perf_counter(), signal.getsignal(signal.SIGALRM)
     with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
         trained_text(chat("q", "a"), tokenizer)
     rows = [{"prompt": chat("q")["messages"], "answer": "a"}]
     with pytest.raises(ConfigError, match="the chat template does not end within 3 s"):
         prompts(rows, tokenizer, 99, "train")  # for trainers that render rows themselves
     assert time.perf_counter() - start < 10
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert trained_text(chat("q", "a"), base.tokenizer)  # and others are rendered again
 
 
 @pytest.mark.parametrize(
