@@ -139,7 +139,8 @@ def in_time() -> Iterator[None]:
         yield
         return
     with handled_alarms():
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        # again and again: in a destructor, say, Python only prints the error of the first alarm
+        signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 10)
         try:
             yield
         finally:

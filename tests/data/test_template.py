@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from lora_exp.data.examples import prompts
-from lora_exp.data.template import Form, form_of, prepare, render_chat, template_file, turn_end
+from lora_exp.data.template import (
+    Form,
+    form_of,
+    in_time,
+    prepare,
+    render_chat,
+    template_file,
+    turn_end,
+)
 from lora_exp.data.tokens import tokenise
 from lora_exp.errors import ConfigError, DataError
 from tests.data.test_encoding import chat, trained_text
@@ -31,6 +39,28 @@ def test_a_template_that_does_not_end_is_stopped(base: Any) -> None:
     assert time.perf_counter() - start < 10
     assert signal.getsignal(signal.SIGALRM) == handler
     assert trained_text(chat("q", "a"), base.tokenizer)  # and others are rendered again
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_alarm_whose_error_is_lost_is_followed_by_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow:
+        def __del__(self) -> None:  # Python ignores errors in here
+            time.sleep(0.2)
+
+    monkeypatch.setattr("lora_exp.data.template.SECONDS", 0.1)
+    end = time.monotonic() + 5
+
+    @in_time()
+    def render() -> None:
+        Slow()
+        while time.monotonic() < end:
+            pass
+
+    with pytest.raises(ConfigError, match="does not end within"):
+        render()
+    assert time.monotonic() < end
 
 
 @pytest.mark.parametrize(
