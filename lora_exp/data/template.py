@@ -139,7 +139,7 @@ def in_time() -> Iterator[None]:
         yield
         return
     with handled_alarms():
-        # again and again: in a destructor, say, Python only prints the error of the first alarm
+        # again and again: an error that is raised within a tracer or a destructor is lost
         signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 10)
         try:
             yield
