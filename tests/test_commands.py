@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import lora_exp
 from lora_exp import compose
 from lora_exp.cli import app
-from lora_exp.config import trackers
+from lora_exp.config import sharding, trackers
 from lora_exp.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -107,7 +107,8 @@ def test_a_documented_run_composes(
     make_files: Callable[[list[str]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: name)  # as if all were installed
+    for module in (trackers, sharding):
+        monkeypatch.setattr(module, "find_spec", lambda name: name)  # as if all were installed
     arguments = get_args_parser().parse_args(words)  # Hydra's flags; an unknown one exits
     if page == "README.md" and "peft.lora_alpa" in " ".join(words):
         return  # a deliberate mistake, tested below

@@ -37,7 +37,7 @@ TESTS_AND_SCRIPTS = [*(ROOT / "tests").rglob("*.py"), *SCRIPTS]
 NEEDED_EXTRA = {
     "lora_exp/after/evaluation.py": "eval", "lora_exp/after/endpoints.py": "serve",
     "lora_exp/search/study.py": "search", "lora_exp/lockstep/slurm.py": "cluster",
-    "lora_exp/lockstep/ray.py": "ray",
+    "lora_exp/lockstep/ray.py": "ray", "lora_exp/training/zero.py": "deepspeed",
     **{f"lora_exp/tracking/{name}.py": name for name in ("tensorboard", "mlflow", "trackio")},
 }  # fmt: skip
 DISTRIBUTIONS = {"mlflow": ["mlflow-skinny"], **packages_distributions()}  # it may be missing

@@ -12,6 +12,7 @@ trackers        which trackers, and their packages
 keep            the weights that a run saves
 naming          a run's name
 processes       how many, and their shares
+sharding        what processes share out
 settled         plain values, directory, fingerprint
 ranges          numbers that train nothing
 learning        settings under which nothing is learnt

@@ -9,7 +9,7 @@ from lora_exp.config.ranges import Fault
 from lora_exp.config.signature import members
 from lora_exp.errors import did_you_mean
 
-ONE_DEVICE = "leave it out: every process has the whole model, with parallel=ddp too"
+BY_SHARDING = "give parallel=fsdp or parallel=zero2, and parallel.processes=<number>"
 BY_PARALLEL = "give parallel=ddp parallel.processes=<number>"
 PUBLISHED = "use lora-exp push, which publishes what a run saved"
 OWNED = {  # argument -> what to do instead
@@ -37,10 +37,10 @@ OWNED = {  # argument -> what to do instead
     "batch_eval_metrics": "leave it out: no function of yours computes metrics",
     "include_for_metrics": "leave it out: no function of yours computes metrics",
     "local_rank": BY_PARALLEL,
-    "fsdp": ONE_DEVICE,
-    "fsdp_config": ONE_DEVICE,
-    "deepspeed": ONE_DEVICE,
-    "parallelism_config": ONE_DEVICE,
+    "fsdp": BY_SHARDING,
+    "fsdp_config": BY_SHARDING,
+    "deepspeed": BY_SHARDING,
+    "parallelism_config": BY_SHARDING,
     **dict.fromkeys(
         (
             "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",

@@ -18,6 +18,8 @@ from lora_exp.config.ranges import Fault, is_number
 CUDA, GPUS = "CUDA_VISIBLE_DEVICES", Path("/proc/driver/nvidia/gpus")
 THREADS = "OMP_NUM_THREADS"
 COMPARING = ("lora_exp.early_stopping.rules.Halving", "lora_exp.early_stopping.rules.Median")
+# what processes share out, besides the rows of a step
+SHARED = {"zero2": "optimizer's state", "fsdp": "frozen layers"}
 # arguments of trainers under which the rows of a step would no longer be those of one process
 APART = {
     "auto_find_batch_size": "begins again with another batch",
@@ -92,7 +94,9 @@ def shares_text(cfg: DictConfig) -> str:
     rows, passes = shares.values()
     whole = cfg.train.per_device_train_batch_size * cfg.train.gradient_accumulation_steps
     times = f" in {passes} passes" if passes > 1 else ""
-    return f"{count}, each takes {rows * passes} of the {whole} rows of a step{times}"
+    shared = SHARED.get(str(cfg.parallel.get("sharding")))
+    share = f", and has a share of the {shared}" if shared else ""
+    return f"{count}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
 
 
 def process_faults(cfg: DictConfig) -> Iterator[Fault]:

@@ -22,6 +22,7 @@ from lora_exp.config.pairs import pair_faults
 from lora_exp.config.processes import process_faults
 from lora_exp.config.ranges import Fault, range_faults
 from lora_exp.config.settled import settle
+from lora_exp.config.sharding import sharding_faults
 from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
 from lora_exp.config.stopping import stopping_faults
@@ -48,7 +49,7 @@ KEYS = {
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
     "lockstep": ("max_jobs", "mode", "verify", "on_difference"),
-    "parallel": ("processes",),
+    "parallel": ("processes", "sharding"),
     "algorithm": (
         "learning_rate", "task_type", "shape", "objective", "goal", "metrics", "rewards",
         "trainer", "args",
@@ -92,7 +93,7 @@ def validate(cfg: DictConfig) -> DictConfig:
         faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
         faults += [*range_faults(sections(values)), *learning_faults(cfg), *argument_faults(cfg)]
         faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg)]
-        faults += [*process_faults(cfg)]
+        faults += [*process_faults(cfg), *sharding_faults(cfg)]
         faults += [*named_file_faults(cfg), *tracking_faults(cfg)]
         faults += _secrets(values, redact(values))
     if faults:

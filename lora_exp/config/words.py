@@ -69,6 +69,10 @@ OTHER_OPTIONS = {  # group -> name of another tool -> our option
     "algorithm": {
         "pt": "pretrain", "finetune": "sft", "lora": "sft", "rm": "reward", "reinforce": "rloo",
     },
+    "parallel": {
+        "deepspeed": "zero2", "zero": "zero2", "zero1": "zero2", "zero3": "fsdp", "fsdp2": "fsdp",
+        "off": "none", "no": "none",
+    },
 }  # fmt: skip
 SECTIONS = ("train", "algorithm", "algorithm.args", "peft", "model", "samples", "data", "tracking")
 

@@ -43,7 +43,7 @@ def one_worker(workers: int | None, needed: bool) -> int | None:
         ConfigError: several are asked for where one is needed.
     """
     if needed and workers is not None and workers > 1:
-        text = f"{workers}, but jobs with parallel=ddp take all devices, one after another; give 1"
+        text = f"{workers}, but jobs of several processes take all devices, in turn; give 1"
         raise ConfigError([("hydra.launcher.workers", text)])
     return 1 if needed else workers
 

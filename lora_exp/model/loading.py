@@ -173,7 +173,8 @@ def load(
         form = None if gguf_file or random_weights else saved_form(config)
         attention = attention_of(attn_implementation)
         options |= {"dtype": dtype_of(dtype), "attn_implementation": attention}
-        if torch.cuda.is_available() or quantization or form:
+        # processes in step share the weights out before these go to their devices
+        if quantization or form or (torch.cuda.is_available() and not world.in_step):
             options["device_map"] = {"": device()}
         options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
         model_class = class_of(config, task_type, whole)

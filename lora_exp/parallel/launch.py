@@ -165,6 +165,7 @@ def environment(rank: int, count: int) -> dict[str, str]:
     values["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     values["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns that no parameter was unused
     values["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    values["DS_ACCELERATOR"] = "cuda" if VISIBLE else "cpu"  # DeepSpeed warns when it looks itself
     if VISIBLE:
         return {**os.environ, **values, CUDA: ",".join(VISIBLE[:count])}
     share = max(1, thread_count() // count)

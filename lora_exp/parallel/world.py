@@ -21,6 +21,7 @@ class World:
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
+        self.in_step = False  # whether each pass through the model needs all processes
 
     @property
     def is_first(self) -> bool:

@@ -20,6 +20,7 @@ processes       starts several, waits for them
 draws           each process its own
 measure         held-out rows before and after
 early_stopping  measured at rungs, stopped there
+zero            the optimizer's state, shared out
 trainer         the algorithm's trainer, built and guarded
 loop            from a checkpoint to the end
 """

@@ -35,11 +35,13 @@ class Averages:
     row_losses: Mapping[int, RowLosses] = MappingProxyType({})  # by step, of the last and the best
     _batches: defaultdict[str, Weighted]
     _rows: RowLosses
+    _dealt: Dealt | None = None
 
     def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
         """Return batches of all held-out rows; `dataloader_drop_last` is for training rows only."""
         loader = self._all_batches(*arguments, **options)
-        return loader if world.size == 1 else Dealt(loader)
+        self._dealt = None if world.size == 1 else Dealt(loader)
+        return self._dealt or loader
 
     def _all_batches(self, *arguments: Any, **options: Any) -> Any:
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -77,6 +79,11 @@ class Averages:
         """Evaluate a batch, and store the weight of each of its metrics."""
         sizes = BatchSizes.of(inputs, self.model)
         before = {name: len(numbers) for name, numbers in self._eval_metrics().items()}
+        if self._dealt is not None and self._dealt.is_another:
+            super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
+            for name, numbers in self._eval_metrics().items():
+                del numbers[before.get(name, 0) :]
+            return None, None, None
         with self._rows.of_batch(model, inputs):
             output = super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
         if output[0] is not None:
@@ -94,16 +101,25 @@ class Averages:
 
 
 class Dealt:
-    """A loader's batches as far as this process takes them: every n-th one, of n processes."""
+    """A loader's batches as far as this process takes them: every n-th one, of n processes.
+
+    Processes in step get equally many: one without a batch in the last turn gets another's.
+    """
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
+        self.is_another = False  # whether another process counts the batch
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.loader, world.rank, None, world.size)
+        batches = iter(self.loader)
+        while turn := list(islice(batches, world.size)):
+            self.is_another = world.rank >= len(turn)
+            if not self.is_another or world.in_step:
+                yield turn[0 if self.is_another else world.rank]
 
     def __len__(self) -> int:
-        return len(range(world.rank, len(self.loader), world.size))
+        first = 0 if world.in_step else world.rank
+        return len(range(first, len(self.loader), world.size))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -257,7 +257,7 @@ def _fill(parameters: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
 
 
 @cache
-def checkpointed(trainer: type) -> type:
-    """Return a subclass of a trainer's class, with our mixins first."""
-    bases = (Checkpoints, Averages, trainer)
+def checkpointed(trainer: type, mixins: tuple[type, ...] = ()) -> type:
+    """Return a subclass of a trainer's class, with our mixins first, then further ones."""
+    bases = (Checkpoints, Averages, *mixins, trainer)
     return type(trainer.__name__, bases, {"__module__": trainer.__module__})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +115,27 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
     LoRA's B (zero at the start) first changes in the second step, so A first has one in the third.
     """
 
+    def __init__(self) -> None:
+        self.hooked: dict[str, torch.Tensor] = {}  # whether a gradient is not 0, by its tensor
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Look at the gradients of DeepSpeed as they come: it has removed them at the check."""
+        if args.deepspeed:
+            trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            self.hooks = [p.register_hook(partial(self._see, name)) for name, p in trained]
+
+    def _see(self, name: str, gradient: torch.Tensor) -> None:
+        self.hooked[name] = gradient.any() | self.hooked.get(name, False)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget the gradients of earlier steps; after the third none is looked at."""
+        self.hooked.clear()
+        if state.global_step > 2:
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks = []
+
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, **_: Any
     ) -> None:
@@ -125,8 +147,10 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
         if state.global_step not in (0, 2):
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        gradients |= self.hooked
         if state.global_step == 0:
-            unused = [name for name, p in trained.items() if p.grad is None]
+            unused = [name for name in trained if name not in gradients]
             if unused and expert_count(model.config) is None:
                 text = f"{len(unused)} of {len(trained)} trained tensors take no part in the loss"
                 more = "" if len(unused) < 6 else f" and {len(unused) - 5} more"
@@ -135,7 +159,6 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
                     " (peft.target_modules, peft.modules_to_save), or choose another method"
                 )
             return
-        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         changes = _each([gradient.any() for gradient in gradients.values()])
         changed = {name for name, any_ in zip(gradients, changes, strict=True) if any_}
         unchanged = [name for name in trained if name not in changed]

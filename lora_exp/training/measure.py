@@ -149,7 +149,8 @@ def _measure(
 ) -> Measured:
     """Evaluate and answer with the trainer's present weights, which are those of a step."""
     metrics = _evaluated(trainer, step)
-    answered = _answered(when, cfg, trainer, base, held_out) if world.is_first else None
+    answers_here = world.is_first or world.in_step
+    answered = _answered(when, cfg, trainer, base, held_out) if answers_here else None
     preferred, answers = world.shared(answered) or (None, [])
     return metrics, preferred, answers
 

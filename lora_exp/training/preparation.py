@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from transformers import set_seed
 
 from lora_exp.adapter.attach import Adapted, attach
+from lora_exp.config.sharding import sharding
 from lora_exp.data.examples import unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
@@ -17,6 +18,7 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError
 from lora_exp.model.loading import Base
 from lora_exp.model.packing import keeps_rows_apart
+from lora_exp.model.sharded import share_layers
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.parallel.world import world
@@ -49,11 +51,14 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     inputs = Inputs(cfg, place, record.values["date"])
     rows, shaped = inputs.rows()
     set_seed(cfg.seed)
+    world.in_step = sharding(cfg) == "fsdp"
     base = place.base(cfg)
     _check_base(cfg, base)
     hashes = _begin(cfg, record, rows, base)
     set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
+    if world.in_step:
+        share_layers(adapted.model)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
     set_end_tokens(base.model, base.tokenizer)
     with world.first_alone():

@@ -21,6 +21,7 @@ from lora_exp.adapter.attach import Adapted
 from lora_exp.adapter.several import copy_to
 from lora_exp.config.door import build, plain
 from lora_exp.config.processes import divided
+from lora_exp.config.sharding import sharding
 from lora_exp.config.signature import signature
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
@@ -39,6 +40,7 @@ from lora_exp.training.draws import OwnDraws
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import avoid_module_walks
 from lora_exp.training.resumption import Resumption
+from lora_exp.training.zero import Zero, deepspeed_config
 
 
 def trainer_of(
@@ -72,7 +74,7 @@ def trainer_of(
         trainer = build(
             cfg,
             "algorithm.trainer",
-            through=checkpointed,
+            through=partial(checkpointed, mixins=(Zero,) if sharding(cfg) == "zero2" else ()),
             model=adapted.model,
             args=_training_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
@@ -141,6 +143,8 @@ def _correct(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> 
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
     trainer.remove_callback(transformers.PrinterCallback)
     avoid_module_walks(trainer.model)
+    if isinstance(trainer, Zero):
+        trainer.use_autocast()
     trainer.evaluate = _with_own_random_state(trainer.evaluate)
     if adapted.method is not None:
         # trl casts to bfloat16 on quantised bases: docs/decisions/0003
@@ -198,8 +202,12 @@ def _training_arguments(
     if held_out is None:
         settings["eval_strategy"] = "no"
     if world.size > 1:
-        # without this, gradients are added up in another order from the second step on
-        settings |= (divided(cfg) or {}) | {"ddp_find_unused_parameters": True}
+        settings |= divided(cfg) or {}
+        if sharding(cfg) == "zero2":
+            settings["deepspeed"] = deepspeed_config()
+        else:
+            # without this, gradients are added up in another order from the second step on
+            settings["ddp_find_unused_parameters"] = True
     if cfg.algorithm.args.get("activation_offloading") and device() == "cpu":
         text = "moves activations from a GPU to the CPU, and this run is on a CPU; give false"
         raise ConfigError([("algorithm.args.activation_offloading", text)])

@@ -51,8 +51,8 @@ def test_every_argument_is_classified() -> None:
     [
         ("+train.push_to_hub=true", "belongs to the run; use lora-exp push"),
         ("+train.resume_from_checkpoint=x", "give resume="),
-        ("+train.fsdp=full_shard", "every process has the whole model"),
-        ("+train.deepspeed=zero3.json", "every process has the whole model"),
+        ("+train.fsdp=full_shard", "give parallel=fsdp or parallel=zero2"),
+        ("+train.deepspeed=zero3.json", "give parallel=fsdp or parallel=zero2"),
         ("+train.bf16_full_eval=true", "would change the base's weights"),
         ("+train.run_name=x", "give name="),
         ("+train.project=x", "give tracking.project="),

@@ -46,7 +46,7 @@ def test_jobs_in_processes_of_their_own_need_the_only_worker() -> None:
     assert one_worker(None, needed=True) == 1
     assert one_worker(1, needed=True) == 1
     assert one_worker(3, needed=False) == 3
-    with pytest.raises(ConfigError, match=r"workers: 2, but jobs with parallel=ddp take all"):
+    with pytest.raises(ConfigError, match=r"workers: 2, but jobs of several processes take all"):
         one_worker(2, needed=True)
 
 

@@ -16,7 +16,7 @@ from lora_exp.adapter.attach import attach
 from lora_exp.data.examples import prepared
 from lora_exp.data.rows import jsonl
 from lora_exp.record.run import Record
-from lora_exp.training.averages import BatchSizes, combined, mean, predicts_first
+from lora_exp.training.averages import BatchSizes, Dealt, combined, mean, predicts_first, world
 from lora_exp.training.trainer import trainer_of
 from tests.conftest import tiny
 
@@ -144,3 +144,23 @@ def test_means_by_hand() -> None:
     assert combined("min_reward", [(1.0, 1), (-2.0, 2)]) == -2
     assert combined("completions/max_length", [(1.0, 1), (9.0, 2)]) == 9
     assert mean([(0.1, 3)]) == 0.1
+
+
+def test_each_batch_is_counted_once_and_processes_in_step_get_equally_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dealt(rank: int) -> tuple[list[int], list[int], int]:
+        monkeypatch.setattr(world, "rank", rank)
+        batches = Dealt(range(7))
+        taken = [(batch, batches.is_another) for batch in batches]
+        counted = [batch for batch, is_another in taken if not is_another]
+        return [batch for batch, _ in taken], counted, len(batches)
+
+    monkeypatch.setattr(world, "size", 3)
+    own = [[0, 3, 6], [1, 4], [2, 5]]
+    assert [dealt(rank) for rank in range(3)] == [(b, b, len(b)) for b in own]
+    monkeypatch.setattr(world, "in_step", True)
+    taken = [[0, 3, 6], [1, 4, 6], [2, 5, 6]]
+    assert [dealt(rank) for rank in range(3)] == [
+        (t, b, 3) for t, b in zip(taken, own, strict=True)
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
@@ -102,3 +103,24 @@ def test_a_tensor_outside_the_loss_is_an_error_and_zero_gradients_are_a_warning(
     first.grad = None
     with pytest.raises(AdapterError, match=r"1 of 16 .* no part in the loss: .*q_proj.lora_A"):
         check(0)
+
+
+def test_gradients_that_a_step_has_removed_are_looked_at_as_they_come() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in "abc"})
+    model.config = LlamaConfig()
+    args, check = SimpleNamespace(deepspeed={"zero_optimization": {}}), GradientCheck()
+
+    def step(number: int, *names: str) -> None:
+        state = SimpleNamespace(global_step=number)
+        check.on_step_begin(args, state, None)
+        sum(model[name](torch.ones(1, 1)) for name in names).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        check.on_pre_optimizer_step(args, state, None, model)
+
+    check.on_train_begin(args, None, None, model)
+    step(0, "a", "b", "c")
+    with pytest.raises(AdapterError, match=r"1 of 3 trained tensors take no part .*: b\.weight"):
+        step(0, "a", "c")
+    check.on_step_begin(args, SimpleNamespace(global_step=3), None)
+    assert not check.hooks

@@ -1,0 +1,134 @@
+"""Layers that are shared out among two processes: what each keeps, and whole runs over them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from lora_exp import compose, load_adapter
+from lora_exp.errors import ConfigError
+from lora_exp.model.sharded import share_layers
+from lora_exp.parallel.launch import STOPPED
+from lora_exp.training.manifest import checkpoints_by_step
+from tests.conftest import ROOT
+from tests.parallel.test_launch import RUN, second_of, start
+from tests.test_experiment import digest
+from tests.training.test_interruption import count_lines, wait_for
+from tests.warm import Process, python
+
+SHARE = """
+import json, sys, torch
+from pathlib import Path
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from lora_exp.model.sharded import share_layers
+from lora_exp.parallel.world import world
+from tests.conftest import tiny
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+world.join(rank, 2, folder / "meeting")
+torch.manual_seed(0)
+options = {"target_modules": "all-linear", "init_lora_weights": False}
+model = get_peft_model(tiny().model, LoraConfig(**options))
+ids = torch.arange(12)[None] + rank
+numbers = sum(p.numel() for p in model.parameters())
+def passed():
+    model.zero_grad()
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    return output.logits, [p.grad for p in model.parameters() if p.grad is not None]
+whole = passed()
+share_layers(model)
+shared = passed()
+parts = [p for p in model.parameters() if isinstance(p, DTensor)]
+print(json.dumps({
+    "alike": torch.equal(whole[0], shared[0]) and all(map(torch.equal, whole[1], shared[1])),
+    "gradients": len(shared[1]), "all": sum(p.numel() for p in model.parameters()) == numbers,
+    "kept": sum(p.to_local().numel() for p in parts) / sum(p.numel() for p in parts),
+    "parts": sorted({n.split(".layers.")[0] for n, p in model.named_parameters()
+                     if isinstance(p, DTensor)}),
+    "trained": [n for n, p in model.named_parameters() if p.requires_grad and p in set(parts)],
+    "answers": model.generate(
+        input_ids=ids, min_new_tokens=3 + rank, max_new_tokens=3 + rank).shape[1],
+}))
+world.leave()
+"""
+
+
+def test_each_process_keeps_its_part_and_computes_the_same_bits(tmp_path: Path) -> None:
+    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    pair = [Process("-c", SHARE, str(rank), str(tmp_path), env=env) for rank in (0, 1)]
+    outputs = [process.communicate(timeout=120) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+    # in step, although one has a token more to generate
+    assert (first.pop("answers"), second.pop("answers")) == (15, 16)
+    assert first == second
+    assert first["gradients"] > 0
+    assert first | {"gradients": 0} == {
+        "alike": True, "gradients": 0, "all": True, "kept": 0.5,
+        "parts": ["base_model.model.model"], "trained": [],
+    }  # fmt: skip
+
+
+def adapted(base: Any) -> Any:
+    return peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def test_a_base_that_names_no_layers_is_refused(fresh_base: Any) -> None:
+    model = adapted(fresh_base.model)
+    fresh_base.model._no_split_modules = None
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not say which modules are its"):
+        share_layers(model)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in two processes with a copy of the base each."""
+    folder = tmp_path_factory.mktemp("ddp")
+    options = [*RUN, "parallel=ddp", "parallel.processes=2", "hydra.run.dir=run"]
+    done = python("-m", "tests.parallel.forked", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_killed_stopped_and_resumed_it_has_the_bits_of_copies(copies: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [*RUN, "parallel=fsdp", "parallel.processes=2", "hydra.run.dir=run"]
+    killed = start(tmp_path, *options)
+    wait_for(killed, lambda: count_lines(folder / "metrics.jsonl") >= 6)
+    os.kill(second_of(killed), signal.SIGKILL)
+    _, errors = killed.communicate(timeout=60)
+    assert killed.returncode == 1
+    assert "LoraExpError: process 1 of 2 was killed by SIGKILL" in errors
+    stopped = start(tmp_path, "resume=run")
+    wait_for(stopped, lambda: count_lines(folder / "metrics.jsonl") >= 7)
+    os.kill(second_of(stopped), signal.SIGTERM)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == STOPPED, errors
+    last = max(checkpoints_by_step(folder / "checkpoints"))
+    done = python("-m", "tests.parallel.forked", "resume=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rows of a step, and has a share of the frozen layers" in done.stdout
+    assert f"goes on from step {last}\n" in done.stdout
+    assert 4 <= last < 12
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    assert [digest(folder / "adapter")[name] for name in names] == [
+        digest(copies / "adapter")[name] for name in names
+    ]
+    ours, theirs = (json.loads((run / "run.json").read_text()) for run in (folder, copies))
+    for name in ("before/loss", "eval/loss", "eval/mean_token_accuracy", "train/loss"):
+        assert ours["metrics"][name] == theirs["metrics"][name]
+    assert (folder / "samples.jsonl").read_text() == (copies / "samples.jsonl").read_text()
+    model, _ = load_adapter(folder / "adapter")  # a plain one
+    assert not any("DTensor" in type(p.data).__name__ for p in model.parameters())
+
+
+def test_with_another_kind_of_sharing_it_is_refused_on_resume(copies: Path) -> None:
+    with pytest.raises(ConfigError, match="parallel"):
+        compose(f"resume={copies}", "parallel=fsdp")
