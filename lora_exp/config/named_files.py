@@ -55,6 +55,11 @@ def _model_files(cfg: DictConfig) -> Iterator[Fault]:
         return
     if path.startswith(("/", ".", "~", "pkg://")) and not folder.exists():
         yield "model.path", f"no such folder: {path}"
+    if (folder / "adapter_config.json").is_file():
+        is_model = (folder / "config.json").is_file()
+        text = f"{path} {'also has' if is_model else 'is'} an adapter (adapter_config.json)"
+        cure = "take that file out" if is_model else f"give its base, and adapter={path}"
+        yield "model.path", f"{text}; {cure}"
     if isinstance(gguf_file, str) and folder.is_dir() and not (folder / gguf_file).is_file():
         near = near_names(folder / gguf_file, "*.gguf")
         yield "model.gguf_file", f"no such file in {path}{near}"

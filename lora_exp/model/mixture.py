@@ -19,14 +19,27 @@ def without_router_logits(model: Any) -> None:
 def name_experts(model: Any) -> None:
     """Set `num_experts`, by which TRL computes the load-balancing loss: not every config has it.
 
-    A dense model of a mixture's class, as the small Granite 4, has no routers to balance.
+    A dense model of a mixture's class, as the small Granite 4 and Doge, has no routers to balance.
     """
     config = model.config.get_text_config()
     count = getattr(config, "num_local_experts", None)
     if count is not None and getattr(config, "num_experts", None) is None:
         config.num_experts = count
-    if expert_count(config) is None and hasattr(config, "router_aux_loss_coef"):
+    if hasattr(config, "router_aux_loss_coef") and not has_routers(model):
         config.router_aux_loss_coef = 0.0
+
+
+def has_routers(model: Any) -> bool:
+    """Return whether a model has modules whose output transformers collects as router logits."""
+    if expert_count(model.config) is None:
+        return False
+    collected = set()
+    for module in model.modules():
+        recorders = getattr(module, "can_record_outputs", {}).get("router_logits", ())
+        for recorder in recorders if isinstance(recorders, list | tuple) else [recorders]:
+            kind = getattr(recorder, "target_class", recorder)  # a class, or its name
+            collected.add(getattr(kind, "__name__", kind))
+    return not collected or any(type(m).__name__ in collected for m in model.modules())
 
 
 def expert_count(config: Any) -> int | None:

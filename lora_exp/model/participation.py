@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.errors import ConfigError
+from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.precision import autocast, is_quantised
 
 TOKENS = 4
@@ -30,7 +32,8 @@ def unused(model: Any, names: Iterable[str], base: str | None) -> set[str]:
         base: identifies its weights, for which this is measured once; None: unknown.
 
     Raises:
-        ConfigError: the model computes with the weight of a quantised layer, as if it were floats.
+        ConfigError: the model computes with the weight of a quantised layer, as if it were floats;
+            or it cannot compute.
     """
     key = (base, type(model), is_quantised(model))
     if base is None or key not in _taking_part:
@@ -39,22 +42,35 @@ def unused(model: Any, names: Iterable[str], base: str | None) -> set[str]:
 
 
 def _measure(model: Any) -> set[str]:
-    """Return the names of the linear layers whose output, one tensor, gets a gradient."""
-    outputs: dict[str, Any] = {}
-    running: list[str] = []  # modules whose forward has begun and not ended
+    """Return the names of the linear layers whose output, one tensor, gets a gradient.
+
+    It must get one in evaluation, and in training too, where some classes compute otherwise: but
+    not where a layer is skipped at random with all that surrounds it.
+    """
     training = model.training
-    model.eval()
     try:
-        with _watched(model, outputs, running), torch.enable_grad(), autocast(model):
-            _logits(model).square().mean().backward()  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, TypeError) as error:
-        if not is_quantised(model) or not running:
-            raise
-        raise ConfigError([("quant.skip_modules", _advice(model, running[-1], error))]) from error
+        with forked_random_state():
+            evaluated, _ = _reached(model.eval())
+            trained, ran = _reached(model.train())
     finally:
         model.train(training)
-    tensors = {name: out for name, out in outputs.items() if isinstance(out, Tensor)}
-    return {name for name, out in tensors.items() if out.grad is not None}
+    # some blocks run by methods of their own, and only what is in them is seen to run
+    blocks = ran | {name.rpartition(".")[0] for name in ran}
+    return {name for name in evaluated if name in trained or name.rpartition(".")[0] not in blocks}
+
+
+def _reached(model: Any) -> tuple[set[str], set[str]]:
+    """Return the names of the linear layers that get a gradient, and of all modules that ran."""
+    outputs: dict[str, list[Tensor]] = {}  # of linear layers; [] of other modules
+    try:
+        with _watched(model, outputs), torch.enable_grad(), autocast(model):
+            _logits(model).square().mean().backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ConfigError([_fault(model, error)]) from error
+    reached = {name for name, all_ in outputs.items() if any(x.grad is not None for x in all_)}
+    return reached, {*outputs}
 
 
 def _logits(model: Any) -> Tensor:
@@ -70,28 +86,23 @@ def _logits(model: Any) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, outputs: dict[str, Any], running: list[str]) -> Iterator[None]:
-    """Collect the outputs of linear layers, and the modules that run."""
-
-    def begin(name: str) -> None:
-        running.append(name)
+def _watched(model: Any, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Collect the outputs of linear layers, and the names of all modules that run."""
 
     def end(name: str, module: nn.Module, output: Any) -> Any:
-        running.pop()
-        if isinstance(module, nn.Embedding):
-            return output.requires_grad_()
-        if isinstance(module, nn.Linear | Conv1D):
-            outputs[name] = output
-            if isinstance(output, Tensor) and output.requires_grad:
+        passed = outputs.setdefault(name, [])
+        if isinstance(module, nn.Embedding):  # a copy, since some classes scale it in place
+            return output.requires_grad_().clone()
+        if isinstance(module, nn.Linear | Conv1D) and isinstance(output, Tensor):
+            passed.append(output)
+            if output.requires_grad:
                 output.retain_grad()
         return output
 
-    handles = []
-    for name, module in model.named_modules():
-        handles += [
-            module.register_forward_pre_hook(lambda *_, name=name: begin(name)),
-            module.register_forward_hook(lambda m, _x, out, name=name: end(name, m, out)),
-        ]
+    handles = [
+        module.register_forward_hook(lambda m, _x, out, name=name: end(name, m, out))
+        for name, module in model.named_modules()
+    ]
     try:
         yield
     finally:
@@ -99,8 +110,14 @@ def _watched(model: Any, outputs: dict[str, Any], running: list[str]) -> Iterato
             handle.remove()
 
 
-def _advice(model: Any, name: str, error: Exception) -> str:
-    holder = model.get_submodule(name)
+def _fault(model: Any, error: Exception) -> tuple[str, str]:
+    """Return the key and text of a base that cannot compute, by the module where it fails."""
+    reason = str(error).partition("\n")[0]
+    callers = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+    *_, holder = (caller for caller in callers if isinstance(caller, nn.Module))
     layers = [key for key, module in holder.named_children() if isinstance(module, nn.Linear)]
-    kind, reason = type(holder).__name__, str(error).splitlines()[0]
-    return f"{kind} reads quantised weights itself ({reason}); give those of [{','.join(layers)}]"
+    if is_quantised(model) and layers:
+        text = f"{type(holder).__name__} reads quantised weights itself ({reason})"
+        return "quant.skip_modules", f"{text}; give those of [{','.join(layers)}]"
+    text = f"{type(model).__name__} cannot compute {TOKENS} tokens with their gradients"
+    return "model.path", f"{text}: {reason}"

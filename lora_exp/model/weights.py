@@ -32,7 +32,8 @@ def read_complete(
         of_whole: whether the files also hold towers that the class leaves out.
 
     Raises:
-        ValueError: some are missing or of other shapes; transformers would draw them at random.
+        ValueError: some are missing or of other shapes, which transformers would draw at random;
+            or there is an adapter too, which it has put on the model.
     """
     reports = logging.get_logger("transformers.modeling_utils")
     reports.addFilter(_is_no_report)  # its table has a line for each weight; ours is one line
@@ -42,6 +43,8 @@ def read_complete(
         )
     finally:
         reports.removeFilter(_is_no_report)
+    if getattr(model, "peft_config", None):
+        raise ValueError("there is an adapter too (adapter_config.json); give a model without it")
     is_classifier = model_class is AutoModelForSequenceClassification
     heads = ("score.", "lm_head.") if is_classifier else ()
     missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith(heads))

@@ -28,7 +28,7 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.loading import Base, device
-from lora_exp.model.mixture import name_experts, without_router_logits
+from lora_exp.model.mixture import has_routers, name_experts, without_router_logits
 from lora_exp.model.precision import autocast_dtype, is_quantised
 from lora_exp.model.special_tokens import without_end
 from lora_exp.parallel.world import world
@@ -68,6 +68,9 @@ def trainer_of(
     """
     train, held_out = data
     trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
+    if cfg.algorithm.args.get("router_aux_loss_coef") and not has_routers(base.model):
+        text = f"{type(base.model).__name__} has no routers to balance; leave it out"
+        raise ConfigError([("algorithm.args.router_aux_loss_coef", text)])
     name_experts(base.model)
     own_arguments = _rewards_and_reference(cfg, base, adapted, rows)
     try:

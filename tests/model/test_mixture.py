@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, GraniteMoeConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeConfig
 
+from lora_exp.errors import ConfigError
 from lora_exp.model.mixture import name_experts
 
 GRANITE = GraniteMoeConfig(
@@ -37,12 +38,36 @@ def test_a_trained_mixture_answers_and_is_saved_without_a_trainers_settings(
     assert getattr(saved, "num_experts", None) is None
 
 
-@pytest.mark.parametrize(("experts", "coefficient"), [(0, 0.0), (4, 0.01)])
+SMALL = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "router_aux_loss_coef": 0.01,
+}  # fmt: skip
+DENSE = {"layer_types": ["attention"], "num_local_experts": 0, "mamba_n_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "coefficient"),
+    [
+        ("granitemoehybrid", DENSE, 0.0),
+        ("doge", {}, 0.0),  # its config counts experts even so
+        ("doge", {"is_moe": True, "num_experts": 64}, 0.01),
+        ("granitemoe", {"num_local_experts": 4}, 0.01),
+        ("jetmoe", {"num_local_experts": 4, "kv_channels": 16}, 0.01),  # two kinds of routers
+    ],
+)
 def test_a_dense_model_of_a_mixtures_class_has_no_balance_loss(
-    experts: int, coefficient: float
+    kind: str, changes: dict[str, Any], coefficient: float
 ) -> None:
-    config = AutoConfig.for_model(
-        "granitemoehybrid", num_local_experts=experts, router_aux_loss_coef=0.01
-    )
-    name_experts(SimpleNamespace(config=config))
-    assert config.router_aux_loss_coef == coefficient
+    config = AutoConfig.for_model(kind, **SMALL | changes)
+    with torch.device("meta"):
+        name_experts(AutoModelForCausalLM.from_config(config))
+    assert getattr(config, "router_aux_loss_coef", coefficient) == coefficient
+
+
+def test_a_balance_loss_of_a_dense_model_is_refused(
+    folder_of: Callable[[Any], Path], quick_run: Callable[..., Any]
+) -> None:
+    folder = folder_of(AutoConfig.for_model("doge", **SMALL))
+    coefficient = "+algorithm.args.router_aux_loss_coef=0.5"
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef: DogeForCausalLM has no routers"):
+        quick_run("model=local", f"model.path={folder}", coefficient, "samples.rows=0")

@@ -30,6 +30,42 @@ class Reads(nn.Module):
         return nn.functional.linear(self.up_proj(x), self.down_proj.weight)
 
 
+class ReadsInTraining(nn.Module):
+    """A block that calls its layers, but in training reads one's weight, and draws a number."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
+
+    def combine(self, x: Any) -> Any:
+        if self.training:
+            torch.rand(1)
+            return nn.functional.linear(self.up_proj(x), self.down_proj.weight.clamp(-9, 9))
+        return self.down_proj(self.up_proj(x))
+
+
+class Combines(nn.Module):
+    """Calls a method of a block that is not its forward, as Gemma 3n does."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Any) -> Any:
+        return self.block.combine(x)
+
+
+class Skips(nn.Module):
+    """A layer that training leaves out."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any, **options: Any) -> Any:
+        return x if self.training else self.layer(x, **options)
+
+
 @pytest.fixture
 def reading(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(participation, "_taking_part", {})
@@ -58,11 +94,52 @@ def test_layers_without_a_gradient_are_found_and_nothing_changes(
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
+def test_a_layer_whose_weight_only_training_reads_is_found(fresh_base: Any) -> None:
+    model = fresh_base.model
+    mlp = model.model.layers[1].mlp
+    random_state = torch.get_rng_state()
+    linear = [f"{LAYER}.block.up_proj", f"{LAYER}.block.down_proj"]
+    model.model.layers[1].mlp = Combines(ReadsInTraining(mlp))
+    assert unused(model, linear, None) == {f"{LAYER}.block.down_proj"}
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert not model.training
+
+
+def test_a_layer_that_training_skips_with_its_block_takes_part(fresh_base: Any) -> None:
+    model = fresh_base.model
+    model.model.layers[1] = Skips(model.model.layers[1])
+    assert unused(model, ["model.layers.1.layer.mlp.up_proj"], None) == set()
+
+
+def test_embeddings_may_be_scaled_in_place(fresh_base: Any) -> None:
+    model = fresh_base.model
+    first = model.model.layers[0]
+    first.register_forward_pre_hook(lambda _m, x: (x[0].mul_(2.0), *x[1:]))
+    assert unused(model, [f"{LAYER}.up_proj"], None) == set()
+
+
+def test_a_base_that_cannot_compute_is_refused_in_a_line(fresh_base: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("4 is not divisible by chunk size 16\nmore")
+
+    fresh_base.model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(ConfigError, match=r"^model.path: Llama.* by chunk size 16$"):
+        unused(fresh_base.model, [f"{LAYER}.up_proj"], None)
+
+
 def test_a_base_is_measured_once(reading: Any, fresh_base: Any) -> None:
     assert unused(fresh_base.model, [f"{LAYER}.down_proj"], "hash") == set()
     reading(fresh_base.model)
     assert unused(fresh_base.model, [f"{LAYER}.down_proj"], "hash") == set()
     assert unused(fresh_base.model, [f"{LAYER}.down_proj"], "other") == {f"{LAYER}.down_proj"}
+
+
+def test_a_block_that_reads_them_by_a_method_of_its_own_is_named() -> None:
+    model = tiny(bnb_4bit("nf4", True, "float32")).model
+    model.model.layers[1].mlp = Combines(ReadsInTraining(model.model.layers[1].mlp))
+    expected = r"^quant.skip_modules: ReadsInTraining .*\[up_proj,down_proj\]$"
+    with pytest.raises(ConfigError, match=expected):
+        unused(model, [f"{LAYER}.block.up_proj"], None)
 
 
 def test_quantised_weights_that_a_class_reads_itself_are_named(reading: Any) -> None:

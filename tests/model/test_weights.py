@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_exp.errors import ConfigError
@@ -51,6 +52,14 @@ def test_weights_whose_sizes_differ_from_the_config_are_an_error(tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with pytest.raises(ConfigError, match=r"12 of its weights .*: \[192, 512\], not \[192, 96\]"):
         load_base("model=local", f"model.path={folder}")
+
+
+def test_an_adapter_beside_the_weights_is_not_put_on_the_base(tmp_path: Path) -> None:
+    folder = shutil.copytree(asset("pkg://lora_exp/assets/tiny"), tmp_path / "base")
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny().model, config).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"model.path: .* there is an adapter too"):
+        tiny(path=str(folder))
 
 
 def test_a_new_classification_head_is_not_reported_as_missing(
