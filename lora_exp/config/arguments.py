@@ -137,6 +137,9 @@ def _scheduler(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
             yield f"{key}.{name}", f"{scheduler} has no such argument{near}"
             continue
         choices, annotation = SCHEDULER_CHOICES.get(name), accepted[name]
+        if annotation is None and isinstance(value, str) and choices is None:
+            yield f"{key}.{name}", f"{value!r} is not a number"
+            continue
         if not fits(value, annotation) or (choices is not None and value not in choices):
             allowed = choices or [ast.unparse(annotation or ast.Constant(None))]
             yield f"{key}.{name}", f"{value!r} is not {' or '.join(allowed)}"

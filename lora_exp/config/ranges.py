@@ -53,6 +53,13 @@ def _adapter_ranges(peft: Mapping[str, Any]) -> Iterator[Fault]:
             "peft.lora_alpha",
             f"{alpha} switches the adapter off or reverses it; give a number above 0",
         )
+    for key, kind, noun in (
+        ("rank_pattern", int, "a rank; give 1 or more"),
+        ("alpha_pattern", int | float, "an alpha; give a number above 0"),
+    ):
+        for name, value in (peft.get(key) or {}).items():
+            if not (is_number(value) and isinstance(value, kind) and 0 < value < math.inf):
+                yield f"peft.{key}", f"{name}: {value!r} is not {noun}"
     for name in (name for name in peft if name.endswith("dropout")):
         if is_number(peft[name]) and not 0 <= peft[name] < 1:
             yield f"peft.{name}", f"{peft[name]} is not a probability; give 0 or more and below 1"

@@ -27,6 +27,8 @@ KWARGS, ARGS = "train.lr_scheduler_kwargs", "train.optim_args"
          f"{KWARGS}.num_cycles", "it takes none"),
         (["train.lr_scheduler_type=cosine_with_restarts", f"+{KWARGS}={{num_cycles: two}}"],
          f"{KWARGS}.num_cycles", "'two' is not int"),
+        (["train.lr_scheduler_type=polynomial", f"+{KWARGS}={{power: high}}"], f"{KWARGS}.power",
+         "'high' is not a number"),
         (["train.lr_scheduler_type=cosine_warmup_with_min_lr"], KWARGS, "needs one of min_lr"),
         (["train.lr_scheduler_type=cosine_with_min_lr",
           f"+{KWARGS}={{min_lr: 1e-6, min_lr_rate: 0.1}}"], KWARGS, "needs one of"),
