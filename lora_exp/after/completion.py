@@ -55,8 +55,8 @@ def generate(
     Args:
         path: a run, an adapter or a whole model.
         prompts: JSON Lines, or a glob, of any format that training takes.
-        out: the file to make: the rows in their order, each with its answer as `completion`; a
-            `completion` of the input becomes `expected`.
+        out: the file to make: the rows in their order, each with its answer as `completion`; the
+            known answer of a row becomes `expected`.
         base: the location of the base, if not the one that the adapter names.
         quant: how to quantise the base; None: as in its run.
         max_new_tokens: of each answer.
@@ -64,7 +64,7 @@ def generate(
         top_p: the share of the probability to sample from.
         seed: of sampling; the same seed gives the same bytes, interrupted or not.
         batch_size: prompts answered at a time; it changes what is sampled.
-        as_chat: treat a `prompt` that is text as a user's turn.
+        as_chat: treat a `prompt` that is text as a user's turn; always, if its run did so.
         force: replace `out`, and an interrupted file of other settings.
 
     Returns:
@@ -104,6 +104,7 @@ def _complete(
     force: bool,
 ) -> None:
     """Answer the prompts, and write the answers to the target; see `generate`."""
+    settings = settings | {"as_chat": settings["as_chat"] or saved.as_chat}
     rows = read(prompts, settings["as_chat"])
     loaded_base = load_base(saved, base, quant)
     loaded = load(saved, loaded_base)
@@ -117,7 +118,7 @@ def _complete(
     part = Part(target, settings | inputs | _identity(saved, loaded_base), force)
     _answer(part, loaded, [[ids[i] for i in group] for group in groups], settings)
     answers = dict(zip(chain(*groups), chain(*part.answers), strict=True))
-    answered = [_answered(row.original, answers[i]) for i, row in enumerate(rows)]
+    answered = [_answered(row, answers[i]) for i, row in enumerate(rows)]
     write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
     part.path.unlink()
 
@@ -129,7 +130,7 @@ def _tokens(rows: list[PromptRow], loaded: Loaded, max_new_tokens: int) -> list[
         DataError: a prompt and its answer do not fit the context.
     """
     prompts = prompts_of(rows, loaded.tokenizer)
-    ids = [ids_of(prompt, loaded.tokenizer) for prompt in prompts]
+    ids = [ids_of(prompt, loaded.tokenizer, loaded.model) for prompt in prompts]
     space = room(loaded.model, max_new_tokens)
     lengths = [(row.where, len(tokens)) for row, tokens in zip(rows, ids, strict=True)]
     too_long = [(where, length) for where, length in lengths if length > space]
@@ -237,6 +238,6 @@ def _answer(
         part.close()
 
 
-def _answered(row: Row, answer: str) -> Row:
-    expected = {"expected": row["completion"]} if "completion" in row else {}
-    return row | expected | {"completion": answer}
+def _answered(row: PromptRow, answer: str) -> Row:
+    expected = {} if row.expected is None else {"expected": row.expected}
+    return row.original | expected | {"completion": answer}

@@ -12,12 +12,13 @@ import torch
 from transformers import TextStreamer
 
 from lora_exp.after.loading import Loaded
+from lora_exp.data.encoding import text_prompt
 from lora_exp.data.template import render_chat
 from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, LoraExpError, SavedError, did_you_mean
 from lora_exp.files.whole import write_whole
 from lora_exp.model.special_tokens import end_tokens
-from lora_exp.training.answers import room
+from lora_exp.training.answers import GREEDY, room
 
 Write = Callable[[str], None]
 OFF = "off"  # the name of the base alone among the adapters
@@ -176,7 +177,7 @@ class Conversation:
         """Return the prompt's tokens, and how many of the first turns are left out of them."""
         space = self._prompt_space(loaded)
         if loaded.tokenizer.chat_template is None:  # it completes texts, without turns
-            return self._checked(loaded.tokenizer(self.turns[-1]["content"])["input_ids"], space), 0
+            return self._checked(text_prompt(self.turns[-1]["content"], loaded.tokenizer), space), 0
         first = len(self._messages()) - len(self.turns)
         for start in range(0, len(self.turns), 2):
             messages = self._messages()
@@ -199,18 +200,14 @@ class Conversation:
 
     def _answer(self, loaded: Loaded, ids: list[int], write: Write) -> None:
         settings = self.settings
-        sampling: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
+        sampling = GREEDY | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.temperature > 0:
             sampling = {
                 "do_sample": True,
                 "temperature": settings.temperature,
                 "top_p": settings.top_p,
                 "top_k": 0,
+                "num_beams": 1,  # an answer of several beams is not written word by word
             }
         if settings.seed is not None:
             torch.manual_seed(settings.seed)

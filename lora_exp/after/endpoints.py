@@ -31,7 +31,7 @@ from transformers.cli.serving.utils import GenerationState
 from lora_exp.after.loading import Loaded
 from lora_exp.data.template import in_time
 from lora_exp.model.special_tokens import end_tokens
-from lora_exp.training.answers import room
+from lora_exp.training.answers import GREEDY, room
 
 # transformers' other endpoints load models, unload them, or transcribe audio
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/health")
@@ -90,11 +90,20 @@ class Models(ModelManager):  # type: ignore[misc]
                 raise HTTPException(400, text)
             max_new_tokens = generation_config.max_new_tokens or context
             generation_config.max_new_tokens = min(max_new_tokens, context - tokens)
+            if not generation_config.do_sample:
+                _make_greedy(generation_config, loaded.model.generation_config)
             options |= {"input_ids": input_ids, "generation_config": generation_config}
             with loaded.answering():
                 return generate(**options, stopping_criteria=stopping)
 
         return answer
+
+
+def _make_greedy(config: Any, base_config: Any) -> None:
+    """Undo the base's penalties, beams and bans; those that a request asks for stay."""
+    for key, neutral in GREEDY.items():
+        if getattr(config, key, None) == getattr(base_config, key, None):
+            setattr(config, key, neutral)
 
 
 class _ServerEnds(StoppingCriteria):  # type: ignore[misc]

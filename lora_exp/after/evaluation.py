@@ -25,6 +25,7 @@ from lora_exp.after.output import check_file
 from lora_exp.after.saved import Saved, find
 from lora_exp.config.door import build
 from lora_exp.data.encoding import IGNORED
+from lora_exp.data.formats import uncounted
 from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
 from lora_exp.data.tokens import tokenise
@@ -89,7 +90,7 @@ def evaluate(
     if out is not None:
         check_file(Path(out).expanduser(), force, str(data or ""))
     saved = find(path)
-    rows = _held_out(saved) if data is None else _read(str(data))
+    rows = _held_out(saved) if data is None else _read(str(data), saved)
     report = _report(saved, rows, base, quant, max_new_tokens, batch_size)
     if out is not None:
         write_whole(Path(out).expanduser(), dumps(report, indent=1) + "\n")
@@ -132,10 +133,11 @@ def _report(
     }
 
 
-def _read(data: str) -> Rows:
+def _read(data: str, saved: Saved) -> Rows:
+    """Read rows; texts become chats if they did in the run that trained on such rows."""
     return jsonl(
         data, eval_path=None, eval_share=0.0, format="auto", max_rows=None, max_eval_rows=None,
-        chat_template=None, on_error="raise",
+        chat_template=None, on_error="raise", as_chat=saved.as_chat,
     )  # fmt: skip
 
 
@@ -215,7 +217,7 @@ def _training_row(row: Row) -> Row | None:
     if isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": known}
     turns = [{"role": "assistant", "content": known}] if isinstance(known, str) else known
-    return {"messages": row["prompt"] + turns, "tools": row.get("tools")}
+    return {"messages": uncounted(row["prompt"]) + turns, "tools": row.get("tools")}
 
 
 def _loss(loaded: Loaded, held_out: HeldOut, batch_size: int, what: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from lora_exp.data.conversion import convert, validate
 from lora_exp.data.reading import files, lines
 from lora_exp.data.rendered import Prompt, prompt_of
-from lora_exp.data.turns import ROLES, Row
+from lora_exp.data.turns import ROLES, SYSTEM, Row
 from lora_exp.errors import DataError
 
 
@@ -20,6 +20,17 @@ class PromptRow:
     where: str  # file and line
     original: Row  # as in the file
     row: Row  # converted
+
+    @property
+    def expected(self) -> Any:
+        """The known answer, as it is in the file; None: there is none."""
+        answer = self.original.get("completion", self.original.get("answer"))
+        if answer is None:
+            answer = self.row.get("messages", self.row.get("chosen"))
+            if isinstance(answer, list):
+                last = answer[-1]
+                answer = last["content"] if last["role"] == "assistant" else None
+        return answer or None
 
 
 def read(path: str | Path, as_chat: bool = False) -> list[PromptRow]:
@@ -54,7 +65,7 @@ def _prompt_only(row: Row, as_chat: bool) -> Row:
         prompt = [{"role": "user", "content": prompt}]
     elif "chosen" in row or not prompt:
         return row
-    return {"prompt": prompt} | {key: row[key] for key in ("tools", "system") if key in row}
+    return {"prompt": prompt} | {key: row[key] for key in ("tools", *SYSTEM) if key in row}
 
 
 def prompts_of(rows: list[PromptRow], tokenizer: Any) -> list[Prompt]:

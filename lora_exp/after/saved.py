@@ -79,6 +79,11 @@ class Saved:
         return str(saved_as) if chosen == "none" and saved_as in QUANTISATIONS else chosen
 
     @property
+    def as_chat(self) -> bool:
+        """Whether its run made its prompts, which were plain text, turns of a chat."""
+        return bool((self.settings.get("data") or {}).get("as_chat"))
+
+    @property
     def bias(self) -> Any:
         """Which biases of the base the adapter trains, by peft's name."""
         return (self.adapter or {}).get("bias", NO_BIAS)

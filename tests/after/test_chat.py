@@ -62,6 +62,17 @@ def test_answers_are_streamed_and_equal_those_of_the_adapter(
     assert second == greedy(longer_run, "Who are you?", first, "Mirror the letters abc")
 
 
+def test_a_greedy_answer_ignores_the_bases_generation_config(
+    chat: Conversation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = chat.compare("Mirror: a b a b")["one"]
+    config = chat.models["one"].model.generation_config
+    settings = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 2}
+    for key, value in settings.items():
+        monkeypatch.setattr(config, key, value)
+    assert chat.compare("Mirror: a b a b")["one"] == expected
+
+
 def test_each_adapter_answers_for_itself_and_off_is_the_bare_base(
     chat: Conversation, longer_run: Path, trained: Trained
 ) -> None:

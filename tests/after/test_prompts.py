@@ -46,6 +46,29 @@ def test_a_row_of_every_format_has_a_prompt(
 
 
 @pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": TURNS + ANSWER}, "ho"),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+         "ho"),
+        ({"instruction": "hi", "input": "you", "response": "ho"}, "ho"),
+        ({"prompt": "hi", "completion": "ho"}, "ho"),
+        ({"prompt": TURNS, "completion": ANSWER}, ANSWER),
+        ({"prompt": "hi", "answer": "ho"}, "ho"),
+        ({"prompt": "hi", "chosen": "ho", "rejected": "hu"}, "ho"),
+        ({"chosen": TURNS + ANSWER, "rejected": [*TURNS, {"role": "gpt", "content": "hu"}]}, "ho"),
+        ({"messages": [*TURNS, *ANSWER, *TURNS]}, None),
+        ({"prompt": "hi"}, None),
+    ],
+)  # fmt: skip
+def test_the_known_answer_of_a_row_of_every_format_is_expected(
+    tmp_path: Path, row: dict[str, Any], expected: Any
+) -> None:
+    (prompt_row,) = read(write_rows(tmp_path / "rows.jsonl", row))
+    assert prompt_row.expected == expected
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": "t"}, "rows.jsonl:1: has no prompt; give a prompt, or turns that end with"),

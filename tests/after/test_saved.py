@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp.after.saved import find, find_all
+from lora_exp.after.evaluation import _read
+from lora_exp.after.saved import Saved, find, find_all
 from lora_exp.errors import SavedError
 from tests.after.copies import copy_run
 
@@ -85,3 +86,13 @@ def test_a_record_that_is_not_json_is_an_error(trained: Trained, tmp_path: Path)
     with pytest.raises(SavedError, match=r"run\.json cannot be read"):
         _ = find(run).record
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+def test_rows_are_read_as_its_run_read_them(tmp_path: Path, as_chat: bool) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {{as_chat: {as_chat}}}\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "q", "completion": "a"}\n')
+    saved = Saved(tmp_path, None, tmp_path)
+    (row,) = _read(str(rows), saved).train
+    assert ("messages" in row) is saved.as_chat is as_chat

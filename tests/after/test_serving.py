@@ -252,6 +252,24 @@ def test_a_base_computes_in_its_runs_precision(trained: Trained, override: str) 
     assert not original_generate(**arguments).logits[0].equal(expected)
 
 
+def test_a_request_that_does_not_sample_gets_the_greedy_answer(trained: Trained) -> None:
+    saved = find(trained("peft=lora"))
+    loaded = load(saved, load_base(saved))
+    Models([loaded])
+    ids = loaded.tokenizer("Mirror: a b a b", return_tensors="pt").input_ids
+    plain = GenerationConfig(max_new_tokens=8)
+    expected = loaded.model.generate(input_ids=ids, generation_config=plain)
+    base_config = loaded.model.generation_config
+    base_config.repetition_penalty, base_config.no_repeat_ngram_size = 3.0, 1
+    with_base = GenerationConfig(**base_config.to_diff_dict() | {"max_new_tokens": 8})
+    answers = [
+        loaded.model.generate(input_ids=ids, generation_config=config)
+        for config in (with_base, GenerationConfig(repetition_penalty=2.5, max_new_tokens=8))
+    ]
+    assert answers[0].tolist() == expected.tolist()
+    assert answers[1].tolist() != expected.tolist()  # a request's own penalty acts
+
+
 def test_an_adapter_on_a_quantised_base_answers_and_sigint_ends_a_stream(
     trained: Trained, tmp_path: Path
 ) -> None:
