@@ -24,6 +24,7 @@ from torch import Tensor
 from lora_exp.adapter.several import add_saved, is_adapted, score, using
 from lora_exp.config.door import build, untrusted
 from lora_exp.config.start import adapter_config, check_base
+from lora_exp.data.encoding import text_ids
 from lora_exp.data.rows import Rows
 from lora_exp.data.turns import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
@@ -208,18 +209,18 @@ class AdapterReward:
         """Scores need no column."""
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], tools: list[Any] | None = None, **_: Any
+    ) -> list[float]:
         """Return the scores of whole texts, tokenised as in the reward adapter's training."""
+        whole = list(zip(prompts, completions, tools or [None] * len(prompts), strict=True))
         parts: list[Tensor] = []
         training = self.model.training
         self.model.eval()
         body = self.model.get_base_model().base_model
         with using(self.model, self.adapter), autocast(self.model):
             for i in range(0, len(prompts), BATCH):
-                ids = [
-                    self._encode(p, c)
-                    for p, c in zip(prompts[i : i + BATCH], completions[i : i + BATCH], strict=True)
-                ]
+                ids = [self._encode(*row) for row in whole[i : i + BATCH]]
                 inputs = self.tokenizer.pad(
                     {"input_ids": ids}, padding_side="right", return_tensors="pt"
                 ).to(self.model.device)
@@ -229,14 +230,13 @@ class AdapterReward:
         scores: list[float] = torch.cat(parts).tolist()
         return scores
 
-    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+    def _encode(self, prompt: Any, completion: Any, tools: Any) -> list[int]:
         if isinstance(prompt, str):
-            text = prompt + completion + self.tokenizer.eos_token
-            ids: list[int] = self.tokenizer(text)["input_ids"]
-            return ids
-        turns = [*prompt, *completion]
-        whole: list[int] = self.tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-        return whole
+            return text_ids(prompt + completion, self.tokenizer)
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            [*prompt, *completion], tools=tools, return_dict=True
+        )["input_ids"]
+        return ids
 
 
 def _second_base(cfg: DictConfig) -> Any:

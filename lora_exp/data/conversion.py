@@ -72,16 +72,17 @@ class _Conversion:
         self.skipped: list[str] = []
         self.faults: list[str] = []
         self.refused = self.faults if on_error == "raise" else self.skipped
+        self.is_renamed = False  # whether a row had all columns
         self.empty = 0
 
     def converted(self, rows: Iterable[tuple[str, Any]]) -> Iterator[Row]:
         """Yield the rows that can be used."""
         for where, row in rows:
             try:
+                renamed = self._renamed(validate(row, where), where)
                 if self.format == "auto":
-                    renamed = _rename_columns(validate(row, where), self.columns, where)
                     self.format = detect(renamed, where)
-                yield _converted(row, self.format, self.columns, self.as_chat, where)
+                yield _converted(renamed, self.format, self.as_chat, where)
             except EmptyAnswer as error:
                 self.empty += 1
                 self.skipped.append(f"{where}: {error}")
@@ -90,9 +91,24 @@ class _Conversion:
                 if self.format == "auto":  # without a format no row can be read
                     return
 
+    def _renamed(self, row: Row, where: str) -> Row:
+        """Rename columns to the fields whose values they have; later rows may lack some.
 
-def _converted(row: Any, format: str, columns: Columns, as_chat: bool, where: str) -> Row:
-    row = _rename_columns(validate(row, where), columns, where)
+        Raises:
+            DataError: the first row lacks a column.
+        """
+        columns = self.columns or {}
+        missing = sorted(set(columns.values()) - row.keys())
+        if missing and not self.is_renamed:
+            text = f"data.columns: there is no column {missing[0]!r}; the columns are {sorted(row)}"
+            raise DataError(f"{where}: {text}")
+        self.is_renamed = True
+        others = {key: value for key, value in row.items() if key not in columns.values()}
+        names = {field: column for field, column in columns.items() if column in row}
+        return others | {field: row[column] for field, column in names.items()}
+
+
+def _converted(row: Row, format: str, as_chat: bool, where: str) -> Row:
     try:
         return LocatedRow(read_as(format, row, as_chat), where)
     except EmptyAnswer:
@@ -118,15 +134,3 @@ def validate(row: Any, where: str) -> Row:
             text = f"field {field!r} holds half a surrogate pair, which is no text"
             raise DataError(f"{where}: {text}") from None
     return row
-
-
-def _rename_columns(row: Row, columns: Columns, where: str) -> Row:
-    """Rename columns to the fields whose values they have."""
-    if not columns:
-        return row
-    missing = sorted(set(columns.values()) - row.keys())
-    if missing:
-        text = f"data.columns: there is no column {missing[0]!r}; the columns are {sorted(row)}"
-        raise DataError(f"{where}: {text}")
-    others = {key: row[key] for key in row.keys() - set(columns.values())}
-    return others | {field: row[column] for field, column in columns.items()}

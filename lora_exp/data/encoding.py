@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_exp.data.rendered import Span, prompt_of, rendered
+from lora_exp.data.rendered import Span, ended, prompt_of, rendered
 from lora_exp.data.template import handled_alarms
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
@@ -99,6 +99,19 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span] | 
             for token, label, (s, e) in zip(ids, labels, offsets, strict=True)
         ]
     return labels
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the tokens of a plain text and its end: one BOS token, if any, and one EOS token."""
+    ids: list[int] = tokenizer(ended(text, tokenizer))["input_ids"]
+    return ids[without_repeated_ends(ids, tokenizer)]
+
+
+def without_bos(text: str, tokenizer: Any) -> str:
+    """Return a plain text without a BOS token of its own, if the tokenizer adds one."""
+    if tokenizer.bos_token is None or tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+        return text
+    return text.removeprefix(tokenizer.bos_token)
 
 
 def text_prompt(text: str, tokenizer: Any) -> list[int]:

@@ -11,8 +11,9 @@ from datasets import Dataset, Features, Json, List
 from datasets.features.features import generate_from_arrow_type
 from omegaconf import DictConfig
 
-from lora_exp.data.encoding import IGNORED, text_prompt
+from lora_exp.data.encoding import IGNORED, text_prompt, without_bos
 from lora_exp.data.reading import OnError
+from lora_exp.data.rendered import ended
 from lora_exp.data.rows import Rows
 from lora_exp.data.shapes import SHAPES, list_faults, location_of
 from lora_exp.data.template import render_chat, to_form, turn_end
@@ -138,7 +139,7 @@ def prompts(
         text = f"none of the {len(rows)} {what} prompts has at most {room:g} tokens"
         raise DataError(f"{text}; lower algorithm.args.max_completion_length or shorten them")
     counts = Counts(len(kept), sum(lengths[i] for i in kept), 0, 0, len(lengths) - len(kept))
-    prepared_rows = [_in_template_form(rows[i], tokenizer) for i in kept]
+    prepared_rows = [_as_trained(rows[i], tokenizer) for i in kept]
     return Tokens(table(prepared_rows), counts, cached=False, refused=refused)
 
 
@@ -158,7 +159,7 @@ def raw(rows: Sequence[Row], shape: str, tokenizer: Any, on_error: OnError = "ra
     refused = _refused_rows(rows, tokenizer, render, on_error)
     fields = SHAPES[shape] | {"tools", "margin"}
     kept = [row for row in rows if location_of(row) not in refused]
-    prepared_rows = [_in_template_form(row, tokenizer) for row in kept]
+    prepared_rows = [_as_trained(row, tokenizer) for row in kept]
     columns = [{key: row[key] for key in row.keys() & fields} for row in prepared_rows]
     return Tokens(table(columns), Counts(len(kept), 0, 0, 0, 0), cached=False, refused=refused)
 
@@ -181,13 +182,19 @@ def _refused_rows(
     return refused
 
 
-def _in_template_form(row: Row, tokenizer: Any) -> Row:
-    """Return a row with its chats in the form that the chat template takes."""
-    chats = {key: value for key, value in row.items() if key in CHATS and isinstance(value, list)}
-    return dict(row) | {key: to_form(turns, tokenizer) for key, turns in chats.items()}
+def _as_trained(row: Row, tokenizer: Any) -> Row:
+    """Return a row as trainers take it, which add BOS and EOS tokens to texts themselves."""
+    parts = {key: row[key] for key in TEXTS if key in row}
+    for key, part in parts.items():
+        if isinstance(part, list):
+            parts[key] = to_form(part, tokenizer)
+        elif isinstance(part, str):
+            is_prompt = key == "prompt"
+            parts[key] = without_bos(part, tokenizer) if is_prompt else ended(part, tokenizer)
+    return dict(row) | parts
 
 
-CHATS = ("prompt", "chosen", "rejected", "completion")
+TEXTS = ("prompt", "chosen", "rejected", "completion")
 
 
 def table(rows: Sequence[Row]) -> Dataset:

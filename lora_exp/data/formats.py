@@ -10,7 +10,17 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_exp.data.turns import FieldError, Row, text_in, tools_in, turns_in, with_system
+from lora_exp.data.questions import ANSWERED, asked_in, history_in, names_in, question_in
+from lora_exp.data.turns import (
+    SYSTEM,
+    FieldError,
+    Row,
+    system_column,
+    text_in,
+    tools_in,
+    turns_in,
+    with_system,
+)
 from lora_exp.errors import DataError
 
 
@@ -18,20 +28,8 @@ class EmptyAnswer(FieldError):
     """An answer without text, from which nothing can be learnt."""
 
 
-# column names of well-known data sets: question, context of the question, answer
-QUESTIONS = (
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-    ("instruction", "context", "output"),
-    ("instruction", "input", "response"),
-    ("question", "", "answer"),
-    ("query", "", "response"),
-    ("input", "", "output"),
-)
-
-
 def _from_text(row: Row) -> Row:
-    if not text_in(row, "text"):
+    if not text_in(row, "text").strip():
         raise EmptyAnswer("field 'text' is empty")
     return row
 
@@ -39,43 +37,34 @@ def _from_text(row: Row) -> Row:
 def _from_prompt_completion(row: Row) -> Row:
     if isinstance(row.get("prompt"), list):
         prompt, completion = turns_in(row, "prompt"), turns_in(row, "completion")
-        turns = with_system(_with_answer(prompt + completion, "completion"), row)
-        return _without(row, "prompt", "completion", "system") | {"messages": turns}
+        turns = with_system(uncounted(prompt) + _with_answer(completion, "completion"), row)
+        return _without(row, "prompt", "completion", *SYSTEM) | {"messages": turns}
     text_in(row, "prompt")
-    if not text_in(row, "completion"):
+    if not text_in(row, "completion").strip():
         raise EmptyAnswer("field 'completion' is empty")
     return row
 
 
 def _from_alpaca(row: Row) -> Row:
-    names = next((n for n in QUESTIONS if n[0] in row and n[2] in row), QUESTIONS[0])
-    question, context, answer = names
-    text = text_in(row, question)
-    if context and row.get(context):
-        text += "\n\n" + text_in(row, context)
-    turns = [*_history(row), {"role": "user", "content": text}]
-    turns.append({"role": "assistant", "content": text_in(row, answer)})
-    messages = with_system(_with_answer(turns, answer), row)
-    return _without(row, question, context, answer, "system", "history") | {"messages": messages}
-
-
-def _history(row: Row) -> list[Row]:
-    """Return the earlier turns of an alpaca row: pairs of question and answer."""
-    history = row.get("history") or []
-    texts = [text for pair in history for text in pair] if isinstance(history, list) else [None]
-    if len(texts) != 2 * len(history) or not all(isinstance(text, str) for text in texts):
-        raise FieldError("field 'history' is not a list of pairs [question, answer]")
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    names = names_in(row)
+    turns = [*history_in(row), question_in(row, names)]
+    turns.append({"role": "assistant", "content": text_in(row, names.answer)})
+    messages = with_system(_with_answer(turns, names.answer), row)
+    return _without(row, *names.columns, *SYSTEM, "history") | {"messages": messages}
 
 
 def _from_messages(row: Row, field: str = "messages") -> Row:
     turns = with_system(_with_answer(turns_in(row, field), field), row)
-    return _without(row, field, "system") | {"messages": turns}
+    return _without(row, field, *SYSTEM) | {"messages": turns}
 
 
 def _from_sharegpt(row: Row) -> Row:
     return _from_messages(row, "conversations")
+
+
+def uncounted(prompt: list[Row]) -> list[Row]:
+    """Return the turns of a prompt, of which none counts in the loss."""
+    return [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
 
 
 def _with_answer(turns: list[Row], field: str) -> list[Row]:
@@ -91,16 +80,19 @@ def _with_answer(turns: list[Row], field: str) -> list[Row]:
 
 def _from_preference(row: Row) -> Row:
     """Convert a pair of answers; if there is no prompt, it is the beginning that both share."""
-    chosen, rejected = _text_or_turns(row, "chosen"), _text_or_turns(row, "rejected")
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise FieldError("one of 'chosen' and 'rejected' is a text, the other a list of turns")
     prompt = _text_or_turns(row, "prompt") if row.get("prompt") else None
-    if isinstance(chosen, list) and chosen[0]["role"] != "assistant":
-        prompt = None  # the turns of the prompt stand in both answers
-    if prompt is None:
+    # whether the turns of the prompt stand in both answers
+    is_whole = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
+    if prompt is None and not is_whole:
+        prompt = asked_in(row)
+    if prompt is None or is_whole:
         shared_length = _shared_text if isinstance(chosen, str) else _shared_turns
         length = shared_length(chosen, rejected)
-        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        shared, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        prompt = _longer(prompt, shared) if isinstance(prompt, list) else shared
     elif isinstance(prompt, str) and isinstance(chosen, list):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and isinstance(chosen, str):
@@ -113,6 +105,23 @@ def _from_preference(row: Row) -> Row:
     if not prompt:
         raise FieldError("field 'prompt' is missing, and the two answers begin with nothing shared")
     return _with_prompt(row, prompt) | {"chosen": chosen, "rejected": rejected}
+
+
+def _longer(prompt: list[Row], shared: list[Row]) -> list[Row]:
+    """Return the longer of a prompt and the turns with which both answers begin.
+
+    Raises:
+        FieldError: neither contains the other.
+    """
+    contents, shared_contents = (
+        [(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, shared)
+    )
+    starts = range(len(shared) - len(prompt) + 1)
+    if any(shared_contents[i : i + len(prompt)] == contents for i in starts):
+        return shared
+    if contents[len(prompt) - len(shared) :] == shared_contents:
+        return prompt
+    raise FieldError("field 'prompt' is another chat than that with which both answers begin")
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -135,7 +144,7 @@ def _shared_turns(a: list[Row], b: list[Row]) -> int:
 def _from_unpaired_preference(row: Row) -> Row:
     if not isinstance(row.get("label"), bool):
         raise FieldError(f"field 'label' is {json.dumps(row.get('label'))}, not true or false")
-    prompt, completion = _text_or_turns(row, "prompt"), _text_or_turns(row, "completion")
+    prompt, completion = _text_or_turns(row, "prompt"), _answer(row, "completion")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise FieldError("one of 'prompt' and 'completion' is a text, the other a list of turns")
     return _with_prompt(row, prompt) | {"completion": completion}
@@ -146,9 +155,9 @@ def _from_prompt(row: Row) -> Row:
 
 
 def _with_prompt(row: Row, prompt: Any) -> Row:
-    """Return a row with its prompt, beginning with the system prompt of column `system`, if any."""
-    if isinstance(prompt, list) and row.get("system"):
-        return _without(row, "system") | {"prompt": with_system(prompt, row)}
+    """Return a row with its prompt, beginning with the system prompt of a column, if any."""
+    if isinstance(prompt, list):
+        return _without(row, *SYSTEM) | {"prompt": with_system(prompt, row)}
     return row | {"prompt": prompt}
 
 
@@ -157,13 +166,26 @@ def _text_or_turns(row: Row, field: str) -> Any:
     if isinstance(row.get(field), list):
         return turns_in(row, field)
     if not text_in(row, field):
-        error_type = FieldError if field == "prompt" else EmptyAnswer
-        raise error_type(f"field {field!r} is empty")
+        raise FieldError(f"field {field!r} is empty")
+    return row[field]
+
+
+def _answer(row: Row, field: str) -> Any:
+    """Return an answer: its text, or its turns, of which the last is the assistant's."""
+    if isinstance(row.get(field), list):
+        turns = turns_in(row, field)
+        if turns[-1]["role"] != "assistant":
+            raise FieldError(f"the last turn of {field!r} is not the assistant's")
+        if not turns[-1]["content"].strip() and not turns[-1].get("tool_calls"):
+            raise EmptyAnswer(f"the answer in {field!r} is empty")
+        return turns
+    if not text_in(row, field).strip():
+        raise EmptyAnswer(f"field {field!r} is empty")
     return row[field]
 
 
 def _without(row: Row, *fields: str) -> Row:
-    return {key: row[key] for key in row.keys() - set(fields)}
+    return {key: value for key, value in row.items() if key not in fields}
 
 
 # a row has the first format whose fields it has
@@ -182,7 +204,7 @@ FIELDS: dict[str, list[set[str]]] = {
     "unpaired_preference": [{"prompt", "completion", "label"}],
     "messages": [{"messages"}],
     "sharegpt": [{"conversations"}],
-    "alpaca": [{question, answer} for question, _, answer in QUESTIONS],
+    "alpaca": ANSWERED,
     "prompt_completion": [{"prompt", "completion"}],
     "text": [{"text"}],
     "prompt": [{"prompt"}],
@@ -236,6 +258,7 @@ def read_as(format: str, row: Row, as_chat: bool = False) -> Row:
 
     Raises:
         FieldError: a field that cannot be used, or images and sounds, which are not trained on.
+        EmptyAnswer: there is nothing to learn.
     """
     if carried := next((name for name in NOT_TEXT if row.get(name)), None):
         text = f"field {carried!r} is not empty; only text can be trained on"
@@ -245,7 +268,11 @@ def read_as(format: str, row: Row, as_chat: bool = False) -> Row:
     shaped = _without(shaped, *unused, "tools")
     tools = tools_in(row)
     shaped |= {"tools": tools} if tools else {}
-    return _as_chat(shaped) if as_chat else shaped
+    shaped = _as_chat(shaped) if as_chat else shaped
+    if isinstance(shaped.get("prompt"), str) and (column := system_column(shaped)):
+        text = f"field {column!r} is a system prompt, and the prompt is plain text, not a chat"
+        raise FieldError(f"{text}; data.as_chat=true makes both turns of a chat")
+    return shaped
 
 
 def _as_chat(row: Row) -> Row:
@@ -255,7 +282,7 @@ def _as_chat(row: Row) -> Row:
     turns["prompt"] = with_system(turns["prompt"], row)
     for field in row.keys() & {"completion", "chosen", "rejected"}:
         turns[field] = [{"role": "assistant", "content": row[field]}]
-    others = _without(row, *turns, "system")
+    others = _without(row, *turns, *SYSTEM)
     if "completion" in turns and "label" not in row:
         return others | {"messages": turns["prompt"] + turns["completion"]}
     return others | turns

@@ -31,6 +31,7 @@ READABLE = "rows are read from JSON Lines, JSON, CSV, Parquet or Arrow, also .gz
 CONVERT = "convert the file to UTF-8"
 BATCH = 1000  # rows of a table that are Python objects at a time
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+FIELD = 2**31 - 1  # characters of a CSV field; C's long has no more on every system
 
 
 def files(pattern: str) -> list[Path]:
@@ -44,11 +45,26 @@ def files(pattern: str) -> list[Path]:
         if not (paths[0] / "state.json").is_file():
             text = f"{pattern} is a folder; data=hub data.path={pattern} reads the files in one"
             raise DataError(f"{text}, or give a glob such as '{pattern}/*.jsonl'")
-        paths = sorted(paths[0].glob("*.arrow"))  # as `Dataset.save_to_disk` writes it
+        paths = _data_files(paths[0])
     paths = [path for path in paths if path.is_file()]
     if not paths:
         raise DataError(f"no file matches {pattern}")
     return paths
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files of a data set that `Dataset.save_to_disk` wrote.
+
+    Beside them lie `cache-*.arrow`, which `datasets` writes when it changes or selects rows.
+
+    Raises:
+        DataError: its list of files cannot be read.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'state.json'} cannot be read: {error!r}") from error
 
 
 def lines(path: Path) -> Iterator[tuple[str, Row | DataError]]:
@@ -131,18 +147,36 @@ def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[tuple[str, Row]]
             for start in range(0, len(batch), BATCH):
                 for row in batch.slice(start, BATCH).to_pylist():
                     number += 1
-                    yield f"{path} row {number}", row
+                    yield f"{path} row {number}", without_nulls(row)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def without_nulls(row: Row) -> Row:
+    """Return a table's row whose objects have no empty keys.
+
+    A table gives each object the keys of all objects in its column: a call of one tool has the
+    arguments of every other one.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _separated(
     stream: io.BufferedReader, path: Path, separator: str
 ) -> Iterator[tuple[str, Row | DataError]]:
+    csv.field_size_limit(FIELD)  # of this process; else a field has at most 131,072 characters
     # bytes that are not UTF-8 become halves of surrogate pairs, so that their row can be named
     with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.DictReader(text, delimiter=separator, strict=True)
         names = list(reader.fieldnames or ())  # reads the first line
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: the first line names the column {twice[0]!r} twice")
         while True:
             where = f"{path}:{reader.line_num + 1}"
             try:

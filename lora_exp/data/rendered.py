@@ -5,21 +5,17 @@ Knows no token ids; `tokens` maps the spans to tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lora_exp.data.formats import common_prefix
+from lora_exp.data.marks import MARKERS, THOUGHTS, Marker, before_text, in_name, in_text, marked
 from lora_exp.data.template import MARK, render_chat, special_tokens, turn_end
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 
-Marker = Callable[
-    [Row], Row | None
-]  # returns a turn with `MARK` in it; None if there is no place for it
 Span = tuple[int, int]  # first character, and the one after the last
-THOUGHTS = "</think>"  # templates of reasoning models may drop an answer's text before it
 
 
 def rendered(row: Row, tokenizer: Any) -> tuple[str, list[Span]]:
@@ -29,13 +25,18 @@ def rendered(row: Row, tokenizer: Any) -> tuple[str, list[Span]]:
         DataError: the chat template refuses the row, or does not show an assistant turn.
     """
     if "messages" not in row:
-        end = tokenizer.eos_token or ""
         text = row["prompt"] + row["completion"] if "prompt" in row else row["text"]
-        text = text.rstrip() if end and text.rstrip().endswith(end) else text + end
+        text = ended(text, tokenizer)
         return text, [(len(row.get("prompt", "")), len(text))]
     text, spans = turn_spans(row, tokenizer)
     turns = row["messages"]
     return text, [span for i, span in spans.items() if turns[i].get("weight", 1)]
+
+
+def ended(text: str, tokenizer: Any) -> str:
+    """Return a plain text with one EOS token at its end, which it may have already."""
+    end = tokenizer.eos_token or ""
+    return text.rstrip() if end and text.rstrip().endswith(end) else text + end
 
 
 def turn_spans(row: Row, tokenizer: Any) -> tuple[str, dict[int, Span]]:
@@ -91,12 +92,33 @@ class _Chat:
             for marker in MARKERS:
                 part = self._text_after(self.turns[:i], i - 1, marker, answer=True)
                 whole = self._text_after(self.turns, i - 1, marker)
-                start = self._divergence(part, whole)
-                if start is not None and start <= stop:
-                    return start
+                same = self._divergence(part, whole)
+                if part is not None and same is not None and same[1] <= stop:
+                    return self._after_opening(i, prompt, part[same[0] :], same[1], stop)
         # there is no prompt, or the template does not show it: take the answer's own text
-        before = self._render(_marked(self.turns, i, _before_text) or []).partition(MARK)[0]
+        before = self._render(marked(self.turns, i, before_text) or []).partition(MARK)[0]
         return min(common_prefix(before, self.whole), stop)
+
+    def _after_opening(self, i: int, prompt: str, rest: str, start: int, stop: int) -> int:
+        """Return where turn i begins, if its prompt and the whole diverge before it is opened.
+
+        Some templates end a tool's result otherwise if nothing follows it (Hermes).
+
+        Args:
+            i: the index of the turn.
+            prompt: as it is rendered.
+            rest: what follows in the prompt where the whole diverges from it.
+            start: where it diverges, in the whole.
+            stop: where the turn ends.
+        """
+        until_opening = self._render(self.turns[:i])
+        opening = prompt.removeprefix(until_opening) if prompt.startswith(until_opening) else ""
+        if not opening or len(rest) < len(opening):
+            return start
+        position = self.whole.find(self._pieces(opening)[0], start, stop)
+        if position < 0:
+            return start
+        return position + self._common_length(opening, self.whole[position:stop])
 
     def stop(self, i: int) -> int:
         """Return where turn i ends, including the token with which the template ends it."""
@@ -107,38 +129,45 @@ class _Chat:
             return len(until_answer)
         for marker in MARKERS:
             part = self._text_after(self.turns[: i + 1], i, marker)
-            stop = self._divergence(part, self._text_after(self.turns, i, marker))
-            if stop is not None:
-                return stop
+            same = self._divergence(part, self._text_after(self.turns, i, marker))
+            if same is not None:
+                return same[1]
         raise DataError(self._hidden_message(i))
 
     def _text_after(
         self, turns: list[Row], i: int, marker: Marker, answer: bool = False
     ) -> str | None:
         """Return the text after a mark in turn i; None if the template does not show the mark."""
-        marked = _marked(turns, i, marker)
-        text = self._render(marked, answer) if marked else ""
+        with_mark = marked(turns, i, marker)
+        text = self._render(with_mark, answer) if with_mark else ""
         return text.partition(MARK)[2] if MARK in text else None
 
-    def _divergence(self, part: str | None, whole: str | None) -> int | None:
+    def _divergence(self, part: str | None, whole: str | None) -> tuple[int, int] | None:
         """Return where the whole text diverges from a part of the chat; None if that is unknown.
 
         Args:
             part: the text after a mark in a part of the chat.
             whole: the text after the same mark in the whole chat.
+
+        Returns:
+            How many characters both have in common, and where they end in the rendering.
         """
         if part is None or whole is None:
             return None
-        length = 0
-        for a, b in zip(self._pieces(part), self._pieces(whole), strict=False):
-            if a != b:
-                # two special tokens, or a token and a text, share no prefix
-                is_text = not (self.special.fullmatch(a) or self.special.fullmatch(b))
-                length += _common_words(a, b) if is_text else 0
-                break
-            length += len(a)
+        length = self._common_length(part, whole)
         rest = whole[length:]
-        return len(self.rendering) - len(rest) if self.rendering.endswith(rest) else None
+        return (length, len(self.rendering) - len(rest)) if self.rendering.endswith(rest) else None
+
+    def _common_length(self, a: str, b: str) -> int:
+        """Return the length of the common prefix of two texts, in tokens and whole words."""
+        length = 0
+        for x, y in zip(self._pieces(a), self._pieces(b), strict=False):
+            if x != y:
+                # two special tokens, or a token and a text, share no prefix
+                is_text = not (self.special.fullmatch(x) or self.special.fullmatch(y))
+                return length + (_common_words(x, y) if is_text else 0)
+            length += len(x)
+        return length
 
     def check(self, i: int, start: int, stop: int) -> None:
         """Check that the template shows the turn's text and tool calls.
@@ -147,20 +176,23 @@ class _Chat:
             DataError: it does not show them.
         """
         turn, shown = self.turns[i], self.whole[start:stop]
-        if turn["content"].rpartition(THOUGHTS)[2].strip() not in shown:
-            self._check_mark(i, _in_text)
-        for number, call in enumerate(turn.get("tool_calls", ())):
-            if call["function"]["name"] not in shown:
-                self._check_mark(i, partial(_in_name, number=number))
-        if turn["content"] and turn.get("tool_calls") and i + 1 < len(self.turns):
-            rest = self._text_after(self.turns, i + 1, _in_text)
+        text, calls = turn["content"].rpartition(THOUGHTS)[2].strip(), turn.get("tool_calls", ())
+        # one of them may show the words of another
+        is_one = len(calls) + bool(text) == 1
+        if text and not (is_one and text in shown):
+            self._check_mark(i, in_text)
+        for number, call in enumerate(calls):
+            if not (is_one and call["function"]["name"] in shown):
+                self._check_mark(i, partial(in_name, number=number))
+        if turn["content"] and calls and i + 1 < len(self.turns):
+            rest = self._text_after(self.turns, i + 1, in_text)
             if rest is not None and start < len(self.rendering) - len(rest) < stop:
                 text = f"the chat template writes turn {i + 1} into assistant turn {i}"
                 raise DataError(f"{text}, between its calls and its text; make it two turns")
 
     def _check_mark(self, i: int, marker: Marker) -> None:
-        marked = _marked(self.turns, i, marker)
-        if marked is None or MARK not in self._render(marked):
+        turns = marked(self.turns, i, marker)
+        if turns is None or MARK not in self._render(turns):
             raise DataError(self._hidden_message(i))
 
     def _hidden_message(self, i: int) -> str:
@@ -209,51 +241,6 @@ def _common_words(a: str, b: str) -> int:
     if length in (len(a), len(b)):
         return length
     return max((i + 1 for i in range(length) if a[i].isspace()), default=0)
-
-
-def _marked(turns: list[Row], i: int, marker: Marker) -> list[Row] | None:
-    """Return turns with a mark in one of them; None if there is no place for it."""
-    turn = marker(turns[i])
-    return None if turn is None else [*turns[:i], turn, *turns[i + 1 :]]
-
-
-def _in_text(turn: Row) -> Row:
-    """Put the mark in the middle of the text: templates may check its beginning and end."""
-    text = turn["content"].rpartition(THOUGHTS)[2]
-    return _with_mark(turn, len(text) - len(text) // 2)
-
-
-def _before_text(turn: Row) -> Row:
-    """Put the mark before the text."""
-    return _with_mark(turn, len(turn["content"].rpartition(THOUGHTS)[2].lstrip()))
-
-
-def _with_mark(turn: Row, characters_left: int) -> Row:
-    """Put the mark so that a number of characters of the content follow it."""
-    position = len(turn["content"]) - characters_left
-    return turn | {"content": turn["content"][:position] + MARK + turn["content"][position:]}
-
-
-def _in_arguments(turn: Row) -> Row | None:
-    """Put the mark in the arguments of the last call."""
-    if not turn.get("tool_calls"):
-        return None
-    *calls, last = turn["tool_calls"]
-    function = last["function"]
-    arguments = dict(function["arguments"]) | {"mark": MARK}
-    return turn | {"tool_calls": [*calls, last | {"function": function | {"arguments": arguments}}]}
-
-
-def _in_name(turn: Row, number: int) -> Row:
-    """Put the mark in the name of a call."""
-    calls = list(turn["tool_calls"])
-    function = calls[number]["function"]
-    name = function["name"] + MARK
-    calls[number] = calls[number] | {"function": function | {"name": name}}
-    return turn | {"tool_calls": calls}
-
-
-MARKERS: tuple[Marker, ...] = (_in_text, _in_arguments)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Literal
 from lora_exp.data import tasks as generated
 from lora_exp.data.conversion import Columns, Converted
 from lora_exp.data.conversion import convert as convert
-from lora_exp.data.reading import OnError, files, lines
+from lora_exp.data.formats import READ
+from lora_exp.data.reading import OnError, files, lines, without_nulls
 from lora_exp.data.shapes import location_of, reshape
 from lora_exp.data.stored import selected
 from lora_exp.data.template import template_file
@@ -131,13 +132,18 @@ def hub(
         DataError: it cannot be loaded, or rows cannot be used (row and field are named).
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     def load(name: str) -> Converted:
+        if (Path(path) / "state.json").is_file():
+            text = "was written by save_to_disk; data=jsonl reads it"
+            raise DataError(f"data.path: {path} {text}: data=jsonl data.path={path}")
         try:
             loaded = load_dataset(path, subset, revision=revision, split=name)
-        except (OSError, ValueError) as error:
-            raise DataError(f"data.path: {path} ({name}) cannot be loaded: {error}") from error
-        numbered = ((f"{path}[{name}] row {i}", row) for i, row in enumerate(loaded))
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = error.__cause__ or error  # the cause names the file
+            raise DataError(f"data.path: {path} ({name}) cannot be loaded: {reason}") from error
+        numbered = ((f"{path}[{name}] row {i}", without_nulls(row)) for i, row in enumerate(loaded))
         return convert(numbered, format, f"{path}[{name}]", on_error, columns, as_chat)
 
     loaded = load(split)
@@ -200,7 +206,9 @@ def _counts(train: Sequence[Row], held_out: Sequence[Row]) -> tuple[int, int, in
 
 
 def _content(row: Row) -> int:
-    return hash(json.dumps(row, sort_keys=True, default=str))
+    """Return a hash of what is learnt from a row: another id makes no other row."""
+    learnt = {key: row[key] for key in sorted(READ) if key in row}
+    return hash(json.dumps(learnt, sort_keys=True, default=str))
 
 
 def _commit(path: str, revision: str | None) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_exp.data.formats import FORMATS
+from lora_exp.data.formats import FORMATS, uncounted
 from lora_exp.data.stored import StoredRows
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
@@ -93,7 +93,7 @@ def _at(row: Row, new: Row) -> Row:
 
 
 def _without(row: Row, *fields: str) -> Row:
-    return {key: row[key] for key in row.keys() - set(fields)}
+    return {key: value for key, value in row.items() if key not in fields}
 
 
 def _to_unpaired(row: Row) -> list[Row]:
@@ -105,7 +105,7 @@ def _to_unpaired(row: Row) -> list[Row]:
 def _to_chosen(row: Row) -> list[Row]:
     rest = _without(row, "prompt", "chosen", "rejected")
     if isinstance(row["chosen"], list):
-        return [rest | {"messages": row["prompt"] + row["chosen"]}]
+        return [rest | {"messages": uncounted(row["prompt"]) + row["chosen"]}]
     return [rest | {"prompt": row["prompt"], "completion": row["chosen"]}]
 
 
@@ -119,7 +119,8 @@ def _to_prompt(row: Row) -> list[Row]:
     if last["role"] != "assistant":
         prompt, last = row["messages"], {"content": None}
     rest = _without(row, "messages")
-    return [rest | {"prompt": prompt, "answer": rest.get("answer", last["content"])}]
+    known = last["content"] or None  # a call alone is no text to compare with
+    return [rest | {"prompt": prompt, "answer": rest.get("answer", known)}]
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[Row], list[Row]]] = {

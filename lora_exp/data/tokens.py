@@ -28,7 +28,7 @@ from lora_exp.data.turns import Row
 from lora_exp.errors import DataError
 from lora_exp.files.paths import cache_dir
 
-VERSION = 6  # of the loss mask (`encoding`, `rendered`) and of the files; part of the cache's key
+VERSION = 7  # of the loss mask (`encoding`, `rendered`) and of the files; part of the cache's key
 STREAM = "chunks/stream.arrow"  # until all are written
 SCHEMA = pyarrow.schema(
     [(name, pyarrow.list_(pyarrow.int32())) for name in ("input_ids", "labels")]
@@ -140,10 +140,11 @@ def _read_stored(folder: Path, rows: Sequence[Row]) -> Tokens:
 
 def _key(rows: Sequence[Row], tokenizer: Any, *options: Any) -> str:
     digest = hashlib.sha256(json.dumps([VERSION, *options]).encode())
-    for part in (_vocabulary(tokenizer), template_of(tokenizer), tokenizer.eos_token):
+    names = sorted(tokenizer.special_tokens_map.items())  # templates write the BOS token, too
+    for part in (_vocabulary(tokenizer), template_of(tokenizer), names):
         digest.update(f"{part}\0".encode())
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    for row in rows:  # with its keys in their order: templates write calls and tools as JSON
+        digest.update(json.dumps(dict(sorted(row.items())), default=str).encode())
     return digest.hexdigest()
 
 

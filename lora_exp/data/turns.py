@@ -15,6 +15,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 ROLES |= {"chatgpt": "assistant", "model": "assistant", "function_call": "assistant"}
 ROLES |= {"system": "system", "developer": "system", "tool": "tool"}
 ROLES |= {"function": "tool", "observation": "tool"}
+SYSTEM = ("system", "system_prompt")  # columns with a system prompt
 
 
 class FieldError(Exception):
@@ -24,29 +25,38 @@ class FieldError(Exception):
 def turns_in(row: Row, field: str) -> list[Row]:
     """Return the turns in a field of a row; ShareGPT's fields `from` and `value` are read, too.
 
+    They may be JSON text, as in the columns of tables whose rows have different fields.
+
     Raises:
         FieldError: a turn cannot be used; turn and field are named.
     """
     turns = row.get(field)
+    if isinstance(turns, str) and turns.lstrip()[:1] == "[":
+        turns = _decoded(turns, f"field {field!r}")
     if not isinstance(turns, list) or not turns:
         raise FieldError(f"field {field!r} is not a list of turns")
     return [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
 
 
 def with_system(turns: list[Row], row: Row) -> list[Row]:
-    """Return turns that begin with the system prompt of the row's column `system`, if it has one.
+    """Return turns that begin with the system prompt in a column of the row, if it has one.
 
     Raises:
         FieldError: the column is no text, or the turns begin with another system prompt.
     """
-    if not row.get("system"):
+    if (column := system_column(row)) is None:
         return turns
-    system = {"role": "system", "content": text_in(row, "system")}
+    system = {"role": "system", "content": text_in(row, column)}
     if turns[0]["role"] != "system":
         return [system, *turns]
     if turns[0]["content"] != system["content"]:
-        raise FieldError("field 'system' is another text than the system turn of the chat")
+        raise FieldError(f"field {column!r} is another text than the system turn of the chat")
     return turns
+
+
+def system_column(row: Row) -> str | None:
+    """Return the column of a row that has a system prompt; None: there is none."""
+    return next((column for column in SYSTEM if row.get(column)), None)
 
 
 def tools_in(row: Row) -> list[Row] | None:
@@ -81,6 +91,8 @@ def text_in(row: Row, field: str) -> str:
 
 
 def _turn(turn: Any, location: str) -> Row:
+    if isinstance(turn, str) and turn.lstrip()[:1] == "{":
+        turn = _decoded(turn, location)
     if not isinstance(turn, dict):
         raise FieldError(f"{location} is not an object with 'role' and 'content'")
     role = "from" if "from" in turn and "role" not in turn else "role"
@@ -89,7 +101,7 @@ def _turn(turn: Any, location: str) -> Row:
     if not isinstance(role_name, str) or role_name not in ROLES:
         raise FieldError(f"{location}.{role} is {role_name!r}, none of {', '.join(sorted(ROLES))}")
     used = {role, content, "tool_calls", "function_call", "weight"}
-    rest = {key: turn[key] for key in turn.keys() - used}
+    rest = {key: value for key, value in turn.items() if key not in used and value is not None}
     if turn.get("weight") is not None:
         if turn["weight"] not in (0, 1):
             raise FieldError(f"{location}.weight is {turn['weight']!r}, neither 0 nor 1")
@@ -135,10 +147,12 @@ def _call(call: Any, location: str) -> Row:
     arguments = _decoded(function.get("arguments") or {}, f"{location}.arguments")
     if not isinstance(arguments, dict):
         raise FieldError(f"{location}.arguments is {json.dumps(arguments)[:40]}, not an object")
-    other_fields = (
-        {} if function is call else {key: call[key] for key in call.keys() - {"function"}}
-    )
-    return {"type": "function"} | other_fields | {"function": function | {"arguments": arguments}}
+    function = function | {"arguments": arguments}
+    if "function" not in call:
+        return {"type": "function", "function": function}
+    # in the order of the row: templates may write a call as JSON
+    others = {key: value for key, value in call.items() if value is not None}
+    return others | {"type": call.get("type") or "function", "function": function}
 
 
 def _decoded(value: Any, location: str) -> Any:

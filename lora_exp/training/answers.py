@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_exp.data.encoding import text_prompt
 from lora_exp.data.rendered import Prompt, prompt_of
 from lora_exp.data.tokens import virtual_tokens
 from lora_exp.data.turns import Row
@@ -64,24 +65,25 @@ class HeldOut:
         return self.ask()
 
 
-def questions(rows: Sequence[Row], tokenizer: Any, count: int) -> list[Question]:
+def questions(rows: Sequence[Row], tokenizer: Any, model: Any, count: int) -> list[Question]:
     """Return the prompts of the first rows that have one: plain text has none.
 
     Args:
         rows: held-out rows.
         tokenizer: the base's, with its chat template.
+        model: that answers.
         count: of questions, at most.
     """
     with_prompt = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
     selected = islice(with_prompt, count)
-    return [Question(p, ids_of(p, tokenizer), row.get("task")) for row, p in selected]
+    return [Question(p, ids_of(p, tokenizer, model), row.get("task")) for row, p in selected]
 
 
 def answer(
     model: Any, tokenizer: Any, rows: Sequence[Row], settings: Any, what: str
 ) -> list[Answer]:
     """Answer the prompts of the first rows; see `answered`."""
-    asked = questions(rows, tokenizer, settings.rows)
+    asked = questions(rows, tokenizer, model, settings.rows)
     return answered(model, tokenizer, asked, settings, what)
 
 
@@ -142,8 +144,14 @@ def room(model: Any, max_new_tokens: int) -> int:
     return max(1, context - max_new_tokens - virtual_tokens(model))
 
 
-def ids_of(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Return a prompt's tokens; those of a chat have the template's special tokens already."""
+def ids_of(prompt: Prompt, tokenizer: Any, model: Any) -> list[int]:
+    """Return a prompt's tokens, as in training.
+
+    Those of a chat have the template's special tokens already; a text ends with an EOS token only
+    for an encoder.
+    """
+    if not prompt.chat and not model.config.is_encoder_decoder:
+        return text_prompt(prompt.text, tokenizer)
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=not prompt.chat)["input_ids"]
     return ids
 

@@ -79,7 +79,7 @@ class Inputs:
         count = self._cfg.samples.rows
 
         def ask() -> list[Any]:
-            return questions(rows.eval, base.tokenizer, count)
+            return questions(rows.eval, base.tokenizer, base.model, count)
 
         key = ("questions", self._day, self._cfg.algorithm.shape, len(rows.eval), count)
         return HeldOut(rows.eval, lambda: self._shared(ask, *key))

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from lora_exp.data.encoding import text_ids, text_prompt
 from lora_exp.data.formats import common_prefix
 from lora_exp.data.template import render_chat
 from lora_exp.data.tokens import Tokens
@@ -252,8 +253,8 @@ def encoded(row: Row, key: str, tokenizer: Any) -> tuple[list[int], int]:
         tokenizer: the base's.
     """
     if isinstance(row["prompt"], str):
-        start, text = row["prompt"], row["prompt"] + row[key] + tokenizer.eos_token
-        prompt, whole = (tokenizer(t)["input_ids"] for t in (start, text))
+        prompt = text_prompt(row["prompt"], tokenizer)
+        whole = text_ids(row["prompt"] + row[key], tokenizer)
     else:
         start = render_chat(row["prompt"], tokenizer, row.get("tools"), answer=True)
         text = render_chat(row["prompt"] + row[key], tokenizer, row.get("tools"))

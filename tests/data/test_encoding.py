@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import trl
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from trl import SFTConfig, SFTTrainer
 
 from lora_exp.data import tasks
 from lora_exp.data.encoding import IGNORED, encode
-from lora_exp.data.rendered import prompt_of
+from lora_exp.data.examples import prompts, raw
+from lora_exp.data.rendered import Prompt, prompt_of
 from lora_exp.errors import DataError
+from lora_exp.model.special_tokens import without_end
+from lora_exp.rewards import AdapterReward
+from lora_exp.training.answers import ids_of
+from lora_exp.training.measure import encoded
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -48,6 +54,40 @@ def test_a_completion_counts_and_gets_its_end(base: Any) -> None:
 def test_all_of_a_text_counts_and_it_gets_one_end_token(base: Any) -> None:
     assert trained_text({"text": "abc"}, base.tokenizer) == "abc<|im_end|>"
     assert trained_text({"text": "abc<|im_end|>"}, base.tokenizer) == "abc<|im_end|>"
+
+
+def with_ends(base: Any) -> Any:
+    """Return a tokenizer that adds a BOS and an EOS token to each text."""
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.bos_token, ends = "<|endoftext|>", ("<|endoftext|>", tokenizer.eos_token)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{ends[0]} $A {ends[1]}",
+        special_tokens=[(end, tokenizer.convert_tokens_to_ids(end)) for end in ends],
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["Q: a", "<|endoftext|>Q: a"])
+@pytest.mark.parametrize("answer", [" b", " b<|im_end|>", " b<|im_end|>\n"])
+def test_texts_have_one_bos_and_one_eos_token_everywhere(
+    base: Any, prompt: str, answer: str
+) -> None:
+    """In training, measured, answered and rewarded: whatever text and tokenizer add."""
+    tokenizer = with_ends(base)
+    whole = tokenizer("Q: a b")["input_ids"]
+    row = {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": "c", "label": True}
+    assert [ids for ids, _ in encode([row], tokenizer, True)] == [whole]  # type: ignore[misc]
+    assert encoded(row, "chosen", tokenizer) == (whole, len(whole) - 2)
+    assert ids_of(Prompt(prompt, None, chat=False), tokenizer, base.model) == whole[:-2]
+    reward = AdapterReward.__new__(AdapterReward)
+    reward.tokenizer = tokenizer
+    assert reward._encode(prompt, answer, None) == whole
+    for shape, answers in (("preference", ["chosen"]), ("unpaired_preference", ["completion"])):
+        (trained,) = raw([row], shape, tokenizer).dataset
+        for field in answers:  # TRL adds an EOS token to answers without one
+            ids = without_end(tokenizer)(trained["prompt"] + trained[field])["input_ids"]
+            assert ids == whole
+    assert prompts([row], tokenizer, 9, "train").dataset["prompt"] == ["Q: a"]
 
 
 def test_everything_counts_unless_completion_only(base: Any) -> None:

@@ -44,9 +44,9 @@ def test_prompts_without_room_for_an_answer_are_dropped_and_counted(base: Any) -
         prompts(rows, base.tokenizer, 1, "eval")
 
 
-def test_only_columns_that_the_trainer_reads_are_kept() -> None:
+def test_only_columns_that_the_trainer_reads_are_kept(base: Any) -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "label": "easy", "margin": 1.0}
-    assert set(raw([row], "preference", None).dataset.column_names) == {
+    assert set(raw([row], "preference", base.tokenizer).dataset.column_names) == {
         "prompt", "chosen", "rejected", "margin",
     }  # fmt: skip
 

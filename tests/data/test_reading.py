@@ -86,15 +86,34 @@ def test_a_saved_data_set_is_read_from_its_folder_and_other_folders_are_refused(
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     (path,) = files(str(tmp_path / "saved"))
     assert [row for _, row in lines(path)] == ROWS
+    Dataset.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"prompt": "changed"})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    assert files(str(tmp_path / "saved")) == [path]
     with pytest.raises(DataError, match=r"is a folder; data=hub data\.path=.* or give a glob"):
         files(str(tmp_path))
     with pytest.raises(DataError, match="no file matches"):
         files(str(tmp_path / "*.jsonl"))
 
 
+def test_objects_of_a_table_have_no_keys_of_other_rows(tmp_path: Path) -> None:
+    calls: list[Any] = [{"name": "f", "arguments": {"city": "Oslo", "days": [1, None]}}]
+    rows = [{"calls": calls, "label": None}, {"calls": [{"name": "g", "arguments": {"x": 1}}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row for _, row in lines(tmp_path / "rows.parquet")] == [
+        rows[0], rows[1] | {"label": None},
+    ]  # fmt: skip
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    (tmp_path / "rows.csv").write_text(f'text\n"{text}"\n')
+    assert [row for _, row in lines(tmp_path / "rows.csv")] == [{"text": text}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("rows.csv", b"prompt,prompt\na,b\n", "names the column 'prompt' twice"),
         ("rows.xlsx", b"PK\x03\x04rest", "is a ZIP archive or spreadsheet; rows are read from"),
         ("rows.jsonl.xz", lzma.compress(JSONL), "is an xz file; rows are read from JSON Lines"),
         ("rows.jsonl", JSONL.decode().encode("utf-16"), "is text in UTF-16; rows are read from"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from itertools import groupby
 from pathlib import Path
@@ -138,6 +139,51 @@ def test_an_answer_has_its_span_although_the_system_prompt_moves(base: Any) -> N
     text, spans = rendered({"messages": CHATS["system"]}, tokenizer)
     assert text == "<|endoftext|>[INST]q[/INST]one</s>[INST]be brief q[/INST]2</s>"
     assert [text[a:b] for a, b in spans] == ["one</s>", "2</s>"]
+
+
+HERMES = (  # ends a tool's result otherwise if nothing follows it
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>tool\n<tool_response>\n"
+    "{{ m.content }}\n</tool_response>{{ '' if loop.last else '\n' }}<|im_end|>"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_opening_of_a_turn_does_not_count_although_the_text_before_it_changes(
+    base: Any,
+) -> None:
+    tokenizer = with_template(base, HERMES)
+    text, spans = rendered({"messages": CHATS["tools"]}, tokenizer)
+    call = f"<tool_call>{json.dumps(CALL)}</tool_call><|im_end|>\n"
+    answers = [call, "It is 5.<|im_end|>\n", "welcome<|im_end|>\n"]
+    assert [text[a:b] for a, b in spans] == answers
+    assert "</tool_response>\n<|im_end|><|im_start|>assistant\nIt is 5." in text
+
+
+@pytest.mark.parametrize(
+    ("shown", "turn"),
+    [
+        ("m.tool_calls[:1]", {"content": "", "tool_calls": [{"function": CALL}] * 2}),
+        ("[]", {"content": "I add 2 and 3", "tool_calls": [{"function": CALL}]}),
+        ("m.tool_calls", {"content": "add", "tool_calls": [{"function": CALL}]}),
+    ],
+    ids=["the first call", "the text", "the calls"],
+)
+def test_a_part_of_a_turn_that_another_part_seems_to_show_is_an_error(
+    base: Any, shown: str, turn: dict[str, Any]
+) -> None:
+    text = "" if shown == "m.tool_calls" else "{{ m.content }}"
+    tokenizer = with_template(
+        base,
+        f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{% if m.tool_calls %}}{text}"
+        f"{{% for c in {shown} %}}{{{{ c.function | tojson }}}}{{% endfor %}}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    turns = [*chat("2+3?")["messages"], {"role": "assistant"} | turn]
+    with pytest.raises(DataError, match="does not show assistant turn 1"):
+        rendered({"messages": turns}, tokenizer)
 
 
 def test_a_call_that_the_template_does_not_show_is_an_error(base: Any) -> None:

@@ -219,10 +219,14 @@ def test_the_history_and_system_prompt_of_alpaca_rows_are_turns(tmp_path: Path) 
 def test_prompts_that_end_in_white_space_and_repeated_rows_give_a_warning(
     tmp_path: Path,
 ) -> None:
-    path = write_lines(
-        tmp_path / "rows.jsonl", *({"prompt": f"q{i} ", "completion": "a"} for i in "123")
+    path, held_out = (
+        write_lines(
+            tmp_path / f"{name}.jsonl",
+            *({"prompt": f"q{i} ", "completion": "a", "id": f"{name}{i}"} for i in "123"),
+        )
+        for name in ("rows", "held_out")
     )
-    rows = read_rows(path, eval_path=path)
+    rows = read_rows(path, eval_path=held_out)
     assert "3 of 3 prompts end in white space" in rows.warnings[0]
     assert rows.warnings[1] == "3 of 3 held-out rows are training rows, too"
 

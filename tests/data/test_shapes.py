@@ -12,6 +12,7 @@ from lora_exp.errors import DataError
 
 ASK = [{"role": "user", "content": "q"}]
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("good", "bad"))
+CALL = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
 
 
 def test_pairs_become_unpaired_rows_and_chats() -> None:
@@ -36,6 +37,7 @@ def test_pairs_become_unpaired_rows_and_chats() -> None:
     [
         ("messages", {"messages": ASK + GOOD}, ASK, "good"),
         ("messages", {"messages": ASK + GOOD + ASK}, ASK + GOOD + ASK, None),
+        ("messages", {"messages": ASK + CALL}, ASK, None),
         ("prompt_completion", {"prompt": "q", "completion": "a"}, "q", "a"),
         ("prompt_completion", {"prompt": "q", "completion": "a", "answer": "42"}, "q", "42"),
         ("preference", {"prompt": ASK, "chosen": GOOD, "rejected": BAD}, ASK, "good"),

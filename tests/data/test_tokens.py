@@ -73,6 +73,12 @@ def test_the_same_rows_are_read_from_the_cache_and_changed_rows_are_not(base: An
     changed.chat_template = changed.chat_template.replace("<|im_end|>", "<|im_end|> ")
     assert not tokenise(rows, changed, **options).cached
     assert not tokenise([chat("cached?", "no")], base.tokenizer, **options).cached
+    renamed = copy.deepcopy(base.tokenizer)
+    renamed.bos_token = "<|endoftext|>"  # templates write it
+    assert not tokenise(rows, renamed, **options).cached
+    tools = [{"name": "f", "parameters": {}}, {"parameters": {}, "name": "f"}]
+    with_tools = [chat("cached?", "yes") | {"tools": [tool]} for tool in tools]
+    assert _key(with_tools[:1], base.tokenizer) != _key(with_tools[1:], base.tokenizer)
     assert not tokenise(rows, base.tokenizer, **{**options, "max_length": 63}).cached
 
 

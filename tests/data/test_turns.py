@@ -56,6 +56,23 @@ def test_every_form_of_a_tool_call_is_decoded_once(fields: dict[str, Any]) -> No
     assert turn(**fields) == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
+def test_turns_may_be_json_text() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [CALL]}]
+    parsed = turns_in({"messages": turns}, "messages")
+    for value in (json.dumps(turns), [json.dumps(turn) for turn in turns]):
+        assert turns_in({"messages": value}, "messages") == parsed
+    with pytest.raises(FieldError, match="field 'messages' is a text, but not JSON"):
+        turns_in({"messages": "[no"}, "messages")
+
+
+def test_fields_keep_their_order_and_those_without_a_value_are_left_out() -> None:
+    call = {"id": "1", "index": 0, "type": "function", "function": WEATHER | {"strict": True}}
+    fields = {"name": "n", "tool_calls": [call | {"x": None}], "refusal": None, "content": None}
+    parsed = turn(role="assistant", **fields)
+    assert json.dumps(parsed["tool_calls"]) == json.dumps([call])
+    assert parsed == {"name": "n", "role": "assistant", "content": "", "tool_calls": [call]}
+
+
 def test_json_inside_arguments_stays_text() -> None:
     arguments = {"body": json.dumps({"nested": 1})}
     parsed = turn(
