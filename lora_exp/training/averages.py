@@ -81,8 +81,10 @@ class Averages:
         before = {name: len(numbers) for name, numbers in self._eval_metrics().items()}
         if self._dealt is not None and self._dealt.is_another:
             super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]
-            for name, numbers in self._eval_metrics().items():
-                del numbers[before.get(name, 0) :]
+            metrics = self._eval_metrics()
+            kept = {name: metrics[name][:count] for name, count in before.items()}
+            metrics.clear()
+            metrics.update(kept)
             return None, None, None
         with self._rows.of_batch(model, inputs):
             output = super().prediction_step(model, inputs, *arguments, **options)  # type: ignore[misc]

@@ -17,7 +17,8 @@ from lora_exp.model.sharded import share_layers
 from lora_exp.parallel.launch import STOPPED
 from lora_exp.training.manifest import checkpoints_by_step
 from tests.conftest import ROOT
-from tests.parallel.test_launch import RUN, second_of, start
+from tests.parallel.test_launch import RUN as LAUNCHED
+from tests.parallel.test_launch import second_of, start
 from tests.test_experiment import digest
 from tests.training.test_interruption import count_lines, wait_for
 from tests.warm import Process, python
@@ -85,6 +86,10 @@ def test_a_base_that_names_no_layers_is_refused(fresh_base: Any) -> None:
     fresh_base.model._no_split_modules = None
     with pytest.raises(ConfigError, match="LlamaForCausalLM does not say which modules are its"):
         share_layers(model)
+
+
+# of three batches to evaluate the second process counts one, and makes another with the first
+RUN = [o for o in LAUNCHED if "eval_batch" not in o] + ["train.per_device_eval_batch_size=6"]
 
 
 @pytest.fixture(scope="module")

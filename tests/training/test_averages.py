@@ -16,7 +16,15 @@ from lora_exp.adapter.attach import attach
 from lora_exp.data.examples import prepared
 from lora_exp.data.rows import jsonl
 from lora_exp.record.run import Record
-from lora_exp.training.averages import BatchSizes, Dealt, combined, mean, predicts_first, world
+from lora_exp.training.averages import (
+    Averages,
+    BatchSizes,
+    Dealt,
+    combined,
+    mean,
+    predicts_first,
+    world,
+)
 from lora_exp.training.trainer import trainer_of
 from tests.conftest import tiny
 
@@ -164,3 +172,19 @@ def test_each_batch_is_counted_once_and_processes_in_step_get_equally_many(
     assert [dealt(rank) for rank in range(3)] == [
         (t, b, 3) for t, b in zip(taken, own, strict=True)
     ]
+
+
+def test_a_batch_that_another_process_counts_leaves_no_metric() -> None:
+    class Collecting:
+        def __init__(self) -> None:
+            self.model, self._metrics = None, {"eval": {"loss": [1.0]}}
+
+        def prediction_step(self, *_: Any) -> tuple[float, None, None]:
+            for name in ("loss", "num_tokens"):
+                self._metrics["eval"].setdefault(name, []).append(2.0)
+            return 2.0, None, None
+
+    trainer: Any = type("Trainer", (Averages, Collecting), {})()
+    trainer._dealt = SimpleNamespace(is_another=True)
+    assert trainer.prediction_step(None, ["a row"]) == (None, None, None)
+    assert trainer._metrics == {"eval": {"loss": [1.0]}}
