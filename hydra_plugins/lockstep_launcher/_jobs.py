@@ -259,7 +259,8 @@ class Jobs:
         self.launcher.hydra_context.callbacks.on_job_end(
             config=self.jobs[number].config, job_return=result
         )
-        self.report.refresh()
+        is_pruned = how_ended(self.jobs[number].directory)[0] == "pruned"
+        self.report.refresh(after_rung=is_pruned)
 
 
 def _set_aside_changed(job: Job) -> None:

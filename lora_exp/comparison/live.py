@@ -10,6 +10,7 @@ from pathlib import Path
 
 WRITER = "lora_exp.comparison.report"
 EVERY_S = 60.0  # a report costs seconds of a processor, which training jobs need
+RUNG_S = 5.0  # the same after a rung; the jobs that it ends do so together
 
 
 class LiveReport:
@@ -26,17 +27,20 @@ class LiveReport:
         self._began = time.time()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def refresh(self) -> None:
-        """Write it anew beside the training, at most once a minute; no sweep fails if it cannot."""
-        with suppress(OSError):
-            self._refresh()
+    def refresh(self, after_rung: bool = False) -> None:
+        """Write it anew beside the training, after a rung or once a minute at most.
 
-    def _refresh(self) -> None:
+        No sweep fails if it cannot be written.
+        """
+        with suppress(OSError):
+            self._refresh(RUNG_S if after_rung else EVERY_S)
+
+    def _refresh(self, every: float) -> None:
         if self.name is None or (self._process is not None and self._process.poll() is None):
             return
         path = self.folder / self.name
         written = path.stat().st_mtime if path.is_file() else 0.0
-        if time.time() - max(written, self._began) < EVERY_S:
+        if time.time() - max(written, self._began) < every:
             return
         command = [sys.executable, "-m", WRITER, str(self.folder), self.name]
         self._process = subprocess.Popen(

@@ -29,14 +29,19 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_job_that_ends_has_the_report_written_beside_the_training(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(live, "EVERY_S", 0.0)
+def jobs_of(sweep: Path) -> Jobs:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "report": "now.html"})
     context = SimpleNamespace(callbacks=SimpleNamespace(on_job_end=lambda **_: None))
     state = Jobs(SimpleNamespace(config=config, hydra_context=context), ours=True)
     state.jobs[0] = Job(0, config, None, sweep / "0")
+    return state
+
+
+def test_a_job_that_ends_has_the_report_written_beside_the_training(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    state = jobs_of(sweep)
     state.ended(0, JobReturn())
     process = state.report._process
     assert process is not None
@@ -50,6 +55,17 @@ def test_a_job_that_ends_has_the_report_written_beside_the_training(
     state.stopped()
     assert state.report._process.returncode == -9  # so it will not overwrite the last report
     assert (sweep / "now.html").read_text(encoding="utf-8") == text
+
+
+def test_a_job_that_is_pruned_at_a_rung_has_the_report_written_at_once(sweep: Path) -> None:
+    record = json.loads((sweep / "0/run.json").read_text())
+    state = jobs_of(sweep)
+    state.report._began -= live.RUNG_S + 1
+    for status, is_written in {"finished": False, "pruned": True}.items():
+        (sweep / "0/run.json").write_text(json.dumps(record | {"status": status}))
+        state.ended(0, JobReturn())
+        assert (state.report._process is not None) == is_written
+    state.stopped()
 
 
 def test_a_report_is_written_once_a_minute_at_most(sweep: Path) -> None:
