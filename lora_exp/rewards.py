@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_exp.adapter.several import add_saved, is_adapted, score, using
 from lora_exp.config.door import build, untrusted
-from lora_exp.config.start import adapter_config, check_base
+from lora_exp.config.start import adapter_config, check_start_base
 from lora_exp.data.encoding import text_ids
 from lora_exp.data.rows import Rows
 from lora_exp.data.turns import Row
@@ -267,7 +267,7 @@ def rewards(cfg: DictConfig, base: Base, model: Any, rows: Rows) -> list[Any]:
             name = _unused_name(entry["_target_"].rpartition(".")[2], built)
             built.append(Reward(function, name))
         elif is_path(entry):
-            check_base("algorithm.rewards", entry, base.revision)
+            check_start_base("algorithm.rewards", entry, base.revision)
             name = _unused_name("reward_adapter", built)
             built.append(AdapterReward(entry, cfg, model, base.tokenizer, name))
         else:

@@ -34,7 +34,7 @@ from lora_exp.adapter.untrusted import read_weights
 from lora_exp.config.door import build, plain
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.pairs import quantised_faults
-from lora_exp.config.start import adapter_config, check_base
+from lora_exp.config.start import adapter_config, check_start_base
 from lora_exp.errors import (
     ConfigError,
     LoraExpError,
@@ -79,7 +79,7 @@ def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
         return Adapted(base.model, None, {}, total, total, None, config=config)
     if cfg.adapter:
         consent = cfg.adapter_base is not None
-        check_base("adapter", cfg.adapter, base.revision, base.saved_as, consent)
+        check_start_base("adapter", cfg.adapter, base.revision, base.saved_as, consent)
     model, targets = _mounted(base, cfg)
     _check_adapted(model, targets)
     config = model.peft_config["default"]

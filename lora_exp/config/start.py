@@ -44,7 +44,7 @@ def adapter_config(path: str) -> dict[str, Any]:
     return config
 
 
-def check_base(
+def check_start_base(
     key: str,
     path: str,
     revision: str | None,

@@ -1,6 +1,6 @@
 """A row as text: the spans of its answers, and its prompt.
 
-Knows no token ids; `tokens` maps the spans to tokens.
+Knows no token ids; `encoding` maps the spans to tokens.
 """
 
 from __future__ import annotations

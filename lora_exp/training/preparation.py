@@ -53,7 +53,7 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     set_seed(cfg.seed)
     world.in_step = sharding(cfg) == "fsdp"
     base = place.base(cfg)
-    _check_base(cfg, base)
+    _check_trainable(cfg, base)
     hashes = _begin(cfg, record, rows, base)
     set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
     adapted = attach(base, cfg, record.directory)
@@ -67,7 +67,7 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     return Prepared(base, adapted, rows, shaped, data, inputs.held_out(rows, base), hashes)
 
 
-def _check_base(cfg: DictConfig, base: Base) -> None:
+def _check_trainable(cfg: DictConfig, base: Base) -> None:
     """Refuse a base that cannot train what the config asks for.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lora_exp import compose
-from lora_exp.config.start import check_base
+from lora_exp.config.start import check_start_base
 from lora_exp.errors import ConfigError
 
 LORA = {
@@ -97,14 +97,14 @@ def test_a_starting_adapter_is_read_without_torch(tmp_path: Path) -> None:
 def test_bases_are_compared_only_by_hashes_of_the_same_kind(tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "adapter"
     save_adapter(adapter)
-    check_base("adapter", str(adapter), "sha256:1")  # there is no record
+    check_start_base("adapter", str(adapter), "sha256:1")  # there is no record
     (tmp_path / "run" / "run.json").write_text('{"base": "sha256:1"}')
-    check_base("adapter", str(adapter), "sha256:1")
-    check_base("adapter", str(adapter), "a" * 40)  # a commit of the hub, not comparable
+    check_start_base("adapter", str(adapter), "sha256:1")
+    check_start_base("adapter", str(adapter), "a" * 40)  # a commit of the hub, not comparable
     with pytest.raises(ConfigError, match="base of other weights"):
-        check_base("adapter", str(adapter), "sha256:2")
+        check_start_base("adapter", str(adapter), "sha256:2")
     with pytest.raises(ConfigError):  # consent is for a base that was saved in another form
-        check_base("adapter", str(adapter), "sha256:2", consent=True)
-    check_base("adapter", str(adapter), "sha256:2", saved_as="nf4", consent=True)
+        check_start_base("adapter", str(adapter), "sha256:2", consent=True)
+    check_start_base("adapter", str(adapter), "sha256:2", saved_as="nf4", consent=True)
     with pytest.raises(ConfigError):
-        check_base("adapter", str(adapter), "sha256:2", saved_as="nf4")
+        check_start_base("adapter", str(adapter), "sha256:2", saved_as="nf4")
