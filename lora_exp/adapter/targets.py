@@ -191,7 +191,7 @@ def _without_part(model: Any, modules: set[str], base: str | None) -> dict[str, 
     layers = {name for name in linear if not f"{name}.".startswith(experts)}
     if not layers or model.device.type == "meta":  # without weights nothing is computed
         return {}
-    text = f"it takes no part in what {type(model).__name__} computes"
+    text = f"it takes no part in what {type(model).__name__} computes, or not as a linear layer"
     return dict.fromkeys(unused(model, layers, base), text)
 
 

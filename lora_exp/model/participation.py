@@ -2,6 +2,7 @@
 
 Some classes read a layer's weight themselves (state-space mixers), never call it (layers that share
 their keys and values) or compute with it outside the gradient; an adapter on it would do nothing.
+Where a layer's product is in groups, it is narrower than an adapter's.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _measure(model: Any) -> set[str]:
 
 def _reached(model: Any) -> tuple[set[str], set[str]]:
     """Return the names of the linear layers that get a gradient, and of all modules that ran."""
-    outputs: dict[str, list[Tensor]] = {}  # of linear layers; [] of other modules
+    outputs: dict[str, list[Tensor]] = {}  # of linear layers, as wide as their weights; else []
     try:
         with _watched(model, outputs), torch.enable_grad(), autocast(model):
             _logits(model).square().mean().backward()  # type: ignore[no-untyped-call]
@@ -94,7 +95,8 @@ def _watched(model: Any, outputs: dict[str, list[Tensor]]) -> Iterator[None]:
         if isinstance(module, nn.Embedding):  # a copy, since some classes scale it in place
             return output.requires_grad_().clone()
         if isinstance(module, nn.Linear | Conv1D) and isinstance(output, Tensor):
-            passed.append(output)
+            width = module.nf if isinstance(module, Conv1D) else module.out_features
+            passed += [output] * (output.shape[-1] == width)
             if output.requires_grad:
                 output.retain_grad()
         return output

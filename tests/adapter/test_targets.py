@@ -209,8 +209,9 @@ def test_layers_that_take_no_part_or_that_peft_refuses_are_left_out() -> None:
     assert {"in_proj", "out_proj", "x_proj", *ATTENTION, *MLP} == {*targets.modules}
     (left_out,) = targets.left_out.items()
     assert left_out == (
-        "model.layers.0.mamba.dt_proj", "it takes no part in what JambaForCausalLM computes",
-    )  # fmt: skip
+        "model.layers.0.mamba.dt_proj",
+        "it takes no part in what JambaForCausalLM computes, or not as a linear layer",
+    )
     with pytest.raises(TargetError, match=r"dt_proj: it takes no part in what Jamba"):
         resolve(jamba, ["dt_proj", "q_proj"], LORA)
     mamba = on_meta(FalconMambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))

@@ -55,6 +55,14 @@ class Combines(nn.Module):
         return self.block.combine(x)
 
 
+class Grouped(nn.Linear):
+    """A product in two groups, each half as wide as the outputs, as DeepSeek V4 has."""
+
+    def forward(self, x: Any) -> Any:
+        groups = x.unflatten(-1, (2, -1)).transpose(-2, -3)
+        return (groups @ self.weight.unflatten(0, (2, -1)).mT).transpose(-2, -3)
+
+
 class Skips(nn.Module):
     """A layer that training leaves out."""
 
@@ -109,6 +117,14 @@ def test_a_layer_that_training_skips_with_its_block_takes_part(fresh_base: Any) 
     model = fresh_base.model
     model.model.layers[1] = Skips(model.model.layers[1])
     assert unused(model, ["model.layers.1.layer.mlp.up_proj"], None) == set()
+
+
+def test_a_layer_that_computes_in_groups_is_found(fresh_base: Any) -> None:
+    model, layer = fresh_base.model, Grouped(96, 64, bias=False)
+    mlp = model.model.layers[1].mlp
+    mlp.add_module("grouped", layer)
+    mlp.register_forward_hook(lambda _m, _x, out: out * layer(out).mean())
+    assert unused(model, [f"{LAYER}.grouped", f"{LAYER}.up_proj"], None) == {f"{LAYER}.grouped"}
 
 
 def test_embeddings_may_be_scaled_in_place(fresh_base: Any) -> None:
