@@ -31,7 +31,9 @@ def translate_error(error: Exception) -> LoraExpError | None:
     if isinstance(error, YAMLError):
         return ConfigError([("an option's file", " ".join(text.split()))])
     if isinstance(error, OverrideParseException):
-        key = error.override.partition("=")[0]
+        key, _, value = error.override.partition("=")
+        if "${" in value:  # the shell has taken the quotes that Hydra needs
+            return ConfigError([(key, f"cannot be read; quote it twice: '{key}=\"${{...}}\"'")])
         return ConfigError([(key, 'cannot be read; give key=value, or key="a text"')])
     if text.startswith("Only one of --run"):
         return ConfigError([("--cfg", "shows one run; leave out -m, and give one value to a key")])

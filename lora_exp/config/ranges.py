@@ -82,6 +82,10 @@ def _training_ranges(train: Any) -> Iterator[Fault]:
     for name in ("gradient_accumulation_steps", "logging_steps", "save_steps"):
         if is_number(train[name]) and not train[name] > 0:
             yield f"train.{name}", f"{train[name]} is not above 0"
+    for name in ("logging_steps", "save_steps", "eval_steps"):
+        steps = number(train.get(name))
+        if steps > 1 and steps % 1:
+            yield f"train.{name}", f"{steps} is neither whole nor a share of all steps below 1"
 
 
 def _data_ranges(data: Any) -> Iterator[Fault]:

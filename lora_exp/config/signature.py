@@ -142,12 +142,18 @@ def _from_function(module: str, node: ast.FunctionDef, skip: int) -> Signature:
 
 
 def _unaliased(module: str, annotation: ast.expr | None) -> ast.expr | None:
-    """Return the `Literal` that an annotation's name stands for, if the module assigns one."""
+    """Return the `Literal` for which an annotation's name stands in a module, if it is ours."""
     if not isinstance(annotation, ast.Name):
         return annotation
-    assignments = (n for n in _tree(module).body if isinstance(n, ast.Assign))
+    body = _tree(module).body
+    assignments = (n for n in body if isinstance(n, ast.Assign))
     values = (n.value for n in assignments if ast.unparse(n.targets[0]) == annotation.id)
-    return next((v for v in values if ast.unparse(v).startswith("Literal[")), annotation)
+    if literal := next((v for v in values if ast.unparse(v).startswith("Literal[")), None):
+        return literal
+    imports = (n for n in body if isinstance(n, ast.ImportFrom) and n.module and not n.level)
+    names = (n.module for n in imports if any(a.name == annotation.id for a in n.names))
+    origin = next((str(m) for m in names if str(m).startswith("lora_exp.")), None)
+    return _unaliased(origin, annotation) if origin else annotation
 
 
 @cache

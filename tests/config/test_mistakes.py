@@ -37,6 +37,7 @@ from lora_exp.errors import ConfigError, SavedError
         ("quant=none,nf4", "quant: has several values; -m quant=A,B sweeps over them"),
         ("peft.rank_pattern=[", 'peft.rank_pattern: cannot be read; give key=value'),
         ("a b", "a b: cannot be read; give key=value"),
+        ("peft.r=${product:2,${seed}}", "peft.r: cannot be read; quote it twice: 'peft.r="),
         ("peft.r=${train.nope}", "peft.r: Interpolation key 'train.nope' not found"),
         ("~seed=3", "overrides: Could not delete from config. The value of 'seed' is 42 and not 3"),
         ("resume=nowhere", "resume: no run in nowhere"),
