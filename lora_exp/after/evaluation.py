@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -112,7 +113,8 @@ def _report(
         rows = rows.shaped("preference")
     loaded = load(saved, load_base(saved, base, quant), apart=True)
     counts: dict[str, Any]
-    counts, measure = (_preference_measure if is_reward else _answer_measure)(
+    answers = partial(_answer_measure, completion_only=saved.completion_only)
+    counts, measure = (_preference_measure if is_reward else answers)(
         loaded, rows, max_new_tokens, batch_size
     )
     results = {}
@@ -162,10 +164,10 @@ def _held_out(saved: Saved) -> Rows:
 
 
 def _answer_measure(
-    loaded: Loaded, rows: Rows, max_new_tokens: int, batch_size: int
+    loaded: Loaded, rows: Rows, max_new_tokens: int, batch_size: int, completion_only: bool
 ) -> tuple[dict[str, int], Measure]:
     """Return the numbers of rows and tokens, and a function that measures on them."""
-    held_out = _tokenised(loaded, rows.train)
+    held_out = _tokenised(loaded, rows.train, completion_only)
     first = 0 if loaded.model.config.is_encoder_decoder else 1  # nothing predicts the first token
     settings = SimpleNamespace(rows=None, max_new_tokens=max_new_tokens, batch_size=batch_size)
     counts = {
@@ -189,7 +191,7 @@ def _answer_measure(
     return counts, measure
 
 
-def _tokenised(loaded: Loaded, rows: Sequence[Row]) -> HeldOut:
+def _tokenised(loaded: Loaded, rows: Sequence[Row], completion_only: bool) -> HeldOut:
     known = [(row, shaped) for row in rows if (shaped := _training_row(row)) is not None]
     if not known:
         text = "no row has a known answer (completion, chosen, answer, turns that end with one)"
@@ -198,7 +200,7 @@ def _tokenised(loaded: Loaded, rows: Sequence[Row]) -> HeldOut:
         [shaped for _, shaped in known],
         loaded.tokenizer,
         max_length=room(loaded.model, 0),
-        completion_only=True,
+        completion_only=completion_only,
         separate=bool(loaded.model.config.is_encoder_decoder),
         what="eval",
     )

@@ -84,6 +84,12 @@ class Saved:
         return bool((self.settings.get("data") or {}).get("as_chat"))
 
     @property
+    def completion_only(self) -> bool:
+        """Whether only answers counted in its run's loss; without a run they do."""
+        args = (self.settings.get("algorithm") or {}).get("args") or {}
+        return bool(args.get("completion_only_loss", True))
+
+    @property
     def bias(self) -> Any:
         """Which biases of the base the adapter trains, by peft's name."""
         return (self.adapter or {}).get("bias", NO_BIAS)

@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lora_exp.after.evaluation import _read
+from lora_exp.after.evaluation import _read, _tokenised
+from lora_exp.after.loading import Loaded
 from lora_exp.after.saved import Saved, find, find_all
+from lora_exp.data.encoding import IGNORED
 from lora_exp.errors import SavedError
 from tests.after.copies import copy_run
 
@@ -86,6 +89,21 @@ def test_a_record_that_is_not_json_is_an_error(trained: Trained, tmp_path: Path)
     with pytest.raises(SavedError, match=r"run\.json cannot be read"):
         _ = find(run).record
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("args", "completion_only"), [("{completion_only_loss: false}", False), ("{}", True)]
+)
+def test_the_same_tokens_count_as_in_its_run(
+    base: Any, tmp_path: Path, args: str, completion_only: bool
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"algorithm: {{args: {args}}}\n")
+    saved = Saved(tmp_path, None, tmp_path)
+    assert saved.completion_only is completion_only
+    loaded = Loaded("base", base.model, base.tokenizer)
+    row = {"prompt": "some question", "completion": "no"}
+    (labels,) = _tokenised(loaded, [row], saved.completion_only).labels
+    assert (IGNORED in labels) is completion_only
 
 
 @pytest.mark.parametrize("as_chat", [True, False])
