@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lora_exp.config.start import WEIGHTS
 from lora_exp.errors import AdapterError, LoraExpError
 
-SECONDS = 2.0  # for all names and patterns together
+SECONDS = 2.0  # for all names and patterns together, of the processor's time
 PLAIN = re.compile(r"[\w.\-]+")  # a name, whole or its last parts
 
 
@@ -132,7 +132,7 @@ class Search:
 
     def __init__(self, names: list[str], path: str) -> None:
         self.names, self.path = names, path
-        self.deadline = time.perf_counter() + SECONDS
+        self.deadline = time.process_time() + SECONDS
 
     def matches(self, pattern: str, key: str, optional: bool = False) -> list[str]:
         """Return the names that a pattern matches as a whole, sorted.
@@ -154,7 +154,7 @@ class Search:
         return sorted(names)
 
     def _matches(self, compiled: Any, name: str) -> bool:
-        remaining = self.deadline - time.perf_counter()
+        remaining = self.deadline - time.process_time()
         if remaining <= 0:
             raise TimeoutError
         return compiled.fullmatch(name, timeout=remaining) is not None

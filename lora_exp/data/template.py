@@ -20,7 +20,7 @@ from lora_exp.data.turns import Row
 from lora_exp.errors import ConfigError, DataError, LoraExpError
 from lora_exp.files.paths import asset
 
-SECONDS = 3.0  # the limit for one row
+SECONDS = 3.0  # the limit for one row, of the processor's time: others may keep it busy
 _is_handled = False  # whether alarms come to `_on_alarm`
 SHIPPED = {"chatml": "pkg://lora_exp/assets/chatml.jinja"}  # name -> file
 TURN_END = "<|im_end|>"  # ChatML's
@@ -140,11 +140,11 @@ def in_time() -> Iterator[None]:
         return
     with handled_alarms():
         # again and again: an error that is raised within a tracer or a destructor is lost
-        signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 10)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS / 10)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 @contextmanager
@@ -154,13 +154,13 @@ def handled_alarms() -> Iterator[None]:
     if _is_handled or not _has_alarms():
         yield
         return
-    previous = signal.signal(signal.SIGALRM, _on_alarm)
+    previous = signal.signal(signal.SIGVTALRM, _on_alarm)
     _is_handled = True
     try:
         yield
     finally:
         _is_handled = False
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 def _on_alarm(*_: Any) -> None:
@@ -169,7 +169,7 @@ def _on_alarm(*_: Any) -> None:
 
 
 def _has_alarms() -> bool:
-    return threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM")
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGVTALRM")
 
 
 def template_file(name: str) -> Path:

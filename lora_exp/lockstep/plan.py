@@ -169,7 +169,7 @@ def solitary(job: Job, values: dict[str, Any]) -> str | None:
 
 
 def _base_key(values: dict[str, Any]) -> str:
-    """Return a hash of what the jobs of a pack have in common: base, head and lockstep's settings."""
+    """Return a hash of what jobs of a pack have in common: base, head, settings of lockstep."""
     task_type = values["algorithm"]["task_type"]
     shaping = [values["model"], values["quant"], values["lockstep"], task_type]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
