@@ -65,9 +65,6 @@ def _fsdp_faults(cfg: DictConfig) -> Iterator[Fault]:
         text = f"{cfg.choices.quant} with fsdp gives wrong numbers (bitsandbytes issue 1945), or"
         text = f"{text} every process keeps all weights (accelerate PR 3987); parallel=ddp"
         yield "quant", text
-    if cfg.algorithm.shape == "prompt":
-        text = "samples answers of another length in each process, and a pass needs all of them"
-        yield "parallel", f"fsdp: {cfg.choices.algorithm} {text}; parallel=ddp"
     if cfg.algorithm.task_type == "SEQ_2_SEQ_LM":
         text = "encoder and decoder make passes of their own, and only whole ones are in step"
         yield "parallel", f"fsdp: {text}; parallel=ddp"

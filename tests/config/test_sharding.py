@@ -59,8 +59,6 @@ def test_what_cannot_be_shared_out_is_refused(overrides: list[str], key: str, me
         (["peft=none"], "parallel", "peft=none freezes none; parallel=zero2 or ddp"),
         (["targets=experts"], "parallel", "adapters of whole parameters need them outside"),
         (["peft=adalora"], "parallel", "fsdp: adalora changes weights outside of a pass"),
-        (["experiment=demo_grpo"], "parallel", "fsdp: grpo samples answers of another length"),
-        (["experiment=demo_ppo"], "parallel", "fsdp: ppo samples answers of another length"),
         (["algorithm=seq2seq"], "parallel", "encoder and decoder make passes of their own"),
         (["early_stopping=halving"], "early_stopping", "halving compares jobs"),
     ],
