@@ -22,6 +22,7 @@ from lora_exp.data.reading import files
 from lora_exp.data.turns import Row
 from lora_exp.errors import DataError, SavedError
 from lora_exp.files.lock import hold
+from lora_exp.files.strict import dumps
 from lora_exp.files.whole import sha256, write_whole
 from lora_exp.model.determinism import forked_random_state
 from lora_exp.model.loading import Base
@@ -119,7 +120,7 @@ def _complete(
     _answer(part, loaded, [[ids[i] for i in group] for group in groups], settings)
     answers = dict(zip(chain(*groups), chain(*part.answers), strict=True))
     answered = [_answered(row, answers[i]) for i, row in enumerate(rows)]
-    write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered))
+    write_whole(target, "".join(map(_line, answered)))
     part.path.unlink()
 
 
@@ -236,6 +237,11 @@ def _answer(
         raise
     finally:
         part.close()
+
+
+def _line(row: Row) -> str:
+    """Return a row as JSON; of what tables have beside JSON's types, such as dates, the text."""
+    return dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
 def _answered(row: PromptRow, answer: str) -> Row:

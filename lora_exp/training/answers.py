@@ -33,6 +33,9 @@ GREEDY: dict[str, Any] = {
 ))  # fmt: skip
 
 
+TASK_LENGTH = 64  # characters; metrics are named after tasks
+
+
 @dataclass(frozen=True)
 class Answer:
     """The model's answer to a prompt, and the expected answer."""
@@ -76,7 +79,14 @@ def questions(rows: Sequence[Row], tokenizer: Any, model: Any, count: int) -> li
     """
     with_prompt = ((row, p) for row in rows if (p := prompt_of(row, tokenizer)) is not None)
     selected = islice(with_prompt, count)
-    return [Question(p, ids_of(p, tokenizer, model), row.get("task")) for row, p in selected]
+    return [Question(p, ids_of(p, tokenizer, model), _task(row)) for row, p in selected]
+
+
+def _task(row: Row) -> str | None:
+    """Return the name of a row's task; a column of that name may have something else."""
+    task = row.get("task")
+    is_name = isinstance(task, str | int) and len(str(task)) <= TASK_LENGTH
+    return str(task) if is_name else None
 
 
 def answer(

@@ -9,6 +9,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp.after.completion import Part, generate
+from lora_exp.after.completion import Part, _line, generate
 from lora_exp.after.merging import merge
 from lora_exp.data.rows import hub, jsonl
 from lora_exp.errors import DataError, SavedError
@@ -184,6 +186,11 @@ def _interrupt_when_written(part: Path) -> Iterator[None]:
     finally:
         thread.join()
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_row_of_a_table_is_written_as_json() -> None:
+    row = {"at": date(2026, 1, 2), "score": float("nan"), "é": Decimal("1.5")}
+    assert json.loads(_line(row)) == {"at": "2026-01-02", "score": None, "é": "1.5"}
 
 
 def test_rows_keep_their_columns_order_and_known_answers(trained: Trained, tmp_path: Path) -> None:

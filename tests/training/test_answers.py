@@ -11,7 +11,14 @@ from transformers import GenerationConfig
 from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.data import tasks
-from lora_exp.training.answers import GREEDY, Answer, answer, batches, exact_match_rates
+from lora_exp.training.answers import (
+    GREEDY,
+    Answer,
+    answer,
+    batches,
+    exact_match_rates,
+    questions,
+)
 
 
 def settings(**values: int) -> Any:
@@ -97,6 +104,13 @@ def test_with_virtual_tokens_only_prompts_of_equal_length_share_a_batch() -> Non
 def test_rows_without_prompts_get_no_answers(base: Any) -> None:
     assert answer(base.model, base.tokenizer, [{"text": "t"}], settings(), "before") == []
     assert exact_match_rates([]) == {}
+
+
+def test_only_names_are_tasks(base: Any) -> None:
+    values: list[Any] = ["add", float("nan"), 3, ["add"], "a long text " * 9, None]
+    rows = [{"prompt": "q", "answer": "a", "task": value} for value in values]
+    asked = questions(rows, base.tokenizer, base.model, 9)
+    assert [question.task for question in asked] == ["add", None, "3", *[None] * 3]
 
 
 def test_exact_match_counts_by_task_too() -> None:
