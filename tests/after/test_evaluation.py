@@ -118,7 +118,8 @@ def test_rows_without_a_known_answer_are_not_scored_but_counted(
     chat = write_rows(tmp_path / "chat.jsonl", {"messages": turns + answer, "task": "mirror"})
     assert report["results"] == evaluate(folder, chat, max_new_tokens=8)["results"]
     pair = write_rows(
-        tmp_path / "pair.jsonl", {"prompt": turns, "chosen": answer, "rejected": turns}
+        tmp_path / "pair.jsonl",
+        {"prompt": turns, "chosen": answer, "rejected": [answer[0] | {"content": "a b"}]},
     )
     loss = report["results"]["adapter"]["loss"]
     assert evaluate(folder, pair, max_new_tokens=1)["results"]["adapter"]["loss"] == loss
