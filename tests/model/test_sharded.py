@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,10 @@ import pytest
 from lora_exp import compose, load_adapter
 from lora_exp.errors import ConfigError
 from lora_exp.model.sharded import share_layers
-from lora_exp.parallel.launch import STOPPED
-from lora_exp.training.manifest import checkpoints_by_step
 from tests.conftest import ROOT
 from tests.parallel.test_launch import RUN as LAUNCHED
-from tests.parallel.test_launch import second_of, start
+from tests.parallel.test_launch import killed_stopped_and_resumed
 from tests.test_experiment import digest
-from tests.training.test_interruption import count_lines, wait_for
 from tests.warm import Process, python
 
 SHARE = """
@@ -104,24 +100,9 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_stopped_and_resumed_it_has_the_bits_of_copies(copies: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = [*RUN, "parallel=fsdp", "parallel.processes=2", "hydra.run.dir=run"]
-    killed = start(tmp_path, *options)
-    wait_for(killed, lambda: count_lines(folder / "metrics.jsonl") >= 6)
-    os.kill(second_of(killed), signal.SIGKILL)
-    _, errors = killed.communicate(timeout=60)
-    assert killed.returncode == 1
-    assert "LoraExpError: process 1 of 2 was killed by SIGKILL" in errors
-    stopped = start(tmp_path, "resume=run")
-    wait_for(stopped, lambda: count_lines(folder / "metrics.jsonl") >= 7)
-    os.kill(second_of(stopped), signal.SIGTERM)
-    _, errors = stopped.communicate(timeout=60)
-    assert stopped.returncode == STOPPED, errors
-    last = max(checkpoints_by_step(folder / "checkpoints"))
-    done = python("-m", "tests.parallel.forked", "resume=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "rows of a step, and has a share of the frozen layers" in done.stdout
-    assert f"goes on from step {last}\n" in done.stdout
-    assert 4 <= last < 12
+    options = [*RUN, "parallel=fsdp", "parallel.processes=2"]
+    printed = killed_stopped_and_resumed(tmp_path, *options)
+    assert "rows of a step, and has a share of the frozen layers" in printed
     names = ("adapter_model.safetensors", "adapter_config.json")
     assert [digest(folder / "adapter")[name] for name in names] == [
         digest(copies / "adapter")[name] for name in names

@@ -40,6 +40,26 @@ def second_of(process: Process) -> int:
     return max(map(int, children))
 
 
+def killed_stopped_and_resumed(folder: Path, *options: str) -> str:
+    """Kill a process of a run, stop the resumed run, resume it; return what the last one prints."""
+    run = folder / "run"
+    killed = start(folder, *options, "hydra.run.dir=run")
+    wait_for(killed, lambda: count_lines(run / "metrics.jsonl") >= 6)
+    os.kill(second_of(killed), signal.SIGKILL)
+    assert "process 1 of 2 was killed by SIGKILL" in killed.communicate(timeout=60)[1]
+    stopped = start(folder, "resume=run")
+    wait_for(stopped, lambda: count_lines(run / "metrics.jsonl") >= 7)
+    os.kill(second_of(stopped), signal.SIGTERM)
+    errors = stopped.communicate(timeout=60)[1]
+    assert (stopped.returncode, status_of(run)) == (STOPPED, "interrupted"), errors
+    last = max(checkpoints_by_step(run / "checkpoints"))
+    assert 4 <= last < 12
+    done = python("-m", "tests.parallel.forked", "resume=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"goes on from step {last}\n" in done.stdout
+    return str(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in two processes, without interruption."""

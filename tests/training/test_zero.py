@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +16,9 @@ from transformers import LlamaConfig, MixtralConfig
 
 from lora_exp import compose
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.parallel.launch import STOPPED
-from lora_exp.training.manifest import checkpoints_by_step
 from lora_exp.training.zero import Zero
-from tests.parallel.test_launch import RUN, second_of, start
+from tests.parallel.test_launch import RUN, killed_stopped_and_resumed
 from tests.test_experiment import digest
-from tests.training.test_interruption import count_lines, status_of, wait_for
 from tests.warm import python
 
 TWO = ["parallel=zero2", "parallel.processes=2"]
@@ -87,23 +82,7 @@ def test_killed_and_stopped_it_resumes_bit_for_bit(
     if method == "none":
         (tmp_path / "whole").mkdir()
         whole = trained(tmp_path / "whole", *TWO, "peft=none")
-    killed = start(tmp_path, *RUN, *TWO, f"peft={method}", "hydra.run.dir=run")
-    wait_for(killed, lambda: count_lines(folder / "metrics.jsonl") >= 6)
-    os.kill(second_of(killed), signal.SIGKILL)
-    _, errors = killed.communicate(timeout=60)
-    assert killed.returncode == 1
-    assert "LoraExpError: process 1 of 2 was killed by SIGKILL" in errors
-    stopped = start(tmp_path, "resume=run")
-    wait_for(stopped, lambda: count_lines(folder / "metrics.jsonl") >= 7)
-    os.kill(second_of(stopped), signal.SIGTERM)
-    _, errors = stopped.communicate(timeout=60)
-    assert stopped.returncode == STOPPED, errors
-    assert status_of(folder) == "interrupted"
-    last = max(checkpoints_by_step(folder / "checkpoints"))
-    done = python("-m", "tests.parallel.forked", "resume=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"goes on from step {last}\n" in done.stdout
-    assert 4 <= last < 12
+    killed_stopped_and_resumed(tmp_path, *RUN, *TWO, f"peft={method}")
     assert digest(folder / saved) == digest(whole / saved)
 
 
