@@ -46,6 +46,13 @@ def test_both_columns_equal_the_metrics_of_the_run(
     assert results["adapter"]["bleu"] > results["base"]["bleu"]
 
 
+def test_the_tokens_of_the_loss_are_those_of_the_run(trained: Trained) -> None:
+    folder = trained("peft=lora", "algorithm.args.completion_only_loss=false", "samples.rows=0")
+    loss = json.loads((folder / "run.json").read_text())["metrics"]["eval/loss"]
+    results = evaluate(folder, max_new_tokens=1)["results"]
+    assert results["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning", "none"])
 def test_the_loss_equals_that_of_transformers_row_by_row(
