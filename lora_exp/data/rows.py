@@ -135,9 +135,6 @@ def hub(
     from datasets.exceptions import DatasetsError
 
     def load(name: str) -> Converted:
-        if (Path(path) / "state.json").is_file():
-            text = "was written by save_to_disk; data=jsonl reads it"
-            raise DataError(f"data.path: {path} {text}: data=jsonl data.path={path}")
         try:
             loaded = load_dataset(path, subset, revision=revision, split=name)
         except (OSError, ValueError, DatasetsError) as error:
@@ -146,6 +143,7 @@ def hub(
         numbered = ((f"{path}[{name}] row {i}", without_nulls(row)) for i, row in enumerate(loaded))
         return convert(numbered, format, f"{path}[{name}]", on_error, columns, as_chat)
 
+    _check_not_saved(path)
     loaded = load(split)
     held_out = load(eval_split) if eval_split else None
     split_rows = _split(loaded, held_out, eval_share, max_rows, max_eval_rows)
@@ -160,6 +158,12 @@ def hub(
         return rows
     unpinned = f"data.revision: {path} is not pinned to a commit; this run saw {commit}"
     return replace(rows, warnings=(unpinned, *rows.warnings))
+
+
+def _check_not_saved(path: str) -> None:
+    if (Path(path) / "state.json").is_file():
+        text = f"{path} was written by save_to_disk; data=jsonl data.path={path} reads it"
+        raise DataError(f"data.path: {text}")
 
 
 def _rows(

@@ -29,7 +29,6 @@ from lora_exp.model.mixture import without_router_logits
 from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16
 from lora_exp.model.prequantised import (
     SavedForm,
-    check_asked,
     dequantised_copy,
     read_prequantised,
     saved_form,
@@ -178,8 +177,6 @@ def load(
             options["device_map"] = {"": device()}
         options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
         model_class = class_of(config, task_type, whole)
-        if form and quantization:
-            check_asked(form, quantization)
         skip(quantization, model_class, config, trust_remote_code)
         if random_weights:
             model = random_model(model_class, source, options).to(device())

@@ -69,7 +69,7 @@ def saved_form(config: Any) -> SavedForm | None:
     return SavedForm(str(settings.get("quant_method")), settings)
 
 
-def check_asked(form: SavedForm, quantization: BitsAndBytesConfig) -> None:
+def _check_asked(form: SavedForm, quantization: BitsAndBytesConfig) -> None:
     """Refuse to quantise a base in another way than it was saved in.
 
     Raises:
@@ -95,13 +95,16 @@ def read_prequantised(
         model_class: an auto class.
         source: a folder or a hub id.
         form: how it was saved.
-        quantization: how the run quantises it, after `check_asked`.
+        quantization: how the run quantises it; None: as it was saved.
         options: of `from_pretrained`.
         of_whole: whether the files also hold towers that the class leaves out.
 
     Raises:
+        ConfigError: it is to be quantised in another way than it was saved in.
         ValueError: transformers cannot read it here.
     """
+    if quantization:
+        _check_asked(form, quantization)
     try:
         model = read_complete(model_class, source, options | form.options(), of_whole)
     except (ImportError, RuntimeError, NotImplementedError) as error:

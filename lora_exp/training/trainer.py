@@ -68,10 +68,7 @@ def trainer_of(
     """
     train, held_out = data
     trained = [(p, p.data) for p in adapted.model.parameters() if p.requires_grad]
-    if cfg.algorithm.args.get("router_aux_loss_coef") and not has_routers(base.model):
-        text = f"{type(base.model).__name__} has no routers to balance; leave it out"
-        raise ConfigError([("algorithm.args.router_aux_loss_coef", text)])
-    name_experts(base.model)
+    _prepare_experts(cfg, base)
     own_arguments = _rewards_and_reference(cfg, base, adapted, rows)
     try:
         trainer = build(
@@ -96,6 +93,14 @@ def trainer_of(
     trainer.watched = Watched.of(cfg)
     _correct(trainer, adapted, trained)
     return trainer
+
+
+def _prepare_experts(cfg: DictConfig, base: Base) -> None:
+    """Set what TRL reads of experts; refuse to balance routers that the base does not have."""
+    if cfg.algorithm.args.get("router_aux_loss_coef") and not has_routers(base.model):
+        text = f"{type(base.model).__name__} has no routers to balance; leave it out"
+        raise ConfigError([("algorithm.args.router_aux_loss_coef", text)])
+    name_experts(base.model)
 
 
 def _checks() -> list[TrainerCallback]:

@@ -143,6 +143,11 @@ def test_a_folder_of_rows_loads_like_a_hub_data_set(tmp_path: Path) -> None:
     assert (rows.format, len(rows.train), len(rows.eval)) == ("prompt_completion", 9, 1)
     with pytest.raises(DataError, match=r"data\.path"):
         hub(str(tmp_path), split="nosplit", **options)
+    (tmp_path / "state.json").write_text("{}")  # as save_to_disk leaves it
+    with pytest.raises(
+        DataError, match=rf"save_to_disk; data=jsonl data\.path={tmp_path} reads it"
+    ):
+        hub(str(tmp_path), split="train", **options)
 
 
 def test_without_a_network_the_commit_is_the_revision_or_unknown() -> None:
