@@ -128,6 +128,10 @@ def test_an_adapter_reward_equals_the_trained_classifier(tmp_path: Path, fresh_b
         with torch.no_grad():
             assert scorer(**ids).logits.item() == pytest.approx(score, abs=1e-5)
     assert len({round(score, 4) for score in scores}) == 3
+    fresh_base.tokenizer.chat_template = "{{ tools }}{{ messages[-1]['content'] }}"
+    assert reward(prompts[:1], completions[:1], tools=[[{"name": "f"}]]) != reward(
+        prompts[:1], completions[:1]
+    )
     # the trained adapter is unchanged
     assert [
         name for name, parameter in model.named_parameters() if parameter.requires_grad

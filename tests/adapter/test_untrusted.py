@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lora_exp.adapter.untrusted import read_weights, resolve_patterns
+from lora_exp.adapter.untrusted import Search, read_weights, resolve_patterns
 from lora_exp.errors import AdapterError
 
 Trained = Callable[..., Path]
@@ -91,3 +91,10 @@ def test_a_config_that_would_hang_or_import_code_is_refused(
     with pytest.raises(AdapterError, match=message):
         resolve_patterns(config, base.model, "a/b")
     assert time.perf_counter() - start < 5
+
+
+def test_a_search_that_waits_for_the_processor_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_exp.adapter.untrusted.SECONDS", 0.1)
+    search = Search(["layers.0.q_proj"], "a/b")
+    time.sleep(0.3)
+    assert search.matches(r".*q_proj", "target_modules") == ["layers.0.q_proj"]

@@ -88,6 +88,13 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
         read_rows(path, columns={"completion": "answer"})
 
 
+def test_only_the_first_row_must_have_every_renamed_column(tmp_path: Path) -> None:
+    chats = [{"turns": CHAT, "rule": "Be brief."}, {"turns": CHAT}]
+    path = write_lines(tmp_path / "rows.jsonl", *chats)
+    rows = read_rows(path, columns={"messages": "turns", "system": "rule"})
+    assert [len(row["messages"]) for row in rows.train] == [len(CHAT) + 1, len(CHAT)]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
