@@ -12,6 +12,7 @@ special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
 participation   layers that get a gradient
 packing         whether packed rows stay apart
+padding         whether prompts see it
 sharded         layers shared out among processes
 sharing         several models over the same weights
 scoring         scores at a row's last token

@@ -26,6 +26,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
 from lora_exp.model.identity import identity_of
 from lora_exp.model.mixture import without_router_logits
+from lora_exp.model.padding import sees_padding
 from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16
 from lora_exp.model.prequantised import (
     SavedForm,
@@ -191,13 +192,17 @@ def load(
 
 
 def _prepare(model: Any, tokenizer: Any, task_type: str, add_tokens: Sequence[str]) -> None:
-    """Freeze a model that was just read, after what changes its classes and embeddings."""
+    """Freeze a model that was just read, after what changes its classes and embeddings.
+
+    `model.sees_padding` then says whether prompts of several lengths can share a batch.
+    """
     if task_type == "SEQ_CLS":
         loaded_class: Any = type(model)
         model.__class__ = scored_at_last_token(loaded_class)
     add_to(model, tokenizer, add_tokens)
     name_body(model)
     freeze(model, tokenizer)
+    model.sees_padding = sees_padding(model)
 
 
 @contextmanager
@@ -279,8 +284,12 @@ def new_head(model: Any) -> None:
 
 
 def freeze(model: Any, tokenizer: Any) -> None:
-    """Freeze a model, set its pad token, and keep its 4-bit weights and its outputs as they are."""
+    """Freeze a model, set its pad token, and keep its weights and its outputs as they are."""
     without_router_logits(model)
+    if hasattr(model.config, "rescale_every"):
+        # RWKV halves weights in evaluation, against overflows of float16, but no adapter's; the
+        # norm at its end makes that no difference
+        model.config.rescale_every = 0
     ensure_pad_token(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():

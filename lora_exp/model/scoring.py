@@ -1,4 +1,4 @@
-"""Classifiers that score a row at its last token, also where the pad token is the EOS token.
+"""Classifiers with a head `score` that reads a row's last token, also where EOS tokens pad.
 
 transformers takes the last token that is not the pad token. Where a tokenizer pads with its EOS
 token, that is the token before the EOS token; critics and rewards read the EOS token itself.
@@ -28,8 +28,9 @@ MADE: set[type] = set()  # kinds of configs whose classifiers are ours, in this 
 def register_classifier(config: Any) -> None:
     """Make a classifier for an architecture that transformers has none for, as for Mamba.
 
-    It is transformers' generic one: the body, and a linear head `score` without a bias. Afterwards
-    `AutoModelForSequenceClassification` loads and makes it, in this process.
+    It is transformers' generic one: the body, and a linear head `score` without a bias; it takes
+    the place of one with another head, as CTRL's. Afterwards `AutoModelForSequenceClassification`
+    loads and makes it, in this process.
 
     Raises:
         ValueError: the architecture has no body of its own either, or answers with a decoder.
@@ -37,7 +38,7 @@ def register_classifier(config: Any) -> None:
     kind = type(config)
     if config.is_encoder_decoder:
         raise ValueError("an encoder-decoder has no head that scores texts; take a causal model")
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _has_score(config):
         return
     if kind not in MODEL_MAPPING:
         raise ValueError(f"{kind.__name__} has neither a classifier nor a body to put one on")
@@ -55,6 +56,12 @@ def register_classifier(config: Any) -> None:
     classifier = type(f"{name}ForSequenceClassification", bases, namespace)
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
     MADE.add(kind)
+
+
+def _has_score(config: Any) -> bool:
+    """Return whether transformers' classifier has the head that is trained, `score`."""
+    with torch.device("meta"):
+        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
 
 
 def last_token(mask_BS: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def class_of(config: Any, task_type: str, whole: bool = False) -> Any:
         ValueError: transformers has no such class.
     """
     chosen = CLASSES[task_type]
-    if task_type == "SEQ_CLS" and (config.is_encoder_decoder or not _has(chosen, config)):
+    if task_type == "SEQ_CLS" and not _brings(chosen, config):
         register_classifier(config)
     if task_type == "CAUSAL_LM" and is_multimodal(config) and (whole or not _has(chosen, config)):
         return AutoModelForMultimodalLM
@@ -69,8 +69,12 @@ def text_of(model: Any, config: Any) -> str | None:
 
 def _has(auto_class: Any, config: Any) -> bool:
     """Return whether an auto class knows a checkpoint, or comes with it as code of its own."""
-    own = getattr(config, "auto_map", None) or {}
-    return type(config) in auto_class._model_mapping or auto_class.__name__ in own
+    return type(config) in auto_class._model_mapping or _brings(auto_class, config)
+
+
+def _brings(auto_class: Any, config: Any) -> bool:
+    """Return whether an auto class's model comes with a checkpoint as code of its own."""
+    return auto_class.__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def name_body(model: Any) -> None:

@@ -170,11 +170,11 @@ def batches(prompts: list[list[int]], model: Any, batch_size: int) -> list[list[
     """Group the indices of prompts into batches.
 
     With virtual tokens only prompts of one length share a batch: padding would come between the
-    virtual tokens and the prompt, where training has none.
+    virtual tokens and the prompt, where training has none. So it is with a base that sees padding.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [by_length]
-    if virtual_tokens(model):
+    if virtual_tokens(model) or getattr(model, "sees_padding", False):
         lengths = sorted({len(prompt) for prompt in prompts})
         groups = [[i for i in by_length if len(prompts[i]) == length] for length in lengths]
     return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]

@@ -71,16 +71,20 @@ def _check_trainable(cfg: DictConfig, base: Base) -> None:
     """Refuse a base that cannot train what the config asks for.
 
     Raises:
-        ConfigError: tokens without an embedding, or packed rows that would see each other.
+        ConfigError: tokens without an embedding, packed rows that would see each other, or prompts
+            that would see their padding.
     """
     if missing := missing_embeddings(base.model, base.tokenizer):
         fix = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
         raise ConfigError([("model.path", f"{cfg.model.path}: {missing}; {fix}")])
+    name = type(base.model).__name__
+    if cfg.algorithm.shape == "prompt" and base.model.sees_padding:
+        text = f"{name} sees the padding of prompts that are answered together"
+        raise ConfigError([("algorithm", f"{text}; train it on rows with answers (sft, dpo, kto)")])
     args = cfg.algorithm.args
     packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
     if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
         key = "packing" if packs else "padding_free"
-        name = type(base.model).__name__
         text = f"{name} does not keep rows apart that share a sequence: they would see each other"
         raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
 

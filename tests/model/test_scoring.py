@@ -55,11 +55,14 @@ def test_with_a_separate_pad_token_scores_equal_transformers_bit_for_bit() -> No
     assert type(model).__name__ == "GPT2ForSequenceClassification"
 
 
-@pytest.mark.parametrize("kind", ["falcon_h1", "opt"])
+@pytest.mark.parametrize("kind", ["falcon_h1", "opt", "ctrl"])
 def test_an_architecture_without_a_classifier_gets_a_head_on_its_body(
     kind: str, tmp_path: Path
 ) -> None:
-    """OPT has one, but no range for the head's weights; Falcon-H1's buffers are computed."""
+    """OPT has one, but no range for the head's weights, and CTRL's head has another name.
+
+    Falcon-H1's buffers are computed.
+    """
     from lora_exp import compose, load_adapter, run
     from lora_exp.after.merging import merge
     from lora_exp.after.proof import prove
@@ -68,7 +71,7 @@ def test_an_architecture_without_a_classifier_gets_a_head_on_its_body(
     values = ["model=local", f"model.path={base}", "tracking=none", "samples.rows=0"]
     values += ["data=demo_pairs", "data.rows=16", "data.eval_rows=4", "train.max_steps=2"]
     values += ["train.learning_rate=1e-2", "train.per_device_train_batch_size=4"]
-    values += ["peft.target_modules=[in_proj]"] * (kind != "opt")
+    values += ["peft.target_modules=[in_proj]"] * (kind == "falcon_h1")
     saved = run(compose(*values, "algorithm=reward"), tmp_path / "reward").saved
     head = load_file(saved / "adapter_model.safetensors")["base_model.model.score.weight"]
     model, _ = load_adapter(saved)
@@ -102,6 +105,7 @@ def save_base(kind: str, folder: Path) -> Path:
     """Save a tiny model of random weights, with the embedded tokenizer."""
     sizes: dict[str, dict[str, Any]] = {
         "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        "ctrl": {"n_embd": 32, "dff": 64, "n_layer": 1, "n_head": 4, "n_positions": 512},
         "falcon_h1": {
             "intermediate_size": 64, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
             "mamba_d_state": 8, "mamba_n_groups": 1, "head_dim": 8, "num_key_value_heads": 2,
