@@ -172,9 +172,9 @@ def _saved_adapter(base: Base, cfg: DictConfig) -> Any:
         weights = read_weights(cfg.adapter)
         check_embeddings(model, config, weights, cfg.adapter)
         weights = {"base_model.model.score.weight": model.score.weight.detach()} | weights
-        check_fit(classifier, weights, cfg.adapter)
         with fitting(cfg.adapter):
             peft.set_peft_model_state_dict(classifier, weights)
+        check_fit(classifier, weights, cfg.adapter)
         return classifier
     return mount(model, config, cfg.adapter, trainable=True, apart=True)
 

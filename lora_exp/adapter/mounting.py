@@ -160,7 +160,9 @@ def fitting(path: str) -> Iterator[None]:
 
 
 def check_fit(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
-    """Refuse an adapter of a base with more layers, or fewer: peft would only warn.
+    """Refuse an adapter of a base with more layers, or fewer, or weights that peft has not loaded.
+
+    peft would only warn, or not even that.
 
     Args:
         model: with the adapter on it.
@@ -170,10 +172,15 @@ def check_fit(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
     Raises:
         AdapterError: with the first weight that has no match.
     """
-    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = loaded.keys()
     base = model.get_base_model()
     embeddings = {key for key, _ in _embeddings(base, None, saved)}
     embeddings |= {key for key in saved if TRAINED in key and key.replace(TRAINED, "") in expected}
     if unmatched := sorted((expected - saved.keys()) | (saved.keys() - expected - embeddings)):
         text = f"{path} does not fit this base: {len(unmatched)} of its weights have no match"
         raise AdapterError(f"{text}, the first is {unmatched[0]}")
+    for key, weight in loaded.items():
+        if not torch.equal(weight, saved[key].to(weight)):
+            text = f"{path}: peft does not load {key}, which it takes for another weight's name"
+            raise AdapterError(f"{text}; train again without it (peft.exclude_modules)")

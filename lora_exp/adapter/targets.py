@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -66,7 +70,9 @@ def resolve(
         raise _no_experts(is_lora, hindrance)
     renamed = _renamed_by_peft(model, modules) if is_lora else set()
     hindrance = hindrance or ("quantised weights" if quantised else None)
-    left_out = _why_not(model, modules, renamed, hindrance, base)
+    why_not = _why_not(model, modules, renamed, hindrance, base)
+    why_not |= _lost_by_peft(model, modules - renamed) if is_lora else {}
+    left_out = dict(sorted(why_not.items()))
     _check_remains(names or [""], modules - left_out.keys() | stacks, left_out)
     parameters = stacks | {f"{name}.weight" for name in renamed - left_out.keys()}
     parameters -= _excluded(parameters, below(model, settings.get("exclude_modules") or ()))
@@ -92,12 +98,12 @@ def _excluded(parameters: set[str], excluded: list[str]) -> set[str]:
 def _why_not(
     model: Any, modules: set[str], renamed: set[str], hindrance: str | None, base: str | None
 ) -> dict[str, str]:
-    """Return the modules that cannot be adapted, sorted, and why."""
+    """Return the modules that cannot be adapted, and why."""
     why_not = _refused_by_peft(model, modules) | _without_part(model, modules, base)
     if hindrance:
         text = f"peft adapts it as a parameter, without {hindrance}"
         why_not |= dict.fromkeys(renamed, text)
-    return dict(sorted(why_not.items()))
+    return why_not
 
 
 def _of_roles(model: Any, roles: list[str]) -> tuple[set[str], set[str]]:
@@ -183,6 +189,27 @@ def _refused_by_peft(model: Any, modules: set[str]) -> dict[str, str]:
         except ValueError:
             refused[name] = f"peft does not adapt it on {model.config.model_type}"
     return refused
+
+
+def _lost_by_peft(model: Any, modules: set[str]) -> dict[str, str]:
+    """Return the modules whose saved weights peft would not find again, without an error.
+
+    It renames an adapter's keys when it loads them, as transformers renames those of the base's
+    published files; what has its new name already may then get a wrong one.
+    """
+    text = f"peft loads its weights by another name on {model.config.model_type}: they were lost"
+    keys = {name: f"base_model.model.{name}.lora_A.weight" for name in modules}
+    return {name: text for name, key in keys.items() if key not in _loaded_keys(model, key)}
+
+
+def _loaded_keys(model: Any, key: str) -> list[str]:
+    """Return the keys that peft makes of one of a saved adapter; none: it refuses it."""
+    weights = {key: torch.zeros(1, 1)}
+    convert = convert_peft_adapter_state_dict_for_transformers
+    try:
+        return [*convert(model, peft.LoraConfig(), weights)]
+    except (ValueError, RuntimeError, KeyError):
+        return []
 
 
 def _without_part(model: Any, modules: set[str], base: str | None) -> dict[str, str]:

@@ -129,7 +129,7 @@ def _product_in_4_bits() -> tuple[float, str]:
     import bitsandbytes
     import torch
 
-    from lora_exp.model.loading import device
+    from lora_exp.model.placement import device
 
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(256, 256, generator=generator).to(device()) for _ in range(2))

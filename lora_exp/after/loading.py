@@ -21,6 +21,7 @@ from lora_exp.config.initialization import rewrites_base
 from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import comparable, named
 from lora_exp.model.loading import Base, base_of
+from lora_exp.model.placement import DeviceMap, placed
 from lora_exp.model.precision import autocast, is_quantised
 from lora_exp.model.quantised import dequantise
 from lora_exp.model.sharing import sharing_copy
@@ -52,6 +53,7 @@ def load_adapter(
     quant: str | None = None,
     base: str | None = None,
     trainable: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> tuple[Any, Any]:
     """Load what a run saved, on its base.
 
@@ -62,6 +64,7 @@ def load_adapter(
         base: the location of the base, if not the one that the adapter names; `NAME=PLACE` if the
             base has another name there.
         trainable: true: the adapter's weights take gradients, or all of a merged model's.
+        device_map: `auto` for a base that is too big for one device; None: one device.
 
     Returns:
         The model, a PeftModel unless it was merged or is whole, and its tokenizer.
@@ -73,7 +76,8 @@ def load_adapter(
     """
     quiet()
     saved = find(path)
-    loaded_base = load_base(saved, base, quant)
+    with placed(device_map):
+        loaded_base = load_base(saved, base, quant)
     if merge and saved.adapter is not None:
         loaded = load(saved, in_floats(loaded_base))
         return merged(loaded.model).train(trainable).requires_grad_(trainable), loaded.tokenizer

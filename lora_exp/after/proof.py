@@ -24,7 +24,7 @@ from lora_exp.errors import AdapterError, SavedError
 from lora_exp.files.revision import named
 from lora_exp.model.loading import Base
 from lora_exp.model.memory import give_back
-from lora_exp.model.precision import computing_in, is_quantised
+from lora_exp.model.precision import computes_in_float64, computing_in
 from lora_exp.model.quantised import exact_products
 from lora_exp.record.console import tracked
 from lora_exp.record.progress import quiet
@@ -63,7 +63,7 @@ class Proof:
     effect: float  # the largest difference that the adapter makes
     dtype: str  # of the merged weights
     rounding: float  # the largest difference that rounding the weights makes; in float64, else 0
-    computed_in: str  # float64 if both models can: then only the merge differs, not the sums
+    computed_in: str  # float64 if the models can: then only the merge differs, not the sums
     reference: str
 
     @property
@@ -117,7 +117,7 @@ def prove(
     base = base or _merged_base(record, several[0])
     dtype = _stored_dtype(merged_model)
     base_model, reference = _reference(record, several, base, quant)
-    exact = dtype == "float32" and not is_quantised(base_model.model)
+    exact = dtype == "float32" and computes_in_float64(base_model.model.eval())
     precision = torch.float64 if exact else torch.float32
     loaded, adapter_off = _adapted(record, several, base_model, precision)
     prompt_ids = _prompt_ids(several[0], loaded, prompts, max_new_tokens)

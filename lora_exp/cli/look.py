@@ -11,11 +11,14 @@ import typer
 from lora_exp import libraries
 from lora_exp.cli.options import (
     Base,
+    DeviceMap,
+    DevicesOption,
     Force,
     Json,
     QuantOption,
     SavedPath,
     check_exists,
+    on_devices,
     print_result,
 )
 from lora_exp.files.strict import dumps
@@ -154,6 +157,7 @@ def check(
     ] = None,
     base: Base = None,
     quant: QuantOption = None,
+    device_map: DevicesOption = DeviceMap.one,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with a prompt each; default: the run's own")
     ] = None,
@@ -168,13 +172,15 @@ def check(
     from lora_exp.after import pages, proof, soundness
 
     if not adapter:
-        checks = soundness.check_model(merged)
+        with on_devices(device_map):
+            checks = soundness.check_model(merged)
         print_result(checks, pages.examination, as_json)
         holds = not any(checks.values())
     else:
-        comparison = proof.prove(
-            merged, adapter, base, quant and quant.value, prompts, max_new_tokens
-        )
+        with on_devices(device_map):
+            comparison = proof.prove(
+                merged, adapter, base, quant and quant.value, prompts, max_new_tokens
+            )
         print_result(comparison.values(), pages.proof, as_json)
         holds = comparison.holds
     if not holds:
@@ -191,6 +197,7 @@ def evaluate(
     ] = None,
     base: Base = None,
     quant: QuantOption = None,
+    device_map: DevicesOption = DeviceMap.one,
     max_new_tokens: Annotated[int, typer.Option(help="of each greedy answer", min=1)] = 64,
     batch_size: Annotated[int, typer.Option(help="rows at a time", min=1)] = 16,
     as_json: Json = False,
@@ -204,9 +211,10 @@ def evaluate(
     libraries.load(training=False, freeze=True)
     from lora_exp.after import evaluation, pages
 
-    results = evaluation.evaluate(
-        path, data, base, quant and quant.value, max_new_tokens, batch_size, out, force
-    )
+    with on_devices(device_map):
+        results = evaluation.evaluate(
+            path, data, base, quant and quant.value, max_new_tokens, batch_size, out, force
+        )
     print_result(results, pages.evaluation, as_json)
 
 

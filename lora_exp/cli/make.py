@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from lora_exp import libraries
-from lora_exp.cli.options import Base, Force, Out, SavedPath, check_exists
+from lora_exp.cli.options import (
+    Base,
+    DeviceMap,
+    DevicesOption,
+    Force,
+    Out,
+    SavedPath,
+    check_exists,
+    on_devices,
+)
 
 
 class Dtype(StrEnum):
@@ -53,6 +62,7 @@ def merge(
     out: Out,
     base: Base = None,
     dtype: Annotated[Dtype | None, typer.Option(help="of the merged weights")] = None,
+    device_map: DevicesOption = DeviceMap.one,
     into: Annotated[
         Into, typer.Option(help="the unquantised base, or the quantised one, dequantised")
     ] = Into.original,
@@ -72,10 +82,11 @@ def merge(
     libraries.load(training=False, freeze=True)
     from lora_exp.after.merging import merge as make
 
-    merged = make(
-        adapters, out, base=base, dtype=dtype and dtype.value, into=into.value, method=method,
-        weights=shares, density=density, max_shard_size=max_shard_size, force=force,
-    )  # fmt: skip
+    with on_devices(device_map):
+        merged = make(
+            adapters, out, base=base, dtype=dtype and dtype.value, into=into.value, method=method,
+            weights=shares, density=density, max_shard_size=max_shard_size, force=force,
+        )  # fmt: skip
     print(merged)
     command = ["lora-exp", "check", str(merged)]
     command += [word for adapter in adapters for word in ("--adapter", str(adapter))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +20,13 @@ class Quant(StrEnum):
     fp4 = "fp4"
     int8 = "int8"
     none = "none"
+
+
+class DeviceMap(StrEnum):
+    """Where a base lies."""
+
+    one = "one"
+    auto = "auto"
 
 
 SavedPath = Annotated[
@@ -37,9 +46,22 @@ Base = Annotated[
 QuantOption = Annotated[
     Quant | None, typer.Option(help="quantisation of the base; default: that of its run")
 ]
+DevicesOption = Annotated[
+    DeviceMap,
+    typer.Option("--device-map", help="auto: a base too big for one device lies on several"),
+]
 Out = Annotated[Path, typer.Option("-o", "--out", help="the folder to make")]
 Force = Annotated[bool, typer.Option("--force", help="replace what is there")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@contextmanager
+def on_devices(device_map: DeviceMap) -> Iterator[None]:
+    """Load bases onto one device, or onto as many as they need."""
+    from lora_exp.model.placement import placed
+
+    with placed(None if device_map is DeviceMap.one else device_map.value):
+        yield
 
 
 def check_exists(*paths: str | Path) -> None:

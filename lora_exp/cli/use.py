@@ -11,11 +11,14 @@ import typer
 from lora_exp import libraries
 from lora_exp.cli.options import (
     Base,
+    DeviceMap,
+    DevicesOption,
     Force,
     QuantOption,
     SavedPath,
     SavedPaths,
     check_exists,
+    on_devices,
 )
 
 
@@ -30,6 +33,7 @@ def chat(
     paths: SavedPaths,
     base: Base = None,
     quant: QuantOption = None,
+    device_map: DevicesOption = DeviceMap.one,
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter first")] = False,
     system: Annotated[str | None, typer.Option(help="the system prompt")] = None,
 ) -> None:
@@ -38,7 +42,9 @@ def chat(
     libraries.load(training=False, freeze=True)
     from lora_exp.after.chat import Chat, open_chat
 
-    if not Chat(open_chat(paths, base, quant and quant.value, merge, system)).run():
+    with on_devices(device_map):
+        answered = Chat(open_chat(paths, base, quant and quant.value, merge, system)).run()
+    if not answered:
         raise typer.Exit(1)
 
 
@@ -46,6 +52,7 @@ def serve(
     paths: SavedPaths,
     base: Base = None,
     quant: QuantOption = None,
+    device_map: DevicesOption = DeviceMap.one,
     host: Annotated[
         str, typer.Option(help="0.0.0.0 answers the whole network, which needs no key")
     ] = "127.0.0.1",
@@ -55,6 +62,8 @@ def serve(
     ] = Engine.transformers,
 ) -> None:
     """Serve what was trained as OpenAI's interface does: each adapter is a model, and the base."""
+    if engine is Engine.vllm and device_map is DeviceMap.auto:
+        raise typer.BadParameter("is for --engine transformers", param_hint="--device-map")
     check_exists(*paths)
     libraries.load(training=False, freeze=True)
     from lora_exp.after import pages, serving
@@ -62,7 +71,8 @@ def serve(
     def ready(url: str, chats: dict[str, bool]) -> None:
         print(pages.serving(url, chats), flush=True)
 
-    serving.serve(paths, ready, base, quant and quant.value, host, port, engine.value)
+    with on_devices(device_map):
+        serving.serve(paths, ready, base, quant and quant.value, host, port, engine.value)
 
 
 def generate(
@@ -71,6 +81,7 @@ def generate(
     out: Annotated[Path, typer.Option("-o", "--out", help="the JSON lines file to make")],
     base: Base = None,
     quant: QuantOption = None,
+    device_map: DevicesOption = DeviceMap.one,
     max_new_tokens: Annotated[int, typer.Option(help="of each answer", min=1)] = 256,
     temperature: Annotated[
         float, typer.Option(help="0: the most likely token each time", min=0.0)
@@ -95,9 +106,10 @@ def generate(
     libraries.load(training=False, freeze=True)
     from lora_exp.after.completion import generate as answer
 
-    file = answer(
-        path, prompts, out, base=base, quant=quant and quant.value, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, as_chat=as_chat,
-        force=force,
-    )  # fmt: skip
+    with on_devices(device_map):
+        file = answer(
+            path, prompts, out, base=base, quant=quant and quant.value,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+            batch_size=batch_size, as_chat=as_chat, force=force,
+        )  # fmt: skip
     print(file)

@@ -32,8 +32,9 @@ from lora_exp.lockstep.hub import Hub, out_of_memory
 from lora_exp.lockstep.passes import Passes
 from lora_exp.lockstep.segment import CACHES, PassContext
 from lora_exp.lockstep.state import ComputeState
-from lora_exp.model.loading import Base, base_of, device
+from lora_exp.model.loading import Base, base_of
 from lora_exp.model.memory import free_bytes, reset_peak
+from lora_exp.model.placement import device
 from lora_exp.model.requirement import loss_bytes, training_bytes
 from lora_exp.model.sharing import sharing_copy
 

@@ -13,6 +13,7 @@ mixture         routers of mixtures of experts
 participation   layers that get a gradient
 packing         whether packed rows stay apart
 padding         whether prompts see it
+placement       devices of a base
 sharded         layers shared out among processes
 sharing         several models over the same weights
 scoring         scores at a row's last token

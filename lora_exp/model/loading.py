@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import nn
@@ -27,6 +26,7 @@ from lora_exp.files.paths import asset
 from lora_exp.model.identity import identity_of
 from lora_exp.model.mixture import without_router_logits
 from lora_exp.model.padding import sees_padding
+from lora_exp.model.placement import check_fits, device, device_map, too_small
 from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16
 from lora_exp.model.prequantised import (
     SavedForm,
@@ -46,7 +46,6 @@ from lora_exp.model.weights import (
     read_complete,
     without_gguf,
 )
-from lora_exp.parallel.world import world
 
 STD = 0.02  # of new weights, where an architecture names none
 
@@ -173,9 +172,7 @@ def load(
         form = None if gguf_file or random_weights else saved_form(config)
         attention = attention_of(attn_implementation)
         options |= {"dtype": dtype_of(dtype), "attn_implementation": attention}
-        # processes in step share the weights out before these go to their devices
-        if quantization or form or (torch.cuda.is_available() and not world.in_step):
-            options["device_map"] = {"": device()}
+        options |= device_map(anyway=bool(quantization or form))
         options |= {"num_labels": 1} if task_type == "SEQ_CLS" else {}
         model_class = class_of(config, task_type, whole)
         skip(quantization, model_class, config, trust_remote_code)
@@ -183,6 +180,7 @@ def load(
             model = random_model(model_class, source, options).to(device())
         else:
             model = _read(model_class, source, config, gguf_file, quantization, options)
+    check_fits(model)
     share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
     identity = identity_of(config, path, revision, gguf_file)
@@ -253,6 +251,8 @@ def base_of(cfg: DictConfig, whole: bool = False) -> Base:
 
 def unloadable(path: str, error: Exception, attn_implementation: str = "auto") -> ConfigError:
     """Return an error with one line of what transformers reports, which may be a page."""
+    if "offload_folder" in str(error) or "are dispatched on the CPU" in str(error):
+        return ConfigError([("device_map", too_small("parts"))])
     if "attn_implementation" in str(error) and attention_of(attn_implementation):
         text = f"{path} cannot be computed with {attn_implementation}; auto takes what it has"
         return ConfigError([("model.attn_implementation", text)])
@@ -264,11 +264,6 @@ def unloadable(path: str, error: Exception, attn_implementation: str = "auto") -
 def attention_of(attn_implementation: str | None) -> str | None:
     """Return transformers' name of an attention; None: its choice, sdpa where a class has it."""
     return None if attn_implementation == "auto" else attn_implementation
-
-
-def device() -> str:
-    """Return the one device that a run, or this process of it, uses."""
-    return f"cuda:{world.rank}" if torch.cuda.is_available() else "cpu"
 
 
 def new_head(model: Any) -> None:

@@ -87,6 +87,27 @@ def autocast(model: Any) -> torch.autocast:
     return torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+@torch.no_grad()
+def computes_in_float64(model: Any) -> bool:
+    """Return whether a model with float32 weights can compute in float64.
+
+    Quantised layers cannot, and some classes round to float32 on the way (Inkling 2).
+    """
+    if is_quantised(model):
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    try:
+        computing_in(torch.float64, model)(input_ids=ids, use_cache=False, **decoder)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    finally:
+        model.to(torch.float32)
+    return True
+
+
 def computing_in(dtype: torch.dtype, model: Any) -> Any:
     """Convert a model's weights to a dtype; in float64, which torch does not group, experts too.
 

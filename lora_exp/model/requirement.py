@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute
 
-from lora_exp.model.loading import device
+from lora_exp.model.placement import device
 
 # numbers that an optimiser keeps for a weight, by the beginning of its name
 MOMENTS = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0}

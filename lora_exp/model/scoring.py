@@ -48,7 +48,7 @@ def register_classifier(config: Any) -> None:
     pretrained = classes[classes.index(PreTrainedModel) - 1]  # the architecture's own
     name = kind.__name__.removesuffix("Config").removesuffix("Text")
     namespace = {
-        "base_model_prefix": pretrained.base_model_prefix,
+        "base_model_prefix": pretrained.base_model_prefix or "model",  # Llama 4 text has none
         "config_class": kind,
         "__module__": pretrained.__module__,  # else transformers leaves buffers uninitialised
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_exp.errors import ConfigError
-from lora_exp.model.loading import device
+from lora_exp.model.placement import device
 from lora_exp.model.precision import is_quantised
 from lora_exp.parallel.world import world
 

@@ -19,6 +19,11 @@ from lora_exp.files.lock import hold
 from lora_exp.files.paths import cache_dir
 from lora_exp.files.whole import whole
 
+# what transformers logs of faults for which we have one line, and where: a table with a line for
+# each weight, and the advice to open an issue where no layer was quantised
+REPORTS = ("LOAD REPORT", "double check your model architecture")
+REPORTING = ("transformers.modeling_utils", "transformers.integrations.bitsandbytes")
+
 
 def read_complete(
     model_class: Any, source: str, options: dict[str, Any], of_whole: bool = False
@@ -35,14 +40,16 @@ def read_complete(
         ValueError: some are missing or of other shapes, which transformers would draw at random;
             or there is an adapter too, which it has put on the model.
     """
-    reports = logging.get_logger("transformers.modeling_utils")
-    reports.addFilter(_is_no_report)  # its table has a line for each weight; ours is one line
+    loggers = [logging.get_logger(name) for name in REPORTING]
+    for logger in loggers:
+        logger.addFilter(_is_no_report)
     try:
         model, loading_info = model_class.from_pretrained(
             source, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
     finally:
-        reports.removeFilter(_is_no_report)
+        for logger in loggers:
+            logger.removeFilter(_is_no_report)
     if getattr(model, "peft_config", None):
         raise ValueError("there is an adapter too (adapter_config.json); give a model without it")
     is_classifier = model_class is AutoModelForSequenceClassification
@@ -66,7 +73,7 @@ def read_complete(
 
 
 def _is_no_report(record: Any) -> bool:
-    return "LOAD REPORT" not in record.getMessage()
+    return not any(text in record.getMessage() for text in REPORTS)
 
 
 def random_model(model_class: Any, source: str, options: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ def conditions() -> dict[str, Any]:
     """Return the device, torch's threads, settings of libraries, and versions, of this process."""
     import torch
 
-    from lora_exp.model.loading import device
+    from lora_exp.model.placement import device
     from lora_exp.model.processor import device_facts, kernel_settings
 
     return {

@@ -27,8 +27,9 @@ from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError, DataError
 from lora_exp.model.determinism import forked_random_state
-from lora_exp.model.loading import Base, device
+from lora_exp.model.loading import Base
 from lora_exp.model.mixture import has_routers, name_experts, without_router_logits
+from lora_exp.model.placement import device
 from lora_exp.model.precision import autocast_dtype, is_quantised
 from lora_exp.model.special_tokens import without_end
 from lora_exp.parallel.world import world

@@ -23,6 +23,7 @@ from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError
 from tests.adapter.test_rows import base_folder
+from tests.adapter.test_targets import LAGUNA
 from tests.conftest import tiny
 
 Trained = Callable[..., Path]
@@ -163,6 +164,20 @@ def test_a_starting_adapter_that_does_not_fit_the_classifier_is_refused(
     save_file(weights | {removed: weights[removed][:, 1:].contiguous()}, file)
     with pytest.raises(AdapterError, match="does not fit this base: size mismatch"):
         run(compose(*reward), tmp_path / "size")
+
+
+def test_an_adapter_of_which_peft_loads_only_a_part_is_refused(tmp_path: Path) -> None:
+    """peft takes the names of Laguna's shared experts for those of its published files."""
+    base = AutoModelForCausalLM.from_config(LAGUNA)
+    config = peft.LoraConfig(target_modules=["shared_experts.up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_config(LAGUNA)
+    with pytest.raises(AdapterError, match=r"peft does not load .*shared_experts\.up_proj\.lora_A"):
+        mount(again, read_config(str(tmp_path), again), str(tmp_path), trainable=False)
 
 
 @pytest.mark.parametrize(("tied", "tying"), [(True, True), (True, False), (False, False)])

@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     JambaConfig,
+    LagunaConfig,
     OlmoeConfig,
 )
 
@@ -42,6 +43,11 @@ DOTS = Dots1Config(
     first_k_dense_replace=1, n_group=1, topk_group=1,
 )  # fmt: skip
 OLMOE = OlmoeConfig(**SMALL, num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+LAGUNA = LagunaConfig(
+    **SMALL, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, head_dim=16,
+    shared_expert_intermediate_size=16, mlp_layer_types=["dense", "sparse"],
+    layer_types=["full_attention"] * 2, eos_token_id=2,
+)  # fmt: skip
 ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
 MLP = ["down_proj", "gate_proj", "up_proj"]
 GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
@@ -217,6 +223,19 @@ def test_layers_that_take_no_part_or_that_peft_refuses_are_left_out() -> None:
     mamba = on_meta(FalconMambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1))
     (reason,) = resolve(mamba, "all_linear", LORA).left_out.values()
     assert reason == "peft does not adapt it on falcon_mamba"
+
+
+def test_layers_whose_weights_peft_would_lose_are_left_out() -> None:
+    """It loads `shared_experts.up_proj` as `shared_experts..up_proj`, and says nothing."""
+    model = AutoModelForCausalLM.from_config(LAGUNA)
+    targets = resolve(model, "all_linear", LORA)
+    shared = [f"model.layers.1.mlp.shared_experts.{name}" for name in MLP]
+    assert set(targets.left_out) >= {*shared}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets.modules))
+    assert not any("shared_experts" in name for name in adapted.base_model.targeted_module_names)
+    assert any("mlp.gate_proj" in name for name in adapted.base_model.targeted_module_names)
+    with pytest.raises(TargetError, match=r"up_proj: peft loads its weights by another name"):
+        resolve(model, ["shared_experts.up_proj"], LORA)
 
 
 def test_excluded_layers_are_not_adapted_as_parameters_either() -> None:

@@ -15,6 +15,7 @@ from lora_exp.after.loading import Loaded
 from lora_exp.model.loading import Base, base_of, bnb_4bit
 from lora_exp.model.precision import (
     autocast_dtype,
+    computes_in_float64,
     dtype_of,
     has_bfloat16,
     is_quantised,
@@ -110,3 +111,14 @@ def test_the_stored_dtype_of_a_base_is_read_from_its_files(tmp_path: Path, dtype
     model = compose("tracking=none", "model=local", f"model.path={tmp_path / 'base'}").model
     assert stored_dtype(model) == dtype
     assert stored_dtype(compose("tracking=none", "model.random_weights=true").model) is None
+
+
+def test_whether_a_class_computes_in_float64_is_tried(fresh_base: Any) -> None:
+    model = fresh_base.model
+    assert computes_in_float64(model)
+    assert model.dtype == torch.float32
+    rounds = model.model.norm.register_forward_hook(lambda _, __, hidden: hidden.float())
+    assert not computes_in_float64(model)
+    assert model.dtype == torch.float32
+    rounds.remove()
+    assert computes_in_float64(model)

@@ -39,9 +39,12 @@ def test_the_share_of_a_mixture_leaves_out_its_experts(folder_of: Callable[[Any]
     assert quantised_share(load(folder_of(GRANITE)).model) is None
 
 
-def test_a_base_of_which_nothing_is_quantised_is_refused(folder_of: Callable[[Any], Path]) -> None:
+def test_a_base_of_which_nothing_is_quantised_is_refused(
+    folder_of: Callable[[Any], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match=r"^quant: .*no layer of FalconFor.*give quant=none"):
         load(folder_of(FALCON), "quant=int8")
+    assert "open an issue" not in capfd.readouterr().err.replace("submit", "open")
 
 
 def test_named_modules_and_the_head_stay_in_floats() -> None:
