@@ -18,6 +18,7 @@ from lora_exp.child import end_with_parent
 from lora_exp.config.settled import frozen
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_text
+from lora_exp.files.whole import write_whole
 from lora_exp.parallel.launch import JOB, LOST, MEETING, RESULT
 from lora_exp.parallel.world import world
 from lora_exp.training.interruption import EXIT_CODE, stop
@@ -25,9 +26,13 @@ from lora_exp.training.interruption import EXIT_CODE, stop
 
 def main() -> None:
     """Train as one of the processes of a run, and report how it ended."""
-    folder, rank, count = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder = Path(sys.argv[1])
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    end_with_parent(job["launcher"])
+    if job["nodes"] == 1:
+        end_with_parent(job["launcher"])
+    else:
+        _take_slurms_numbers()
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     stop.silent, stop.agree = True, world.any
     stop.training += 1  # a signal takes effect where all processes agree on it
     try:
@@ -38,17 +43,28 @@ def main() -> None:
         result, code = {}, EXIT_CODE
     except (Exception, SystemExit) as error:  # a reward's sys.exit(0) is no success
         result, code = _report(error), 1
-    (folder / RESULT.format(rank)).write_text(json.dumps(result), encoding="utf-8")
+    write_whole(folder / RESULT.format(rank), json.dumps(result | {"code": code}))
     logging.shutdown()
     sys.stdout.flush()
+    if rank and code == EXIT_CODE and job["nodes"] > 1:
+        code = 0  # for srun, which ends the others where one has failed: the first may still upload
     os._exit(code)  # the others may have ended: nothing waits for them any more
+
+
+def _take_slurms_numbers() -> None:
+    """Take the process's numbers from Slurm, which has started it; only the first one prints."""
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+    if os.environ["RANK"] != "0":
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 def _trained(job: dict[str, Any], folder: Path, rank: int, count: int) -> dict[str, Any]:
     """Train, and return the fields of the result."""
     from lora_exp.experiment import run
 
-    world.join(rank, count, folder / MEETING)
+    world.join(rank, count, folder / MEETING, int(os.environ["LOCAL_RANK"]), job["nodes"])
     day = date.fromisoformat(job["day"]) if job["day"] else None
     result = run(frozen(job["config"]), job["directory"], job["sweep"], day=day)
     world.wait()

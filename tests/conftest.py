@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,20 @@ def folder_of(tmp_path: Path, base: Any) -> Callable[[Any], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run a cluster, and have all commands know it."""
+    from tests.slurm import cluster, obstacle
+
+    if why := obstacle():
+        pytest.skip(why)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        try:
+            with cluster(tmp_path_factory.mktemp("slurm")) as config:
+                patch.setenv("SLURM_CONF", str(config))
+                yield
+        except RuntimeError as error:
+            pytest.skip(str(error))

@@ -203,7 +203,7 @@ def test_a_reward_that_fails_leaves_its_traceback_in_the_log(tmp_path: Path) -> 
     assert 'mine.py", line 2, in reward' in (tmp_path / "run" / "run.log").read_text()
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_several_processes_of_torchrun_or_mpirun_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

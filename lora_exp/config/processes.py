@@ -53,12 +53,22 @@ def process_count(cfg: Any) -> int:
     return int(parallel["processes"]) if parallel else 1
 
 
+def node_count(cfg: Any) -> int:
+    """Return among how many nodes of a Slurm job the processes are shared out."""
+    return int((cfg.get("parallel") or {}).get("nodes", 1))
+
+
 def with_processes(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a config's values with a number of processes; null is one for each visible GPU."""
+    """Return a config's values with a number of processes; null is one for each visible GPU.
+
+    On several nodes it is as many on each.
+    """
     parallel = values.get("parallel")
     if not isinstance(parallel, Mapping) or parallel.get("processes", 0) is not None:
         return values
-    return values | {"parallel": dict(parallel) | {"processes": max(len(VISIBLE), 1)}}
+    nodes = parallel.get("nodes", 1)
+    count = max(len(VISIBLE), 1) * (nodes if type(nodes) is int else 1)
+    return values | {"parallel": dict(parallel) | {"processes": count}}
 
 
 def divided(cfg: DictConfig) -> dict[str, int] | None:
@@ -96,7 +106,8 @@ def shares_text(cfg: DictConfig) -> str:
     times = f" in {passes} passes" if passes > 1 else ""
     shared = SHARED.get(str(cfg.parallel.get("sharding")))
     share = f", and has a share of the {shared}" if shared else ""
-    return f"{count}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
+    nodes = f" on {node_count(cfg)} nodes" if node_count(cfg) > 1 else ""
+    return f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
 
 
 def process_faults(cfg: DictConfig) -> Iterator[Fault]:
@@ -108,8 +119,14 @@ def process_faults(cfg: DictConfig) -> Iterator[Fault]:
     if type(count) is not int or count < 1:
         yield key, f"{count!r} is not 1 or more; null takes one for each visible GPU"
         return
-    if VISIBLE and count > len(VISIBLE):
-        yield key, f"{count} processes need as many GPUs, and {len(VISIBLE)} can be seen ({CUDA})"
+    nodes = parallel.get("nodes", 1)
+    if type(nodes) is not int or nodes < 1 or count % nodes:
+        text = f"{nodes!r} does not divide {count} processes evenly; give as many on each node"
+        yield "parallel.nodes", text
+        return
+    if VISIBLE and count // nodes > len(VISIBLE):
+        text = f"{count // nodes} processes need as many GPUs, and {len(VISIBLE)} can be seen"
+        yield key, f"{text} ({CUDA})"
     if count == 1:
         return
     if cfg.choices.get("parallel", "none") == "none":

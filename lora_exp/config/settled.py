@@ -253,6 +253,8 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
         values.pop("deterministic", None)
     if process_count(values) == 1:  # computes what a run without processes does
         values.pop("parallel", None)
+    else:
+        values["parallel"].pop("nodes", None)  # the same processes, elsewhere
     values["data"].pop("num_proc", None)  # the tokens do not depend on it
     values["train"] |= limits or {}
     # as earlier versions wrote it, which had no such keys, and sdpa for what auto is

@@ -49,7 +49,7 @@ KEYS = {
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),
     "lockstep": ("max_jobs", "mode", "verify", "on_difference"),
-    "parallel": ("processes", "sharding"),
+    "parallel": ("processes", "nodes", "sharding"),
     "algorithm": (
         "learning_rate", "task_type", "shape", "objective", "goal", "metrics", "rewards",
         "trainer", "args",

@@ -163,7 +163,8 @@ def _parameters(section: Mapping[str, Any]) -> dict[str, Any]:
         "mem": section["memory"],
         "setup": setup,
         "wckey": None,
-        "srun_args": [f"--cpus-per-task={cpus}"],  # since Slurm 22.05 srun does not inherit it
+        # since Slurm 22.05 srun does not inherit the first; one process starts those of all nodes
+        "srun_args": [f"--cpus-per-task={cpus}", "--nodes=1", "--ntasks=1"],
         "additional_parameters": {"signal": f"TERM@{WARNING_S}"} | dict(section["options"] or {}),
     }
 

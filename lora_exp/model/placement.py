@@ -33,7 +33,7 @@ def placed(device_map: DeviceMap | None) -> Iterator[None]:
 
 def device() -> str:
     """Return the one device that a run, or this process of it, uses."""
-    return f"cuda:{world.rank}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu"
 
 
 def device_map(anyway: bool) -> dict[str, Any]:

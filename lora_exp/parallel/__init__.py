@@ -2,4 +2,5 @@
 
 world    this process among the run's
 launch   starts the processes, waits for them
+nodes    the same on nodes of Slurm
 """

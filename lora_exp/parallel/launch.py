@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -25,11 +25,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_exp import errors
 from lora_exp.config.door import plain
-from lora_exp.config.processes import CUDA, THREADS, VISIBLE, process_count, thread_count
+from lora_exp.config.processes import (
+    CUDA,
+    THREADS,
+    VISIBLE,
+    node_count,
+    process_count,
+    thread_count,
+)
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError
 
 log = logging.getLogger("lora_exp")
-COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+COUNTS = (
+    "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS",
+)  # fmt: skip
 JOB, MEETING, RESULT = "run.json", "meeting", "result-{}.json"
 # seconds for the others to end where all fail alike, or have agreed to stop: trackers may upload
 GRACE = {False: 30.0, True: 600.0}
@@ -43,13 +52,13 @@ def check_single_process() -> None:
     """Refuse to run as one of several processes, each of which would train and write a run.
 
     Raises:
-        ConfigError: torchrun, accelerate launch, mpirun or similar has started several.
+        ConfigError: torchrun, accelerate launch, mpirun, srun or similar has started several.
     """
     for name in COUNTS:
         count = os.environ.get(name, "1")
         if count != "1":
             text = f"{count}: a run starts its processes itself; without torchrun, accelerate"
-            text = f"{text} launch or mpirun, type parallel=ddp parallel.processes={count}"
+            text = f"{text} launch, mpirun or srun, type parallel=ddp parallel.processes={count}"
             raise ConfigError([(name, f"{text} (or unset {name})")])
 
 
@@ -72,7 +81,7 @@ class Processes:
         for rank in range(self.count):
             silent = subprocess.DEVNULL if rank else None
             process = subprocess.Popen(
-                command, env=environment(rank, self.count),
+                command, env=environment(rank, self.count, self.count),
                 stdin=subprocess.DEVNULL, stdout=silent, stderr=silent,
                 start_new_session=True,  # Ctrl-C reaches them through this process, once
             )  # fmt: skip
@@ -157,28 +166,46 @@ def _raised(rank: int, count: int, result: Mapping[str, Any], code: int | None) 
     return LoraExpError(f"process {rank} of {count}: {text}")
 
 
-def environment(rank: int, count: int) -> dict[str, str]:
-    """Return the environment of one of a run's processes: torchrun's names, devices, threads."""
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    values = {name: str(value) for name, value in variables.items()}
-    # they are on one machine, and nobody else needs to reach them
-    values["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+def environment(rank: int | None, count: int, each: int) -> dict[str, str]:
+    """Return the environment of one of a run's processes: torchrun's names, devices, threads.
+
+    Args:
+        rank: the process's number; None: Slurm gives it.
+        count: of processes.
+        each: of processes on a machine.
+    """
+    values = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(each)}
+    if rank is not None:
+        values |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # they are on one machine, and nobody else needs to reach them
+        values["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     values["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns that no parameter was unused
     values["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     values["DS_ACCELERATOR"] = "cuda" if VISIBLE else "cpu"  # DeepSpeed warns when it looks itself
     if VISIBLE:
-        return {**os.environ, **values, CUDA: ",".join(VISIBLE[:count])}
-    share = max(1, thread_count() // count)
+        return {**os.environ, **values, CUDA: ",".join(VISIBLE[:each])}
+    share = max(1, thread_count() // each)
     return {**os.environ, **values, THREADS: os.environ.get(THREADS) or str(share)}
 
 
 @contextmanager
 def started(
-    cfg: DictConfig, directory: Path, sweep: str | None, day: date | None
+    cfg: DictConfig,
+    directory: Path,
+    sweep: str | None,
+    day: date | None,
+    processes_of: Callable[[int, Path, int], Processes],
 ) -> Iterator[Processes]:
     """Start the processes of a run; at the end of this context none is left.
 
     They get the resolved config as a file, in which validation has allowed no secret.
+
+    Args:
+        cfg: the run's config.
+        directory: the run's.
+        sweep: its name, if the run is one of a sweep.
+        day: as of `experiment.run`.
+        processes_of: makes them from their number, a private folder, and the number of nodes.
     """
     job = {
         "config": plain(cfg),
@@ -187,10 +214,15 @@ def started(
         "day": day.isoformat() if day else None,
         "logging": _logging(),
         "launcher": os.getpid(),
+        "nodes": (nodes := node_count(cfg)),
     }
-    with tempfile.TemporaryDirectory(prefix="lora-exp-") as folder:
+    # of the machine, or where other nodes see it, too
+    shared = None if nodes == 1 else directory.absolute()
+    if shared is not None:
+        shared.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="lora-exp-", dir=shared) as folder:
         (Path(folder) / JOB).write_text(json.dumps(job), encoding="utf-8")
-        processes = Processes(process_count(cfg), Path(folder))
+        processes = processes_of(process_count(cfg), Path(folder), nodes)
         try:
             processes.start()
             yield processes

@@ -5,13 +5,19 @@ Every process of a run calls these functions at the same places, in the same ord
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_exp.files.whole import write_whole
+
 T = TypeVar("T")
+TICK = 0.05  # seconds between two looks
 PATIENCE = timedelta(days=7)  # for each other; who started them sees when one has ended
 SINGLE = {"num_processes": 1, "process_index": 0, "distributed_type": "NO"}
 
@@ -20,7 +26,7 @@ class World:
     """The processes of this process's run."""
 
     def __init__(self) -> None:
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.local_rank = 0, 1, 0  # local: on its machine
         self.in_step = False  # whether each pass through the model needs all processes
 
     @property
@@ -28,25 +34,27 @@ class World:
         """Return whether this process writes what the run writes."""
         return self.rank == 0
 
-    def join(self, rank: int, size: int, meeting: Path) -> None:
+    def join(self, rank: int, size: int, meeting: Path, local_rank: int, nodes: int = 1) -> None:
         """Meet the other processes of the run.
 
         Args:
             rank: this one's number.
             size: how many there are.
             meeting: a file by which they find each other.
+            local_rank: this one's number on its machine.
+            nodes: how many machines they are on.
         """
         import torch
         from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.local_rank = rank, size, local_rank
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(local_rank)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             # not init_method: of a path with # or ? it takes a part
-            store=FileStore(str(meeting), size),
+            store=FileStore(str(meeting), size) if nodes == 1 else _store(rank, meeting),
             rank=rank, world_size=size, timeout=PATIENCE,
         )  # fmt: skip
 
@@ -55,7 +63,7 @@ class World:
         import torch
 
         torch.distributed.destroy_process_group()
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.local_rank = 0, 1, 0
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -158,6 +166,22 @@ class World:
         finally:
             for state, values in zip(states, saved, strict=True):
                 state.update(values)
+
+
+def _store(rank: int, meeting: Path) -> Any:
+    """Return a store on the first process's node: the locks of one in a file need one machine."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = None
+    if rank == 0:
+        host = socket.gethostname()
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        write_whole(meeting, f"{host} {store.port}")
+    while not meeting.exists():  # srun ends this process if the first one has failed
+        time.sleep(TICK)
+    host, port = meeting.read_text(encoding="utf-8").split()
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}  # accelerate asks for them
+    return store or TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
 
 
 def _no_type() -> Any:

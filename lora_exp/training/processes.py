@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from lora_exp.errors import LoraExpError
 from lora_exp.parallel.launch import started
+from lora_exp.parallel.nodes import processes_of
 from lora_exp.record.standing import how_ended, write_status
 from lora_exp.training.interruption import stop
 
@@ -26,7 +27,7 @@ def train_in_processes(
         LoraExpError: what one of them has raised, or that it was killed: the others end, too.
         Interrupted: they were asked to stop; `resume` continues the run.
     """
-    with started(cfg, directory, sweep, day) as processes:
+    with started(cfg, directory, sweep, day, processes_of) as processes:
         stop.forward = processes.ask_to_stop
         try:
             processes.wait()
@@ -39,5 +40,6 @@ def train_in_processes(
         finally:
             stop.forward = None
         result = processes.result(0)
-    saved = result["saved"]
+    saved, code = result.pop("saved"), result.pop("code")
+    assert code == 0, code
     return result | {"directory": directory, "saved": Path(saved) if saved else None}

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from lora_exp.lockstep.workers import DiedError
 from lora_exp.runs.listing import select
 from tests.conftest import QUICK
 from tests.lockstep.programs import install, program
-from tests.slurm import cluster, obstacle
 from tests.test_main import cli
 from tests.warm import Process, python
 
@@ -44,21 +42,6 @@ SITE = """\
 hydra: {launcher: {executor: slurm, workers: 2, slurm: {partition: main, time: 30}}}
 """
 SLURM = ["hydra.launcher.executor=slurm", "hydra.launcher.workers=2"]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run a cluster, and have all commands know it."""
-    if why := obstacle():
-        pytest.skip(why)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        try:
-            with cluster(tmp_path_factory.mktemp("slurm")) as config:
-                patch.setenv("SLURM_CONF", str(config))
-                yield
-        except RuntimeError as error:
-            pytest.skip(str(error))
 
 
 def adapters(folder: Path) -> dict[str, bytes]:

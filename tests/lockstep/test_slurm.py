@@ -85,7 +85,7 @@ def test_the_batch_script_has_what_the_config_asks_for(programs: Path, tmp_path:
     assert "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}" in exports
     (command,) = (line for line in lines if line.startswith("srun "))
     file = f'{tmp_path / "log"}/"${{SLURM_ARRAY_TASK_ID:-0}}"'
-    assert command.endswith(f" --cpus-per-task=4 train 'a b' {file}")
+    assert command.endswith(f" --cpus-per-task=4 --nodes=1 --ntasks=1 train 'a b' {file}")
     assert lines.index("module load cuda") < lines.index(command)
 
 

@@ -28,7 +28,7 @@ from lora_exp.model.sharded import share_layers
 from lora_exp.parallel.world import world
 from tests.conftest import tiny
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-world.join(rank, 2, folder / "meeting")
+world.join(rank, 2, folder / "meeting", rank)
 torch.manual_seed(0)
 options = {"target_modules": "all-linear", "init_lora_weights": False}
 model = get_peft_model(tiny().model, LoraConfig(**options))

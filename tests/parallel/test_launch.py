@@ -189,10 +189,10 @@ def test_processes_share_the_threads_or_see_their_gpus(monkeypatch: pytest.Monke
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: set(range(9)))
     monkeypatch.setattr(sys, "path", ["", "/x"])
-    values = environment(1, 2)
+    values = environment(1, 2, 2)
     assert (values["RANK"], values["WORLD_SIZE"], values["OMP_NUM_THREADS"]) == ("1", "2", "4")
     assert values["PYTHONPATH"] == f"{Path.cwd()}:/x"
     monkeypatch.setattr(launch, "VISIBLE", ["2", "5", "7"])
-    values = environment(1, 2)
+    values = environment(1, 2, 2)
     assert values["CUDA_VISIBLE_DEVICES"] == "2,5"
     assert "OMP_NUM_THREADS" not in values

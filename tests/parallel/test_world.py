@@ -21,7 +21,7 @@ from accelerate.state import PartialState
 from lora_exp.parallel.world import world
 from lora_exp.training.guards import check_alike
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-world.join(rank, 2, folder / "meeting")
+world.join(rank, 2, folder / "meeting", rank)
 with world.first_alone():
     seen = (folder / "stored").is_file()
     (folder / "stored").touch()
