@@ -25,15 +25,13 @@ def environments(workers: int | None) -> list[dict[str, str]]:
     count = workers or max(len(VISIBLE), 1)
     if count == 1:
         return [{}]
-    # several processes share the terminal: they print lines, no tables that are drawn again
-    lines = {"TTY_COMPATIBLE": "0"}
     if not VISIBLE:
         threads = os.environ.get(THREADS) or str(threads_each(count))
-        return [{THREADS: threads, **lines}] * count
+        return [{THREADS: threads}] * count
     if count > len(VISIBLE):
         text = f"{count} workers need as many GPUs, and {CUDA} has {len(VISIBLE)}"
         raise ConfigError([("hydra.launcher.workers", text)])
-    return [{CUDA: name, **lines} for name in VISIBLE[:count]]
+    return [{CUDA: name} for name in VISIBLE[:count]]
 
 
 def one_worker(workers: int | None, needed: bool) -> int | None:

@@ -1,11 +1,14 @@
-"""A pack on one screen: a row for each job, and the tokens per second of all jobs."""
+"""Jobs on one screen: a row for each, and the tokens per second of all.
+
+The rows of a pack are shown by its process; those of several workers are sent to the launcher.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from rich import get_console
@@ -18,6 +21,7 @@ from rich.text import Text
 from lora_exp.record.console import console as run_console
 
 EVERY_S = {True: 0.25, False: 15.0}  # on a terminal, and in a log
+OPEN = ("waits", "trains", "ends")  # statuses of jobs that have not ended
 
 
 @dataclass
@@ -48,17 +52,114 @@ class Row:
         """Training has ended or failed."""
         self.status = "ends"
 
+    def end(self, status: str, reason: str = "") -> None:
+        """Set the job's final status.
+
+        Args:
+            status: as in run.json.
+            reason: why it ended early, if it did; no more of its steps are expected then.
+        """
+        self.status = f"{status}: {reason}" if reason else status
+        if reason:
+            self.steps = self.step
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the job has its final status."""
+        return self.status not in OPEN
+
+
+@contextmanager
+def only_to_logs() -> Iterator[None]:
+    """Let what the jobs print go to their run.log alone."""
+    consoles = run_console, get_console()  # the latter is used by rich's progress bars
+    for console in consoles:
+        console.quiet = True
+    try:
+        yield
+    finally:
+        for console in consoles:
+            console.quiet = False
+
+
+class Feed:
+    """A worker's rows, sent to the launcher's table; used like `Table`."""
+
+    def __init__(
+        self, rows: list[Row], trained_tokens: list[int], send: Callable[..., None]
+    ) -> None:
+        """Create it.
+
+        Args:
+            rows: one for each job.
+            trained_tokens: as of `Table`.
+            send: sends an event to the launcher.
+        """
+        self.rows, self.trained_tokens, self._send = rows, trained_tokens, send
+        self._sent: dict[int, Row] = {}
+        self._at = 0.0
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Print nothing here."""
+        with only_to_logs():
+            yield
+
+    def tick(self) -> None:
+        """Send the rows that have changed, if it is time."""
+        if time.perf_counter() - self._at >= EVERY_S[True]:
+            self._send_changed()
+
+    def ended(self, row: Row, status: str, reason: str = "") -> None:
+        """Set a job's final status, as `Row.end`, and send it."""
+        row.end(status, reason)
+        self._send_changed()
+
+    def _send_changed(self) -> None:
+        changed = [replace(row) for row in self.rows if self._sent.get(row.number) != row]
+        self._sent |= {row.number: row for row in changed}
+        self._at = time.perf_counter()
+        if changed:
+            self._send("shown", changed, self.trained_tokens[0])
+
+
+class FedRow:
+    """A job's row while it trains by itself; implements `Board`."""
+
+    def __init__(self, row: Row, feed: Feed) -> None:
+        self.row, self.feed = row, feed
+
+    def begin(self, step: int, steps: int) -> None:
+        """Training begins, or resumes."""
+        self.row.begin(step, steps)
+        self.feed.tick()
+
+    def move(self, step: int) -> None:
+        """A step has ended."""
+        self.row.move(step)
+        self.feed.tick()
+
+    def write(self, line: str, shown: dict[str, str]) -> None:
+        """There are new metrics."""
+        self.row.write(line, shown)
+
+    def close(self) -> None:
+        """Training has ended or failed."""
+        self.row.close()
+        self.feed.tick()
+
 
 class Table:
-    """The rows of a pack: redrawn on a terminal, summarised in a line every 15 s in a log."""
+    """The rows of jobs: redrawn on a terminal, summarised in a line every 15 s in a log."""
 
-    def __init__(self, title: str, rows: list[Row], trained_tokens: list[int]) -> None:
+    def __init__(self, title: str, rows: list[Row], trained_tokens: list[int] | None) -> None:
         """Create the table.
 
         Args:
             title: above the rows.
             rows: one for each job.
-            trained_tokens: a list of one number, the tokens trained so far.
+            trained_tokens: a list of the tokens trained so far: one number, or one of each worker;
+                None: not known of all jobs.
         """
         self.title, self.rows, self.trained_tokens = title, rows, trained_tokens
         self.console = Console()
@@ -70,17 +171,13 @@ class Table:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Show the table; what the jobs print goes only to their run.log."""
-        consoles = run_console, get_console()  # the latter is used by rich's progress bars
-        for console in consoles:
-            console.quiet = True
-        if self.console.is_terminal:
-            self.live.start()
-        try:
-            yield
-        finally:
-            for console in consoles:
-                console.quiet = False
-            self.live.stop()
+        with only_to_logs():
+            if self.console.is_terminal:
+                self.live.start()
+            try:
+                yield
+            finally:
+                self.live.stop()
 
     def tick(self) -> None:
         """Redraw, if it is time."""
@@ -94,19 +191,26 @@ class Table:
             self.console.print(self._summary())
 
     def ended(self, row: Row, status: str, reason: str = "") -> None:
-        """Set a job's final status; print it if there is no terminal.
+        """Set a job's final status, as `Row.end`; print it if there is no terminal."""
+        row.end(status, reason)
+        self._print(row)
 
-        Args:
-            row: the job's.
-            status: as in run.json.
-            reason: why it ended early, if it did; no more of its steps are expected then.
-        """
-        row.status = f"{status}: {reason}" if reason else status
-        if reason:
-            row.steps = row.step
+    def take(self, rows: Iterable[Row], worker: int, trained_tokens: int) -> None:
+        """Take the rows that a worker has sent, and its tokens trained so far."""
+        if self.trained_tokens is not None:
+            self.trained_tokens[worker] = trained_tokens
+        places = {row.number: i for i, row in enumerate(self.rows)}
+        for row in rows:
+            before = self.rows[places[row.number]]
+            self.rows[places[row.number]] = row
+            if row.has_ended and not before.has_ended:
+                self._print(row)
+        self.tick()
+
+    def _print(self, row: Row) -> None:
         if not self.console.is_terminal:
             loss = f"  loss {row.shown['loss']}" if "loss" in row.shown else ""
-            at = "" if reason else f" at step {row.step}"
+            at = "" if ": " in row.status else f" at step {row.step}"
             line = f"job {row.number} ({row.name}): {row.status}{at}{loss}"
             self.console.print(Text(line))
 
@@ -130,10 +234,12 @@ class Table:
     def _summary(self) -> str:
         steps = sum(row.step for row in self.rows)
         total = sum(row.steps for row in self.rows)
-        ended = sum(row.status not in ("waits", "trains", "ends") for row in self.rows)
-        speed = self.trained_tokens[0] / (time.perf_counter() - self.began)
+        ended = sum(row.has_ended for row in self.rows)
         text = f"{ended} of {len(self.rows)} jobs done, step {steps:,} of {total:,}"
-        return f"{text}, {speed:,.0f} tokens/s together{self._left()}"
+        if self.trained_tokens is not None:
+            speed = sum(self.trained_tokens) / (time.perf_counter() - self.began)
+            text += f", {speed:,.0f} tokens/s together"
+        return f"{text}{self._left()}"
 
     def _left(self) -> str:
         """Return the expected time of the remaining steps; a waiting job has as many as others."""

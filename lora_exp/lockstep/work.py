@@ -32,6 +32,12 @@ class Work:
     memory_share: float = 1.0  # of the free memory; the rest is for other workers
     settled: Mapping[int, DictConfig] = field(default_factory=dict)  # configs, without `hydra`
 
+    @property
+    def labelled(self) -> list[tuple[int, str]]:
+        """The jobs' numbers and names; without names the numbers stand for them."""
+        numbers = [number for number, _ in self.jobs]
+        return [*zip(numbers, self.names or map(str, numbers), strict=True)]
+
 
 def dealt(
     packs: Iterable[Sequence[Job]],
@@ -61,7 +67,7 @@ def dealt(
     parts = _halved(parts, costs, fair)
     names = labels([job for part in [*parts, alone] for job in part])
     work = [*(together(part, brackets, names) for part in parts)]
-    work += [apart([job], brackets) for job in alone]
+    work += [replace(apart([job], brackets), names=(names[job.number],)) for job in alone]
     work.sort(key=lambda part: -sum(costs[number] for number, _ in part.jobs))  # the longest first
     return [replace(part, memory_share=memory_share(workers)) for part in work]
 

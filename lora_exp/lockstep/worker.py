@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,6 +45,7 @@ def serve(
     context: HydraContext,
     task: TaskFunction,
     warm: bool,
+    feeds: bool,
 ) -> None:
     """Be a worker: run what comes through the pipe, until the launcher has no more.
 
@@ -54,6 +56,7 @@ def serve(
         context: the launcher's.
         task: what runs a job.
         warm: whether to import torch while the launcher still composes.
+        feeds: whether the launcher shows the jobs' progress, since there are other workers.
     """
     stop.inherited()
     end_with_parent(launcher)
@@ -63,19 +66,21 @@ def serve(
     context = HydraContext(config_loader=context.config_loader, callbacks=Callbacks())
     try:
         with stop.listening():
-            _run_all(Link(pipe), context, task, warm)
+            _run_all(Link(pipe), context, task, warm, feeds)
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         os._exit(130)  # interrupted, or the launcher has ended: the records are complete
 
 
-def _run_all(link: Link, context: HydraContext, task: TaskFunction, warm: bool) -> None:
+def _run_all(
+    link: Link, context: HydraContext, task: TaskFunction, warm: bool, feeds: bool
+) -> None:
     if warm:
         libraries.load(freeze=True)
         import lora_exp.experiment
         import lora_exp.lockstep.seat  # noqa: F401  (while the launcher composes)
     work = link.work()
     while work is not None:
-        carry_out(work, link, context, task)
+        carry_out(work, link, context, task, feeds)
         link.send("over")
         if (work := link.work()) is not None:  # half a second: not if the process ends now
             gc.unfreeze()  # free the pack before, and its base
@@ -83,7 +88,11 @@ def _run_all(link: Link, context: HydraContext, task: TaskFunction, warm: bool) 
 
 
 def carry_out(
-    work: Work, link: Link | EventFile, context: HydraContext, task: TaskFunction
+    work: Work,
+    link: Link | EventFile,
+    context: HydraContext,
+    task: TaskFunction,
+    feeds: bool = False,
 ) -> None:
     """Run the jobs of some work, and send their events.
 
@@ -92,19 +101,29 @@ def carry_out(
         link: to the launcher.
         context: Hydra's, without the launcher's callbacks.
         task: what runs a job.
+        feeds: whether the launcher shows their progress.
     """
     link.join(work.brackets.values())
-    _run(work, _Report(link, context, task, work.brackets))
-
-
-def _run(work: Work, report: _Report) -> None:
+    report = _Report(link, context, task, work.brackets, feeds)
     if work.mode is not None:
         _train_pack(work, report)
-        return
-    for number, config in work.jobs:
-        bracket, settled = work.brackets.get(number), work.settled.get(number)
-        here.set(Alone(number, bracket, report.link.news, settled=settled))
-        report.run(number, config)
+    else:
+        _train_apart(work, report)
+
+
+def _train_apart(work: Work, report: _Report) -> None:
+    from lora_exp.lockstep.table import FedRow, Feed, Row
+
+    rows = [Row(*pair) for pair in work.labelled]
+    feed = Feed(rows, [0], report.link.send) if report.feeds else None
+    with feed.open() if feed else nullcontext():
+        for row, (number, config) in zip(rows, work.jobs, strict=True):
+            bracket, settled = work.brackets.get(number), work.settled.get(number)
+            board = FedRow(row, feed) if feed else None
+            here.set(Alone(number, bracket, report.link.news, settled=settled, board=board))
+            result = report.run(number, config)
+            if feed:
+                feed.ended(row, *_ended(result))
 
 
 @dataclass
@@ -113,6 +132,7 @@ class _Report:
     context: HydraContext
     task: TaskFunction
     brackets: Mapping[int, Bracket]
+    feeds: bool
 
     def run(self, number: int, config: DictConfig, in_pack: bool = False) -> JobReturn:
         """Run one job as every launcher does, and send the result."""
@@ -156,13 +176,16 @@ def _train_pack(work: Work, report: _Report) -> None:
     libraries.load(freeze=True)
     from lora_exp.lockstep.pack import Pack
     from lora_exp.lockstep.seat import Seat
-    from lora_exp.lockstep.table import Row, Table
+    from lora_exp.lockstep.table import Feed, Row, Table
     from lora_exp.model.memory import keep_freed
 
     keep_freed()
-    rows = [Row(n, name) for (n, _), name in zip(work.jobs, work.names, strict=True)]
+    rows = [Row(*pair) for pair in work.labelled]
     pack = Pack(work.mode or "exact", work.max_jobs, work.verify, memory_share=work.memory_share)
-    table = Table("in lockstep", rows, pack.passes.trained_tokens)
+    tokens = pack.passes.trained_tokens
+    table: Table | Feed = Table("in lockstep", rows, tokens)
+    if report.feeds:
+        table = Feed(rows, tokens, report.link.send)
 
     def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
         def run() -> None:

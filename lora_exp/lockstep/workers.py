@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
@@ -20,6 +20,9 @@ from lora_exp.errors import Interrupted, LoraExpError
 from lora_exp.lockstep.work import Work
 from lora_exp.lockstep.worker import serve
 from lora_exp.training.interruption import stop
+
+if TYPE_CHECKING:
+    from lora_exp.lockstep.table import Table
 
 
 class Launch(Protocol):
@@ -123,9 +126,11 @@ class Workers:
             warm: whether they import torch at once.
             environments: variables of each worker.
         """
-        self.workers = [Worker(each, context, task, warm) for each in environments]
+        several = len(environments) > 1
+        self.workers = [Worker(each, context, task, warm, several) for each in environments]
         self.count: int | None = len(self.workers)
         self._queue: deque[Work] = deque()
+        self._table: Table | None = None  # of all jobs, where several workers share the screen
 
     def run(self, work: Iterable[Work], launch: Launch) -> None:
         """Deal work out in its order and pass on events, until all of it is done.
@@ -138,19 +143,39 @@ class Workers:
         self._brackets, self._deaths = list(brackets.values()), list[DiedError]()
         stop.forward = self._ask_to_stop  # the workers stop their jobs at the end of a step
         try:
-            while busy := self._busy():
-                if all(worker.waits for worker in busy):  # for each other: none can report
-                    for worker in busy:
-                        worker.send(("nobody",))
-                ready = wait([end for w in busy for end in (w.pipe, w.process.sentinel)])
-                for worker in busy:
-                    if worker.pipe in ready or worker.process.sentinel in ready:
-                        self._receive(worker, launch)
+            with self._shown():
+                self._pass_events(launch)
         finally:
             stop.forward = None
         if self._deaths:
             jobs = [job for death in self._deaths for job in death.jobs]
             raise DiedError(str(self._deaths[0]), jobs)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show the jobs of several workers in one table; one worker shows its own."""
+        if len(self.workers) == 1:
+            yield
+            return
+        from lora_exp.lockstep.table import Row, Table
+
+        rows = [Row(*pair) for part in self._queue for pair in part.labelled]
+        all_known = all(part.mode is not None for part in self._queue)
+        tokens = [0] * len(self.workers) if all_known else None
+        self._table = Table(f"in {len(self.workers)} workers", rows, tokens)
+        with self._table.open():
+            yield
+        self._table = None
+
+    def _pass_events(self, launch: Launch) -> None:
+        while busy := self._busy():
+            if all(worker.waits for worker in busy):  # for each other: none can report
+                for worker in busy:
+                    worker.send(("nobody",))
+            ready = wait([end for w in busy for end in (w.pipe, w.process.sentinel)])
+            for worker in busy:
+                if worker.pipe in ready or worker.process.sentinel in ready:
+                    self._receive(worker, launch)
 
     def _busy(self) -> list[Worker]:
         """Give idle workers work, and return those that have some."""
@@ -174,6 +199,9 @@ class Workers:
             (worker.known,) = values
         elif kind == "reported":
             self._pass_on(worker, kind, *values)
+        elif kind == "shown":
+            assert self._table is not None
+            self._table.take(values[0], self.workers.index(worker), values[1])
         else:
             if kind == "began":
                 worker.running.add(values[0])

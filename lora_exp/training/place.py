@@ -79,6 +79,7 @@ class Alone:
         news: Callable[[], bool] = lambda: False,
         recalls: bool = True,
         settled: DictConfig | None = None,
+        board: Board | None = None,
     ) -> None:
         """Create the place of a run, or of a job that is compared with others of its sweep.
 
@@ -88,7 +89,9 @@ class Alone:
             news: waits for what jobs of other processes report; False: nothing can come any more.
             recalls: whether results before training may be those that the cache has.
             settled: its config, if the launcher has settled and validated it.
+            board: where its progress is shown; None: a progress bar.
         """
+        self._board = board
         self.job, self.bracket, self.settled = job, bracket, settled
         self._news, self._recalls = news, recalls
 
@@ -109,10 +112,10 @@ class Alone:
         return make()
 
     def board(self) -> Board:
-        """Return a progress bar."""
+        """Return the board that it was given, or a progress bar."""
         from lora_exp.record.progress import Bar
 
-        return Bar()
+        return self._board or Bar()
 
     def untrained(
         self, cfg: DictConfig, trainer: Any, measure: Measure, content: Content

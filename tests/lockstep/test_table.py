@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lora_exp.lockstep.table import Row, Table
+from lora_exp.lockstep.table import FedRow, Feed, Row, Table
 from lora_exp.record.console import console
 
 
@@ -60,3 +60,48 @@ def test_while_the_table_is_open_jobs_print_to_their_logs_only(
         console.print("a job's own words")
     console.print("afterwards")
     assert capsys.readouterr().out.split() == ["afterwards"]
+
+
+def test_rows_of_several_workers_are_in_one_table() -> None:
+    """A worker sends what has changed; the launcher's table has all rows and all tokens."""
+    sent: list[tuple[str, list[Row], int]] = []
+    rows, tokens = [Row(0, "a"), Row(2, "c")], [0]
+    feed = Feed(rows, tokens, lambda *event: sent.append(event))
+    rows[0].begin(0, 10)
+    with feed.open():
+        feed.tick()
+        rows[0].move(4)
+        feed.tick()  # too early
+        tokens[0] = 500
+        feed.ended(rows[0], "pruned", "halving")
+    assert [(kind, [row.number for row in part], n) for kind, part, n in sent] == [
+        ("shown", [0, 2], 0), ("shown", [0], 500),
+    ]  # fmt: skip
+    assert (sent[0][1][0].step, sent[1][1][0].step) == (0, 4)  # copies
+    table = Table("in 2 workers", [Row(n, name) for n, name in enumerate("abc")], [0, 0])
+    output = io.StringIO()
+    table.console = Console(file=output, width=100)
+    for _, part, count in sent:
+        table.take(part, 1, count)
+    table.take([Row(1, "b", "trains", 0, 5, 10)], 0, 250)
+    assert output.getvalue().split("\n") == ["job 0 (a): pruned: halving", ""]
+    table.began -= 10
+    assert table._summary().startswith("1 of 3 jobs done, step 9 of 14, 75 tokens/s together")
+    table.trained_tokens = None
+    assert table._summary().startswith("1 of 3 jobs done, step 9 of 14, 0:00:")
+
+
+def test_a_job_that_trains_by_itself_sends_its_row() -> None:
+    sent: list[list[Row]] = []
+    row = Row(3, "d")
+    feed = Feed([row], [0], lambda _, rows, __: sent.append(rows))
+    board = FedRow(row, feed)
+    board.begin(0, 2)
+    feed._at = 0.0
+    board.move(1)
+    board.write("line", {"loss": "1.5"})
+    feed._at = 0.0
+    board.close()
+    assert [(r.status, r.step, r.shown) for (r,) in sent] == [
+        ("trains", 0, {}), ("trains", 1, {}), ("ends", 1, {"loss": "1.5"}),
+    ]  # fmt: skip
