@@ -80,6 +80,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("deepseek_v2", LATENT | ROUTED | {"head_dim": 8, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", LATENT | ROUTED),
+    "deepseek_v32": ("deepseek_v32", LATENT | ROUTED | {  # few index heads have ties
+        "head_dim": 8, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 16,
+    }),
     "deepseek_v3, dense": ("deepseek_v3", LATENT | ROUTED | {"first_k_dense_replace": 2}),
     "deepseek_v4": ("deepseek_v4", {
         "num_hidden_layers": 3, "mlp_layer_types": ["hash_moe", "moe", "moe"],
@@ -152,6 +155,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": None}),
     "helium": ("helium", HEAD),
     "persimmon": ("persimmon", {}),
+    "llama4_text": ("llama4_text", HEAD | LOCAL | {
+        "intermediate_size_mlp": 96, "layer_types": ["chunked_attention", "full_attention"],
+    }),
+    "laguna": ("laguna", HEAD | EXPERTS | {
+        "shared_expert_intermediate_size": 32, "layer_types": ["full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    }),
+    "inkling2_text": ("inkling2_text", HEAD | {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16,
+        "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["hybrid_sliding", "hybrid"],
+    }),
+    "rwkv": ("rwkv", {"attention_hidden_size": 64}),
     "doge": ("doge", {}),
     "ctrl": ("ctrl", {"n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "gpt2": ("gpt2", QUIET),
