@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from rich import get_console
-from rich.console import Console, RenderableType
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
@@ -21,6 +21,9 @@ from rich.text import Text
 from lora_exp.record.console import console as run_console
 
 EVERY_S = {True: 0.25, False: 15.0}  # on a terminal, and in a log
+BORDERS = 8  # lines of a table that are no rows
+FIXED = 61  # characters of its columns but name, status and progress bar
+ROOMY, BARS_FROM = 100, 130  # characters of a screen: for long statuses, and for progress bars
 OPEN = ("waits", "trains", "ends")  # statuses of jobs that have not ended
 
 
@@ -214,20 +217,37 @@ class Table:
             line = f"job {row.number} ({row.name}): {row.status}{at}{loss}"
             self.console.print(Text(line))
 
+    def _visible(self) -> list[Row]:
+        """Return the rows for which the screen has room: those that train, wait, then the ended."""
+        room = max(1, self.console.height - BORDERS)
+        first = sorted(self.rows, key=lambda row: (row.has_ended, row.status == "waits"))[:room]
+        numbers = {row.number for row in first}
+        return [row for row in self.rows if row.number in numbers]
+
     def _rendered(self) -> RenderableType:
-        table = RichTable(title=self.title, title_justify="left", caption=self._summary())
-        for column in ("job", "name", "step", "", "loss", "rate", "evaluation", "status"):
-            table.add_column(column, justify="right" if column in ("step", "loss") else "left")
-        for row in self.rows:
+        visible, caption = self._visible(), self._summary()
+        if hidden := len(self.rows) - len(visible):
+            caption = f"and {hidden} more; {caption}"
+        width = self.console.width
+        has_bars, status = width >= BARS_FROM, 9 if width < ROOMY else 20
+        name = max(10, width - FIXED - status - 19 * has_bars)
+        table = RichTable(title=self.title, title_justify="left", caption=caption)
+        for column in ("job", "name", "step", "loss", "rate", "evaluation", "status"):
+            justify: JustifyMethod = "right" if column in ("step", "loss") else "left"
+            table.add_column(column, justify=justify, no_wrap=True)
+        if has_bars:
+            table.add_column("")
+        for row in visible:
+            bar = ProgressBar(total=row.steps or 1, completed=row.step, width=16)
             table.add_row(
                 str(row.number),
-                Text(row.name),
+                _shortened(row.name, name),
                 f"{row.step}/{row.steps}" if row.steps else "",
-                ProgressBar(total=row.steps or 1, completed=row.step, width=16),
                 row.shown.get("loss", ""),
                 row.shown.get("rate", ""),
                 row.shown.get("eval", "").strip().removeprefix("eval "),
-                row.status,
+                _shortened(row.status, status),
+                *[bar] * has_bars,
             )
         return table
 
@@ -252,3 +272,9 @@ class Table:
             return ""
         seconds = round((time.perf_counter() - self.began) / done * left)
         return f", {timedelta(seconds=seconds)} left"
+
+
+def _shortened(text: str, width: int) -> Text:
+    shortened = Text(text)
+    shortened.truncate(width, overflow="ellipsis")
+    return shortened

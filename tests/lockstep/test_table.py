@@ -105,3 +105,20 @@ def test_a_job_that_trains_by_itself_sends_its_row() -> None:
     assert [(r.status, r.step, r.shown) for (r,) in sent] == [
         ("trains", 0, {}), ("trains", 1, {}), ("ends", 1, {"loss": "1.5"}),
     ]  # fmt: skip
+
+
+def test_a_table_is_no_higher_than_the_screen() -> None:
+    """Jobs that train are shown first, then those that wait; the summary is always there."""
+    rows = [Row(n, "peft.r=8 " * 9, "finished", 0, 5, 5) for n in range(40)]
+    rows[3].status, rows[39].status = "trains", "waits"
+    table = Table("in lockstep", rows, [0])
+    output = io.StringIO()
+    for width in (80, 100, 140):
+        output.truncate(output.seek(0))
+        table.console = Console(file=output, width=width, height=20, force_terminal=True)
+        table.console.print(table._rendered())
+        text = output.getvalue()
+        assert len(text.splitlines()) <= 20, text
+        assert all(word in text for word in ("trains", "waits", "peft.r=8", "finished", "5/5"))
+        assert "and 28 more; 38 of 40 jobs done" in text
+        assert ("━" * 16 in text.partition("5/5")[2]) == (width == 140)
