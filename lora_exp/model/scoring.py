@@ -17,6 +17,7 @@ from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoModelForSequenceClassification,
+    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -33,7 +34,7 @@ def register_classifier(config: Any) -> None:
     loads and makes it, in this process.
 
     Raises:
-        ValueError: the architecture has no body of its own either, or answers with a decoder.
+        ValueError: the architecture has no body of its own either, or one that answers.
     """
     kind = type(config)
     if config.is_encoder_decoder:
@@ -44,6 +45,9 @@ def register_classifier(config: Any) -> None:
         raise ValueError(f"{kind.__name__} has neither a classifier nor a body to put one on")
     body = MODEL_MAPPING[kind]
     body = body[0] if isinstance(body, tuple) else body
+    if issubclass(body, GenerationMixin):
+        text = f"{kind.__name__} has no body to put a head on, only {body.__name__}, which answers"
+        raise ValueError(f"{text}; save its language model alone, and train on that")
     classes = body.__mro__
     pretrained = classes[classes.index(PreTrainedModel) - 1]  # the architecture's own
     name = kind.__name__.removesuffix("Config").removesuffix("Text")

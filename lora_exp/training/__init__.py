@@ -8,6 +8,8 @@ averages        evaluations as means over tokens
 best            which evaluation was the best
 manifest        a checkpoint's hashes; the newest intact
 checkpoint      complete or absent; the best kept
+rotation        old checkpoints are deleted
+rollouts        answers still learnt from, in checkpoints
 resumption      intervals and rate of new arguments
 unlogged        means not logged yet, in checkpoints
 answers         greedy answers before and after

@@ -7,10 +7,10 @@ logged yet.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from lora_exp.training.best import Watched
 from lora_exp.training.early_stopping import EarlyStopping
 from lora_exp.training.guards import check_alike, check_finite
 from lora_exp.training.interruption import stop
-from lora_exp.training.manifest import PREFIX, checkpoints_by_step, flaw, owner, seal
+from lora_exp.training.manifest import PREFIX, flaw, owner, seal
+from lora_exp.training.rollouts import load_rollout, save_rollout
+from lora_exp.training.rotation import rotate
 from lora_exp.training.unlogged import restore_loss, restore_metrics, save_unlogged
 
-ROLLOUT, TRAINED, REFERENCE = "rollout.pt", "trained.safetensors", "reference.safetensors"
+TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 
 
 class Checkpoints:
@@ -45,6 +47,7 @@ class Checkpoints:
     args: Any
     control: Any
     _stage: Path | None = None
+    _saving: Future[None] | None = None  # a checkpoint that is finished beside the next step
     _postponed: int | None = None  # the step whose log, evaluation and save wait for the epoch's
     _holds_best = False  # the model has the best checkpoint's weights, not the last step's
 
@@ -54,6 +57,16 @@ class Checkpoints:
         Returns:
             transformers' `TrainOutput`.
         """
+        try:
+            output = self._train(resume_from_checkpoint, **options)
+        except BaseException:
+            with suppress(CheckpointError):  # what ended the training matters more
+                self._finish_saving()
+            raise
+        self._finish_saving()
+        return output
+
+    def _train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         if world.size > 1:
             self._forget_evaluation()
         if resume_from_checkpoint is None:
@@ -88,10 +101,22 @@ class Checkpoints:
 
     def ensure_checkpoint(self) -> None:
         """Save a checkpoint of the last step, unless there is one or its weights are gone."""
+        self._finish_saving()
         step = self.state.global_step
         saved = owner(Path(self._get_output_dir(None)) / f"{PREFIX}{step}") == self.owner
         if step and not saved and not self._holds_best:
             self._save_checkpoint(self.model, None)
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint that was saved last is whole on the disk.
+
+        Raises:
+            CheckpointError: the disk refused it.
+        """
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """Log, evaluate and save once at a step, then stop if a signal has asked for it.
@@ -99,12 +124,15 @@ class Checkpoints:
         The loop calls this after a step, and again if the step ends its epoch: a checkpoint of the
         first call would lack the second's evaluation. Its own way to stop would evaluate once more.
         """
+        self._finish_saving()
         step, ends = self.state.global_step, (self.state.epoch or 0.5).is_integer()
         ends = ends or self.control.should_epoch_stop or self.control.should_training_stop
         if ends and self._postponed != step:
             self._postponed = step
             return
         super()._maybe_log_save_evaluate(*arguments, **options)  # type: ignore[misc]
+        if self.control.should_training_stop:  # next the best is loaded, and others deleted
+            self._finish_saving()
         if self.early_stopping is not None:
             self.early_stopping.step_ended(self)
         if stop.agreed():
@@ -118,6 +146,11 @@ class Checkpoints:
         """Do nothing: trl would write a card at every checkpoint; ours comes with the adapter."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save what the next step changes; the rest is done beside that step.
+
+        Hashing and flushing take longer than writing. With several processes all wait for it.
+        """
+        self._finish_saving()
         step = self.state.global_step
         check_finite(self.model.named_parameters(), step)
         check_alike(self.model.parameters(), step)
@@ -125,13 +158,14 @@ class Checkpoints:
             self.early_stopping.measure_at_rung(self)
         folder = Path(self._get_output_dir(trial))
         self._find_best(folder)
-        with _staged(folder / f"{PREFIX}{step}") as staged:
+        with ExitStack() as stack:
+            staged = stack.enter_context(_staged(folder / f"{PREFIX}{step}"))
             self._stage = staged.parent
             try:
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
             finally:
                 self._stage = None
-            self._save_rollout(staged)
+            save_rollout(self, staged)
             save_unlogged(self, staged)
             is_best = self._find_best(folder, step)
             world.wait()  # until every process has saved its own
@@ -139,22 +173,34 @@ class Checkpoints:
                 self._save_extra_weights(staged)
                 if is_best:
                     self.state.save_to_json(str(staged / "trainer_state.json"))
-                seal(staged, self.owner, step)
-        if world.is_first:
-            self._rotate(folder)
+            history, best = [*self.state.log_history], self.state.best_global_step
+            finish = partial(self._finish, stack.pop_all(), staged, step, history, best)
+        if world.size == 1:
+            beside = ThreadPoolExecutor(1, "checkpoint")
+            self._saving = beside.submit(finish)
+            beside.shutdown(wait=False)
+            return
+        finish()
         world.wait()
 
-    def _rotate(self, folder: Path) -> None:
-        """Keep the run's newest checkpoints, and the best; transformers counts other runs' too."""
-        limit = self.args.save_total_limit
-        if not limit or limit < 0:
-            return
-        checkpoints = checkpoints_by_step(folder).items()
-        steps = {step: path for step, path in checkpoints if owner(path) == self.owner}
-        best = self.watched.best(self.state.log_history, steps) or (None, 0.0)
-        for step in sorted(steps)[:-limit]:
-            if step not in (best[0], self.state.best_global_step):
-                shutil.rmtree(steps[step])
+    def _finish(
+        self, stack: ExitStack, staged: Path, step: int, history: list[Any], best: int | None
+    ) -> None:
+        """Seal a staged checkpoint, put it in its place and delete old ones.
+
+        Args:
+            stack: of the staged folder.
+            staged: the folder.
+            step: the checkpoint's.
+            history: what was logged up to it.
+            best: the step of the best checkpoint by then.
+        """
+        with stack:
+            if world.is_first:
+                seal(staged, self.owner, step)
+        if world.is_first:
+            limit, folder = self.args.save_total_limit, staged.parent.parent
+            rotate(folder, self.owner, limit, best, self.watched, history)
 
     def _find_best(self, folder: Path, step: int | None = None) -> bool:
         """Point the state to the best checkpoint in this folder; return whether it is `step`'s."""
@@ -185,7 +231,7 @@ class Checkpoints:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             self._find_best(Path(checkpoint).parent)
-            self._load_rollout(Path(checkpoint))
+            load_rollout(self, Path(checkpoint))
             restore_metrics(self, Path(checkpoint))
             if self._updates_reference():
                 reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
@@ -218,21 +264,6 @@ class Checkpoints:
             reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
             parameters = reference.named_parameters()
             save_file({n: p.detach().contiguous() for n, p in parameters}, folder / REFERENCE)
-
-    def _save_rollout(self, folder: Path) -> None:
-        """Save the answers that trl's trainers still learn from, between two rollouts."""
-        inputs = getattr(self, "_buffered_inputs", None)
-        period = getattr(self.args, "steps_per_generation", None) or 1
-        period *= getattr(self, "num_iterations", 1)
-        if inputs is not None and self._step % period:
-            torch.save({"step": self._step, "inputs": inputs}, folder / world.own(ROLLOUT))
-
-    def _load_rollout(self, folder: Path) -> None:
-        path = folder / world.own(ROLLOUT)
-        if path.is_file():
-            with numbers_only(str(folder), CheckpointError):
-                saved = torch.load(path, weights_only=True)
-            self._step, self._buffered_inputs = saved["step"], saved["inputs"]
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
+    Llama4Config,
 )
 
 from lora_exp.errors import ConfigError
-from lora_exp.model.scoring import last_token, scored_at_last_token
+from lora_exp.model.scoring import last_token, register_classifier, scored_at_last_token
 from tests.conftest import tiny
 
 
@@ -151,6 +152,11 @@ def test_a_reward_is_trained_measured_and_used_at_the_same_token(
     policy = attach(other, cfg, tmp_path)
     rewards = AdapterReward(str(saved), cfg, policy.model, other.tokenizer, "reward")
     assert rewards([turns[:1]], [turns[1:]])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_class_that_only_answers_has_no_body_for_a_head() -> None:
+    with pytest.raises(ValueError, match=r"Llama4Config has no body to put a head on, only Llama4"):
+        register_classifier(Llama4Config())
 
 
 def test_an_encoder_decoder_has_no_reward_head(t5: Path) -> None:

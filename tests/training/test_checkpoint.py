@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import pickle
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_exp import compose, run
 from lora_exp.config.door import CONF
 from lora_exp.errors import CheckpointError, ConfigError, DivergedError
+from lora_exp.training import checkpoint
+from lora_exp.training.checkpoint import checkpointed
 from lora_exp.training.manifest import MANIFEST, flaw, newest, seal
 from tests.conftest import QUICK
 from tests.test_experiment import copied, digest, mark_killed
@@ -120,28 +124,6 @@ def test_a_checkpoint_with_an_added_file_is_not_whole(saved_run: Path, tmp_path:
     )
 
 
-def test_the_best_checkpoint_survives_rotation_and_a_move(
-    quick_run: Callable[..., Any], tmp_path: Path
-) -> None:
-    best = ["+train.load_best_model_at_end=true", "+train.metric_for_best_model=eval_loss"]
-    best += ["+train.greater_is_better=true", "train.eval_strategy=steps", "train.eval_steps=1"]
-    settings = [*SAVING, *best, "train.save_total_limit=1", "train.max_steps=4"]
-    first = quick_run(*settings, name="first")  # the loss falls: the first step is the "best"
-    checkpoints = sorted(path.name for path in (first.directory / "checkpoints").iterdir())
-    assert checkpoints == ["checkpoint-1"]
-    settings[-2] = "train.save_total_limit=2"
-    second = quick_run(*settings, name="second")
-    weights = "adapter_model.safetensors"
-    assert digest(second.saved)[weights] == digest(first.saved)[weights]
-    moved = second.directory.rename(tmp_path / "moved")
-    checkpoints = sorted(path.name for path in (moved / "checkpoints").iterdir())
-    assert checkpoints == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
-    mark_killed(moved)
-    resumed = run(compose(f"resume={moved}", "train.max_steps=6"))
-    assert (moved / "checkpoints/checkpoint-1").is_dir()
-    assert digest(resumed.saved)[weights] == digest(first.saved)[weights]
-
-
 def test_weights_that_are_not_finite_are_not_saved_as_a_checkpoint(
     quick_run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -155,21 +137,6 @@ def test_weights_that_are_not_finite_are_not_saved_as_a_checkpoint(
         assert all(torch.isfinite(weight).all() for weight in load_file(path).values())
     assert 0 < len(weights_files) < 4  # training stopped at the first save of such weights
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "diverged"
-
-
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_the_answers_of_a_rollout_are_part_of_a_checkpoint(algorithm: str, tmp_path: Path) -> None:
-    settings = [f"experiment=demo_{algorithm}", "data.rows=8", "data.eval_rows=4"]
-    settings += ["train.per_device_train_batch_size=8", "algorithm.args.max_completion_length=8"]
-    settings += ["+algorithm.args.num_iterations=2", "+algorithm.args.steps_per_generation=2"]
-    settings += [*SAVING, "train.save_total_limit=9", "train.max_steps=6", "samples.rows=4"]
-    uninterrupted = run(compose("tracking=none", *settings), tmp_path / "undisturbed")
-    cut = copied(uninterrupted, tmp_path / "cut")
-    for step in (4, 5, 6):  # step 3 lies within a rollout of four
-        shutil.rmtree(cut.directory / f"checkpoints/checkpoint-{step}")
-    mark_killed(cut.directory)
-    resumed = run(compose(f"resume={cut.directory}"))
-    assert digest(resumed.saved) == digest(uninterrupted.saved)
 
 
 class Payload:
@@ -240,17 +207,6 @@ def test_a_share_of_an_epoch_is_as_many_steps_as_the_trainer_takes(
     resumed = run(compose(f"resume={result.directory}"))
     assert json.loads((result.directory / "run.json").read_text())["steps"] == steps
     assert digest(resumed.saved) == before
-
-
-def test_a_run_keeps_its_own_checkpoints_beside_those_of_others(
-    quick_run: Callable[..., Any], saved_run: Path, tmp_path: Path
-) -> None:
-    foreign = tmp_path / "run/checkpoints/checkpoint-9"
-    shutil.copytree(saved_run / "checkpoints/checkpoint-3", foreign)
-    seal(foreign, "another", 9)
-    result = quick_run(*SAVING, "train.save_total_limit=1")
-    checkpoints = sorted(path.name for path in (result.directory / "checkpoints").iterdir())
-    assert checkpoints == ["checkpoint-3", "checkpoint-9"]
 
 
 def test_a_damaged_best_checkpoint_is_refused(quick_run: Callable[..., Any]) -> None:
@@ -356,3 +312,55 @@ def test_an_encoder_missing_from_a_checkpoint_is_named(quick_run: Callable[..., 
     mark_killed(cut.directory)
     with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
         run(compose(f"resume={cut.directory}"))
+
+
+class Failing(TrainerCallback):  # type: ignore[misc]
+    """Raises in the middle of step 4."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            raise RuntimeError("in the step after")
+
+
+def test_a_checkpoint_is_finished_beside_the_next_step_whatever_ends_it(
+    fresh_base: Any, tmp_path: Path
+) -> None:
+    ids = fresh_base.tokenizer("Repeat: a b c")["input_ids"]
+    model = fresh_base.model.requires_grad_(True)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=6, gradient_accumulation_steps=2, per_device_train_batch_size=1,
+        save_strategy="steps", save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids}] * 16
+    trainer = checkpointed(Trainer)(model, args, train_dataset=rows, callbacks=[Failing()])
+    trainer.owner = "a run"
+    with pytest.raises(RuntimeError, match="in the step after"):
+        trainer.train()
+    folders = sorted(tmp_path.iterdir())  # nothing is left in a temporary folder
+    assert [folder.name for folder in folders] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    assert [flaw(folder, "a run") for folder in folders] == [None] * 3
+    trainer._save_checkpoint(model, None)
+    assert trainer._saving is not None
+    trainer.ensure_checkpoint()
+    assert trainer._saving is None
+
+
+def test_a_checkpoint_that_the_disk_refuses_beside_a_step_ends_the_training(
+    fresh_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ids = fresh_base.tokenizer("Repeat: a b c")["input_ids"]
+    model = fresh_base.model.requires_grad_(True)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, save_strategy="steps", save_steps=1, report_to=[],
+        use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids}] * 16
+    trainer = checkpointed(Trainer)(model, args, train_dataset=rows)
+    monkeypatch.setattr(checkpoint, "seal", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left"):
+        trainer.train()
+    assert trainer.state.global_step == 2  # at the end of the step beside it
+    assert not list(tmp_path.iterdir())
