@@ -67,7 +67,7 @@ def with_processes(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parallel, Mapping) or parallel.get("processes", 0) is not None:
         return values
     nodes = parallel.get("nodes", 1)
-    count = max(len(VISIBLE), 1) * (nodes if type(nodes) is int else 1)
+    count = max(len(VISIBLE), 1) * (nodes if type(nodes) is int and nodes > 0 else 1)
     return values | {"parallel": dict(parallel) | {"processes": count}}
 
 

@@ -161,8 +161,8 @@ class Table:
         Args:
             title: above the rows.
             rows: one for each job.
-            trained_tokens: a list of the tokens trained so far: one number, or one of each worker;
-                None: not known of all jobs.
+            trained_tokens: a list of the tokens trained so far: one number, or one of each work
+                that is dealt out; None: not known of all jobs.
         """
         self.title, self.rows, self.trained_tokens = title, rows, trained_tokens
         self.console = Console()
@@ -198,10 +198,16 @@ class Table:
         row.end(status, reason)
         self._print(row)
 
-    def take(self, rows: Iterable[Row], worker: int, trained_tokens: int) -> None:
-        """Take the rows that a worker has sent, and its tokens trained so far."""
+    def take(self, rows: Iterable[Row], work: int, trained_tokens: int) -> None:
+        """Take the rows that a worker has sent.
+
+        Args:
+            rows: those that have changed.
+            work: of which work they are, by its place in `trained_tokens`.
+            trained_tokens: in this work so far.
+        """
         if self.trained_tokens is not None:
-            self.trained_tokens[worker] = trained_tokens
+            self.trained_tokens[work] = trained_tokens
         places = {row.number: i for i, row in enumerate(self.rows)}
         for row in rows:
             before = self.rows[places[row.number]]

@@ -131,6 +131,7 @@ class Workers:
         self.count: int | None = len(self.workers)
         self._queue: deque[Work] = deque()
         self._table: Table | None = None  # of all jobs, where several workers share the screen
+        self._places: dict[int, int] = {}  # of work in it, by the work's first job
 
     def run(self, work: Iterable[Work], launch: Launch) -> None:
         """Deal work out in its order and pass on events, until all of it is done.
@@ -161,7 +162,8 @@ class Workers:
 
         rows = [Row(*pair) for part in self._queue for pair in part.labelled]
         all_known = all(part.mode is not None for part in self._queue)
-        tokens = [0] * len(self.workers) if all_known else None
+        tokens = [0] * len(self._queue) if all_known else None
+        self._places = {part.jobs[0][0]: place for place, part in enumerate(self._queue)}
         self._table = Table(f"in {len(self.workers)} workers", rows, tokens)
         with self._table.open():
             yield
@@ -201,7 +203,8 @@ class Workers:
             self._pass_on(worker, kind, *values)
         elif kind == "shown":
             assert self._table is not None
-            self._table.take(values[0], self.workers.index(worker), values[1])
+            assert worker.work is not None
+            self._table.take(values[0], self._places[worker.work.jobs[0][0]], values[1])
         else:
             if kind == "began":
                 worker.running.add(values[0])
@@ -229,6 +232,9 @@ class Workers:
         worker.process.join()
         text = f"a worker was {exit_reason(worker.process.exitcode or 0)}"
         self._deaths.append(DiedError(text, worker.running))
+        for row in self._table.rows if self._table is not None else ():
+            if row.number in worker.running:
+                row.end("its worker died")
         worker.work, worker.is_dead = None, True
 
     def replace(self) -> None:

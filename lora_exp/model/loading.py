@@ -46,6 +46,7 @@ from lora_exp.model.weights import (
     read_complete,
     without_gguf,
 )
+from lora_exp.parallel.world import world
 
 STD = 0.02  # of new weights, where an architecture names none
 
@@ -200,7 +201,8 @@ def _prepare(model: Any, tokenizer: Any, task_type: str, add_tokens: Sequence[st
     add_to(model, tokenizer, add_tokens)
     name_body(model)
     freeze(model, tokenizer)
-    model.sees_padding = sees_padding(model)
+    # a base whose layers are shared out computes only when they are: `preparation` measures it
+    model.sees_padding = not world.in_step and sees_padding(model)
 
 
 @contextmanager

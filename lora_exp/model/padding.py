@@ -40,7 +40,7 @@ def sees_padding(model: Any) -> bool:
         padded = _logits(model, ids_A, padding=PADDING)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError):
+    except Exception:  # of classes that come with a checkpoint, too; training names what fails
         return False
     finally:
         model.train(training)

@@ -65,5 +65,7 @@ def check_fits(model: Any) -> None:
 
 def too_small(what: str) -> str:
     """Return the text of a fault for a part of a base that no device has room for."""
-    cure = "--quant nf4 is smaller; with CUDA_VISIBLE_DEVICES= it lies in the processor's memory"
+    cure = "leave it out"
+    if torch.cuda.is_available():
+        cure = "with CUDA_VISIBLE_DEVICES= the base lies in the processor's memory"
     return f"{what} of the base do not fit onto the devices; {cure}"

@@ -59,6 +59,8 @@ def check_single_process() -> None:
         if count != "1":
             text = f"{count}: a run starts its processes itself; without torchrun, accelerate"
             text = f"{text} launch, mpirun or srun, type parallel=ddp parallel.processes={count}"
+            if name.startswith("SLURM"):
+                text = f"{text}, with parallel.nodes on several nodes"
             raise ConfigError([(name, f"{text} (or unset {name})")])
 
 

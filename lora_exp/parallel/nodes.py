@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from lora_exp.child import end_with_parent
-from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.parallel.launch import MEETING, STOPPED, Processes, environment
+from lora_exp.errors import ConfigError, Interrupted, LoraExpError
+from lora_exp.parallel.launch import LOST, MEETING, Processes, environment
 
 JOB_NODES = "SLURM_JOB_NUM_NODES"  # how many this Slurm job has
 END_S = 60.0  # for Slurm to end them; then srun itself is killed
@@ -46,10 +46,17 @@ class NodeProcesses(Processes):
         self.nodes = nodes
         self._check()
 
+    @property
+    def first_was_lost(self) -> bool:
+        """Return whether the first process could not record how the run has ended."""
+        return self.result(0).get("kind", LOST) == LOST and self.result(0).get("code") != 0
+
     def _check(self) -> None:
         """Refuse to start where srun would wait for nodes, or is not there."""
         has = os.environ.get(JOB_NODES, "0")
-        if shutil.which("srun") is None or int(has) < self.nodes:
+        if shutil.which("srun") is None and has != "0":
+            raise ConfigError([("parallel.nodes", "there is no srun on PATH to start them with")])
+        if int(has) < self.nodes:
             state = f"this Slurm job has {has}" if int(has) else "this is no Slurm job"
             cure = f"sbatch --nodes={self.nodes} --wrap 'python run.py ...', or in a sweep"
             cure = f"{cure} hydra.launcher.slurm.options={{nodes: {self.nodes}}}"
@@ -61,8 +68,11 @@ class NodeProcesses(Processes):
         command = [
             "srun", f"--nodes={self.nodes}", f"--ntasks={self.count}",
             f"--ntasks-per-node={each}", "--overlap", "--unbuffered", "--input=none",
-            "--kill-on-bad-exit=1", sys.executable, "-P", "-m", "lora_exp.rank", str(self.folder),
+            "--kill-on-bad-exit=1",
         ]  # fmt: skip
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # since 22.05 srun does not inherit it
+            command.append(f"--cpus-per-task={cpus}")
+        command += [sys.executable, "-P", "-m", "lora_exp.rank", str(self.folder)]
         process = subprocess.Popen(
             command, env=environment(None, self.count, each), stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -85,14 +95,21 @@ class NodeProcesses(Processes):
             super().kill()
 
     def _codes(self) -> list[int | None]:
-        """Return how each has ended: by its own word, or killed if it has left none."""
+        """Return how each has ended: by its own word, or killed if it has left none.
+
+        Slurm kills the others where one has failed: then these have no code.
+        """
         if self.all[0].poll() is None:
             return [None] * self.count
-        results = map(self.result, range(self.count))
-        return [result.get("code", -signal.SIGKILL) for result in results]
+        results = [self.result(rank) for rank in range(self.count)]
+        has_failed = any(r.get("code") == 1 and r.get("kind") != LOST for r in results)
+        return [r.get("code", None if has_failed else -signal.SIGKILL) for r in results]
 
     def _error(self, codes: list[int | None]) -> BaseException:
-        if not (self.folder / MEETING).exists() and STOPPED not in codes:
+        results = [self.result(rank) for rank in range(self.count)]
+        if not any(results) and self.asked:
+            return Interrupted()
+        if not any(results) and not (self.folder / MEETING).exists():
             code = self.all[0].returncode
             return LoraExpError(f"srun ended with exit code {code} before the processes had met")
         return super()._error(codes)

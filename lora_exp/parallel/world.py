@@ -19,6 +19,7 @@ from lora_exp.files.whole import write_whole
 T = TypeVar("T")
 TICK = 0.05  # seconds between two looks
 PATIENCE = timedelta(days=7)  # for each other; who started them sees when one has ended
+REACHED = timedelta(minutes=5)  # within which the first process's node answers
 SINGLE = {"num_processes": 1, "process_index": 0, "distributed_type": "NO"}
 
 
@@ -181,7 +182,10 @@ def _store(rank: int, meeting: Path) -> Any:
         time.sleep(TICK)
     host, port = meeting.read_text(encoding="utf-8").split()
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}  # accelerate asks for them
-    return store or TCPStore(host, int(port), is_master=False, timeout=PATIENCE)
+    if store is None:
+        store = TCPStore(host, int(port), is_master=False, timeout=REACHED)
+        store.set_timeout(PATIENCE)
+    return store
 
 
 def _no_type() -> Any:

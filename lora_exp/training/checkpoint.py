@@ -7,9 +7,10 @@ logged yet.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lora_exp.training.rollouts import load_rollout, save_rollout
 from lora_exp.training.rotation import rotate
 from lora_exp.training.unlogged import restore_loss, restore_metrics, save_unlogged
 
+log = logging.getLogger("lora_exp")
 TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 
 
@@ -60,8 +62,10 @@ class Checkpoints:
         try:
             output = self._train(resume_from_checkpoint, **options)
         except BaseException:
-            with suppress(CheckpointError):  # what ended the training matters more
+            try:
                 self._finish_saving()
+            except Exception as error:  # what ended the training matters more
+                log.warning("the last checkpoint is not whole: %s", error)
             raise
         self._finish_saving()
         return output

@@ -18,6 +18,7 @@ from lora_exp.data.tokens import Tokens
 from lora_exp.errors import ConfigError
 from lora_exp.model.loading import Base
 from lora_exp.model.packing import keeps_rows_apart
+from lora_exp.model.padding import sees_padding
 from lora_exp.model.sharded import share_layers
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
@@ -59,6 +60,8 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     adapted = attach(base, cfg, record.directory)
     if world.in_step:
         share_layers(adapted.model)
+        base.model.sees_padding = sees_padding(base.model)
+        _check_padding(cfg, base)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
     set_end_tokens(base.model, base.tokenizer)
     with world.first_alone():
@@ -77,16 +80,20 @@ def _check_trainable(cfg: DictConfig, base: Base) -> None:
     if missing := missing_embeddings(base.model, base.tokenizer):
         fix = "resize_token_embeddings of the model, save_pretrained, then train from that folder"
         raise ConfigError([("model.path", f"{cfg.model.path}: {missing}; {fix}")])
-    name = type(base.model).__name__
-    if cfg.algorithm.shape == "prompt" and base.model.sees_padding:
-        text = f"{name} sees the padding of prompts that are answered together"
-        raise ConfigError([("algorithm", f"{text}; train it on rows with answers (sft, dpo, kto)")])
+    _check_padding(cfg, base)
     args = cfg.algorithm.args
     packs = args.get("packing") and args.get("packing_strategy") != "wrapped"
     if (packs or args.get("padding_free")) and not keeps_rows_apart(base.model):
         key = "packing" if packs else "padding_free"
+        name = type(base.model).__name__
         text = f"{name} does not keep rows apart that share a sequence: they would see each other"
         raise ConfigError([(f"algorithm.args.{key}", f"{text}; leave {key} out")])
+
+
+def _check_padding(cfg: DictConfig, base: Base) -> None:
+    if cfg.algorithm.shape == "prompt" and base.model.sees_padding:
+        text = f"{type(base.model).__name__} sees the padding of prompts that are answered together"
+        raise ConfigError([("algorithm", f"{text}; train it on rows with answers (sft, dpo, kto)")])
 
 
 def _begin(cfg: DictConfig, record: Record, rows: Rows, base: Base) -> dict[str, Any]:

@@ -113,6 +113,9 @@ def test_nodes_without_a_slurm_job_that_has_them_are_refused(
 def test_processes_that_nodes_cannot_share_are_refused(nodes: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         compose("parallel=ddp", "parallel.processes=4", f"parallel.nodes={nodes}")
+    if nodes != "3":
+        with pytest.raises(ConfigError, match=fault.replace("4", "1")):
+            compose("parallel=ddp", f"parallel.nodes={nodes}")
 
 
 def test_an_srun_that_cannot_start_is_named(
