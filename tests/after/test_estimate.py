@@ -68,6 +68,9 @@ def loaded_bytes(model: Any) -> int:
             tensors += [state.absmax, *([inner.absmax] if inner is not None else [])]
         if (scales := getattr(parameter, "SCB", None)) is not None:
             tensors.append(scales)
+    # where they lie once the layer has computed
+    states = (getattr(module, "state", None) for module in model.modules())
+    tensors += [state.SCB for state in states if getattr(state, "SCB", None) is not None]
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
 
 

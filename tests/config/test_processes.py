@@ -78,7 +78,7 @@ def test_processes_divide_passes_first_then_their_rows(
         (1.5, [], r"parallel\.processes: 1\.5 is not 1 or more"),
         (2, ["early_stopping=halving"], "early_stopping: halving compares jobs"),
         (2, ["+train.auto_find_batch_size=true"], "begins again with another batch"),
-        (2, ["+parallel.nodes=2"], r"parallel\.nodes: nothing reads this key"),
+        (2, ["+parallel.machines=2"], r"parallel\.machines: nothing reads this key"),
     ],
 )
 def test_what_several_processes_cannot_train_is_refused(
