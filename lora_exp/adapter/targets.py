@@ -59,9 +59,7 @@ def resolve(
         TargetError: an unknown role or name, or one of which nothing can be adapted.
         ConfigError: a setting that experts cannot be adapted with.
     """
-    roles = None
-    if isinstance(wanted, str):  # peft writes all-linear
-        roles = wanted.replace("all-linear", "all_linear").split("+")
+    roles = _roles(wanted) if isinstance(wanted, str) else None
     names = None if isinstance(wanted, str) else list(wanted)
     modules, stacks = _of_roles(model, roles) if roles else _of_names(model, names or [])
     is_lora = str(settings.get("_target_")).rpartition(".")[2] == "LoraConfig"
@@ -70,9 +68,8 @@ def resolve(
         raise _no_experts(is_lora, hindrance)
     renamed = _renamed_by_peft(model, modules) if is_lora else set()
     hindrance = hindrance or ("quantised weights" if quantised else None)
-    why_not = _why_not(model, modules, renamed, hindrance, base)
-    why_not |= _lost_by_peft(model, modules - renamed) if is_lora else {}
-    left_out = dict(sorted(why_not.items()))
+    lost = _lost_by_peft(model, modules - renamed) if is_lora else {}
+    left_out = _why_not(model, modules, renamed, hindrance, base) | lost
     _check_remains(names or [""], modules - left_out.keys() | stacks, left_out)
     parameters = stacks | {f"{name}.weight" for name in renamed - left_out.keys()}
     parameters -= _excluded(parameters, below(model, settings.get("exclude_modules") or ()))
@@ -85,8 +82,12 @@ def resolve(
     return Targets(
         _shortest(modules, [name for name, _ in model.named_modules()], 1),
         _shortest(parameters, [name for name, _ in model.named_parameters()], 2),
-        left_out,
+        dict(sorted(left_out.items())),
     )
+
+
+def _roles(wanted: str) -> list[str]:
+    return wanted.replace("all-linear", "all_linear").split("+")  # peft writes all-linear
 
 
 def _excluded(parameters: set[str], excluded: list[str]) -> set[str]:
