@@ -90,7 +90,9 @@ def merge(
     print(merged)
     command = ["lora-exp", "check", str(merged)]
     command += [word for adapter in adapters for word in ("--adapter", str(adapter))]
-    print(f"prove it: {shlex.join([*command, *(['--base', base] if base else [])])}")
+    command += ["--base", base] if base else []
+    command += ["--device-map", device_map.value] if device_map is DeviceMap.auto else []
+    print(f"prove it: {shlex.join(command)}")
 
 
 def push(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp import compose, run
+from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.parallel.nodes import JOB_NODES, NodeProcesses
 from tests.conftest import QUICK
@@ -116,6 +117,12 @@ def test_processes_that_nodes_cannot_share_are_refused(nodes: str, fault: str) -
     if nodes != "3":
         with pytest.raises(ConfigError, match=fault.replace("4", "1")):
             compose("parallel=ddp", f"parallel.nodes={nodes}")
+
+
+def test_a_run_has_the_same_fingerprint_on_any_nodes() -> None:
+    two = ["parallel=ddp", "parallel.processes=2"]
+    nodes = [fingerprint(compose(*two, f"parallel.nodes={count}")) for count in (1, 2)]
+    assert nodes[0] == nodes[1] != fingerprint(compose("parallel=ddp", "parallel.processes=4"))
 
 
 def test_an_srun_that_cannot_start_is_named(
