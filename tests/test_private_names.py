@@ -25,6 +25,7 @@ from tests.conftest import ROOT
 TRAINER, MODEL = "transformers.Trainer", "transformers.PreTrainedModel"
 CONFIG, HANDLER = "transformers.PretrainedConfig", "transformers.cli.serving.utils.BaseHandler"
 CONVERSION = "transformers.core_model_loading.WeightTransform"
+BNB_4BIT = "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer"
 QUANTISING = "transformers.integrations.finegrained_fp8.Fp8Dequantize"
 # owner, name, and our files that call or override it
 PRIVATE = [
@@ -59,7 +60,12 @@ PRIVATE = [
     ("trl.SFTTrainer", "_metrics", "training/averages.py, training/unlogged.py"),
     ("trl.SFTTrainer", "_total_train_tokens", "training/trainer.py, training/unlogged.py"),
     ("trl.RLOOTrainer", "_step", "training/rollouts.py"),
-    (MODEL, "_keep_in_fp32_modules", "after/estimate.py"),
+    (MODEL, "_keep_in_fp32_modules", "after/base_bytes.py"),
+    ("torch", "_C", "model/experts.py"),
+    ("torch._C", "_autograd", "model/experts.py"),
+    ("torch._C._autograd", "_top_saved_tensors_default_hooks", "model/experts.py"),
+    (BNB_4BIT, "_process_model_before_weight_loading", "model/experts.py"),
+    (BNB_4BIT, "_process_model_after_weight_loading", "model/experts.py"),
     ("transformers.AutoModelForMultimodalLM", "_model_mapping", "model/text_part.py"),
     (MODEL, "_no_split_modules", "model/sharded.py"),
     ("transformers.distributed.fsdp", "_is_fsdp_managed_module", "model/sharded.py"),

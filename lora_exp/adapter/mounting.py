@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_exp.adapter.rows import make_room
 from lora_exp.adapter.untrusted import read_weights, resolve_patterns
 from lora_exp.errors import AdapterError, LoraExpError
+from lora_exp.model.experts import quantised_stacks
 
 # where peft saves embeddings, it saves a wholly trained one twice: as it was, and as trained
 ORIGINAL, TRAINED = ".original_module", ".modules_to_save"
@@ -38,9 +39,11 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
         apart: whether others share the base: embeddings that differ from its own are refused.
 
     Raises:
-        AdapterError: its weights are missing, not finite, no tensors, or of another base's shape.
+        AdapterError: its weights are missing, not finite, no tensors, or of another base's shape;
+            or it adapts experts that are in 4 bits.
     """
     weights = read_weights(path)
+    _check_experts(model, config, path)
     folder = str(Path(path).expanduser())
     if apart:
         check_embeddings(model, config, weights, path)
@@ -57,6 +60,14 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
     return mounted
 
 
+def _check_experts(model: Any, config: Any, path: str) -> None:
+    ends = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+    for name in quantised_stacks(model):
+        if f".{name}".endswith(ends):
+            text = f"adapts experts, and peft needs {name} in floats: quant.experts=false, or none"
+            raise AdapterError(f"{path} {text}")
+
+
 def mount_beside(model: Any, path: str, name: str) -> None:
     """Mount a saved adapter on a PeftModel, beside its adapters.
 
@@ -64,6 +75,7 @@ def mount_beside(model: Any, path: str, name: str) -> None:
         AdapterError: as for `mount`, or its embeddings differ from the base's.
     """
     config, weights = read_config(path, model.get_base_model()), read_weights(path)
+    _check_experts(model.get_base_model(), config, path)
     check_embeddings(model.get_base_model(), config, weights, path)
     make_room(model.get_base_model(), config, path, apart=True)
     with fitting(path):

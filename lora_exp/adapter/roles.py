@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_exp.model.experts import expert_modules, stacks
 from lora_exp.model.mixture import expert_count
 from lora_exp.model.text_part import text_modules
 
@@ -58,19 +59,12 @@ def stacks_of(role: str, model: Any) -> dict[str, tuple[int, ...]]:
     Returns:
         The shapes by the parameters' names.
     """
-    if role != "experts":
-        return {}
-    return {
-        f"{name}.{key}": tuple(parameter.shape)
-        for name in _experts(model)
-        for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
-        if parameter.dim() > 1 and "bias" not in key
-    }
+    return stacks(model) if role == "experts" else {}
 
 
 def experts_of(model: Any) -> tuple[str, ...]:
     """Return how the names of the modules of routed experts begin: few tokens pass each expert."""
-    return tuple(f"{name}." for name in _experts(model))
+    return tuple(f"{name}." for name in expert_modules(model))
 
 
 def _part(name: str, model: Any) -> str:
@@ -82,18 +76,10 @@ def _part(name: str, model: Any) -> str:
     return "other" if MIXER.search(holder) and not FEED_FORWARD.search(holder) else "mlp"
 
 
-def _experts(model: Any) -> Iterator[str]:
-    """Yield the modules that hold routed experts; shared experts are plain layers."""
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if ("Expert" in kind and "Shared" not in kind) or name.rpartition(".")[2] == "experts":
-            yield name
-
-
 def _routers(model: Any) -> Iterator[str]:
     """Yield the linear layers that weigh the experts, and shared ones: E outputs, or one."""
     count = expert_count(model.config)
-    blocks = {name.rpartition(".")[0] for name in _experts(model)}
+    blocks = {name.rpartition(".")[0] for name in expert_modules(model)}
     for name, module in model.named_modules():
         within = any(name.startswith(f"{block}.") for block in blocks)
         if isinstance(module, nn.Linear) and within and module.out_features in (1, count):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_exp.adapter.roles import ROLES, experts_of, modules_of, stacks_of
 from lora_exp.errors import ConfigError, TargetError, did_you_mean
+from lora_exp.model.experts import quantised_stacks
 from lora_exp.model.participation import unused
 from lora_exp.model.text_part import text_modules
 
@@ -57,15 +58,14 @@ def resolve(
 
     Raises:
         TargetError: an unknown role or name, or one of which nothing can be adapted.
-        ConfigError: a setting that experts cannot be adapted with.
+        ConfigError: experts cannot be adapted with a setting, or are in 4 bits.
     """
     roles = _roles(wanted) if isinstance(wanted, str) else None
     names = None if isinstance(wanted, str) else list(wanted)
     modules, stacks = _of_roles(model, roles) if roles else _of_names(model, names or [])
     is_lora = str(settings.get("_target_")).rpartition(".")[2] == "LoraConfig"
     hindrance = next((key for key in FOR_MODULES if settings.get(key)), None)
-    if stacks and (not is_lora or hindrance):
-        raise _no_experts(is_lora, hindrance)
+    _check_experts(model, stacks, is_lora, hindrance)
     renamed = _renamed_by_peft(model, modules) if is_lora else set()
     hindrance = hindrance or ("quantised weights" if quantised else None)
     lost = _lost_by_peft(model, modules - renamed) if is_lora else {}
@@ -144,11 +144,21 @@ def _in_towers(model: Any, names: list[str], modules: set[str]) -> bool:
     return any(f".{n}".endswith(ends) and n not in modules for n, _ in model.named_modules())
 
 
-def _no_experts(is_lora: bool, hindrance: str | None) -> ConfigError:
-    text = "experts are stacked weights, which only peft=lora adapts"
-    if is_lora:
+def _check_experts(model: Any, stacks: set[str], is_lora: bool, hindrance: str | None) -> None:
+    """Refuse to adapt stacks of experts that peft cannot adapt.
+
+    Raises:
+        ConfigError: with what would be right.
+    """
+    if stacks and not is_lora:
+        text = "experts are stacked weights, which only peft=lora adapts"
+        raise ConfigError([("peft", text)])
+    if stacks and hindrance:
         text = f"experts are stacked weights, for which peft has no {hindrance}; leave it out"
-    return ConfigError([(f"peft.{hindrance}" if is_lora else "peft", text)])
+        raise ConfigError([(f"peft.{hindrance}", text)])
+    if in_4_bits := sorted(stacks & quantised_stacks(model).keys()):
+        text = f"peft adapts experts in floats only, and {in_4_bits[0]} is in 4 bits; give false"
+        raise ConfigError([("quant.experts", text)])
 
 
 def _check_remains(names: list[str], remaining: set[str], left_out: Mapping[str, str]) -> None:

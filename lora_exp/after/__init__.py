@@ -28,6 +28,7 @@ publication   uploads to the Hub
 doctor        whether this machine can train
 models        models of conf/model, their sizes
 estimate      memory that a run needs
+base_bytes    quantised weights, without the weights
 pages         what the commands print
 
 The modules take paths, and return paths or what `lora_exp.cli` prints.

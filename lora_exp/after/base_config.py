@@ -75,6 +75,8 @@ def base_config(saved: Saved, base: str | None = None, quant: str | None = None)
             values["model"]["revision"] = recorded
     if quant is None and saved.adapter is not None:
         values["quant"] = _run_section(saved, "quant", QUANT_TARGETS) or values["quant"]
+    elif "experts" in (values["quant"] or {}) and (saved.adapter or {}).get("target_parameters"):
+        values["quant"]["experts"] = False  # peft adapts them in floats only
     values["algorithm"]["task_type"] = saved.task_type
     return OmegaConf.create(values)
 

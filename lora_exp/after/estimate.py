@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,10 @@ from typing import Any
 import peft
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_exp.adapter.attach import attach
+from lora_exp.after.base_bytes import base_bytes, dequantised_bytes
 from lora_exp.config.door import CONF, plain
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.pairs import QUANTISATIONS
@@ -31,7 +27,6 @@ from lora_exp.files.paths import asset
 from lora_exp.model.loading import Base, attention_of, unloadable
 from lora_exp.model.precision import dtype_of
 from lora_exp.model.prequantised import saved_form
-from lora_exp.model.quantised import skipped
 from lora_exp.model.requirement import (
     Step,
     is_tiled,
@@ -44,7 +39,6 @@ from lora_exp.model.text_part import class_of
 from lora_exp.record.progress import quiet
 
 COMPARED = ("none", "nf4", "int8")  # options of conf/quant
-BLOCK, OUTER_BLOCK = 64, 256  # weights for each 4-bit scale, and scales for each scale of scales
 
 
 @dataclass(frozen=True)
@@ -190,8 +184,8 @@ def need(cfg: DictConfig, config: Any) -> Need:
     if several := process_count(cfg) > 1:
         cfg = _changed(cfg, {}, train=plain(cfg.train) | (divided(cfg) or {}))
     model = skeleton(cfg, config)
-    frozen_bytes = base_bytes(model, cfg.quant)
-    skeleton_base = Base(model, None, cfg.model.path, None, None)
+    frozen_bytes, dequantised = base_bytes(model, cfg.quant), dequantised_bytes(model, cfg.quant)
+    skeleton_base = Base(model, None, cfg.model.path, None)
     adapted = attach(skeleton_base, _without_initialization(cfg), Path())
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     # an adapter trains in float32, whatever the base's dtype
@@ -204,7 +198,7 @@ def need(cfg: DictConfig, config: Any) -> Need:
         weights=frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes,
         gradients=trained_bytes * (2 if several else 1),  # a copy of them is averaged
         optimizer=sum(state_bytes(count, cfg.train.optim, size) for count in counts),
-        activations=step_bytes(config, _step(cfg, config)),
+        activations=step_bytes(config, _step(cfg, config)) + dequantised,
     )
 
 
@@ -224,38 +218,6 @@ def _adapter_bytes(model: Any, cfg: DictConfig) -> int:
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=embeds)
     count = int(sum(value.numel() for value in tensors.values()))
     return 4 * count * (2 if saved_as_plain_lora(cfg.peft) else 1)  # saved with twice the rank
-
-
-def base_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:
-    """Return the bytes of a model's weights, quantised as by bitsandbytes.
-
-    Args:
-        model: its weights may be on the meta device.
-        quant: the section of the config; None: the weights are not quantised.
-    """
-    tensors = (*model.parameters(), *model.buffers())
-    total = int(sum(t.numel() * t.element_size() for t in tensors))
-    if quant is None:
-        return total
-    not_quantised = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    not_quantised += skipped(model, quant.get("skip_modules") or ())
-    for name, module in model.named_modules():
-        linear = type(module) is nn.Linear or isinstance(module, Conv1D)
-        if linear and should_convert_module(name, not_quantised):
-            weight = module.weight
-            total += _quantised_bytes(weight, quant) - weight.numel() * weight.element_size()
-    return total
-
-
-def _quantised_bytes(weight_OI: Any, quant: Mapping[str, Any]) -> int:
-    """Return the bytes of a quantised layer: its weights, and their scales."""
-    count = int(weight_OI.numel())
-    if "quant_type" not in quant:
-        return count + 4 * len(weight_OI)  # int8, and a scale for each row
-    scales = math.ceil(count / BLOCK)
-    if quant["double_quant"]:
-        return count // 2 + scales + 4 * math.ceil(scales / OUTER_BLOCK)
-    return count // 2 + 4 * scales
 
 
 def tokens(cfg: DictConfig, config: Any) -> int:

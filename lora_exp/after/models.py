@@ -25,7 +25,8 @@ class Size:
 
     kind: str  # transformers' model_type
     parameters: int
-    quantised: int  # in linear layers, but not in the output layer or in experts
+    quantised: int  # in linear layers, but not in the output layer
+    experts: int = 0  # in stacks of experts, which are quantised to 4 bits only
 
 
 SIZES = {  # by the option's name
@@ -35,7 +36,7 @@ SIZES = {  # by the option's name
     "gemma3_1b": Size("gemma3_text", 999_885_952, 697_761_792),
     "gemma3_4b": Size("gemma3", 4_300_079_472, 3_619_713_024),
     "glm4_9b": Size("glm4", 9_400_279_040, 8_157_921_280),
-    "gpt_oss_20b": Size("gpt_oss", 20_914_757_184, 637_009_920),
+    "gpt_oss_20b": Size("gpt_oss", 20_914_757_184, 637_009_920, 19_110_297_600),
     "llama3_1_8b_instruct": Size("llama", 8_030_261_248, 6_979_321_856),
     "llama3_2_1b_instruct": Size("llama", 1_235_814_400, 973_078_528),
     "mistral_7b_v0_3": Size("mistral", 7_248_023_552, 6_979_321_856),
@@ -50,7 +51,7 @@ SIZES = {  # by the option's name
     "qwen3_1_7b": Size("qwen3", 1_720_574_976, 1_409_286_144),
     "qwen3_4b": Size("qwen3", 4_022_468_096, 3_633_315_840),
     "qwen3_8b": Size("qwen3", 8_190_735_360, 6_945_767_424),
-    "qwen3_30b_a3b": Size("qwen3_moe", 30_532_122_624, 905_969_664),
+    "qwen3_30b_a3b": Size("qwen3_moe", 30_532_122_624, 905_969_664, 28_991_029_248),
     "smollm2_135m_instruct": Size("llama", 134_515_008, 106_168_320),
     "smollm3_3b": Size("smollm3", 3_075_098_624, 2_812_280_832),
     "tiny": Size("llama", 1_869_504, 1_769_472),
@@ -81,7 +82,11 @@ def models() -> list[dict[str, Any]]:
 def _sizes(size: Size | None) -> dict[str, Any]:
     if size is None:
         return {"kind": None, "parameters": None, "bytes": {}}
-    floats = BF16 * (size.parameters - size.quantised)
-    counts = {"none": BF16, "int8": INT8, "nf4": NF4}
-    weights = {quant: int(floats + count * size.quantised) for quant, count in counts.items()}
+    layers, experts = size.quantised, size.experts
+    floats = BF16 * (size.parameters - layers - experts)
+    counts = {"none": (BF16, BF16), "int8": (INT8, BF16), "nf4": (NF4, NF4)}
+    weights = {
+        quant: int(floats + of_layers * layers + of_experts * experts)
+        for quant, (of_layers, of_experts) in counts.items()
+    }
     return {"kind": size.kind, "parameters": size.parameters, "bytes": weights}

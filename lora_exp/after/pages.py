@@ -157,7 +157,7 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
             in_gib = (f"{sizes[quant] / 2**30:.2f}" for quant in ("none", "int8", "nf4"))
             numbers = [parameters, *in_gib]
         table.add_row(row["option"], row["path"] or "-", row["licence"] or "-", *numbers)
-    text = "GiB of the weights, experts in float; a run's memory: lora-exp estimate model=..."
+    text = "GiB of the weights (int8: experts in floats); of a run: lora-exp estimate model=..."
     tried = "What works on each kind: docs/models.md. Any other model: model=local model.path=..."
     return Group(table, Text(f"{text}\n{tried}", style="dim"))
 

@@ -263,8 +263,11 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
         model.pop("add_tokens", None)
     if model.get("attn_implementation") == "auto":
         model["attn_implementation"] = "sdpa"
-    if isinstance(quant, dict) and not quant.get("skip_modules"):
-        quant.pop("skip_modules", None)
+    if isinstance(quant, dict):
+        if not quant.get("skip_modules"):
+            quant.pop("skip_modules", None)
+        if quant.get("experts"):  # the default; what it changes is in the record's quantised_share
+            quant.pop("experts")
     if not evaluations_act(values):
         reports = re.compile(r"(logging|save|eval)_")  # they do not affect the result
         values["train"] = {k: v for k, v in values["train"].items() if not reports.match(k)}

@@ -10,6 +10,7 @@ precision       what it computes in
 determinism     torch's switches, restored after runs
 special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
+experts         where they are; in 4 bits
 participation   layers that get a gradient
 packing         whether packed rows stay apart
 padding         whether prompts see it

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -34,7 +33,7 @@ from lora_exp.model.prequantised import (
     read_prequantised,
     saved_form,
 )
-from lora_exp.model.quantised import quantised_share, skip
+from lora_exp.model.quantised import misread, quantised_share, skip
 from lora_exp.model.scoring import MADE, scored_at_last_token
 from lora_exp.model.special_tokens import ensure_pad_token
 from lora_exp.model.text_part import class_of, is_multimodal, name_body, text_of
@@ -48,8 +47,6 @@ from lora_exp.model.weights import (
 )
 from lora_exp.parallel.world import world
 
-STD = 0.02  # of new weights, where an architecture names none
-
 
 @dataclass(frozen=True)
 class Base:
@@ -59,7 +56,7 @@ class Base:
     tokenizer: Any
     path: str  # `model.path` of the config
     revision: str | None  # the hub commit that was loaded, or the SHA-256 of local weights
-    warning: str | None  # what makes the base hard to load again
+    warnings: tuple[str, ...] = ()  # what makes the base hard to load again, or another elsewhere
     form: SavedForm | None = None  # how it was saved quantised
     text_of: str | None = None  # the multimodal class whose language model it is
     # of transformers, that reads it; None: a classifier that only `register_classifier` makes
@@ -107,22 +104,25 @@ def bnb_4bit(
     double_quant: bool,
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"],
     skip_modules: Sequence[str] | None = None,
+    experts: bool = False,
 ) -> BitsAndBytesConfig:
     """Return bitsandbytes' 4-bit settings, `quant_type` nf4 or fp4.
 
     BitsAndBytesConfig itself takes any argument and falls back to fp4 on a typo. Products run in
     bfloat16, or in float16 on a GPU that has no bfloat16, unless `compute_dtype` names one. The
-    modules called `skip_modules` stay in floats.
+    modules called `skip_modules` stay in floats, and so do stacks of experts without `experts`.
     """
     if compute_dtype == "auto":
         compute_dtype = "float16" if lacks_bfloat16() else "bfloat16"
-    return BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype_of(compute_dtype),
         llm_int8_skip_modules=list(skip_modules or ()) or None,
     )
+    config.experts = experts  # read by `Quantizer`
+    return config
 
 
 def bnb_8bit(
@@ -184,10 +184,11 @@ def load(
     check_fits(model)
     share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
-    identity = identity_of(config, path, revision, gguf_file)
+    sha256, *warnings = identity_of(config, path, revision, gguf_file)
+    warnings.append(misread(model))
     is_made = task_type == "SEQ_CLS" and type(config) in MADE
     kind = text_of(model, config), None if is_made else model_class.__name__
-    return Base(model, tokenizer, path, *identity, form, *kind, share)
+    return Base(model, tokenizer, path, sha256, tuple(filter(None, warnings)), form, *kind, share)
 
 
 def _prepare(model: Any, tokenizer: Any, task_type: str, add_tokens: Sequence[str]) -> None:
@@ -266,18 +267,6 @@ def unloadable(path: str, error: Exception, attn_implementation: str = "auto") -
 def attention_of(attn_implementation: str | None) -> str | None:
     """Return transformers' name of an attention; None: its choice, sdpa where a class has it."""
     return None if attn_implementation == "auto" else attn_implementation
-
-
-def new_head(model: Any) -> None:
-    """Give a classification model a new random head: a shared base may have another job's.
-
-    It is in float32 on every base, like every module that is trained whole.
-    """
-    config = model.config.get_text_config()
-    head = nn.Linear(config.hidden_size, model.config.num_labels, bias=False, device=model.device)
-    spread = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
-    nn.init.normal_(head.weight, std=spread or STD)
-    model.score = head
 
 
 def freeze(model: Any, tokenizer: Any) -> None:

@@ -139,7 +139,7 @@ def forget_quantisation(model: Any) -> None:
     It would quantise them again, without a word of it in the config, or raise NotImplementedError.
     """
     conversions = getattr(model, "_weight_conversions", None) or []
-    quantising = [c for c in conversions if any(map(_quantises, getattr(c, "operations", ())))]
+    quantising = [c for c in conversions if _quantises(c)]
     if not quantising:
         return
     targets = [c._original_target_patterns for c in quantising]
@@ -150,8 +150,12 @@ def forget_quantisation(model: Any) -> None:
     ]
 
 
-def _quantises(operation: Any) -> bool:
-    return hasattr(operation, "hf_quantizer")
+def _quantises(conversion: Any) -> bool:
+    operations = [
+        *getattr(conversion, "operations", ()),
+        getattr(conversion, "quantization_operation", None),
+    ]
+    return any(hasattr(operation, "hf_quantizer") for operation in operations)
 
 
 def _settle_compute_dtype(model: Any, quantization: BitsAndBytesConfig | None) -> None:

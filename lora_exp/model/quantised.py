@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from lora_exp.errors import ConfigError, did_you_mean
+from lora_exp.model.experts import dequantise_stacks, quantised_stacks
 from lora_exp.model.prequantised import forget_quantisation
 
 
@@ -84,9 +89,12 @@ def quantised_share(model: Any) -> tuple[float, str] | None:
         if isinstance(module, nn.Embedding) or any(module is head for head in heads):
             continue
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2:
+            if parameter.dim() < 2 or key.endswith("bias"):
                 continue
-            if parameter.is_floating_point():
+            if isinstance(module, ParametrizationList):
+                stack: Any = module[0]
+                quantised += math.prod(stack.shape)
+            elif parameter.is_floating_point():
                 last = name.rpartition(".")[2]
                 floats[last if key == "weight" else f"{last}.{key}"] += parameter.numel()
             else:  # packed: two weights of 4 bits are a byte
@@ -98,9 +106,30 @@ def quantised_share(model: Any) -> tuple[float, str] | None:
     return quantised / (quantised + floats.total()), in_floats
 
 
+def misread(model: Any) -> str | None:
+    """Return a warning if bitsandbytes does not dequantise a layer as it has quantised it.
+
+    Its kernel for processors with AVX-512 takes the scales of other blocks where a row is no whole
+    number of blocks, of 64 weights: on other devices the layer has other weights.
+    """
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None or state.shape[-1] % state.blocksize == 0:
+            continue
+        as_one_row = copy(state)
+        as_one_row.shape = torch.Size([math.prod(state.shape)])
+        read = functional.dequantize_4bit(weight.data, state).flatten()
+        if not torch.equal(read, functional.dequantize_4bit(weight.data, as_one_row)):
+            text = f"bitsandbytes misreads rows that are no whole blocks of 64 weights ({name})"
+            return f"quant: {text} on this processor; elsewhere the base differs"
+    return None
+
+
 def dequantise(model: Any, dtype: torch.dtype) -> Any:
     """Replace a quantised model's layers by plain ones with the dequantised weights."""
     exact_products(model, dtype)
+    dequantise_stacks(model)
     classes = {name: getattr(module, "source_cls", None) for name, module in model.named_modules()}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the dtype that is requested here
@@ -124,7 +153,9 @@ def _conv1d(linear: nn.Linear) -> Any:
 
 
 def exact_products(model: Any, dtype: torch.dtype) -> None:
-    """Let 4-bit layers dequantise their weights to this dtype, and multiply in it."""
+    """Let 4-bit layers and experts dequantise their weights to this dtype, and multiply in it."""
+    for stack in quantised_stacks(model).values():
+        stack.quant_state.dtype = dtype
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:

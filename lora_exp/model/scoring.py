@@ -12,7 +12,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+STD = 0.02  # of new weights, where an architecture names none
 MADE: set[type] = set()  # kinds of configs whose classifiers are ours, in this process
 
 
@@ -99,3 +100,15 @@ def scored_at_last_token(model_class: type) -> type:
 
     namespace = {"forward": forward, "__module__": model_class.__module__}
     return type(model_class.__name__, (model_class,), namespace)
+
+
+def new_head(model: Any) -> None:
+    """Give a classification model a new random head: a shared base may have another job's.
+
+    It is in float32 on every base, like every module that is trained whole.
+    """
+    config = model.config.get_text_config()
+    head = nn.Linear(config.hidden_size, model.config.num_labels, bias=False, device=model.device)
+    spread = getattr(config, "initializer_range", None) or getattr(config, "init_std", None)
+    nn.init.normal_(head.weight, std=spread or STD)
+    model.score = head

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from lora_exp.model.experts import quantised_stacks
+
 
 def sharing_copy(model: Any) -> Any:
     """Copy the tree of modules, not the tensors: weights and quantisation states are the originals.
 
     8-bit layers move their weights' scales when first used: here this is done before the copy.
     """
-    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared: list[Any] = [*model.parameters(), *model.buffers(), *quantised_stacks(model).values()]
     for module in model.modules():
         if hasattr(module, "init_8bit_state") and module.weight.CB is not None:
             module.init_8bit_state()

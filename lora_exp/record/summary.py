@@ -64,9 +64,8 @@ def announce(
         "held out": _rows(held_out.counts) if held_out else "none: no evaluation",
     }
     print_and_log(facts(cfg.name, {key: line for key, line in lines.items() if line}))
-    for warning in (base.warning, *rows.warnings):
-        if warning:
-            print_and_log(f"[yellow]{warning}[/]")
+    for warning in (*base.warnings, *rows.warnings):
+        print_and_log(f"[yellow]{warning}[/]")
     print_and_log("\nfirst row; what counts towards the loss is in «»:")
     for name, ids, labels in first(train, base.tokenizer):
         if name:

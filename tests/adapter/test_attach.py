@@ -14,6 +14,7 @@ import torch
 from lora_exp import compose, load_adapter
 from lora_exp.adapter.attach import attach
 from lora_exp.errors import ConfigError, TargetError
+from lora_exp.model.loading import base_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,20 @@ def test_every_unmatched_name_is_an_error(
 ) -> None:
     with pytest.raises(TargetError, match=key):
         attach(fresh_base, compose(override), tmp_path)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_quantised_modules_are_not_trained_whole(quant: str, tmp_path: Any) -> None:
+    cfg = compose(f"quant={quant}", "peft.modules_to_save=[layers.1.mlp]", "targets=attention")
+    message = r"^peft\.modules_to_save: model.layers.1.mlp is quantised, .*skip_modules=\[layers\.1"
+    with pytest.raises(ConfigError, match=message):
+        attach(base_of(cfg), cfg, tmp_path)
+    cfg = compose(
+        f"quant={quant}", "peft.modules_to_save=[lm_head,layers.1.mlp]", "targets=attention",
+        "quant.skip_modules=[layers.1.mlp]",
+    )  # fmt: skip
+    trained = dict(attach(base_of(cfg), cfg, tmp_path).model.named_parameters())
+    assert any("layers.1.mlp.modules_to_save" in n and p.requires_grad for n, p in trained.items())
 
 
 def test_patterns_set_ranks_and_scales_by_name(fresh_base: Any, tmp_path: Any) -> None:

@@ -22,9 +22,11 @@ from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError
+from lora_exp.model.loading import base_of
 from tests.adapter.test_rows import base_folder
 from tests.adapter.test_targets import LAGUNA
 from tests.conftest import tiny
+from tests.model.test_mixture import GRANITE
 
 Trained = Callable[..., Path]
 TINY = "lora_exp/assets/tiny"
@@ -178,6 +180,25 @@ def test_an_adapter_of_which_peft_loads_only_a_part_is_refused(tmp_path: Path) -
     again = AutoModelForCausalLM.from_config(LAGUNA)
     with pytest.raises(AdapterError, match=r"peft does not load .*shared_experts\.up_proj\.lora_A"):
         mount(again, read_config(str(tmp_path), again), str(tmp_path), trainable=False)
+
+
+def test_an_adapter_of_experts_is_refused_where_they_are_in_4_bits(
+    folder_of: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    place = ["model=local", f"model.path={folder_of(GRANITE)}", "quant=nf4"]
+    model = base_of(compose(*place, "quant.experts=false")).model
+    config = peft.LoraConfig(target_parameters=["experts.down_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = str(tmp_path / "adapter")
+    config = read_config(path, model)
+    for mounting in (
+        lambda model: mount(model, config, path, trainable=False),
+        lambda model: mount_beside(
+            peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), path, "second"
+        ),
+    ):
+        with pytest.raises(AdapterError, match=r"adapts experts, and peft needs .*down_proj in fl"):
+            mounting(base_of(compose(*place)).model)
 
 
 @pytest.mark.parametrize(("tied", "tying"), [(True, True), (True, False), (False, False)])

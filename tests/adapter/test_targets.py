@@ -28,6 +28,7 @@ from lora_exp.adapter.targets import Targets, below, check_names, resolve
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.errors import ConfigError, TargetError
+from lora_exp.model.loading import base_of
 from tests.conftest import tiny
 from tests.model.test_quantised import load
 from tests.model.test_text_part import llava
@@ -168,6 +169,19 @@ def test_experts_are_adapted_by_plain_lora_only(overrides: list[str], message: s
     settings = compose("targets=experts", *overrides).peft
     with pytest.raises(ConfigError, match=message):
         resolve(on_meta(OLMOE), "experts", settings)
+
+
+def test_experts_are_adapted_in_floats_only(folder_of: Callable[[Any], Path]) -> None:
+    place = ["model=local", f"model.path={folder_of(OLMOE)}", "quant=nf4", "peft.lora_dropout=0"]
+    cfg = compose(*place, "targets=all_linear+experts")
+    message = (
+        r"^quant\.experts: .*floats only, and model.layers.0.mlp.experts.down_proj is in 4 bits"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(base_of(cfg).model, "experts", cfg.peft)
+    assert resolve(base_of(cfg).model, "attention", cfg.peft).modules == ATTENTION
+    cfg = compose(*place, "targets=all_linear+experts", "quant.experts=false")
+    assert resolve(base_of(cfg).model, "experts", cfg.peft).parameters == EXPERTS
 
 
 def test_a_mixture_without_dense_layers_has_no_mlp() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 from lora_exp import compose
 from lora_exp.after.base_config import base_config, parse_base
 from lora_exp.after.saved import find
+from lora_exp.config.door import build
+from lora_exp.config.settled import fingerprint
 from lora_exp.errors import ConfigError, SavedError
 from tests.after.copies import copy_run
 
@@ -28,6 +31,29 @@ def test_the_base_is_quantised_as_in_the_run_unless_a_flag_sets_it(trained: Trai
     assert base_config(saved, base="some/model").model.path == "some/model"
     with pytest.raises(ConfigError, match="nf5"):
         base_config(saved, base="tiny", quant="nf5")
+
+
+@pytest.mark.parametrize(("adapted", "experts"), [(None, True), (["experts.down_proj"], False)])
+def test_experts_that_are_adapted_stay_in_floats(
+    adapted: list[str] | None, experts: bool, trained: Trained
+) -> None:
+    saved = find(trained("peft=lora"))
+    saved = replace(saved, adapter=saved.adapter | {"target_parameters": adapted})
+    assert base_config(saved, quant="nf4").quant.experts is experts
+    assert "experts" not in base_config(saved, quant="int8").quant
+
+
+def test_a_run_before_experts_were_quantised_is_opened_without(
+    trained: Trained, tmp_path: Path
+) -> None:
+    run = copy_run(trained("peft=lora", "quant=nf4"), tmp_path / "run")
+    settings = OmegaConf.load(run / "config.yaml")
+    fingerprint_before = fingerprint(settings)
+    del settings.quant.experts
+    OmegaConf.save(settings, run / "config.yaml")
+    cfg = base_config(find(run))
+    assert fingerprint(settings) == fingerprint_before  # of a base without experts nothing differs
+    assert not build(cfg, "quant").experts
 
 
 def test_an_adapter_without_its_run_names_its_base_and_never_trusts_its_code(

@@ -9,16 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from lora_exp import compose
-from lora_exp.after.estimate import base_bytes, estimate, model_config, need, skeleton
+from lora_exp.after.estimate import estimate, model_config, need, skeleton
 from lora_exp.errors import ConfigError, TargetError
-from lora_exp.model.loading import base_of, bnb_4bit
+from lora_exp.model.loading import bnb_4bit
 from tests.after.test_chat import run_cli
 from tests.model.test_prequantised import saved
 from tests.test_main import cli
@@ -56,38 +55,6 @@ def test_of_several_processes_each_holds_its_share_of_the_rows() -> None:
     assert each.activations == share.activations < whole.activations
     assert each.gradients == 2 * whole.gradients
     assert each.weights == whole.weights
-
-
-def loaded_bytes(model: Any) -> int:
-    """Count the bytes that a loaded model's weights take, their scales included."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            inner = state.state2
-            tensors += [state.absmax, *([inner.absmax] if inner is not None else [])]
-        if (scales := getattr(parameter, "SCB", None)) is not None:
-            tensors.append(scales)
-    # where they lie once the layer has computed
-    states = (getattr(module, "state", None) for module in model.modules())
-    tensors += [state.SCB for state in states if getattr(state, "SCB", None) is not None]
-    return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
-
-
-@pytest.mark.parametrize(
-    "quant",
-    [
-        ["none"], ["nf4"], ["int8", "quant.skip_modules=[layers.0,o_proj]"],
-        ["fp4", "quant.double_quant=false"],
-    ],
-    ids=lambda q: q[0],
-)  # fmt: skip
-def test_a_quantised_base_takes_the_estimated_bytes(quant: list[str]) -> None:
-    cfg = compose("tracking=none", f"quant={quant[0]}", *quant[1:])
-    model = skeleton(cfg, model_config(cfg))
-    assert all(parameter.device.type == "meta" for parameter in model.parameters())
-    measured = loaded_bytes(base_of(cfg).model)
-    assert base_bytes(model, cfg.quant) == pytest.approx(measured, rel=1e-4)
 
 
 @pytest.mark.parametrize(

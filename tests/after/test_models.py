@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp import compose
 from lora_exp.after import pages
-from lora_exp.after.estimate import base_bytes, model_config, skeleton
+from lora_exp.after.base_bytes import base_bytes
+from lora_exp.after.estimate import model_config, skeleton
 from lora_exp.after.models import models
 from lora_exp.config.door import CONF
 from tests.cli.test_main import without_torch

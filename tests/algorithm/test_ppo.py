@@ -106,7 +106,7 @@ def test_the_saved_critic_can_be_used_alone(
     batch = trainer._rollout(ROWS[:4], "train")
     with trainer._critic_active(trainer.model), torch.no_grad():
         values = trainer._values(batch)
-    base = Base(fresh_base.model, fresh_base.tokenizer, TINY, None, None)
+    base = Base(fresh_base.model, fresh_base.tokenizer, TINY, None)
     save_value(trainer.model, base, tmp_path / "value")
     scorer = AutoModelForSequenceClassification.from_pretrained(asset(TINY), num_labels=1)
     scorer = PeftModel.from_pretrained(scorer, str(tmp_path / "value")).eval()

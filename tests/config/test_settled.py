@@ -51,6 +51,8 @@ def test_new_keys_leave_the_fingerprints_of_earlier_versions() -> None:
     assert fingerprint(compose("tracking=none", "quant=nf4")).startswith("adce10781d6038e8")
     skipping = compose("tracking=none", "quant=nf4", "quant.skip_modules=[o_proj]")
     assert not fingerprint(skipping).startswith("adce10781d6038e8")
+    in_floats = compose("tracking=none", "quant=nf4", "quant.experts=false")
+    assert not fingerprint(in_floats).startswith("adce10781d6038e8")
     eager = compose("tracking=none", "model.attn_implementation=eager")
     assert not fingerprint(eager).startswith("f5a16768e415e7d4")
 

@@ -78,6 +78,7 @@ PAIRS += ["samples.max_new_tokens=8", "train.logging_steps=1"]
     [
         ("transposed weights", PAIRS),  # trl stops the dropout of a job's own modules
         ("experts", ["train.gradient_checkpointing=true"]),
+        ("experts", ["quant=nf4", "model.dtype=bfloat16"]),
         ("hybrid", ["train.gradient_checkpointing=true"]),
         ("sliding by layer", ["model.dtype=bfloat16"]),
     ],
@@ -173,7 +174,7 @@ def with_score_head(base: Base) -> Base:
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(asset(base.path), num_labels=1)
     model.config.pad_token_id = base.tokenizer.pad_token_id
-    return Base(model.requires_grad_(False), base.tokenizer, base.path, None, None)
+    return Base(model.requires_grad_(False), base.tokenizer, base.path, None)
 
 
 TRAINERS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {

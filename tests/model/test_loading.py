@@ -28,7 +28,7 @@ def test_the_base_is_frozen_padded_and_identified(base: Any) -> None:
     assert not any(p.requires_grad for p in base.model.parameters())
     assert base.tokenizer.pad_token == "<|endoftext|>"
     assert base.revision.startswith("sha256:")
-    assert base.warning is None
+    assert base.warnings == ()
 
 
 @pytest.mark.parametrize(

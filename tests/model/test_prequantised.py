@@ -95,7 +95,7 @@ def test_a_saved_base_is_dequantised_into_plain_files(tmp_path: Path) -> None:
     base.tokenizer.save_pretrained(tmp_path / "plain")
     plain = tiny(path=str(tmp_path / "plain"))
     assert plain.form is None
-    assert torch.equal(logits(plain), logits(Base(model, None, "", None, None)))
+    assert torch.equal(logits(plain), logits(Base(model, None, "", None)))
 
 
 def test_eight_bit_floats_become_floats_and_stay_so_when_saved(fp8: Path, tmp_path: Path) -> None:

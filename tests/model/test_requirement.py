@@ -14,8 +14,9 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from lora_exp import compose, run
+from lora_exp.after.base_bytes import base_bytes
 from lora_exp.after.estimate import _step as step_of_config
-from lora_exp.after.estimate import base_bytes, model_config, need, skeleton
+from lora_exp.after.estimate import model_config, need, skeleton
 from lora_exp.algorithm.ppo import PPOConfig, PPOTrainer
 from lora_exp.model.loading import Base
 from lora_exp.model.memory import peak_bytes, reset_peak
