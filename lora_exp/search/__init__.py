@@ -11,6 +11,7 @@ journal     the search's file, appended only
 halton      points that fill a space evenly
 cells       cells within the limits
 study       the next trials, from earlier ones
+apart       a sampler in its own process
 evidence    trials of finished sweeps
 page        the plan and the result, printed
 """

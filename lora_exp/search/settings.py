@@ -14,8 +14,8 @@ from lora_exp.search.limits import Limits, read_limits
 from lora_exp.search.objectives import DIRECTIONS, KEY, objective_faults
 from lora_exp.search.space import Space
 
-SAMPLERS = ("tpe", "random", "qmc", "nsga2", "grid")
-OPTUNAS = ("tpe", "random", "nsga2")  # the others need no package
+SAMPLERS = ("tpe", "gp", "random", "qmc", "nsga2", "grid")
+OPTUNAS = ("tpe", "gp", "random", "nsga2")  # the others need no package
 TRIALS = 32  # unless the sampler is grid
 Direction = Literal["minimize", "maximize"]
 Fault = tuple[str, str]
@@ -104,10 +104,7 @@ def _faults(settings: Settings, goal: str | None) -> Iterator[Fault]:
         yield "trials", f"{settings.trials} is no number of trials; give 1 or more"
     if settings.batch < 1:
         yield "batch", f"{settings.batch} trials cannot train together; give 1 or more"
-    if settings.sampler == "gp":
-        text = "needs torch, which the launcher's process never loads; tpe learns, too"
-        yield "sampler", f"gp {text}"
-    elif settings.sampler not in SAMPLERS:
+    if settings.sampler not in SAMPLERS:
         near = did_you_mean(settings.sampler, SAMPLERS)
         yield "sampler", f"{settings.sampler!r} is none of {', '.join(SAMPLERS)}{near}"
     if settings.sampler == "nsga2" and settings.batch == 1:
@@ -117,8 +114,8 @@ def _faults(settings: Settings, goal: str | None) -> Iterator[Fault]:
         yield "direction", f"{settings.direction!r} is none of {', '.join(DIRECTIONS)}{near}"
     elif goal is not None and settings.direction != goal:
         yield "direction", f"is against goal={goal}: the sweeper would look for the worst"
-    if settings.learn_from and settings.sampler != "tpe":
-        yield "learn_from", f"sampler={settings.sampler} learns from no other sweep; give tpe"
+    if settings.learn_from and settings.sampler not in ("tpe", "gp"):
+        yield "learn_from", f"sampler={settings.sampler} learns from no other sweep; give tpe or gp"
     if settings.start and settings.sampler == "grid":
         yield "start", "sampler=grid trains every cell; leave the first guesses out"
 

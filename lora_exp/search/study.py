@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.errors import ConfigError
+from lora_exp.search.apart import Ask, apart
 from lora_exp.search.halton import halton
 from lora_exp.search.presence import Presence
 from lora_exp.search.settings import Settings
@@ -24,11 +27,9 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-RANDOM_TRIALS = 10  # before TPE learns, rounded down to whole batches
+RANDOM_TRIALS = 10  # before TPE and GP learn, rounded down to whole batches
 ATTEMPTS = 20  # to propose a cell that is new and meets the limits
 POINTS = 64  # of a space whose cells cannot be counted, that are tried after that
-# of a trial's number, the attempt and its guess: values for all keys of the space
-Ask = Callable[[int, int, Mapping[str, str]], dict[str, str]]
 Admits = Callable[[Mapping[str, str]], bool]  # whether a cell meets the search's limits
 
 
@@ -62,19 +63,27 @@ def propose(
     if settings.sampler == "grid":
         assert cells is not None
         return [Trial(values) for values in cells[first : first + max(count, 0)]]
-    ask: Ask = _even(settings, presence)
-    if settings.sampler != "qmc":
-        ask = _proposed(settings, presence, earlier, evidence)
     trials: list[Trial] = []
-    for number in range(first, first + count):
-        guess = settings.start[number] if number < len(settings.start) else {}
-        seen = {trial.cell for trial in [*earlier, *trials]}
-        rest = points(settings, presence) if cells is None else cells
-        trial = _new(ask, number, guess, seen, admits, rest)
-        if trial is None:
-            break
-        trials.append(trial)
+    with _asking(settings, presence, earlier, evidence) as ask:
+        for number in range(first, first + count):
+            guess = settings.start[number] if number < len(settings.start) else {}
+            seen = {trial.cell for trial in [*earlier, *trials]}
+            rest = points(settings, presence) if cells is None else cells
+            trial = _new(ask, number, guess, seen, admits, rest)
+            if trial is None:
+                break
+            trials.append(trial)
     return trials
+
+
+def _asking(
+    settings: Settings, presence: Presence, earlier: Sequence[Trial], evidence: Sequence[Trial]
+) -> AbstractContextManager[Ask]:
+    """Return a context with what proposes cells."""
+    if settings.sampler == "qmc":
+        return nullcontext(_even(settings, presence))
+    make = partial(_proposed, settings, presence, earlier, evidence)
+    return apart(make) if settings.sampler == "gp" else nullcontext(make())
 
 
 def distinct(
@@ -176,7 +185,8 @@ def _sampler(settings: Settings, first: int) -> BaseSampler:
     if settings.sampler == "nsga2":
         return samplers.NSGAIISampler(population_size=settings.batch, seed=seed)
     whole_batches = max(RANDOM_TRIALS // settings.batch, 1) * settings.batch
-    return samplers.TPESampler(seed=seed, n_startup_trials=whole_batches)
+    kind = samplers.GPSampler if settings.sampler == "gp" else samplers.TPESampler
+    return kind(seed=seed, n_startup_trials=whole_batches)
 
 
 def _generation(settings: Settings, number: int) -> dict[str, Any]:

@@ -21,9 +21,8 @@ SPACE = space_of("a=1,2", "+b=tag(log,interval(1e-3,1))")
         ({"batch": 0}, "hydra.sweeper.batch: 0 trials cannot train together"),
         (
             {"sampler": "tpee"},
-            "'tpee' is none of tpe, random, qmc, nsga2, grid (did you mean tpe?)",
+            "'tpee' is none of tpe, gp, random, qmc, nsga2, grid (did you mean tpe?)",
         ),
-        ({"sampler": "gp"}, "hydra.sweeper.sampler: gp needs torch"),
         ({"sampler": "nsga2", "batch": 1}, "hydra.sweeper.batch: sampler=nsga2 breeds"),
         ({"sampler": "grid"}, "grid cannot try all of +b: 0.001 to 1, logarithmic"),
         ({"direction": "maximise"}, "(did you mean maximize, minimize?)"),

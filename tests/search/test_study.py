@@ -45,7 +45,8 @@ def test_the_same_settings_propose_the_same_other_seeds_others(sampler: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("sampler", "learns"), [("tpe", True), ("nsga2", True), ("random", False), ("qmc", False)]
+    ("sampler", "learns"),
+    [("tpe", True), ("gp", True), ("nsga2", True), ("random", False), ("qmc", False)],
 )
 def test_a_batch_depends_on_earlier_results_where_the_sampler_learns(
     sampler: str, learns: bool
@@ -63,17 +64,17 @@ def test_a_batch_has_random_numbers_of_its_own() -> None:
     assert propose(settings, presence, others)[0] != propose(settings, presence, ())[0]
 
 
-def test_tpe_finds_better_than_random() -> None:
+def test_samplers_that_learn_find_better_than_random() -> None:
     least = {}
-    for sampler in ("tpe", "random"):
+    for sampler, batch, seeds in (("tpe", 4, 5), ("gp", 12, 2), ("random", 4, 5)):
         values = []
-        for seed in range(5):
-            trials = searched(sampler, 48, seed=seed)
+        for seed in range(seeds):
+            trials = searched(sampler, 48 if sampler != "gp" else 36, seed=seed, batch=batch)
             number = best(trials, "minimize")
             assert number is not None
             values.append(trials[number].value or 0.0)
-        least[sampler] = sum(values)
-    assert least["tpe"] < least["random"]
+        least[sampler] = sum(values) / seeds
+    assert max(least["tpe"], least["gp"]) < least["random"]
 
 
 def test_failed_and_pruned_trials_are_evidence_of_their_kind() -> None:
@@ -97,7 +98,7 @@ def of_two(trial: Trial, state: State = "complete", step: int = 0) -> Trial:
     return trial.ended(state, objective(trial), step, {"parameters": float(trial.values["r"])})
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "qmc"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random", "qmc"])
 def test_several_objectives_are_searched_and_repeat(sampler: str) -> None:
     settings, presence = settings_of(sampler=sampler, objectives=SEVERAL), presence_of(SPACE)
 
@@ -112,7 +113,7 @@ def test_several_objectives_are_searched_and_repeat(sampler: str) -> None:
     assert len({t.cell for t in first}) == 16
     smaller = [t.ended("complete", t.value, 0, {"parameters": -t.objectives[1]}) for t in first]
     batches = [propose(settings, presence, earlier) for earlier in (first, smaller)]
-    assert (batches[0] != batches[1]) == (sampler in ("tpe", "nsga2"))
+    assert (batches[0] != batches[1]) == (sampler in ("tpe", "gp", "nsga2"))
 
 
 def test_a_pruned_trial_of_several_objectives_counts_by_its_step_then_by_its_first() -> None:
@@ -137,13 +138,14 @@ def test_places_of_pruned_trials() -> None:
     assert _places(settings_of(), trials) == {}
 
 
-def test_evidence_of_other_sweeps_changes_the_first_batch() -> None:
-    presence, settings = presence_of(SPACE), settings_of()
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_evidence_of_other_sweeps_changes_the_first_batch(sampler: str) -> None:
+    presence, settings = presence_of(SPACE), settings_of(sampler=sampler)
     evidence = searched("random", 12)
     assert propose(settings, presence, (), evidence) != propose(settings, presence, ())
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "nsga2"])
 def test_first_guesses_come_first_and_the_rest_of_their_keys_is_proposed(sampler: str) -> None:
     start = [{"rate": "0.001", "kind": "b", "n": "3", "r": "5"}, {"r": "7"}]
     trials = propose(settings_of(sampler=sampler, start=start), presence_of(SPACE), ())
@@ -180,7 +182,9 @@ def test_nothing_imports_torch() -> None:
         "from lora_exp.search import cells, evidence, journal, page, sizes\n"
         "from lora_exp.search.study import propose\n"
         "from tests.search.spaces import *\n"
-        "propose(settings_of(), presence_of(space_of('a=interval(1,2)')), ())\n"
+        "for sampler in ('tpe', 'gp'):\n"
+        "    settings, space = settings_of(sampler=sampler), space_of('a=interval(1,2)')\n"
+        "    assert len(propose(settings, presence_of(space), ())) == settings.batch\n"
         "assert 'optuna' in sys.modules and not {'torch', 'transformers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
