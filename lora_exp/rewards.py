@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from lora_exp.adapter.several import add_saved, is_adapted, score, using
-from lora_exp.config.door import build, untrusted
+from lora_exp.config.door import build, plain, untrusted
 from lora_exp.config.start import adapter_config, check_start_base
 from lora_exp.data.encoding import text_ids
 from lora_exp.data.rows import Rows
@@ -255,7 +255,8 @@ def rewards(cfg: DictConfig, base: Base, model: Any, rows: Rows) -> list[Any]:
         DataError: a function needs a column that the rows do not have.
     """
     built: list[Any] = []
-    if faults := [fault for fault in untrusted(cfg) if fault[0].startswith("algorithm.rewards")]:
+    faults = [fault for fault in untrusted(plain(cfg)) if fault[0].startswith("algorithm.rewards")]
+    if faults:
         raise ConfigError(faults)
     for i, entry in enumerate(cfg.algorithm.rewards):
         if isinstance(entry, DictConfig):

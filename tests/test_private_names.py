@@ -109,7 +109,7 @@ PRIVATE = [
         "lockstep_launcher/_loading.py",
     ),
     ("hydra", "_internal.utils.get_args_parser", "tests/test_commands.py"),
-    ("omegaconf.DictConfig", "_content", "lockstep/job.py"),
+    ("omegaconf.DictConfig", "_content", "config/door.py"),
     ("omegaconf.DictConfig", "_get_node", "config/settled.py"),
     ("omegaconf.nodes.ValueNode", "_val", "config/settled.py"),
     ("optuna.samplers.NSGAIISampler", "_get_generation_key", "search/study.py"),

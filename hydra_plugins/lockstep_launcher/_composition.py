@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,10 +17,10 @@ from lora_exp.config.overrides import split_override
 from lora_exp.config.sweeping import too_long
 from lora_exp.config.validation import job_config
 from lora_exp.errors import ConfigError, LoraExpError
-from lora_exp.lockstep.job import without_hydra
 from lora_exp.lockstep.plan import Job
 
 log = logging.getLogger(__name__)
+COLLECTED = 100  # jobs
 
 
 def common_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -42,6 +43,28 @@ def in_processes(launcher: Any, jobs: Sequence[Sequence[str]]) -> bool:
     return False
 
 
+def composed_jobs(
+    launcher: Any, job_overrides: Sequence[Sequence[str]], first: int, ours: bool
+) -> list[Job]:
+    """Compose all jobs of a launch; see `composed_job`.
+
+    Python's collector goes through all that is alive, again and again while thousands of configs
+    come to it: here it goes once through those of `COLLECTED` jobs.
+    """
+    common, jobs = common_keys(job_overrides), list[Job]()
+    gc.disable()
+    try:
+        for number, overrides in enumerate(job_overrides, first):
+            jobs.append(composed_job(launcher, list(overrides), number, ours, common))
+            if len(jobs) % COLLECTED == 0:
+                gc.collect()
+                gc.freeze()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return jobs
+
+
 def composed_job(
     launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
 ) -> Job:
@@ -60,7 +83,7 @@ def composed_job(
         config.hydra.runtime.output_dir = str(directory.absolute())
     try:
         master = launcher.config.hydra
-        settled = job_config(without_hydra(config), config.hydra, master) if ours else None
+        settled = job_config(config, config.hydra, master) if ours else None
     except LoraExpError as error:  # the job itself raises it again, in its own directory
         return Job(number, config, None, directory, tuple(overrides), error)
     return Job(number, config, settled, directory, tuple(overrides))

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log, setup_globals
 
-from hydra_plugins.lockstep_launcher._composition import common_keys, composed_job, in_processes
+from hydra_plugins.lockstep_launcher._composition import composed_jobs, in_processes
 from hydra_plugins.lockstep_launcher._jobs import Executor, Jobs
 from hydra_plugins.lockstep_launcher.config import RayConfig, SlurmConfig
 from lora_exp.errors import ConfigError, Interrupted, OccupiedError, did_you_mean
@@ -50,11 +50,7 @@ def launch(
     launcher.kept = None
     state, stop_immediately = Jobs(launcher, ours), False
     try:
-        common = common_keys(job_overrides)
-        jobs = [
-            composed_job(launcher, list(overrides), initial_job_idx + i, ours, common)
-            for i, overrides in enumerate(job_overrides)
-        ]
+        jobs = composed_jobs(launcher, job_overrides, initial_job_idx, ours)
         launch_plan = Plan((), (), tuple((job, "") for job in jobs))
         if ours:
             state.earlier = earlier_jobs(folder, initial_job_idx)

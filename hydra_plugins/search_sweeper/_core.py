@@ -17,15 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lockstep_launcher._core import GROUPS
 from hydra_plugins.search_sweeper._directory import check_free, keep_rows, locked
 from lora_exp.comparison.report import report_sweep
+from lora_exp.config.door import hidden
 from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
-from lora_exp.config.settled import settle
+from lora_exp.config.settled import frozen, settled_values
 from lora_exp.config.stopping import measured_metrics
-from lora_exp.config.validation import validate
+from lora_exp.config.validation import check
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact
-from lora_exp.lockstep.job import without_hydra
 from lora_exp.record.sweep import MULTIRUN
 from lora_exp.search.cells import Cells
 from lora_exp.search.evidence import read_evidence
@@ -195,7 +195,10 @@ class _Search:
         config = self._compose(Trial(values).overrides)
         choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         overrides = list(config.hydra.overrides.task)
-        return validate(settle(without_hydra(config), choices, overrides))
+        with hidden(config, "hydra") as own:
+            settled = settled_values(own, choices, overrides)
+        check(settled)
+        return frozen(settled)
 
     def _first_cell(self) -> Trial:
         return Trial(self.presence.present({d.key: d.at(0) for d in self.space.dimensions}))

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from omegaconf import DictConfig
-
+from lora_exp.config.door import Section
 from lora_exp.config.ranges import Fault, is_number
 from lora_exp.config.signature import fits, signature, texts_in
 from lora_exp.errors import did_you_mean
@@ -105,7 +104,7 @@ PACKAGES = {
 }
 
 
-def argument_faults(cfg: DictConfig) -> Iterator[Fault]:
+def argument_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each mistake inside an argument, and each package that is missing."""
     by_key = {f"algorithm.args.{key}": value for key, value in cfg.algorithm.args.items()}
     by_key |= {f"train.{key}": value for key, value in cfg.train.items()}
@@ -125,7 +124,7 @@ def _scheduler(settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
     if scheduler in FOLLOWS_EVALUATIONS and settings.get("eval_strategy", ("", "no"))[1] == "no":
         text = f"{scheduler} follows evaluations; give train.eval_strategy"
         yield "train.lr_scheduler_type", text
-    if kwargs is not None and not isinstance(kwargs, DictConfig):
+    if kwargs is not None and not isinstance(kwargs, dict):
         if isinstance(kwargs, str):
             yield key, f"is not a section; give {key}={{name: value}}"
         return
@@ -207,7 +206,7 @@ def _is_numeral(text: str) -> bool:
     return True
 
 
-def _packages(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+def _packages(cfg: Section, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
     """Yield a fault for each setting whose package is not installed; nothing is imported."""
     enabled = ((name, key) for name, (key, value) in settings.items() if value)
     required = {key: PACKAGES[name] for name, key in enabled if name in PACKAGES}
@@ -223,7 +222,7 @@ def _packages(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> Itera
             yield key, f"needs the package {package.replace('_', '-')}, which is not installed"
 
 
-def _best_metric(cfg: DictConfig, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
+def _best_metric(cfg: Section, settings: Mapping[str, tuple[str, Any]]) -> Iterator[Fault]:
     """Check the metric of the best checkpoint, which trainers read only after training began."""
     key, metric = settings.get("metric_for_best_model", ("", None))
     if not key or metric is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
+from lora_exp.config.door import Section
 from lora_exp.config.ranges import Fault, is_number, number
 from lora_exp.errors import ConfigError
 
@@ -15,7 +16,7 @@ PPO = "lora_exp.algorithm.ppo.PPOTrainer"  # its steps take whole rollouts
 REFERENCED = ("trl.DPOTrainer", "trl.KTOTrainer")  # beta scales everything in their losses
 
 
-def learning_faults(cfg: DictConfig) -> Iterator[Fault]:
+def learning_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting under which nothing can be learnt."""
     args, trainer = cfg.algorithm.args, cfg.algorithm.trainer.get("_target_")
     if trainer in REFERENCED and args.get("beta") == 0 and "sft" not in _losses(args):
@@ -23,7 +24,7 @@ def learning_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.args.beta", text
     for key in ("reward_weights", "loss_weights"):
         weights = args.get(key)
-        if isinstance(weights, ListConfig) and weights and not any(weights):
+        if isinstance(weights, list) and weights and not any(weights):
             yield f"algorithm.args.{key}", "every weight is 0, so nothing is learnt"
     if args.get("desirable_weight") == 0 and args.get("undesirable_weight") == 0:
         text = "is 0, and so is undesirable_weight, so nothing is learnt"
@@ -34,7 +35,7 @@ def learning_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.args.num_generations", text
 
 
-def _losses(args: DictConfig) -> list[str]:
+def _losses(args: Section) -> list[str]:
     losses = args.get("loss_type") or []
     return [losses] if isinstance(losses, str) else list(losses)
 

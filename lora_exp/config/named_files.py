@@ -6,8 +6,7 @@ import glob
 import json
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
-
+from lora_exp.config.door import Section
 from lora_exp.config.ranges import Fault, is_number
 from lora_exp.data.template import template_file
 from lora_exp.errors import ConfigError
@@ -15,7 +14,7 @@ from lora_exp.files.paths import asset, near_names
 from lora_exp.files.revision import is_commit
 
 
-def named_file_faults(cfg: DictConfig) -> Iterator[Fault]:
+def named_file_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each local file that is missing; those on a hub are checked later."""
     yield from _model_files(cfg)
     if cfg.strict:
@@ -36,7 +35,7 @@ def named_file_faults(cfg: DictConfig) -> Iterator[Fault]:
             yield f"data.{key}", f"no file matches {name}{near}"
 
 
-def _unpinned(cfg: DictConfig) -> Iterator[Fault]:
+def _unpinned(cfg: Section) -> Iterator[Fault]:
     """Refuse hub revisions that may change; local files are recorded with their hashes."""
     for key in ("model", "data"):
         node = cfg[key]
@@ -46,7 +45,7 @@ def _unpinned(cfg: DictConfig) -> Iterator[Fault]:
             yield f"{key}.revision", text
 
 
-def _model_files(cfg: DictConfig) -> Iterator[Fault]:
+def _model_files(cfg: Section) -> Iterator[Fault]:
     path, gguf_file = str(cfg.model.path), cfg.model.gguf_file
     try:
         folder = asset(path)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
+from lora_exp.config.door import Section
 from lora_exp.config.initialization import (
     NEEDS_FLOATS,
     NEEDS_PREPARATION,
@@ -26,7 +27,7 @@ REFUSED: dict[str, dict[str, tuple[str, str]]] = {
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 
 
-def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
+def pair_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each combination that does not work, by values, not by options' names."""
     if cfg.quant is not None:
         yield from quantised_faults(cfg, _quantisation(cfg))
@@ -65,7 +66,7 @@ def pair_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "algorithm.args.packing", text
 
 
-def quantised_faults(cfg: DictConfig, quant: str, saved: bool = False) -> Iterator[Fault]:
+def quantised_faults(cfg: DictConfig | Section, quant: str, saved: bool = False) -> Iterator[Fault]:
     """Yield a fault for each reason why a method cannot train on a quantised base.
 
     Args:
@@ -88,7 +89,7 @@ def _cure(cure: str, saved: bool) -> str:
     return f"take the base's unquantised original, with {cure}" if saved else cure
 
 
-def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:
+def _moving_reference(cfg: Section) -> Iterator[Fault]:
     args, key = cfg.algorithm.args, "algorithm.args.sync_ref_model"
     if not args.get("sync_ref_model"):
         return
@@ -100,7 +101,7 @@ def _moving_reference(cfg: DictConfig) -> Iterator[Fault]:
         yield key, "with beta 0 there is no reference"
 
 
-def _shares_base(cfg: DictConfig) -> bool:
+def _shares_base(cfg: Section) -> bool:
     """Return whether a run uses the base with other adapters, or without an adapter, too."""
     args, rewards = cfg.algorithm.args, cfg.algorithm.get("rewards") or ()
     reward_adapter = any(isinstance(name, str) and is_path(name) for name in rewards)
@@ -108,7 +109,7 @@ def _shares_base(cfg: DictConfig) -> bool:
     return bool("beta" in args and args.beta) or ppo or reward_adapter
 
 
-def _quantisation(cfg: DictConfig) -> str:
+def _quantisation(cfg: Section) -> str:
     if cfg.quant is None:
         return "none"
     return str(cfg.quant.get("quant_type", "int8"))

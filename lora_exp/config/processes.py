@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lora_exp.config.door import Section
 from lora_exp.config.ranges import Fault, is_number
 
 CUDA, GPUS = "CUDA_VISIBLE_DEVICES", Path("/proc/driver/nvidia/gpus")
@@ -71,7 +72,7 @@ def with_processes(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"parallel": dict(parallel) | {"processes": count}}
 
 
-def divided(cfg: DictConfig) -> dict[str, int] | None:
+def divided(cfg: DictConfig | Section) -> dict[str, int] | None:
     """Return each process's rows of a pass, and its passes of a step, by their names in `train`.
 
     Passes are divided first: so each pass stays as large as the config has it. All processes
@@ -110,7 +111,7 @@ def shares_text(cfg: DictConfig) -> str:
     return f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
 
 
-def process_faults(cfg: DictConfig) -> Iterator[Fault]:
+def process_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting with which a run cannot train in several processes."""
     key, parallel = "parallel.processes", cfg.get("parallel")
     if parallel is None:
@@ -140,7 +141,7 @@ def process_faults(cfg: DictConfig) -> Iterator[Fault]:
             yield f"train.{name}", f"{why} in {count} processes; leave it out"
 
 
-def _undivided(cfg: DictConfig, count: int) -> Iterator[Fault]:
+def _undivided(cfg: Section, count: int) -> Iterator[Fault]:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     rows, passes = (cfg.train[name] for name in names)
     for name, number in zip(names, (rows, passes), strict=True):

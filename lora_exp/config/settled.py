@@ -102,13 +102,13 @@ OmegaConf.register_new_resolver("run_dir", run_dir, use_cache=True, replace=True
 OmegaConf.register_new_resolver("hydra_subdir", hydra_subdir, replace=True)
 
 
-def settle(
+def settled_values(
     cfg: DictConfig,
     choices: Mapping[str, Any],
     overrides: Iterable[str],
     common: Iterable[str] | None = None,
-) -> DictConfig:
-    """Resolve a composed config into plain read-only values, with its choices and its name.
+) -> dict[str, Any]:
+    """Resolve a composed config into plain values, with its choices and its name.
 
     Args:
         cfg: as Hydra composed it, without Hydra's own section.
@@ -125,7 +125,7 @@ def settle(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
     if resumed_path(cfg.resume):
-        return frozen(_resumed(cfg, choices, overrides))
+        return _resumed(cfg, choices, overrides)
     if missing_groups := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in missing_groups)
@@ -144,7 +144,7 @@ def settle(
     values = apply_keep(with_start_adapter(values, overrides), overrides)
     values["choices"] = {k: v for k, v in choices.items() if "/" not in k and v is not None}
     values["name"] = values["name"] or run_name(values, overrides, common)
-    return frozen(values)
+    return values
 
 
 def _check_demo(choices: Mapping[str, Any], overrides: Iterable[str]) -> None:

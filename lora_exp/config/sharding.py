@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from omegaconf import DictConfig
-
+from lora_exp.config.door import Section
 from lora_exp.config.processes import SHARED, process_count
 from lora_exp.config.ranges import Fault
 from lora_exp.errors import did_you_mean
@@ -23,7 +22,7 @@ def sharding(cfg: Any) -> str | None:
     return str(kind) if kind and process_count(cfg) > 1 else None
 
 
-def sharding_faults(cfg: DictConfig) -> Iterator[Fault]:
+def sharding_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting with which nothing can be shared out."""
     parallel = cfg.get("parallel")
     kind = parallel.get("sharding") if parallel is not None else None
@@ -36,7 +35,7 @@ def sharding_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield from _zero_faults(cfg) if kind == "zero2" else _fsdp_faults(cfg)
 
 
-def _zero_faults(cfg: DictConfig) -> Iterator[Fault]:
+def _zero_faults(cfg: Section) -> Iterator[Fault]:
     if find_spec("deepspeed") is None:
         yield "parallel", 'zero2 needs the package deepspeed: pip install "lora-exp[deepspeed]"'
     if cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer":
@@ -52,7 +51,7 @@ def _zero_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield "train.fp16", "zero2 does not scale the loss; give train.bf16=true"
 
 
-def _fsdp_faults(cfg: DictConfig) -> Iterator[Fault]:
+def _fsdp_faults(cfg: Section) -> Iterator[Fault]:
     if cfg.peft is None:
         text = "shares out the frozen layers of a base, and peft=none freezes none"
         yield "parallel", f"fsdp {text}; parallel=zero2 or ddp"

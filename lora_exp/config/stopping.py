@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
+from lora_exp.config.door import Section
 from lora_exp.config.ranges import Fault, is_number, number
 from lora_exp.early_stopping.rungs import rung_steps
 from lora_exp.errors import did_you_mean
@@ -15,7 +16,7 @@ from lora_exp.errors import did_you_mean
 EXACT_MATCH, PREFERENCES = "eval/exact_match", "eval/preference_accuracy"  # from answers
 
 
-def stopping_faults(cfg: DictConfig) -> Iterator[Fault]:
+def stopping_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting of `early_stopping` that cannot work with the config."""
     node = cfg.early_stopping
     if node is None:
@@ -27,7 +28,7 @@ def stopping_faults(cfg: DictConfig) -> Iterator[Fault]:
         yield from _rungs(cfg)
 
 
-def _ranges(node: DictConfig) -> Iterator[Fault]:
+def _ranges(node: Section) -> Iterator[Fault]:
     for name, least in (("eta", 2), ("n_startup_trials", 1), ("patience", 1)):
         if name in node and is_number(node[name]) and node[name] < least:
             yield f"early_stopping.{name}", f"{node[name]} is below {least}"
@@ -46,7 +47,7 @@ def _ranges(node: DictConfig) -> Iterator[Fault]:
             yield "early_stopping.lower", f"{node.lower} is not below upper={node.upper}"
 
 
-def _evaluations(cfg: DictConfig) -> Iterator[Fault]:
+def _evaluations(cfg: Section) -> Iterator[Fault]:
     """Check that the metric is in the evaluations during training."""
     rule = cfg.choices.get("early_stopping", "early_stopping")
     key, metric = "early_stopping.metric", cfg.early_stopping.metric
@@ -61,7 +62,7 @@ def _evaluations(cfg: DictConfig) -> Iterator[Fault]:
         yield "train.eval_strategy", f"no, and {rule} looks at evaluations; give epoch or steps"
 
 
-def _rungs(cfg: DictConfig) -> Iterator[Fault]:
+def _rungs(cfg: Section) -> Iterator[Fault]:
     """Check that jobs are compared on a metric that is there, and after the warm-up."""
     objective, node = str(cfg.objective), cfg.early_stopping
     measured = measured_metrics(cfg)
@@ -80,7 +81,7 @@ def _rungs(cfg: DictConfig) -> Iterator[Fault]:
         yield "early_stopping.first_rung", problem
 
 
-def measured_metrics(cfg: DictConfig) -> list[str]:
+def measured_metrics(cfg: DictConfig | Section) -> list[str]:
     """Return the names of what a run measures on held-out rows; one of a task is left out."""
     names = [f"eval/{name}" for name in cfg.algorithm.metrics]
     names += [EXACT_MATCH] * (cfg.samples.rows != 0)

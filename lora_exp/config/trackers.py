@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lora_exp.config.door import plain
+from lora_exp.config.door import Section, plain
 from lora_exp.config.ranges import Fault
 from lora_exp.errors import did_you_mean
 
@@ -47,7 +47,7 @@ def with_trackers(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]
     return {**choices, "tracking": "+".join(names) or "none"}
 
 
-def tracking_faults(cfg: DictConfig) -> Iterator[Fault]:
+def tracking_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each tracker whose package is missing, and for W&B's variable."""
     for key in tracker_keys(cfg.tracking):
         node = cfg.tracking[key] if key else cfg.tracking

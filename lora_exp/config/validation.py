@@ -11,17 +11,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config.arguments import argument_faults
-from lora_exp.config.door import every_target, is_trusted, plain, sections, untrusted
+from lora_exp.config.door import (
+    Section,
+    every_target,
+    hidden,
+    is_trusted,
+    plain,
+    sections,
+    selected,
+    untrusted,
+)
 from lora_exp.config.learning import learning_faults
 from lora_exp.config.named_files import named_file_faults
 from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned_faults
 from lora_exp.config.pairs import pair_faults
 from lora_exp.config.processes import process_faults
 from lora_exp.config.ranges import Fault, range_faults
-from lora_exp.config.settled import settle
+from lora_exp.config.settled import frozen, settled_values
 from lora_exp.config.sharding import sharding_faults
 from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
@@ -63,7 +72,7 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
     """Return the settled and validated config of a job that Hydra composed.
 
     Args:
-        cfg: the job's config, without the `hydra` section.
+        cfg: the job's config; the `hydra` section in it is left out.
         hydra: the `hydra` section.
         master: that section of the whole sweep, in a sweep.
 
@@ -75,59 +84,66 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
     if hydra.mode == RunMode.MULTIRUN:
         common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
     overrides = list(hydra.overrides.task)
-    settled = validate(settle(cfg, choices, overrides, common))  # type: ignore[arg-type]
-    if faults := list(sweep_faults(hydra, master, settled)):
+    with hidden(cfg, "hydra") as own:
+        values = settled_values(own, choices, overrides, common)  # type: ignore[arg-type]
+    check(values)
+    if faults := list(sweep_faults(hydra, master, sections(values))):
         raise ConfigError(faults)
-    return settled
+    return frozen(values)
 
 
 def validate(cfg: DictConfig) -> DictConfig:
-    """Return a settled config unchanged if it has no faults.
+    """Return a settled config unchanged if it has no faults; see `check`."""
+    check(plain(cfg))
+    return cfg
+
+
+def check(values: dict[str, Any]) -> None:
+    """Check a settled config's values.
 
     Raises:
         ConfigError: one `(key, text)` for each fault.
     """
-    values = plain(cfg)
+    cfg = sections(values)
     faults = list(_shape(cfg))
     if not faults:
-        faults = [*untrusted(cfg), *_keys(cfg), *_arguments(values)]
-        faults += [*range_faults(sections(values)), *learning_faults(cfg), *argument_faults(cfg)]
+        faults = [*untrusted(values), *_keys(cfg), *_arguments(values)]
+        faults += [*range_faults(cfg), *learning_faults(cfg), *argument_faults(cfg)]
         faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg)]
         faults += [*process_faults(cfg), *sharding_faults(cfg)]
         faults += [*named_file_faults(cfg), *tracking_faults(cfg)]
         faults += _secrets(values, redact(values))
     if faults:
         raise ConfigError(faults)
-    return cfg
 
 
-def _shape(cfg: DictConfig) -> Iterator[Fault]:
+def _shape(cfg: Section) -> Iterator[Fault]:
     """Check that sections and lists exist, as the other checks require."""
     for key in LISTS:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not isinstance(value, ListConfig):
+        value = selected(cfg, key)
+        if value is not None and not isinstance(value, list):
             yield key, f"is a list; give {key}=[...]"
-    if OmegaConf.select(cfg, "algorithm.metrics") == []:
+    if selected(cfg, "algorithm.metrics") == []:
         yield "algorithm.metrics", "name at least one, such as loss"
     for key in SECTIONS:
-        if not isinstance(OmegaConf.select(cfg, key), DictConfig):
+        if not isinstance(selected(cfg, key), Section):
             yield key, "is not a section; choose an option of its group, or leave it as it is"
             return
-    if not isinstance(cfg.get("parallel"), DictConfig | None):  # None: of an earlier version
+    if not isinstance(cfg.get("parallel"), Section | None):  # None: of an earlier version
         yield "parallel", "is no option of conf/parallel; give parallel=none or parallel=ddp"
     for key in ("model", "quant", "peft", "data", "tracking", "early_stopping"):
         node = cfg[key]
-        if key == "tracking" and isinstance(node, DictConfig) and tracker_keys(node):
+        if key == "tracking" and isinstance(node, Section) and tracker_keys(node):
             continue
-        if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
+        if node is not None and not (isinstance(node, Section) and "_target_" in node):
             text = f"is no option of conf/{key} (null is {key}=none); a preset may have set values"
             yield key, f"{text} that the option {cfg.choices.get(key)} does not take"
 
 
-def _keys(cfg: DictConfig) -> Iterator[Fault]:
+def _keys(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each key that nothing reads; `_arguments` checks those of targets."""
     for section, readable in KEYS.items():
-        for key in map(str, (OmegaConf.select(cfg, section) if section else cfg) or ()):
+        for key in map(str, (selected(cfg, section) if section else cfg) or ()):
             if key not in readable:
                 full_key = f"{section}.{key}".lstrip(".")
                 hint = key_hint(full_key)
@@ -141,7 +157,7 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
         if not isinstance(target, str):
             yield f"{key}._target_", f"{target!r} is not a dotted name"
             continue
-        node = _select(values, key)
+        node = selected(values, key)
         arguments = {f"{key}.{k}": v for k, v in node.items() if not k.startswith("_")}
         if key.partition(".")[0] == "tracking":
             arguments = {k: v for k, v in arguments.items() if not is_tracker(v)}
@@ -189,7 +205,7 @@ def _type_text(value: Any, annotation: ast.expr | None) -> str:
     return f"is not {names.get(type_name, type_name)}"
 
 
-def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
+def _algorithm(cfg: Section) -> Iterator[Fault]:
     """Check an algorithm's shape of rows, task type, rewards and losses."""
     node = cfg.algorithm
     if node.shape not in SHAPES:
@@ -201,16 +217,16 @@ def _algorithm(cfg: DictConfig) -> Iterator[Fault]:
     requested = node.args.get("loss_type") or []
     trainer = str(node.trainer.get("_target_"))
     losses = texts_compared_with(trainer, "loss_type") if requested else ()
-    for loss in requested if isinstance(requested, ListConfig) else [requested]:
+    for loss in requested if isinstance(requested, list) else [requested]:
         if losses and loss not in losses:
             near = did_you_mean(str(loss), losses)
             text = f"{loss!r} is none of {', '.join(sorted(losses))}{near}"
             yield "algorithm.args.loss_type", text
 
 
-def _rewards(cfg: DictConfig) -> Iterator[Fault]:
+def _rewards(cfg: Section) -> Iterator[Fault]:
     rewards = cfg.algorithm.rewards
-    if not isinstance(rewards, ListConfig) or not rewards:
+    if not isinstance(rewards, list) or not rewards:
         text = "name at least one: algorithm.rewards=[lora_exp.rewards.exact_match], or a reward"
         yield "algorithm.rewards", f"{text} adapter's folder"
         return
@@ -227,10 +243,10 @@ def _rewards(cfg: DictConfig) -> Iterator[Fault]:
         elif isinstance(name, str):
             if is_trusted(name, cfg.trusted_targets) and signature(name) is None:
                 yield key, f"no function is called {name}"
-        elif not isinstance(name, DictConfig) or "_target_" not in name:
+        elif not isinstance(name, Section) or "_target_" not in name:
             yield key, "is no dotted name, no folder and no section with a _target_"
     weights = cfg.algorithm.args.get("reward_weights")
-    is_list = isinstance(weights, ListConfig)
+    is_list = isinstance(weights, list)
     if weights is not None and (not is_list or len(weights) != len(rewards)):
         count = len(weights) if is_list else 1
         text = f"{count} weights for {len(rewards)} rewards; a list has one for each"
@@ -244,9 +260,3 @@ def _secrets(values: Any, redacted: Any, key: str = "") -> Iterator[Fault]:
             yield from _secrets(value, redacted[name], f"{key}.{name}".lstrip("."))
     elif redacted is not values and redacted != values:  # NaN differs from itself
         yield key, "is a secret, and configs are saved; export it instead (HF_TOKEN, WANDB_API_KEY)"
-
-
-def _select(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values[int(part)] if isinstance(values, list) else values[part]
-    return values

@@ -13,8 +13,10 @@ from lora_exp.config.door import (
     CONF,
     RENAMED,
     build,
+    hidden,
     is_trusted,
     renamed,
+    selected,
     shipped_targets,
     with_oldest_names,
 )
@@ -105,3 +107,17 @@ def test_a_users_option_may_use_an_earlier_name(tmp_path: Path) -> None:
         "path: pkg://lora_exp/assets/demo_eval.jsonl\n"
     )
     assert compose("data=mine", config_dir=tmp_path).data._target_ == "lora_exp.data.rows.jsonl"
+
+
+def test_a_hidden_section_comes_back_whatever_happens() -> None:
+    cfg = OmegaConf.create({"hydra": {"job": 1}, "a": {"b": "${c}"}, "c": [2]})
+    with pytest.raises(ValueError, match="this"), hidden(cfg, "hydra") as rest:
+        assert OmegaConf.to_container(rest, resolve=True) == {"a": {"b": [2]}, "c": [2]}
+        raise ValueError("this")
+    assert list(cfg) == ["hydra", "a", "c"]
+
+
+def test_a_key_that_is_not_there_selects_nothing() -> None:
+    values = {"a": {"b": [{"c": 1}]}, "d": None}
+    assert selected(values, "a.b.0.c") == 1
+    assert [selected(values, key) for key in ("a.x", "d.x", "x.y")] == [None] * 3

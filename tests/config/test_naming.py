@@ -10,7 +10,7 @@ from omegaconf import OmegaConf, open_dict
 
 from lora_exp import compose
 from lora_exp.config.door import CONF
-from lora_exp.config.settled import settle
+from lora_exp.config.settled import settled_values
 
 
 def sweep_name(*overrides: str, common: tuple[str, ...] = ()) -> str:
@@ -20,7 +20,7 @@ def sweep_name(*overrides: str, common: tuple[str, ...] = ()) -> str:
     choices: Any = OmegaConf.to_container(composed.hydra.runtime.choices)
     with open_dict(composed):
         del composed["hydra"]
-    return str(settle(composed, choices, overrides, common).name)
+    return str(settled_values(composed, choices, overrides, common)["name"])
 
 
 @pytest.mark.parametrize(

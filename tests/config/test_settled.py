@@ -13,7 +13,7 @@ from omegaconf.errors import ReadonlyConfigError
 
 from lora_exp import compose
 from lora_exp.config.door import renamed
-from lora_exp.config.settled import GROUPS, fingerprint, frozen, product, run_dir, settle
+from lora_exp.config.settled import GROUPS, fingerprint, frozen, product, run_dir, settled_values
 from lora_exp.errors import ConfigError
 
 
@@ -119,7 +119,7 @@ def test_settling_needs_no_environment_variables() -> None:
     assert "HYDRA_FULL_ERROR" not in os.environ
     plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
     chosen = dict.fromkeys(GROUPS, "none")
-    assert settle(plain, {"hydra/launcher": "basic"} | chosen, []).choices == chosen
+    assert settled_values(plain, {"hydra/launcher": "basic"} | chosen, [])["choices"] == chosen
 
 
 def test_a_config_that_is_made_from_an_earlier_ones_copy_has_the_types_of_its_own_values() -> None:
