@@ -13,9 +13,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from lora_exp.early_stopping.bracket import Bracket
+from lora_exp.files.paths import asset
 from lora_exp.lockstep.devices import memory_share
 from lora_exp.lockstep.plan import Job, labels
 
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 EPOCH_ROWS = 1000  # only the ratio between jobs matters
 
 
@@ -45,7 +47,7 @@ def dealt(
     brackets: Mapping[int, Bracket],
     workers: int | None = 1,
 ) -> list[Work]:
-    """Return work for some workers: packs are halved until each worker has about as many rows.
+    """Return work for some workers: packs are halved until each worker has about as much.
 
     Args:
         packs: jobs that share a base.
@@ -62,7 +64,7 @@ def dealt(
         names = labels([job for part in parts for job in part])
         whole = [together(part, brackets, names) for part in parts]
         return [*whole, *(apart([job], brackets) for job in alone)]
-    costs = {job.number: rows(job) for part in [*parts, alone] for job in part}
+    costs = costs_of([job for part in [*parts, alone] for job in part])
     fair = sum(costs.values()) / workers + max(costs.values(), default=0)
     parts = _halved(parts, costs, fair)
     names = labels([job for part in [*parts, alone] for job in part])
@@ -88,6 +90,24 @@ def _halves(jobs: list[Job]) -> list[list[Job]]:
     drawn = random.Random(0).sample(jobs, len(jobs))
     middle = len(jobs) // 2
     return [sorted(part, key=lambda job: job.number) for part in (drawn[:middle], drawn[middle:])]
+
+
+def costs_of(jobs: Sequence[Job]) -> dict[int, float]:
+    """Return what jobs cost, by number, in rows times the bytes of their bases.
+
+    Only the ratio matters: if a base is not on this machine, all count as equally large.
+    """
+    paths = {job.number: str(job.settled.model.path) for job in jobs}  # type: ignore[union-attr]
+    sizes = {path: _bytes(path) for path in set(paths.values())}
+    if not all(sizes.values()):
+        sizes = dict.fromkeys(sizes, 1)
+    return {job.number: rows(job) * sizes[paths[job.number]] for job in jobs}
+
+
+def _bytes(path: str) -> int:
+    """Return the size of a local base's weights; 0: there are none."""
+    files = (file for file in asset(path).glob("*") if file.suffix in WEIGHTS)
+    return sum(file.stat().st_size for file in files)
 
 
 def rows(job: Job) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -111,9 +112,9 @@ def test_a_users_option_may_use_an_earlier_name(tmp_path: Path) -> None:
 
 def test_a_hidden_section_comes_back_whatever_happens() -> None:
     cfg = OmegaConf.create({"hydra": {"job": 1}, "a": {"b": "${c}"}, "c": [2]})
-    with pytest.raises(ValueError, match="this"), hidden(cfg, "hydra") as rest:
+    with suppress(ValueError), hidden(cfg, "hydra") as rest:
         assert OmegaConf.to_container(rest, resolve=True) == {"a": {"b": [2]}, "c": [2]}
-        raise ValueError("this")
+        raise ValueError
     assert list(cfg) == ["hydra", "a", "c"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from lora_exp import compose
 from lora_exp.lockstep import work as work_file
 from lora_exp.lockstep.plan import Job
-from lora_exp.lockstep.work import Work, dealt, rows
+from lora_exp.lockstep.work import Work, costs_of, dealt, rows
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +85,24 @@ def test_dealing_out_reads_each_job_once_however_many_workers_there_are(
     work = dealt([jobs(configs, *range(600))], [], {}, workers=100)
     assert sorted(read) == list(range(600))
     assert max(map(len, numbers(work))) <= 7
+
+
+def of_base(number: int, path: Path | str) -> Job:
+    cfg = compose("model=local", f"model.path={path}", "train.max_steps=10")
+    return Job(number, cfg, cfg, Path(str(number)), (f"seed={number}",))
+
+
+def test_a_row_costs_more_on_a_larger_base(tmp_path: Path) -> None:
+    for name, count in (("small", 10), ("large", 30)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b" " * count)
+    packs = [
+        [of_base(n, tmp_path / name) for n in range(first, first + count)]
+        for name, first, count in (("small", 0, 3), ("large", 3, 2))
+    ]
+    costs = costs_of([job for pack in packs for job in pack])
+    assert costs == dict.fromkeys((0, 1, 2), 1600.0) | dict.fromkeys((3, 4), 4800.0)
+    assert numbers(dealt(packs, [], {}, workers=2)) == [[3, 4], [0, 1, 2]]
+    unknown = [*packs[0], of_base(5, "some/model"), *packs[1]]
+    assert set(costs_of(unknown).values()) == {160.0}
