@@ -142,12 +142,13 @@ def _shared_turns(a: list[Row], b: list[Row]) -> int:
 
 
 def _from_unpaired_preference(row: Row) -> Row:
-    if not isinstance(row.get("label"), bool):
+    label = LABELS.get(str(row.get("label")).lower())
+    if label is None:
         raise FieldError(f"field 'label' is {json.dumps(row.get('label'))}, not true or false")
     prompt, completion = _text_or_turns(row, "prompt"), _answer(row, "completion")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise FieldError("one of 'prompt' and 'completion' is a text, the other a list of turns")
-    return _with_prompt(row, prompt) | {"completion": completion}
+    return _with_prompt(row, prompt) | {"completion": completion, "label": label}
 
 
 def _from_prompt(row: Row) -> Row:
@@ -209,6 +210,8 @@ FIELDS: dict[str, list[set[str]]] = {
     "text": [{"text"}],
     "prompt": [{"prompt"}],
 }
+# as tables write true and false
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 # what goes to a model beside the text, as TRL and data sets of the Hub name it
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 # fields that later stages read, and which of them a row of each format keeps

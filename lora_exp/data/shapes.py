@@ -53,6 +53,9 @@ def list_faults(faults: list[str]) -> str:
     )
 
 
+LABELLED = "; a column label of 0 and 1 is read with data.format=unpaired_preference"
+
+
 def shape_of(format: str) -> str:
     """Return the shape of rows of a format."""
     return format if format in SHAPES else "completion"
@@ -83,6 +86,8 @@ def reshape(rows: Sequence[Row], format: str, shape: str) -> Sequence[Row]:
             f"the algorithm needs rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))}), but"
             f" these were read as {format} with the fields {fields}; formats that would do:"
             f" {', '.join(usable)}"
+            + LABELLED
+            * (shape == "unpaired_preference" and format == "prompt_completion")
         )
     reshaped = (_at(row, new) for row in rows for new in convert(row))
     return StoredRows(reshaped) if isinstance(rows, StoredRows) else list(reshaped)

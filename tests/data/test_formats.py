@@ -58,7 +58,7 @@ def test_pairs_are_read_with_and_without_a_prompt_field(
             {"prompt": SYSTEM, "chosen": ASK + GOOD, "rejected": ASK + BAD},
             "'prompt' is another chat",
         ),
-        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": 1}, "'label' is 1"),
+        ("unpaired_preference", {"prompt": "q", "completion": "a", "label": 2}, "'label' is 2"),
         ("unpaired_preference", {"prompt": "q", "completion": GOOD, "label": True}, "one of"),
         ("prompt", {"prompt": []}, "'prompt' is .*, not text|not a list of turns"),
         ("prompt", {"prompt": ""}, "'prompt' is empty"),
@@ -118,6 +118,16 @@ def test_a_system_prompt_is_never_left_out(column: str) -> None:
     for row in ({"question": "q", "response": "good"}, {"messages": ASK + GOOD}):
         read = read_as(detect(row, "here"), row | {column: "be brief"})
         assert read == {"messages": SYSTEM + ASK + GOOD}
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [([True, 1, 1.0, "1", "True"], True), ([False, 0, 0.0, "0", "FALSE"], False)],
+)
+def test_labels_of_tables_are_true_or_false(labels: list[Any], wanted: bool) -> None:
+    for label in labels:
+        row = {"prompt": "q", "completion": "a", "label": label}
+        assert read_as("unpaired_preference", row)["label"] is wanted
 
 
 def test_a_text_label_is_not_an_unpaired_preference() -> None:

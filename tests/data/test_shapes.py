@@ -54,6 +54,8 @@ def test_rows_that_cannot_be_converted_are_refused_with_both_shapes() -> None:
         reshape([{"text": "x"}], "text", "preference")
     with pytest.raises(DataError, match="formats that would do: preference, messages"):
         reshape([{"text": "x"}], "text", "prompt")
+    with pytest.raises(DataError, match=r"label of 0 and 1 .*data\.format=unpaired_preference"):
+        reshape([{"prompt": "q", "completion": "a"}], "prompt_completion", "unpaired_preference")
     assert shape_of("alpaca") == "completion"
 
 
