@@ -27,6 +27,7 @@ from lora_exp.after.saved import Saved, find
 from lora_exp.config.door import build
 from lora_exp.data.encoding import IGNORED
 from lora_exp.data.formats import uncounted
+from lora_exp.data.reading import files, lines
 from lora_exp.data.rendered import prompt_of
 from lora_exp.data.rows import Rows, jsonl
 from lora_exp.data.tokens import tokenise
@@ -136,10 +137,12 @@ def _report(
 
 
 def _read(data: str, saved: Saved) -> Rows:
-    """Read rows; texts become chats if they did in the run that trained on such rows."""
+    """Read rows; texts become chats, and columns fields, if they did in the adapter's run."""
+    first: Any = next((row for file in files(data) for _, row in lines(file)), None)
     return jsonl(
         data, eval_path=None, eval_share=0.0, format="auto", max_rows=None, max_eval_rows=None,
-        chat_template=None, on_error="raise", as_chat=saved.as_chat,
+        columns=saved.columns(first), chat_template=None, on_error="raise",
+        as_chat=saved.as_chat,
     )  # fmt: skip
 
 

@@ -83,6 +83,12 @@ class Saved:
         """Whether its run made its prompts, which were plain text, turns of a chat."""
         return bool((self.settings.get("data") or {}).get("as_chat"))
 
+    def columns(self, row: Any) -> dict[str, str]:
+        """Return the columns that its run read as fields, by the fields, if a row has them."""
+        columns = (self.settings.get("data") or {}).get("columns")
+        known = isinstance(columns, dict) and isinstance(row, dict)
+        return dict(columns) if known and {*columns.values()} <= row.keys() else {}
+
     @property
     def completion_only(self) -> bool:
         """Whether only answers counted in its run's loss; without a run they do."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_exp import compose, load_adapter, run
@@ -20,6 +21,7 @@ from lora_exp.data.encoding import IGNORED, encode
 from lora_exp.data.tasks import pairs
 from lora_exp.errors import DataError, ExtraError, SavedError
 from lora_exp.training.answers import Answer
+from tests.after.copies import copy_run
 from tests.after.test_chat import run_cli
 from tests.after.test_completion import HELD_OUT, held_out, write_rows
 from tests.conftest import ROOT
@@ -51,6 +53,20 @@ def test_the_tokens_of_the_loss_are_those_of_the_run(trained: Trained) -> None:
     loss = json.loads((folder / "run.json").read_text())["metrics"]["eval/loss"]
     results = evaluate(folder, max_new_tokens=1)["results"]
     assert results["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_columns_of_its_run_are_read_as_there(trained: Trained, tmp_path: Path) -> None:
+    folder = copy_run(trained("peft=lora"), tmp_path / "run")
+    settings = OmegaConf.load(folder / "config.yaml")
+    settings.data.columns = {"prompt": "ask", "completion": "reply"}
+    OmegaConf.save(settings, folder / "config.yaml")
+    rows = [{"prompt": f"Repeat: {word}", "completion": word} for word in ("red", "blue")]
+    fields = write_rows(tmp_path / "fields.jsonl", *rows)
+    renamed = [{"ask": row["prompt"], "reply": row["completion"]} for row in rows]
+    columns = write_rows(tmp_path / "columns.jsonl", *renamed)
+    reports = [evaluate(folder, path, max_new_tokens=2) for path in (fields, columns)]
+    assert reports[0]["results"] == reports[1]["results"]
+    assert reports[0]["rows"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
