@@ -85,7 +85,7 @@ class Saved:
 
     def columns(self, row: Any) -> dict[str, str]:
         """Return the columns that its run read as fields, by the fields, if a row has them."""
-        columns = (self.settings.get("data") or {}).get("columns")
+        columns: Any = (self.settings.get("data") or {}).get("columns")
         known = isinstance(columns, dict) and isinstance(row, dict)
         return dict(columns) if known and {*columns.values()} <= row.keys() else {}
 
