@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -77,6 +78,25 @@ def cluster(folder: Path) -> Iterator[Path]:
         _wait(["sinfo", "-h", "-N", "-o", "%T"], "idle\nidle\n", folder, environment)
         yield config
         subprocess.run(["scancel", "--user=root"], env=environment, check=False)
+
+
+def kill(configuration: Path, node: str, whole: bool) -> None:
+    """Kill a node's daemon; of the whole node what runs on it, too."""
+    victims = [int((configuration.parent / f"{node}.pid").read_text())]
+    for environment in Path("/proc").glob("[0-9]*/environ") if whole else ():
+        with suppress(OSError):  # it has just ended
+            if f"SLURMD_NODENAME={node}\0".encode() in environment.read_bytes():
+                victims.append(int(environment.parent.name))
+    for victim in reversed(victims):
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+
+
+def revive(configuration: Path, node: str) -> subprocess.Popen[bytes]:
+    """Start a node's daemon again."""
+    command = ["slurmd", "-D", "-N", node, "-f", str(configuration)]
+    environment = os.environ | {"SLURM_CONF": str(configuration)}
+    return _started(command, configuration.parent, environment)
 
 
 def _started(
