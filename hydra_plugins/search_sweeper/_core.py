@@ -263,7 +263,7 @@ def _judge(config: DictConfig) -> Judge:
     """Return the objective's name and the goal of a config; None: the task has none."""
     objective, goal = OmegaConf.select(config, "objective"), OmegaConf.select(config, "goal")
     if objective is not None and OmegaConf.is_interpolation(config, "goal"):
-        goal = goal_of(str(objective)) or goal  # as `settle` does
+        goal = goal_of(str(objective)) or goal  # as `settled_values` does
     return objective, goal
 
 

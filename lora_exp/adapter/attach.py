@@ -41,6 +41,7 @@ from lora_exp.errors import (
 )  # fmt: skip
 from lora_exp.model.loading import Base
 from lora_exp.model.precision import is_quantised
+from lora_exp.model.quantised import quantised_module
 from lora_exp.model.scoring import new_head
 from lora_exp.parallel.world import world
 
@@ -196,7 +197,10 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
         runtime["feedforward_modules"] = [n for n in feedforward.modules if n in targets.modules]
     if node.get("modules_to_save") is not None:
         check_names(model, "peft.modules_to_save", list(node.modules_to_save))
-        _check_in_floats(model, list(node.modules_to_save))
+        if name := quantised_module(model, node.modules_to_save):
+            text = f"{name} is quantised, and only floats can be trained whole"
+            cure = f"quant.skip_modules=[{','.join(node.modules_to_save)}] leaves them in floats"
+            raise ConfigError([("peft.modules_to_save", f"{text}; {cure}")])
     if node.get("exclude_modules") is not None:
         check_names(model, "peft.exclude_modules", list(node.exclude_modules))
         runtime["exclude_modules"] = below(model, node.exclude_modules)
@@ -210,21 +214,6 @@ def _runtime(base: Base, cfg: DictConfig) -> tuple[dict[str, Any], Targets]:
     if "init_r" in node:
         runtime["total_step"] = 10**9  # replaced by `AdaLora` when training begins
     return runtime, targets
-
-
-def _check_in_floats(model: Any, names: list[str]) -> None:
-    """Refuse to train quantised modules as a whole.
-
-    Raises:
-        ConfigError: with the first of them.
-    """
-    ends = tuple(f".{name}" for name in names)
-    for name, module in model.named_modules():
-        in_floats = all(parameter.is_floating_point() for parameter in module.parameters())
-        if f".{name}".endswith(ends) and not in_floats:
-            text = f"{name} is quantised, and only floats can be trained whole"
-            cure = f"quant.skip_modules=[{','.join(names)}] leaves them in floats"
-            raise ConfigError([("peft.modules_to_save", f"{text}; {cure}")])
 
 
 def check_trainable(base: Base, cfg: DictConfig) -> None:

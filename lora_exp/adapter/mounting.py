@@ -20,6 +20,7 @@ from lora_exp.adapter.rows import make_room
 from lora_exp.adapter.untrusted import read_weights, resolve_patterns
 from lora_exp.errors import AdapterError, LoraExpError
 from lora_exp.model.experts import quantised_stacks
+from lora_exp.model.quantised import quantised_module
 
 # where peft saves embeddings, it saves a wholly trained one twice: as it was, and as trained
 ORIGINAL, TRAINED = ".original_module", ".modules_to_save"
@@ -40,10 +41,10 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
 
     Raises:
         AdapterError: its weights are missing, not finite, no tensors, or of another base's shape;
-            or it adapts experts that are in 4 bits.
+            or it needs quantised experts or modules in floats.
     """
     weights = read_weights(path)
-    _check_experts(model, config, path)
+    _check_in_floats(model, config, path)
     folder = str(Path(path).expanduser())
     if apart:
         check_embeddings(model, config, weights, path)
@@ -60,12 +61,20 @@ def mount(model: Any, config: Any, path: str, trainable: bool, apart: bool = Fal
     return mounted
 
 
-def _check_experts(model: Any, config: Any, path: str) -> None:
+def _check_in_floats(model: Any, config: Any, path: str) -> None:
+    """Refuse an adapter of what must be in floats, and is quantised.
+
+    Raises:
+        AdapterError: it adapts experts, or holds modules that were trained whole.
+    """
+    cure = "load the base unquantised (quant=none, --quant none)"
     ends = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
     for name in quantised_stacks(model):
         if f".{name}".endswith(ends):
-            text = f"adapts experts, and peft needs {name} in floats: quant.experts=false, or none"
-            raise AdapterError(f"{path} {text}")
+            text = f"adapts experts, and peft needs {name} in floats; quant.experts=false, or"
+            raise AdapterError(f"{path} {text} {cure}")
+    if whole := quantised_module(model, getattr(config, "modules_to_save", None) or ()):
+        raise AdapterError(f"{path} holds {whole} as it was trained whole, in floats; {cure}")
 
 
 def mount_beside(model: Any, path: str, name: str) -> None:
@@ -75,7 +84,7 @@ def mount_beside(model: Any, path: str, name: str) -> None:
         AdapterError: as for `mount`, or its embeddings differ from the base's.
     """
     config, weights = read_config(path, model.get_base_model()), read_weights(path)
-    _check_experts(model.get_base_model(), config, path)
+    _check_in_floats(model.get_base_model(), config, path)
     check_embeddings(model.get_base_model(), config, weights, path)
     make_room(model.get_base_model(), config, path, apart=True)
     with fitting(path):

@@ -1,4 +1,4 @@
-"""LoRAs of parameters in an adapter's file: of a layer's stacked experts, or of a single weight.
+"""LoRAs of parameters: of a layer's stacked experts, or of a single weight.
 
 Shapes: E experts, R rank, I and O the widths of an expert's input and output.
 """
@@ -12,7 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_exp.adapter.untrusted import Search
+from lora_exp.errors import ConfigError
+from lora_exp.model.experts import quantised_stacks
 
+EXPERTS = "quant.experts"
 WRAPPED = ".base_layer"  # peft nests the LoRAs of a module's parameters, the first one innermost
 
 
@@ -93,3 +96,34 @@ def factors_of_experts(first: Tensor, second: Tensor, count: int) -> list[tuple[
     rows_ERI = first.reshape(count, -1, first.shape[-1])
     columns_ORE = second.reshape(len(second), -1, count)
     return [(rows_ERI[i], columns_ORE[..., i]) for i in range(count)]
+
+
+def check_stacks(model: Any, stacks: set[str], is_lora: bool, hindrance: str | None) -> None:
+    """Refuse to adapt stacks of experts that peft cannot adapt.
+
+    Raises:
+        ConfigError: with what would be right.
+    """
+    if stacks and not is_lora:
+        text = "experts are stacked weights, which only peft=lora adapts"
+        raise ConfigError([("peft", text)])
+    if stacks and hindrance:
+        text = f"experts are stacked weights, for which peft has no {hindrance}; leave it out"
+        raise ConfigError([(f"peft.{hindrance}", text)])
+    check_in_floats(stacks, quantised_stacks(model))
+
+
+def check_in_floats(adapted: Iterable[str], in_4_bits: Iterable[str]) -> None:
+    """Refuse to adapt stacks of experts that are in 4 bits.
+
+    Args:
+        adapted: weights, by their names or the last parts.
+        in_4_bits: the names of the stacks that are.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    ends = tuple(f".{name}" for name in adapted)
+    if names := sorted(name for name in in_4_bits if f".{name}".endswith(ends)):
+        text = f"peft adapts experts in floats only, and {names[0]} is in 4 bits; give false"
+        raise ConfigError([(EXPERTS, text)])

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_exp.adapter.roles import ROLES, experts_of, modules_of, stacks_of
-from lora_exp.errors import ConfigError, TargetError, did_you_mean
-from lora_exp.model.experts import quantised_stacks
+from lora_exp.adapter.stacks import check_stacks
+from lora_exp.errors import TargetError, did_you_mean
 from lora_exp.model.participation import unused
 from lora_exp.model.text_part import text_modules
 
@@ -65,7 +65,7 @@ def resolve(
     modules, stacks = _of_roles(model, roles) if roles else _of_names(model, names or [])
     is_lora = str(settings.get("_target_")).rpartition(".")[2] == "LoraConfig"
     hindrance = next((key for key in FOR_MODULES if settings.get(key)), None)
-    _check_experts(model, stacks, is_lora, hindrance)
+    check_stacks(model, stacks, is_lora, hindrance)
     renamed = _renamed_by_peft(model, modules) if is_lora else set()
     hindrance = hindrance or ("quantised weights" if quantised else None)
     lost = _lost_by_peft(model, modules - renamed) if is_lora else {}
@@ -142,23 +142,6 @@ def _in_towers(model: Any, names: list[str], modules: set[str]) -> bool:
     """Return whether names also stand for modules of towers, which take no part in texts."""
     ends = tuple(f".{name}" for name in names)
     return any(f".{n}".endswith(ends) and n not in modules for n, _ in model.named_modules())
-
-
-def _check_experts(model: Any, stacks: set[str], is_lora: bool, hindrance: str | None) -> None:
-    """Refuse to adapt stacks of experts that peft cannot adapt.
-
-    Raises:
-        ConfigError: with what would be right.
-    """
-    if stacks and not is_lora:
-        text = "experts are stacked weights, which only peft=lora adapts"
-        raise ConfigError([("peft", text)])
-    if stacks and hindrance:
-        text = f"experts are stacked weights, for which peft has no {hindrance}; leave it out"
-        raise ConfigError([(f"peft.{hindrance}", text)])
-    if in_4_bits := sorted(stacks & quantised_stacks(model).keys()):
-        text = f"peft adapts experts in floats only, and {in_4_bits[0]} is in 4 bits; give false"
-        raise ConfigError([("quant.experts", text)])
 
 
 def _check_remains(names: list[str], remaining: set[str], left_out: Mapping[str, str]) -> None:

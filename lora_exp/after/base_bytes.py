@@ -47,12 +47,15 @@ def _quantised_weights(model: Any, quant: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
+def stacks_in_4_bits(model: Any, quant: Mapping[str, Any] | None) -> set[str]:
+    """Return the names of the stacks of experts that are quantised."""
+    return stacks(model).keys() & {*(_quantised_weights(model, quant) if quant else ())}
+
+
 def dequantised_bytes(model: Any, quant: Mapping[str, Any] | None) -> int:
     """Return the bytes of the experts of one layer, the largest: they are dequantised together."""
-    if quant is None:
-        return 0
     layers = Counter[str]()
-    for name in stacks(model).keys() & {*_quantised_weights(model, quant)}:
+    for name in stacks_in_4_bits(model, quant):
         stack = model.get_parameter(name)
         layers[name.rpartition(".")[0]] += stack.numel() * stack.element_size()
     return max(layers.values(), default=0)

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
 from lora_exp.adapter.attach import attach
-from lora_exp.after.base_bytes import base_bytes, dequantised_bytes
+from lora_exp.adapter.stacks import EXPERTS, check_in_floats
+from lora_exp.after.base_bytes import base_bytes, dequantised_bytes, stacks_in_4_bits
 from lora_exp.config.door import CONF, plain
 from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.pairs import QUANTISATIONS
@@ -71,6 +72,7 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the model's config cannot be loaded.
         TargetError: the config adapts modules that the model does not have.
+        ConfigError: it adapts experts that are in 4 bits.
     """
     quiet()
     config = model_config(cfg)
@@ -133,7 +135,12 @@ def _row(cfg: DictConfig, config: Any, chosen: bool) -> dict[str, Any]:
     form = saved_form(config)
     if form is not None and not form.dequantised and cfg.choices.quant != form.method:
         return options | {"refused": f"the base was saved as {form.method}"}
-    needed = need(cfg, config)
+    try:
+        needed = need(cfg, config)
+    except ConfigError as error:
+        if error.faults[0][0] != EXPERTS:
+            raise
+        return options | {"refused": error.faults[0][1]}
     return options | asdict(needed) | {"total": needed.total} | _measured(cfg)
 
 
@@ -185,8 +192,12 @@ def need(cfg: DictConfig, config: Any) -> Need:
         cfg = _changed(cfg, {}, train=plain(cfg.train) | (divided(cfg) or {}))
     model = skeleton(cfg, config)
     frozen_bytes, dequantised = base_bytes(model, cfg.quant), dequantised_bytes(model, cfg.quant)
+    in_4_bits = stacks_in_4_bits(model, cfg.quant)
     skeleton_base = Base(model, None, cfg.model.path, None)
     adapted = attach(skeleton_base, _without_initialization(cfg), Path())
+    if cfg.peft is not None:  # the skeleton's weights are floats, those of a run may not be
+        parameters = getattr(adapted.model.peft_config["default"], "target_parameters", None)
+        check_in_floats(parameters or (), in_4_bits)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     # an adapter trains in float32, whatever the base's dtype
     size = 4 if cfg.peft is not None else dtype_of(cfg.model.dtype).itemsize

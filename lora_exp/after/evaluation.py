@@ -140,8 +140,8 @@ def _read(data: str, saved: Saved) -> Rows:
     """Read rows; texts become chats, and columns fields, if they did in the adapter's run."""
     first: Any = next((row for file in files(data) for _, row in lines(file)), None)
     return jsonl(
-        data, eval_path=None, eval_share=0.0, format="auto", max_rows=None, max_eval_rows=None,
-        columns=saved.columns(first), chat_template=None, on_error="raise",
+        data, eval_path=None, eval_share=0.0, format=saved.format(first), max_rows=None,
+        max_eval_rows=None, columns=saved.columns(first), chat_template=None, on_error="raise",
         as_chat=saved.as_chat,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,8 +86,16 @@ class Saved:
     def columns(self, row: Any) -> dict[str, str]:
         """Return the columns that its run read as fields, by the fields, if a row has them."""
         columns: Any = (self.settings.get("data") or {}).get("columns")
-        known = isinstance(columns, dict) and isinstance(row, dict)
-        return dict(columns) if known and {*columns.values()} <= row.keys() else {}
+        if not isinstance(columns, dict) or not isinstance(row, dict):
+            return {}
+        names = {str(field): str(column) for field, column in columns.items()}
+        return names if {*names.values()} <= row.keys() else {}
+
+    def format(self, row: Any) -> Literal["auto", "unpaired_preference"]:
+        """Return `auto`, or the format of its run if that alone reads the label of a row."""
+        own = (self.settings.get("data") or {}).get("format")
+        is_labelled = isinstance(row, dict) and "label" in row
+        return "unpaired_preference" if own == "unpaired_preference" and is_labelled else "auto"
 
     @property
     def completion_only(self) -> bool:

@@ -28,7 +28,7 @@ def sharding_faults(cfg: Section) -> Iterator[Fault]:
     kind = parallel.get("sharding") if parallel is not None else None
     if kind is None:
         return
-    if kind not in SHARED:
+    if str(kind) not in SHARED:
         text = f"{kind!r} is none of {', '.join(SHARED)}{did_you_mean(str(kind), SHARED)}"
         yield "parallel.sharding", text
     elif process_count(cfg) > 1:

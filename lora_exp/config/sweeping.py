@@ -8,6 +8,7 @@ from pathlib import Path
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.door import Section
 from lora_exp.config.overrides import split_override
 from lora_exp.config.ranges import Fault
 
@@ -15,13 +16,13 @@ OURS = "hydra_plugins.lockstep_launcher"
 MAX_NAME_BYTES = 255  # of a folder's name, on every common file system
 
 
-def sweep_faults(hydra: DictConfig, master: DictConfig | None, cfg: DictConfig) -> Iterator[Fault]:
+def sweep_faults(hydra: DictConfig, master: DictConfig | None, cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting of a sweep that has no effect, or opposes the goal.
 
     Args:
         hydra: the `hydra` section of one job.
         master: that of the whole sweep, if it is known.
-        cfg: the job's settled config.
+        cfg: the job's settled values.
     """
     overridden = {split_override(override)[0] for override in hydra.overrides.task}
     params = (hydra.sweeper.get("params") or {}) if hydra.get("sweeper") else {}

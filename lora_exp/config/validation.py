@@ -208,7 +208,7 @@ def _type_text(value: Any, annotation: ast.expr | None) -> str:
 def _algorithm(cfg: Section) -> Iterator[Fault]:
     """Check an algorithm's shape of rows, task type, rewards and losses."""
     node = cfg.algorithm
-    if node.shape not in SHAPES:
+    if str(node.shape) not in SHAPES:
         yield "algorithm.shape", f"{node.shape!r} is none of {', '.join(SHAPES)}"
     if node.task_type not in TASKS:
         yield "algorithm.task_type", f"{node.task_type!r} is none of {', '.join(TASKS)}"

@@ -7,7 +7,7 @@ any weight, but transformers asks it for layers only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+LARGEST = 2**31  # numbers of a weight
 
 
 def expert_modules(model: Any) -> Iterator[str]:
@@ -51,6 +53,17 @@ def quantised_stacks(model: Any) -> dict[str, Stack]:
         for name, module in model.named_modules()
         for key, stack in _in_4_bits(module).items()
     }
+
+
+def check_shape(name: str, saved: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse a quantised weight of another shape: transformers compares those of floats only.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if saved != expected:
+        text = f"one of its weights has another size than its config.json says, {name}"
+        raise ValueError(f"{text}: {[*saved]}, not {[*expected]}")
 
 
 def dequantise_stacks(model: Any) -> None:
@@ -116,12 +129,12 @@ class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     A stack is quantised as soon as it has been read, so that one at a time is in floats.
     """
 
-    stack_names: frozenset[str] = frozenset()  # of the stacks that are quantised
+    stacks: Mapping[str, tuple[int, ...]] = {}  # the shapes of those that are quantised
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Return whether a weight is to be quantised."""
         of_layer: bool = super().param_needs_quantization(model, param_name, **kwargs)
-        return of_layer or param_name in self.stack_names
+        return of_layer or param_name in self.stacks
 
     def get_quantize_ops(self) -> Any:
         """Return what quantises a weight that was read."""
@@ -132,20 +145,29 @@ class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     ) -> None:
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         if getattr(self.quantization_config, "experts", False) and not self.pre_quantized:
-            left_out = self.modules_to_not_convert
-            names = [n for n in stacks(model) if should_convert_module(_parts(n)[0], left_out)]
-            self.stack_names = frozenset(names)
+            self.stacks = {
+                name: shape
+                for name, shape in stacks(model).items()
+                if should_convert_module(_parts(name)[0], self.modules_to_not_convert)
+            }
+        if large := [name for name, shape in self.stacks.items() if math.prod(shape) >= LARGEST]:
+            text = f"bitsandbytes counts numbers in 32 bits, and {large[0]} has more"
+            raise ValueError(f"{text}; quant.experts=false leaves experts in floats")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         floats = Floats()
-        for name in sorted(self.stack_names):
+        for name, shape in sorted(self.stacks.items()):
             module_name, key = _parts(name)
             module = model.get_submodule(module_name)
+            packed = getattr(module, key)
+            state = getattr(packed, "quant_state", None)
+            if state is None:  # the files lack it, and their reader will say so
+                continue
+            check_shape(name, tuple(state.shape), shape)
             if not _in_4_bits(module):
                 module.register_forward_pre_hook(_begin_saving)
                 module.register_forward_hook(_end_saving, always_call=True)
-            packed = getattr(module, key)
-            stack = Stack(packed.quant_state, module_name, floats)
+            stack = Stack(state, module_name, floats)
             parametrize.register_parametrization(module, key, stack, unsafe=True)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
@@ -161,11 +183,12 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
         config = self.hf_quantizer.quantization_config
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
-            if name not in self.hf_quantizer.stack_names:
+            if name not in self.hf_quantizer.stacks:
                 result |= self.of_layers.convert({name: value}, **kwargs)
                 continue
+            stack = value[0] if isinstance(value, list) else value
             packed, state = functional.quantize_4bit(
-                value[0] if isinstance(value, list) else value,
+                stack,
                 compress_statistics=config.bnb_4bit_use_double_quant,
                 quant_type=config.bnb_4bit_quant_type,
             )
@@ -185,14 +208,16 @@ def _parts(name: str) -> tuple[str, str]:
 def _begin_saving(module: Any, _: Any) -> None:
     """Let the forward save its quantised stacks for the backward as they are: in 4 bits.
 
-    Within a layer that is checkpointed nothing is saved, or all until its backward has run.
+    Others' hooks, as of checkpointed layers or of activations in the CPU's memory, see the rest.
     """
     in_4_bits = _in_4_bits(module)  # none once they are dequantised
-    others: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if in_4_bits and torch.is_grad_enabled() and others is None:
+    if in_4_bits and torch.is_grad_enabled():
         own = {stack: module.parametrizations[key].original for key, stack in in_4_bits.items()}
-        module.saving_in_4_bits = saved_tensors_hooks(partial(_pack, own), _unpack)
-        module.saving_in_4_bits.__enter__()
+        others: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack, unpack = others or (_as_it_is, _as_it_is)
+        hooks = saved_tensors_hooks(partial(_pack, own, pack), partial(_unpack, unpack))
+        module.saving_in_4_bits = hooks
+        hooks.__enter__()
 
 
 def _end_saving(module: Any, *_: Any) -> None:
@@ -200,16 +225,29 @@ def _end_saving(module: Any, *_: Any) -> None:
         saving.__exit__()
 
 
-def _pack(own: dict[Stack, Tensor], tensor: Tensor) -> Any:
-    for stack, packed in own.items():
-        if stack.holds(tensor):
-            return stack, packed, tensor.size(), tensor.stride(), tensor.storage_offset()
+def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _unpack(saved: Any) -> Tensor:
-    if isinstance(saved, Tensor):
-        return saved
-    stack, packed, *view = saved
-    floats: Tensor = stack(packed)
-    return floats.as_strided(*view)
+@dataclass(frozen=True)
+class _Saved:
+    """A view of a stack, as it is saved for the backward."""
+
+    stack: Stack
+    packed: Tensor
+    view: tuple[Any, ...]  # size, stride and offset
+
+
+def _pack(own: dict[Stack, Tensor], others: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    for stack, packed in own.items():
+        if stack.holds(tensor):
+            view = tensor.size(), tensor.stride(), tensor.storage_offset()
+            return _Saved(stack, packed, view)
+    return others(tensor)
+
+
+def _unpack(others: Callable[[Any], Tensor], saved: Any) -> Tensor:
+    if not isinstance(saved, _Saved):
+        return others(saved)
+    floats: Tensor = saved.stack(saved.packed)
+    return floats.as_strided(*saved.view)

@@ -181,8 +181,8 @@ def load(
             model = random_model(model_class, source, options).to(device())
         else:
             model = _read(model_class, source, config, gguf_file, quantization, options)
-    check_fits(model)
-    share = quantised_share(model)
+        check_fits(model)
+        share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
     sha256, *warnings = identity_of(config, path, revision, gguf_file)
     warnings.append(misread(model))

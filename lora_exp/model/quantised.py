@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from lora_exp.errors import ConfigError, did_you_mean
-from lora_exp.model.experts import dequantise_stacks, quantised_stacks
+from lora_exp.model.experts import Stack, check_shape, dequantise_stacks, quantised_stacks
 from lora_exp.model.prequantised import forget_quantisation
 
 
@@ -80,6 +80,7 @@ def quantised_share(model: Any) -> tuple[float, str] | None:
 
     Raises:
         ConfigError: nothing is quantised.
+        ValueError: a layer has another shape than its class.
     """
     if getattr(model, "quantization_method", None) != "bitsandbytes":
         return None
@@ -91,19 +92,37 @@ def quantised_share(model: Any) -> tuple[float, str] | None:
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or key.endswith("bias"):
                 continue
-            if isinstance(module, ParametrizationList):
-                stack: Any = module[0]
+            stack = module[0] if isinstance(module, ParametrizationList) else None
+            if isinstance(stack, Stack):
                 quantised += math.prod(stack.shape)
             elif parameter.is_floating_point():
                 last = name.rpartition(".")[2]
                 floats[last if key == "weight" else f"{last}.{key}"] += parameter.numel()
             else:  # packed: two weights of 4 bits are a byte
-                quantised += module.in_features * module.out_features
+                shape = module.out_features, module.in_features
+                saved = getattr(parameter, "quant_state", None) or parameter
+                check_shape(f"{name}.{key}", tuple(saved.shape), shape)
+                quantised += math.prod(shape)
     in_floats = ", ".join(name for name, _ in floats.most_common(4))
     if not quantised:
         text = f"bitsandbytes quantises no layer of {type(model).__name__} ({in_floats})"
         raise ConfigError([("quant", f"{text}; give quant=none (--quant none)")])
     return quantised / (quantised + floats.total()), in_floats
+
+
+def quantised_module(model: Any, names: Iterable[str]) -> str | None:
+    """Return the first module of some names that has quantised weights; None: they have none.
+
+    Args:
+        model: the base.
+        names: whole, or the last parts.
+    """
+    ends = tuple(f".{name}" for name in names)
+    for name, module in model.named_modules():
+        in_floats = all(parameter.is_floating_point() for parameter in module.parameters())
+        if f".{name}".endswith(ends) and not in_floats:
+            return str(name)
+    return None
 
 
 def misread(model: Any) -> str | None:

@@ -23,6 +23,7 @@ from lora_exp.files.whole import whole
 # each weight, and the advice to open an issue where no layer was quantised
 REPORTS = ("LOAD REPORT", "double check your model architecture")
 REPORTING = ("transformers.modeling_utils", "transformers.integrations.bitsandbytes")
+CONVERSION = "during automatic conversion of the weights"  # in the error of from_pretrained
 
 
 def read_complete(
@@ -47,6 +48,11 @@ def read_complete(
         model, loading_info = model_class.from_pretrained(
             source, **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except RuntimeError as error:
+        if CONVERSION not in str(error):
+            raise
+        text = "transformers cannot put its weights together: some are missing, or of other sizes"
+        raise ValueError(f"{text}; fetch it again") from error
     finally:
         for logger in loggers:
             logger.removeFilter(_is_no_report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config.door import plain
 from lora_exp.config.resume import LIMITS, acting_limit
 from lora_exp.config.settled import fingerprints
 from lora_exp.errors import ConfigError, OccupiedError
@@ -23,6 +25,7 @@ from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 from lora_exp.record.contents import CHANGED
 
+ALMOST_ALL = 0.9  # of a dense base's layers, quantised in 4 bits
 FAILED = ("failed", "diverged")
 ASIDE = re.compile(rf"\.(not-proven-equal|{CHANGED})\d*$")  # names of directories set aside
 
@@ -46,6 +49,13 @@ def run_status(directory: Path, cfg: DictConfig) -> str | None:
     except (ValueError, KeyError) as error:
         text = f"{path} cannot be read ({error}); move {directory} away to run the job anew"
         raise ConfigError([("hydra.sweep.dir", text)]) from error
+    if cfg.quant is not None and _left_experts_in_floats(directory, values):
+        if cfg.quant.get("experts"):
+            text = f"{directory} has experts in floats, as earlier versions left them"
+            cure = "give quant.experts=false, or another directory"
+            raise OccupiedError([("hydra.sweep.dir", f"{text}; {cure}")])
+        cfg = OmegaConf.create(plain(cfg))
+        cfg.quant.pop("experts", None)
     if recorded[0] in fingerprints(cfg):
         return recorded[1]
     limits, acting = training_limits(directory), acting_limit(cfg.train)
@@ -55,6 +65,17 @@ def run_status(directory: Path, cfg: DictConfig) -> str | None:
         raise OccupiedError([("hydra.sweep.dir", text)])
     longer = cfg.train[acting] > limits.get(acting, cfg.train[acting])
     return "interrupted" if longer and recorded[1] == "finished" else recorded[1]
+
+
+def _left_experts_in_floats(directory: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether a run of an earlier version left the experts of a mixture in floats.
+
+    Its config has no `quant.experts`, and little of its base was quantised.
+    """
+    path, share = directory / "config.yaml", record.get("quantised_share")
+    settings: Any = OmegaConf.load(path) if path.is_file() else {}
+    quant = settings.get("quant") or {"experts": None}
+    return "experts" not in quant and share is not None and share < ALMOST_ALL
 
 
 def training_limits(directory: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ not been.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 RANDOM_TRIALS = 10  # before TPE and GP learn, rounded down to whole batches
 ATTEMPTS = 20  # to propose a cell that is new and meets the limits
+GP_ATTEMPTS = 4  # each takes a second, and small spaces have few new cells
 POINTS = 64  # of a space whose cells cannot be counted, that are tried after that
 Admits = Callable[[Mapping[str, str]], bool]  # whether a cell meets the search's limits
 
@@ -69,7 +71,7 @@ def propose(
             guess = settings.start[number] if number < len(settings.start) else {}
             seen = {trial.cell for trial in [*earlier, *trials]}
             rest = points(settings, presence) if cells is None else cells
-            trial = _new(ask, number, guess, seen, admits, rest)
+            trial = _new(ask, settings, number, guess, seen, admits, rest)
             if trial is None:
                 break
             trials.append(trial)
@@ -108,6 +110,7 @@ def distinct(
 
 def _new(
     ask: Ask,
+    settings: Settings,
     number: int,
     guess: Mapping[str, str],
     seen: Collection[frozenset[tuple[str, str]]],
@@ -119,7 +122,8 @@ def _new(
     Raises:
         ConfigError: the guess is not admitted, whatever the values of other keys.
     """
-    for attempt in range(ATTEMPTS):
+    by_gp = settings.sampler == "gp"
+    for attempt in range(GP_ATTEMPTS if by_gp else ATTEMPTS):
         trial = Trial(ask(number, attempt, guess))
         if trial.cell in seen:
             guess = {}
@@ -128,6 +132,9 @@ def _new(
     if guess:
         text = f"no cell with {' '.join(Trial(guess).overrides)} meets the limits"
         raise ConfigError([("hydra.sweeper.start", f"{text}; leave the guess out")])
+    if by_gp:  # the model's favourites are taken, and the first that are left are all alike
+        rest = [*rest]
+        random.Random(f"{settings.seed} {number}").shuffle(rest)
     left = (Trial(cell) for cell in rest if Trial(cell).cell not in seen and admits(cell))
     return next(left, None)
 
@@ -155,19 +162,24 @@ def _proposed(
 ) -> Ask:
     """Return what asks Optuna; trials that were asked and have not ended count, too."""
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = _sampler(settings, len(earlier))
+    sampler = _sampler(settings, earlier)
     study = optuna.create_study(directions=settings.directions, sampler=sampler)
     space, places = presence.space, _places(settings, earlier)
+    latest: list[Asked] = []
     study.add_trials([_frozen(trial, space, {}) for trial in evidence])
     for number, trial in enumerate(earlier):
         study.add_trial(_frozen(trial, space, _generation(settings, number), places.get(number)))
 
     def ask(number: int, attempt: int, guess: Mapping[str, str]) -> dict[str, str]:
+        if attempt and settings.sampler == "gp":  # else it counts as one that trains
+            study.tell(latest.pop(), state=TrialState.FAIL)
         if guess:
             study.enqueue_trial({key: _value(space[key], text) for key, text in guess.items()})
         asked = study.ask()
+        latest.append(asked)
         options = {key: _suggested(asked, space[key]) for key in space.groups}
         keys = [d.key for d in space.dimensions if presence.exists(d.key, options)]
         return {key: options.get(key) or _suggested(asked, space[key]) for key in keys}
@@ -175,18 +187,22 @@ def _proposed(
     return ask
 
 
-def _sampler(settings: Settings, first: int) -> BaseSampler:
+def _sampler(settings: Settings, earlier: Sequence[Trial]) -> BaseSampler:
     from optuna import samplers
 
-    text = f"{settings.seed} {first}"
+    text = f"{settings.seed} {len(earlier)}"
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
     if settings.sampler == "random":
         return samplers.RandomSampler(seed)
     if settings.sampler == "nsga2":
         return samplers.NSGAIISampler(population_size=settings.batch, seed=seed)
     whole_batches = max(RANDOM_TRIALS // settings.batch, 1) * settings.batch
-    kind = samplers.GPSampler if settings.sampler == "gp" else samplers.TPESampler
-    return kind(seed=seed, n_startup_trials=whole_batches)
+    if settings.sampler == "tpe":
+        return samplers.TPESampler(seed=seed, n_startup_trials=whole_batches)
+    # it counts finished trials only, and early stopping leaves few
+    finished = sum(trial.state == "complete" for trial in earlier)
+    known = min(max(finished, 1), whole_batches) if len(earlier) >= whole_batches else whole_batches
+    return samplers.GPSampler(seed=seed, n_startup_trials=known)
 
 
 def _generation(settings: Settings, number: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
 from lora_exp.errors import AdapterError, ConfigError
-from lora_exp.model.loading import base_of
+from lora_exp.model.loading import base_of, bnb_4bit
 from tests.adapter.test_rows import base_folder
 from tests.adapter.test_targets import LAGUNA
 from tests.conftest import tiny
@@ -199,6 +199,21 @@ def test_an_adapter_of_experts_is_refused_where_they_are_in_4_bits(
     ):
         with pytest.raises(AdapterError, match=r"adapts experts, and peft needs .*down_proj in fl"):
             mounting(base_of(compose(*place)).model)
+
+
+def test_modules_that_were_trained_whole_are_refused_on_quantised_ones(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(**options, modules_to_save=["layers.1.mlp"])
+    path = str(tmp_path / "adapter")
+    peft.get_peft_model(tiny(None).model, config).save_pretrained(path)
+    for mounting in (
+        lambda model: mount(model, read_config(path, model), path, trainable=False),
+        lambda model: mount_beside(
+            peft.get_peft_model(model, peft.LoraConfig(**options)), path, "second"
+        ),
+    ):
+        with pytest.raises(AdapterError, match=r"holds model\.layers\.1\.mlp as .*--quant none"):
+            mounting(tiny(bnb_4bit("nf4", True, "float32")).model)
 
 
 @pytest.mark.parametrize(("tied", "tying"), [(True, True), (True, False), (False, False)])

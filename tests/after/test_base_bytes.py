@@ -58,3 +58,15 @@ def test_so_do_experts_and_those_of_one_layer_in_floats(
     assert dequantised_bytes(model, cfg.quant) == (4 * 3 * 32 * 32 * 4 if quant == "nf4" else 0)
     needed = {row["quant"]: row["activations"] for row in estimate(cfg)["rows"]}
     assert needed["nf4"] - needed["int8"] == 4 * 3 * 32 * 32 * 4
+
+
+def test_what_a_run_refuses_to_adapt_is_no_estimate(folder_of: Callable[[Any], Path]) -> None:
+    place = ["model=local", f"model.path={folder_of(GRANITE)}", "tracking=none"]
+    cfg = compose(*place, "targets=all_linear+experts", "quant=nf4")
+    rows = {row["quant"]: row for row in estimate(cfg)["rows"] if row["peft"] == "lora"}
+    assert "peft adapts experts in floats only" in rows["nf4"]["refused"]
+    assert "refused" not in rows["none"]
+    left = estimate(
+        compose(*place, "targets=all_linear+experts", "quant=nf4", "quant.experts=false")
+    )["rows"]
+    assert "refused" not in next(row for row in left if row["chosen"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lora_exp import compose, load_adapter, run
 from lora_exp.after.evaluation import _overlap, evaluate
 from lora_exp.after.merging import merge
+from lora_exp.after.saved import find
 from lora_exp.data.encoding import IGNORED, encode
 from lora_exp.data.tasks import pairs
 from lora_exp.errors import DataError, ExtraError, SavedError
@@ -67,6 +68,37 @@ def test_columns_of_its_run_are_read_as_there(trained: Trained, tmp_path: Path) 
     reports = [evaluate(folder, path, max_new_tokens=2) for path in (fields, columns)]
     assert reports[0]["results"] == reports[1]["results"]
     assert reports[0]["rows"] == 2
+
+
+def test_unwanted_answers_are_no_known_ones_however_labels_are_written(
+    trained: Trained, tmp_path: Path
+) -> None:
+    folder = copy_run(trained("peft=lora"), tmp_path / "run")
+    settings = OmegaConf.load(folder / "config.yaml")
+    settings.data.format = "unpaired_preference"
+    OmegaConf.save(settings, folder / "config.yaml")
+    reports = []
+    for name, labels in (("words", [True, False]), ("numbers", [1, 0])):
+        rows = [
+            {"prompt": f"Repeat: {word}", "completion": word, "label": label}
+            for word, label in zip(("red", "blue"), labels, strict=True)
+        ]
+        reports.append(evaluate(folder, write_rows(tmp_path / name, *rows), max_new_tokens=2))
+    assert reports[0]["results"] == reports[1]["results"]
+    assert [report["with_answer"] for report in reports] == [1, 1]
+
+
+@pytest.mark.parametrize("columns", [{"prompt": ["ask"]}, ["ask"], "ask"])
+def test_columns_of_a_strange_config_are_no_traceback(
+    columns: Any, trained: Trained, tmp_path: Path
+) -> None:
+    folder = copy_run(trained("peft=lora"), tmp_path / "run")
+    settings = OmegaConf.load(folder / "config.yaml")
+    settings.data.columns = columns
+    OmegaConf.save(settings, folder / "config.yaml")
+    saved = find(folder)
+    assert saved.columns({"ask": 1, "prompt": 2}) == {}
+    assert saved.columns(["ask"]) == {}
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")

@@ -40,6 +40,7 @@ def test_one_process_has_nothing_to_share_out() -> None:
     ("overrides", "key", "message"),
     [
         (["parallel.sharding=zero1"], "parallel.sharding", "'zero1' is none of zero2, fsdp"),
+        (["parallel.sharding=[zero2]"], "parallel.sharding", "is none of zero2, fsdp"),
         (["experiment=demo_ppo"], "parallel", "zero2: ppo trains in two backward passes"),
         (["peft=adalora"], "parallel", "zero2: adalora needs the gradients after a step"),
         (["train.optim=adafactor"], "train.optim", "does not update each number by itself"),

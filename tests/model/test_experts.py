@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, DbrxConfig, Qwen2MoeConfig
 
 from lora_exp import compose
+from lora_exp.after.merging import merge
+from lora_exp.after.proof import prove
+from lora_exp.errors import ConfigError
+from lora_exp.model import experts as experts_file
 from lora_exp.model.experts import dequantise_stacks, expert_modules, quantised_stacks, stacks
 from lora_exp.model.loading import base_of
 from lora_exp.model.quantised import dequantise
@@ -24,6 +31,7 @@ QWEN = Qwen2MoeConfig(
     shared_expert_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=1024,
 )  # fmt: skip
+PARTS = ("gate", "up", "down")
 STACKS = {
     f"model.layers.{layer}.mlp.experts.{key}": shape
     for layer in (0, 1)
@@ -153,3 +161,92 @@ def test_stacks_of_other_shapes_are_quantised(folder_of: Callable[[Any], Path]) 
     assert set(stacks(model).values()) == {(128, 64)}  # [E inner, C]
     assert quantised_stacks(model).keys() == stacks(model).keys()
     assert torch.isfinite(gradient(model)).all()
+
+
+def changed(folder: Path, place: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+    """Copy a base, and change its weights."""
+    shutil.copytree(folder, place)
+    file = place / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("ends", "cut", "message"),
+    [
+        ([".1.mlp.experts.3.up_proj.weight"], None, "cannot put its weights together"),
+        (
+            [".1.mlp.experts.3.up_proj.weight", "experts.3.gate_proj.weight"],
+            None,
+            "cannot put|size",
+        ),
+        (
+            [f"layers.0.mlp.experts.{e}.{k}_proj.weight" for e in range(4) for k in PARTS],
+            None,
+            "lack",
+        ),
+        (["gate_proj.weight"], 16, "another size|other sizes"),
+    ],
+    ids=["a part", "an expert's parts", "a layer's experts", "half of each gate"],
+)
+def test_damaged_experts_are_refused_as_in_floats(
+    ends: list[str], cut: int | None, message: str, quant: str, mixture: Path, tmp_path: Path
+) -> None:
+    def damage(weights: dict[str, Tensor]) -> None:
+        for key in [key for key in weights if ".experts." in key and key.endswith(tuple(ends))]:
+            part = weights.pop(key)
+            if cut is not None:
+                weights[key] = part[:cut].clone()
+
+    place = changed(mixture, tmp_path / "damaged", damage)
+    with pytest.raises(ConfigError, match=rf"^model\.path: .*({message})"):
+        load(place, f"quant={quant}")
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_quantised_layer_of_another_size_is_refused(
+    quant: str, mixture: Path, tmp_path: Path
+) -> None:
+    key = "model.layers.0.self_attn.q_proj.weight"
+    place = changed(mixture, tmp_path / "cut", lambda w: w.update({key: w[key][:32].clone()}))
+    with pytest.raises(ConfigError, match=rf"^model\.path: .*{key}: \[32, 64\], not \[64, 64\]"):
+        load(place, f"quant={quant}")
+
+
+def test_stacks_that_bitsandbytes_cannot_count_are_refused(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_file, "LARGEST", 4 * 64 * 64)
+    with pytest.raises(ConfigError, match=r"32 bits, and .*gate_up_proj has more; quant.experts="):
+        load(mixture, "quant=nf4")
+
+
+def test_others_hooks_see_all_but_the_stacks(mixture: Path) -> None:
+    """As trl's offloading of activations."""
+    model, seen = load(mixture, "quant=nf4").train(), list[int]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor.numel())
+        return tensor
+
+    expected = gradient(model)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert torch.equal(gradient(model), expected)
+    stack_sizes = {4 * 64 * 64, 4 * 64 * 32}
+    assert len(seen) > 20
+    assert not stack_sizes & {*seen}
+
+
+@pytest.mark.parametrize("into", ["original", "dequantised"])
+def test_an_adapter_on_experts_in_4_bits_is_merged_with_a_proof(
+    into: Any, mixture: Path, quick_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    place = ["model=local", f"model.path={mixture}", "quant=nf4", "train.learning_rate=1e-2"]
+    run = quick_run(*place, "samples.rows=0").directory
+    merged = merge([run], tmp_path / "merged", into=into, dtype="float32")
+    proof = prove(merged, [run])
+    assert proof.holds
+    assert proof.max_difference < 1e-3 < proof.effect

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lora_exp import compose
 from lora_exp.config.settled import fingerprint, fingerprints
@@ -38,6 +39,27 @@ def test_a_finished_run_is_never_marked_and_an_unreadable_one_is_named(tmp_path:
     path.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         run_status(tmp_path, cfg)
+
+
+@pytest.mark.parametrize(("share", "is_mixture"), [(0.33, True), (1.0, False)])
+def test_experts_that_an_earlier_version_left_in_floats_are_told(
+    share: float, is_mixture: bool, tmp_path: Path
+) -> None:
+    asked = ("tracking=none", "quant=nf4", "quant.experts=false")
+    cfg, in_floats = compose(*asked[:2]), compose(*asked)
+    record = Record(tmp_path, in_floats)
+    record.update(quantised_share=share, status="finished", fingerprint=fingerprint(cfg))
+    settings = OmegaConf.load(tmp_path / "config.yaml")
+    del settings.quant.experts
+    OmegaConf.save(settings, tmp_path / "config.yaml")
+    if is_mixture:
+        with pytest.raises(OccupiedError, match=r"experts in floats, .*give quant\.experts=false"):
+            run_status(tmp_path, cfg)
+        assert run_status(tmp_path, in_floats) == "finished"
+    else:
+        assert run_status(tmp_path, cfg) == "finished"
+        with pytest.raises(OccupiedError, match="holds another run"):
+            run_status(tmp_path, in_floats)
 
 
 def test_a_run_marked_unproven_stays_unproven(tmp_path: Path) -> None:

@@ -90,6 +90,34 @@ def test_failed_and_pruned_trials_are_evidence_of_their_kind() -> None:
     assert proposals[2] != proposals[3]
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_gp_learns_from_the_finished_trials_though_most_are_stopped_early(pruned: bool) -> None:
+    settings, presence = settings_of(sampler="gp", batch=8), presence_of(SPACE)
+
+    def ended(sign: int) -> list[Trial]:
+        trials = searched("random", 16)
+        return [
+            t.ended("pruned", sign * objective(t), 3)
+            if pruned and n % 8
+            else t.ended("complete", sign * objective(t))
+            for n, t in enumerate(trials)
+        ]
+
+    assert propose(settings, presence, ended(1)) != propose(settings, presence, ended(-1))
+
+
+def test_gp_tries_all_of_a_small_space_without_a_fixed_order() -> None:
+    presence = presence_of(space_of("a=1,2,3,4,5,6", "b=1,2,3"))
+    orders = []
+    for seed in (1, 2):
+        settings, trials = settings_of(sampler="gp", batch=6, seed=seed), list[Trial]()
+        while batch := propose(settings, presence, trials):
+            trials += [t.ended("complete", float(t.values["a"])) for t in batch]
+        assert len({t.cell for t in trials}) == len(trials) == 18
+        orders.append([t.cell for t in trials[12:]])
+    assert orders[0] != orders[1]
+
+
 SEVERAL = {"eval/loss": "minimize", "parameters": "minimize"}
 
 
