@@ -34,10 +34,10 @@ def test_a_template_that_does_not_end_is_stopped(
     loop = "{% for i in range(99999) %}"
     tokenizer.chat_template = 3 * loop + "{{ i }}" + 3 * "{% endfor %}"
     start, handler = time.process_time(), signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(ConfigError, match="the chat template does not end within 0.5 s"):
+    with pytest.raises(ConfigError, match=r"the chat template does not end within 0\.5 s"):
         trained_text(chat("q", "a"), tokenizer)
     rows = [{"prompt": chat("q")["messages"], "answer": "a"}]
-    with pytest.raises(ConfigError, match="the chat template does not end within 0.5 s"):
+    with pytest.raises(ConfigError, match=r"the chat template does not end within 0\.5 s"):
         prompts(rows, tokenizer, 99, "train")  # for trainers that render rows themselves
     assert time.process_time() - start < 4
     assert signal.getsignal(signal.SIGVTALRM) == handler
