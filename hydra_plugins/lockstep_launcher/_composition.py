@@ -51,7 +51,7 @@ def composed_jobs(
     Python's collector goes through all that is alive, again and again while thousands of configs
     come to it: here it goes once through those of `COLLECTED` jobs.
     """
-    common, jobs = common_keys(job_overrides), list[Job]()
+    common, jobs, collecting = common_keys(job_overrides), list[Job](), gc.isenabled()
     gc.disable()
     try:
         for number, overrides in enumerate(job_overrides, first):
@@ -60,8 +60,9 @@ def composed_jobs(
                 gc.collect()
                 gc.freeze()
     finally:
-        gc.enable()
         gc.unfreeze()
+        if collecting:
+            gc.enable()
     return jobs
 
 

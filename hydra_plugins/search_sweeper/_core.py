@@ -21,9 +21,8 @@ from lora_exp.config.door import hidden
 from lora_exp.config.keep import goal_of
 from lora_exp.config.overrides import split_override
 from lora_exp.config.resume import NOT_SAVED, REPORTS
-from lora_exp.config.settled import frozen, settled_values
 from lora_exp.config.stopping import measured_metrics
-from lora_exp.config.validation import check
+from lora_exp.config.validation import settle
 from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.files.redaction import redact
 from lora_exp.record.sweep import MULTIRUN
@@ -196,9 +195,7 @@ class _Search:
         choices: Any = OmegaConf.to_container(config.hydra.runtime.choices)
         overrides = list(config.hydra.overrides.task)
         with hidden(config, "hydra") as own:
-            settled = settled_values(own, choices, overrides)
-        check(settled)
-        return frozen(settled)
+            return settle(own, choices, overrides)
 
     def _first_cell(self) -> Trial:
         return Trial(self.presence.present({d.key: d.at(0) for d in self.space.dimensions}))

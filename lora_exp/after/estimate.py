@@ -72,7 +72,6 @@ def estimate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the model's config cannot be loaded.
         TargetError: the config adapts modules that the model does not have.
-        ConfigError: it adapts experts that are in 4 bits.
     """
     quiet()
     config = model_config(cfg)
@@ -187,6 +186,7 @@ def need(cfg: DictConfig, config: Any) -> Need:
 
     Raises:
         TargetError: the config adapts modules that the model does not have.
+        ConfigError: it adapts experts that are in 4 bits.
     """
     if several := process_count(cfg) > 1:
         cfg = _changed(cfg, {}, train=plain(cfg.train) | (divided(cfg) or {}))

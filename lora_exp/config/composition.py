@@ -9,8 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_exp.config.door import CONF
 from lora_exp.config.mistakes import translate_error
-from lora_exp.config.settled import frozen, settled_values
-from lora_exp.config.validation import check
+from lora_exp.config.validation import settle
 from lora_exp.errors import ConfigError
 
 
@@ -39,6 +38,4 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> DictConfig
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
     with open_dict(composed):
         del composed["hydra"]
-    values = settled_values(composed, dict(choices), overrides)  # type: ignore[arg-type]
-    check(values)
-    return frozen(values)
+    return settle(composed, dict(choices), overrides)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ Checks arguments and files, and calls the other checks of this room; what needs 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hydra.types import RunMode
@@ -89,6 +89,13 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
     check(values)
     if faults := list(sweep_faults(hydra, master, sections(values))):
         raise ConfigError(faults)
+    return frozen(values)
+
+
+def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
+    """Return the settled and validated config of a run; see `settled_values` and `check`."""
+    values = settled_values(cfg, choices, overrides)
+    check(values)
     return frozen(values)
 
 

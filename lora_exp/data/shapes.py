@@ -25,6 +25,7 @@ SHAPES: dict[str, set[str]] = {
     "unpaired_preference": {"prompt", "completion", "label"},
     "prompt": {"prompt"},
 }
+LABELLED = "; a column label of 0 and 1 is read with data.format=unpaired_preference"
 MAX_LISTED = 5  # faulty rows that an error lists
 
 
@@ -51,9 +52,6 @@ def list_faults(faults: list[str]) -> str:
     return (
         f"{len(faults)} rows cannot be used (data.on_error=skip leaves them out):\n  {text}{more}"
     )
-
-
-LABELLED = "; a column label of 0 and 1 is read with data.format=unpaired_preference"
 
 
 def shape_of(format: str) -> str:

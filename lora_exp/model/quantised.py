@@ -119,8 +119,9 @@ def quantised_module(model: Any, names: Iterable[str]) -> str | None:
     """
     ends = tuple(f".{name}" for name in names)
     for name, module in model.named_modules():
-        in_floats = all(parameter.is_floating_point() for parameter in module.parameters())
-        if f".{name}".endswith(ends) and not in_floats:
+        if f".{name}".endswith(ends) and not all(
+            p.is_floating_point() for p in module.parameters()
+        ):
             return str(name)
     return None
 

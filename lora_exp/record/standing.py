@@ -25,7 +25,7 @@ from lora_exp.files.strict import dumps
 from lora_exp.files.whole import write_whole
 from lora_exp.record.contents import CHANGED
 
-ALMOST_ALL = 0.9  # of a dense base's layers, quantised in 4 bits
+ALMOST_ALL = 0.9  # of the layers' weights: so much of a dense base is quantised at least
 FAILED = ("failed", "diverged")
 ASIDE = re.compile(rf"\.(not-proven-equal|{CHANGED})\d*$")  # names of directories set aside
 

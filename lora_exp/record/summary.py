@@ -20,8 +20,8 @@ from lora_exp.model.loading import Base
 from lora_exp.record.console import curve, facts, print_and_log, size
 from lora_exp.record.progress import preview
 from lora_exp.record.run import Record
+from lora_exp.record.standing import ALMOST_ALL
 
-ALMOST_ALL = 0.9  # of the layers' weights; below, what is not quantised is named
 FIELDS = (
     "prompt", "completion", "messages", "text", "chosen", "rejected", "label", "tools", "answer",
     "task",

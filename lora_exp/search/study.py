@@ -8,10 +8,10 @@ not been.
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.errors import ConfigError
@@ -66,12 +66,14 @@ def propose(
         assert cells is not None
         return [Trial(values) for values in cells[first : first + max(count, 0)]]
     trials: list[Trial] = []
+    attempts = GP_ATTEMPTS if settings.sampler == "gp" else ATTEMPTS
     with _asking(settings, presence, earlier, evidence) as ask:
         for number in range(first, first + count):
             guess = settings.start[number] if number < len(settings.start) else {}
             seen = {trial.cell for trial in [*earlier, *trials]}
-            rest = points(settings, presence) if cells is None else cells
-            trial = _new(ask, settings, number, guess, seen, admits, rest)
+            even = cells is None or attempts < ATTEMPTS  # else the first that are left
+            rest = chain(points(settings, presence) if even else (), cells or ())
+            trial = _new(ask, number, guess, seen, admits, attempts, rest)
             if trial is None:
                 break
             trials.append(trial)
@@ -110,11 +112,11 @@ def distinct(
 
 def _new(
     ask: Ask,
-    settings: Settings,
     number: int,
     guess: Mapping[str, str],
     seen: Collection[frozenset[tuple[str, str]]],
     admits: Admits,
+    attempts: int,
     rest: Iterable[dict[str, str]],
 ) -> Trial | None:
     """Return a trial that has not been seen (the same again would end the same) and is admitted.
@@ -122,8 +124,7 @@ def _new(
     Raises:
         ConfigError: the guess is not admitted, whatever the values of other keys.
     """
-    by_gp = settings.sampler == "gp"
-    for attempt in range(GP_ATTEMPTS if by_gp else ATTEMPTS):
+    for attempt in range(attempts):
         trial = Trial(ask(number, attempt, guess))
         if trial.cell in seen:
             guess = {}
@@ -132,9 +133,6 @@ def _new(
     if guess:
         text = f"no cell with {' '.join(Trial(guess).overrides)} meets the limits"
         raise ConfigError([("hydra.sweeper.start", f"{text}; leave the guess out")])
-    if by_gp:  # the model's favourites are taken, and the first that are left are all alike
-        rest = [*rest]
-        random.Random(f"{settings.seed} {number}").shuffle(rest)
     left = (Trial(cell) for cell in rest if Trial(cell).cell not in seen and admits(cell))
     return next(left, None)
 
