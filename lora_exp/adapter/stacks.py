@@ -125,5 +125,5 @@ def check_in_floats(adapted: Iterable[str], in_4_bits: Iterable[str]) -> None:
     """
     ends = tuple(f".{name}" for name in adapted)
     if names := sorted(name for name in in_4_bits if f".{name}".endswith(ends)):
-        text = f"peft adapts experts in floats only, and {names[0]} is in 4 bits; give {EXPERTS}=false"
-        raise ConfigError([(EXPERTS, text)])
+        text = f"peft adapts experts in floats only, and {names[0]} is in 4 bits"
+        raise ConfigError([(EXPERTS, f"{text}; give {EXPERTS}=false")])
