@@ -9,6 +9,7 @@ saving        an adapter copied from its run
 combination   several LoRAs become one
 merging       adapters into their base
 prompts       read from files
+routing       another model's choices of experts
 difference    two models on one prompt
 weighted_sum  several LoRAs' updates, from their files
 rounding      what rounded weights change in logits

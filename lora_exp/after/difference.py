@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+
+from lora_exp.after.routing import Routing
 
 AdapterOff = Callable[[], AbstractContextManager[None]]
 
@@ -22,6 +24,12 @@ class Response:
     prompt_length: int  # how many of them are the prompt
     logits_TV: Tensor  # before each next token; float32
     effect: float = 0.0  # the adapter's: the largest difference to the logits without it
+    routing: Routing = field(default_factory=Routing)  # of the pass that computed the logits
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.ids[: self.prompt_length]
 
     @property
     def answer(self) -> list[int]:
@@ -43,7 +51,8 @@ def respond(
         model: any model of transformers, also a classifier.
         prompt: its tokens.
         max_new_tokens: of the answer.
-        reference: another model's response, whose tokens get the logits instead of the answer's.
+        reference: another model's response: its tokens get the logits instead of the answer's,
+            and go to the experts that it chose.
         adapter_off: a context in which the model computes without the adapter; None: a
             PeftModel's own.
     """
@@ -58,14 +67,22 @@ def respond(
     if model.config.is_encoder_decoder:
         output = prompt + output
     response = Response(output, len(prompt), torch.empty(0))
-    logits_TV = _logits(model, reference or response)
+    forced = force(model, reference or response)
     effect = 0.0
     if adapter_off is None and isinstance(model, PeftModel):
         adapter_off = model.disable_adapter
     if reference is None and adapter_off is not None:
         with adapter_off():
-            effect = float((logits_TV - _logits(model, response)).abs().max())
-    return replace(response, logits_TV=logits_TV, effect=effect)
+            effect = float((forced.logits_TV - _logits(model, response)).abs().max())
+    return replace(forced, ids=output, effect=effect)
+
+
+@torch.no_grad()
+def force(model: Any, reference: Response) -> Response:
+    """Compute a model's logits of another's response, whose tokens go to the experts it chose."""
+    with Routing(reference.routing.decisions) as routing:
+        logits_TV = _logits(model, reference)
+    return replace(reference, logits_TV=logits_TV, routing=routing)
 
 
 def _logits(model: Any, response: Response) -> Tensor:
@@ -73,7 +90,7 @@ def _logits(model: Any, response: Response) -> Tensor:
     input_ids = response.ids
     decoder_inputs = {}
     if model.config.is_encoder_decoder:
-        input_ids = response.ids[: response.prompt_length]
+        input_ids = response.prompt
         answer = torch.tensor([response.answer], device=model.device)
         decoder_inputs = {"decoder_input_ids": answer}
     ids = torch.tensor([input_ids], device=model.device)
@@ -90,6 +107,8 @@ class Difference:
     kl: float  # the sum, in nats
     same_top1: int  # positions with the same most likely next token
     same_text: bool
+    experts: int  # that the expected model's routers chose
+    same_experts: int  # of these, those that the other's would have chosen, too
 
 
 def compare(expected: Response, actual: Response) -> Difference:
@@ -103,4 +122,6 @@ def compare(expected: Response, actual: Response) -> Difference:
         float((logprobs_TV.exp() * (logprobs_TV - second.log_softmax(-1))).sum()),
         int((first.argmax(-1) == second.argmax(-1)).sum()),
         expected.answer == actual.answer,
+        actual.routing.chosen,
+        actual.routing.same,
     )

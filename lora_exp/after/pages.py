@@ -18,7 +18,6 @@ from lora_exp.record.ranking import sweep_table
 from lora_exp.record.sweep import read_rows
 
 STATES = {"ok": "green", "warning": "yellow", "wrong": "bold red", "known": ""}
-NOTABLE_ROUNDING = 1e-5  # of a logit
 SHADES = ("", "cyan", "green", "yellow", "bold red")  # of a norm, from none to the largest
 
 
@@ -165,7 +164,7 @@ def models(rows: Iterable[Mapping[str, Any]]) -> RenderableType:
 def proof(report: Mapping[str, Any]) -> RenderableType:
     """Return the page of `lora-exp check --adapter`."""
     rounding = report["rounding"]
-    alone = f"; rounding alone: {rounding:.3g}" if rounding > NOTABLE_ROUNDING else ""
+    alone = f"; rounding alone: {rounding:.3g}" if rounding else ""
     lines = {
         "reference": report["reference"],
         "merged weights": report["dtype"],
@@ -178,11 +177,13 @@ def proof(report: Mapping[str, Any]) -> RenderableType:
         "same next token": f"{report['top1_agreement']:.2%}",
         "same greedy answer": f"{report['same_text']:.0%} of the prompts",
     }
-    verdict = (
-        "the merged model is the adapter on its base"
-        if report["holds"]
-        else "NOT the same model: was it merged from this adapter, into this base?"
-    )
+    if report["same_experts"] is not None:
+        lines["same experts"] = f"{report['same_experts']:.2%}"
+    verdict = "the merged model is the adapter on its base"
+    if report["rounded_off"]:
+        verdict = f"NOT the same model: {report['dtype']} rounds too much; --dtype float32 does not"
+    elif not report["holds"]:
+        verdict = "NOT the same model: was it merged from this adapter, into this base?"
     style = "bold green" if report["holds"] else "bold red"
     return Group(facts("check", lines), Text(verdict, style=style))
 

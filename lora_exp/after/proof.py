@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_exp.after.combination import combine
-from lora_exp.after.difference import AdapterOff, Difference, Response, compare, respond
+from lora_exp.after.difference import AdapterOff, Difference, Response, compare, force, respond
 from lora_exp.after.loading import Loaded, in_floats, load, load_base, tokenizer_of
 from lora_exp.after.merging import identity
 from lora_exp.after.prompts import prompts_of, read
-from lora_exp.after.rounding import allowance, rounding_effect
+from lora_exp.after.rounding import TIMES, rounding_effect
 from lora_exp.after.saved import MERGE_RECORD, Saved, find, read_json
 from lora_exp.after.weighted_sum import WeightedSum
 from lora_exp.data.template import render_chat
@@ -31,10 +31,15 @@ from lora_exp.record.progress import quiet
 from lora_exp.training.answers import room
 
 # what rounding of the merged weights can cause: the largest difference of a logit (in float32
-# absolute, else as a share of the largest logit), and the smallest share of equal top-1 tokens
-TOLERANCE = {"float32": (1e-4, 1.0), "bfloat16": (2e-2, 0.95), "float16": (5e-3, 0.98)}
+# absolute, else as a share of the largest logit), and the smallest shares of equal top-1 tokens and
+# of equal experts
+TOLERANCE = {
+    "float32": (1e-4, 1.0, 0.999), "bfloat16": (2e-2, 0.95, 0.9), "float16": (5e-3, 0.98, 0.97),
+}  # fmt: skip
 SUMS = 1e-3  # instead, where the models compute in float32: 4-bit layers cannot in float64
-SHARE = 0.2  # of the adapter's effect on logits at most, else an unmerged base might pass
+# of the adapter's effect on logits at most: else an unmerged base might pass, and where rounding
+# had to be measured in float32, an update that is 1% too large, which changes twice as much
+SHARE, EXACT_SHARE = 0.2, 0.005
 PROMPTS = (
     "Who are you, and who made you?",
     "Name three colours of the rainbow.",
@@ -59,32 +64,50 @@ class Proof:
     kl: float  # nats a token, of the merged model from the adapter
     top1_agreement: float
     same_text: float  # share of prompts whose greedy answers are equal
+    same_experts: float | None  # share of the experts that routers chose; None: there is no router
     largest_logit: float
     effect: float  # the largest difference that the adapter makes
     dtype: str  # of the merged weights
-    rounding: float  # the largest difference that rounding the weights makes; in float64, else 0
+    rounding: float  # the largest difference that rounding the weights makes; 0: not measured
     computed_in: str  # float64 if the models can: then only the merge differs, not the sums
     reference: str
 
     @property
-    def tolerance(self) -> float:
-        """The largest difference that passes."""
+    def fixed_tolerance(self) -> float:
+        """The largest difference that passes on any architecture."""
+        share, _, _ = TOLERANCE[self.dtype]
         if self.dtype == "float32":
-            share = TOLERANCE["float32"][0] if self.computed_in == "float64" else SUMS
-            share = max(share, allowance(self.rounding, self.effect))
-        else:
-            share = TOLERANCE[self.dtype][0] * self.largest_logit
-        return min(share, SHARE * self.effect) if self.effect else share
+            return share if self.computed_in == "float64" else SUMS
+        return share * self.largest_logit
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference that passes, for what rounding does on this architecture."""
+        exact = self.dtype == "float32"
+        allowed = min(TIMES * self.rounding, (EXACT_SHARE if exact else SHARE) * self.effect)
+        largest = max(self.fixed_tolerance, allowed)
+        return min(largest, SHARE * self.effect) if self.effect else largest
 
     @property
     def holds(self) -> bool:
         """Whether the merged model equals the adapter on its base."""
-        top1_agreement = TOLERANCE[self.dtype][1]
-        return self.max_difference <= self.tolerance and self.top1_agreement >= top1_agreement
+        _, top1_agreement, same_experts = TOLERANCE[self.dtype]
+        return (
+            self.max_difference <= self.tolerance
+            and self.top1_agreement >= top1_agreement
+            and (self.same_experts is None or self.same_experts >= same_experts)
+        )
+
+    @property
+    def rounded_off(self) -> bool:
+        """Whether it fails by no more than rounding to 16 bits alone does to this architecture."""
+        is_rounding = self.max_difference <= TIMES * self.rounding
+        return self.dtype != "float32" and is_rounding and not self.holds
 
     def values(self) -> dict[str, Any]:
         """All values, for JSON."""
-        return asdict(self) | {"tolerance": self.tolerance, "holds": self.holds}
+        verdict = {"holds": self.holds, "rounded_off": self.rounded_off}
+        return asdict(self) | {"tolerance": self.tolerance} | verdict
 
 
 def prove(
@@ -125,18 +148,20 @@ def prove(
         respond(loaded.model, ids, max_new_tokens, adapter_off=adapter_off)
         for ids in tracked(prompt_ids, "adapter on its base")
     ]
-    rounding = rounding_effect(loaded.model, expected) if exact else 0.0
     del loaded, base_model, adapter_off
     gc.collect()
     give_back()
     model = computing_in(precision, load_base(merged_model, None, "none", "float32").model.eval())
     _check_vocabulary(model, expected)
-    differences = []
-    for response in tracked(expected, "merged model"):
-        prompt = response.ids[: response.prompt_length]
-        differences.append(compare(response, respond(model, prompt, max_new_tokens, response)))
-    computed_in = str(precision).removeprefix("torch.")
-    return _proof(expected, differences, rounding, dtype, computed_in, reference)
+    differences = [
+        compare(response, respond(model, response.prompt, max_new_tokens, response))
+        for response in tracked(expected, "merged model")
+    ]
+    proof = _proof(expected, differences, dtype, str(precision).removeprefix("torch."), reference)
+    if proof.max_difference <= proof.fixed_tolerance:
+        return proof
+    forced = [force(model, response) for response in expected]
+    return replace(proof, rounding=rounding_effect(model, forced, getattr(torch, dtype)))
 
 
 def _check_paths(merged_model: Saved, several: list[Saved]) -> None:
@@ -276,13 +301,14 @@ def _check_vocabulary(model: Any, expected: list[Response]) -> None:
 def _proof(
     expected: list[Response],
     differences: list[Difference],
-    rounding: float,
     dtype: str,
     computed_in: str,
     reference: str,
 ) -> Proof:
     tokens = sum(len(response.logits_TV) for response in expected)
     vocabulary = expected[0].logits_TV.shape[1]
+    experts = sum(difference.experts for difference in differences)
+    same_experts = sum(difference.same_experts for difference in differences)
     return Proof(
         prompts=len(expected),
         tokens=tokens,
@@ -291,9 +317,10 @@ def _proof(
         kl=max(0.0, sum(difference.kl for difference in differences) / tokens),
         top1_agreement=sum(difference.same_top1 for difference in differences) / tokens,
         same_text=sum(difference.same_text for difference in differences) / len(differences),
+        same_experts=same_experts / experts if experts else None,
         largest_logit=max(float(response.logits_TV.abs().max()) for response in expected),
         effect=max(response.effect for response in expected),
-        rounding=rounding,
+        rounding=0.0,
         dtype=dtype,
         computed_in=computed_in,
         reference=reference,

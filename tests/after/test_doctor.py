@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_wrong(tmp_path: Path) -> None:
     environment = os.environ | {"LORA_EXP_CACHE": str(folder)}
     done = python("-m", "lora_exp.cli", "doctor", env=environment)
     assert done.returncode == 1
-    assert "set LORA_EXP_CACHE to another folder" in done.stdout
+    assert "set LORA_EXP_CACHE to another folder" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(("key", "state"), [("", "warning"), ("x" * 40, "ok")])

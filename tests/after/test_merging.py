@@ -419,15 +419,18 @@ def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("dtype", "agreement", "holds"),
-    [("float32", 0.9, False), ("float32", 1.0, True), ("bfloat16", 0.96, True)],
-)
-def test_a_merge_that_generates_other_tokens_is_not_proven(
-    dtype: str, agreement: float, holds: bool
+    ("dtype", "agreement", "experts", "holds"),
+    [
+        ("float32", 0.9, None, False), ("float32", 1.0, None, True), ("bfloat16", 0.96, None, True),
+        ("float32", 1.0, 0.99, False), ("bfloat16", 1.0, 0.0, False), ("bfloat16", 1.0, 0.95, True),
+    ],
+)  # fmt: skip
+def test_a_merge_that_generates_other_tokens_or_takes_other_experts_is_not_proven(
+    dtype: str, agreement: float, experts: float | None, holds: bool
 ) -> None:
     proof = Proof(
         prompts=1, tokens=10, max_difference=0, mean_difference=0, kl=0, top1_agreement=agreement,
-        same_text=1, largest_logit=10, effect=1, dtype=dtype, rounding=0, computed_in="float64",
-        reference="it",
+        same_text=1, same_experts=experts, largest_logit=10, effect=1, dtype=dtype, rounding=0,
+        computed_in="float64", reference="it",
     )  # fmt: skip
     assert proof.holds == holds
