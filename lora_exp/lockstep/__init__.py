@@ -5,6 +5,7 @@ state         process-wide state, switched between jobs
 hub           jobs as greenlets, served together
 eligibility   bases and adapters that share passes
 products      which rows share a product
+padding       left out of a pass
 segment       one job's rows in a pass
 probe         rows that show summation order
 classes       numbers of rows computed alike
@@ -14,6 +15,7 @@ linear        a base layer, the jobs' adapters
 outputs       what a body returns
 verification  passes compared with runs alone
 attention     heads computed for each job
+layout        how segments form passes
 layers        a body's forward, layer by layer
 segmentwise   modules run for each job
 fusing        which modules run for all

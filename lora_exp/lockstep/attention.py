@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora_exp.lockstep.replacement import Replacement
-from lora_exp.lockstep.segment import Pass, PerSegment, aligned, split
+from lora_exp.lockstep.segment import Pass, PerSegment, Segment, split
 
 EAGER = "eager_attention_forward"  # transformers' name of it in each model's module
 NAME = "lockstep"  # of `attention` in transformers' list
@@ -54,27 +54,25 @@ def attention(
     streams = (split(t, p.sizes, 2) for t in (query_1HND, key_1HND, value_1HND))
     out = []
     for i, (s, *heads) in enumerate(zip(p.segments, *streams, strict=False)):
-        q, k, v = (_own_heads(t, *s.input_ids_BS.shape) for t in heads)
+        q, k, v = (_own_heads(t, s) for t in heads)
         past = p.own(i, body.pasts)
         if past is not None:
             k, v = past.update(k, v, module.layer_idx)
 
         own = partial(compute, module, q, k, v, **p.own_arguments(i, arguments))
         attended_BSHD = body.in_stream(i, own)[0]
-        out.append(attended_BSHD.reshape(1, s.tokens, *attended_BSHD.shape[2:]))
+        out.append(s.flat(attended_BSHD)[None])
     if p.filling:
         out.append(out[0].new_zeros(1, p.filling, *out[0].shape[2:]))
     return torch.cat(out, 1), None
 
 
-def _own_heads(t_1HND: Tensor, b: int, length: int) -> Tensor:
+def _own_heads(t_1HND: Tensor, s: Segment) -> Tensor:
     """Return a job's heads, [B, H, S, D], laid out in memory as in a run alone."""
-    t = aligned(t_1HND)
-    if t.stride(1) < t.stride(2):  # the tokens come first in memory
-        t_NHD = t.transpose(1, 2)[0]
-        return t_NHD.reshape(b, length, *t_NHD.shape[1:]).transpose(1, 2)
-    t_BHSD = t.reshape(t.shape[1], b, length, t.shape[3]).transpose(0, 1)
-    return t_BHSD.contiguous()
+    tokens_first = t_1HND.stride(1) < t_1HND.stride(2)  # in memory
+    t_BSHD = s.rows(t_1HND.transpose(1, 2))
+    t_BHSD = t_BSHD.transpose(1, 2)
+    return t_BHSD if tokens_first else t_BHSD.contiguous()
 
 
 class FusedAttention(Replacement):
@@ -107,7 +105,7 @@ class FusedAttention(Replacement):
 
 def _positions(p: Pass, value: PerSegment) -> Any:
     def side_by_side(tensors: tuple[Any, ...]) -> Any:
-        return p.side_by_side([s.flat(t)[None] for t, s in zip(tensors, p.segments, strict=True)])
+        return p.side_by_side(tensors)
 
     if isinstance(value.values[0], tuple):
         return tuple(side_by_side(some) for some in zip(*value.values, strict=True))

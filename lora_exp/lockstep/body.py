@@ -22,23 +22,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_exp.lockstep import attention, proof
-from lora_exp.lockstep.classes import LayerSignature, RowClasses
+from lora_exp.lockstep.classes import RowClasses
 from lora_exp.lockstep.eligibility import described, preserved_random_state
 from lora_exp.lockstep.fusing import FusedLayers
 from lora_exp.lockstep.hub import out_of_memory
 from lora_exp.lockstep.layers import Carried, LayerCall, Run, alone, stop_at_layers
+from lora_exp.lockstep.layout import Layout
 from lora_exp.lockstep.linear import Adapter
-from lora_exp.lockstep.products import Sizes, group, on_grid
 from lora_exp.lockstep.rowwise import Unmeasured
-from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
+from lora_exp.lockstep.segment import Pass, PassContext, Segment
 from lora_exp.lockstep.segmentwise import outputs_of
 from lora_exp.lockstep.state import RandomState
 from lora_exp.model.sharing import sharing_copy
 
 log = logging.getLogger("lora_exp")
-Groupings = tuple[LayerGroups | None, ...]  # by layer
-MAX_GROUPINGS = 1000  # combinations of numbers of rows whose groups are cached
-MAX_TOTALS = 64  # different lengths of passes; beyond these, lengths are rounded up to a grid
 
 
 class FusedBody:
@@ -60,12 +57,12 @@ class FusedBody:
         # whether only products are shared, and each job runs its own layers, by proven context
         self.own_layers: dict[PassContext, bool] = {}
         self.classes = RowClasses(str(body.device))
-        # by context and numbers of rows: the filling, and the groups of each layer
-        self.groupings: dict[tuple[PassContext, Sizes], tuple[int, Groupings]] = {}
-        self.totals: set[int] = set()
         layers = FusedLayers(self.body, self)
         self.blocks, self.layers, self.linears = layers.blocks, layers.rowwise, layers.linears
         self.modules = layers.modules
+        # whether a layer mixes tokens by attention alone, which sees no padding
+        self.attends_only = not layers.segmentwise
+        self.layout = Layout(self)
         for module in self.modules:
             if hasattr(module, "gradient_checkpointing"):
                 module._gradient_checkpointing_func = self._checkpoint
@@ -105,7 +102,7 @@ class FusedBody:
             log.debug("lockstep: %s layers: %s", "own" if own_layers else "fused", different)
             for layer in self.layers:
                 layer.signatures.pop(context, None)
-            self.groupings.clear()
+            self.layout.groupings.clear()
         self.distrust(context, str(different))
         return False
 
@@ -124,41 +121,13 @@ class FusedBody:
                 module.gradient_checkpointing = context.checkpointing
 
     def passes(self, segments: list[Segment]) -> list[Pass]:
-        """Return the passes for segments of the current context: one pass, if the norms allow it.
+        """Return the passes for segments of the current context; see `Layout.passes`."""
+        return self.layout.passes(segments)
 
-        New numbers of rows are measured here.
-        """
-        context, sizes = self.context, tuple(s.tokens for s in segments)
-        assert context is not None
-        if self.mode == "bmm" or len(sizes) == 1:
-            return [Pass(segments, 0, None)]
-        if (context, sizes) not in self.groupings:
-            total = sum(sizes)
-            if total not in self.totals and len(self.totals) >= MAX_TOTALS:
-                total = on_grid(total)
-            self.totals.add(total)
-            with preserved_random_state():
-                groupings = self._groupings(context, sizes, total)
-            if len(self.groupings) >= MAX_GROUPINGS:
-                self.groupings.clear()
-            self.groupings[context, sizes] = total - sum(sizes), groupings
-        filling, groupings = self.groupings[context, sizes]
-        rows = sum(sizes) + filling
-        for layer, layer_groups in zip(self.layers, groupings, strict=True):
-            if layer_groups is None or layer_groups.groups[0].is_whole_pass(sizes, rows):
-                continue
-            if not layer.divisible or layer.signatures[context].heads_first:
-                return [Pass([s], 0, None) for s in segments]
-        return [Pass(segments, filling, groupings)]
-
-    def _groupings(self, context: PassContext, sizes: Sizes, total: int) -> Groupings:
-        groupings: dict[LayerSignature | None, LayerGroups | None] = {None: None}
-        signatures = [layer.signatures.get(context) for layer in self.layers]
-        for layer, signature in zip(self.layers, signatures, strict=True):
-            if signature is not None and signature not in groupings:
-                class_of = partial(self.classes.class_of, signature, layer.base)
-                groupings[signature] = LayerGroups(signature.dtype, group(sizes, total, class_of))
-        return tuple(groupings[signature] for signature in signatures)
+    def leaves_out_padding(self, context: PassContext) -> bool:
+        """Return whether passes in a context, which is proven, may leave out padding."""
+        exact = self.mode == "exact" and self.proven.get(context, False)
+        return exact and self.attends_only and not self.own_layers[context]
 
     def count_products(self, p: Pass) -> tuple[int, int]:
         """Return how many of the jobs' products a pass shares, and how many there are."""

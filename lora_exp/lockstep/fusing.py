@@ -28,6 +28,7 @@ class FusedLayers:
         self.blocks: dict[str, Any] = layers_of(body)
         self.rowwise: list[Rowwise] = []
         self.linears: dict[str, FusedLinear] = {}
+        self.segmentwise: list[str] = []  # modules that run for each job by itself
         self.modules = list(body.modules())  # the body's own, which stay
         for name, block in self.blocks.items():
             self._replace_children(name, block)
@@ -52,6 +53,7 @@ class FusedLayers:
                     setattr(parent, leaf, FusedAttention(module, self.fused))
                 elif kind == "other":
                     setattr(parent, leaf, SegmentWise(module, self.fused, name))
+                    self.segmentwise.append(name)
 
     def _replace(self, parent: nn.Module, leaf: str, row: Rowwise) -> None:
         self.rowwise.append(row)

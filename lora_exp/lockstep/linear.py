@@ -91,7 +91,7 @@ class FusedLinear(Rowwise):
         """
         products: list[Tensor | None] = [None] * len(parts)
         for g in self.groups((parts[0].shape[-1],), parts[0].dtype, p):
-            if len(g.members) == 1:
+            if g.own_shape:
                 continue
             inputs = [parts[i].reshape(-1, parts[i].shape[-1]) for i in g.members]
             if filling := g.rows - sum(map(len, inputs)):
@@ -115,7 +115,8 @@ class FusedLinear(Rowwise):
             if layer is not None:
                 own_x, product = (s.rows(t[0] if flat else t) for t in (x, parts[i]))
                 adapted = layer(own_x, product, s)
-                out[i] = adapted.reshape(1, s.tokens, -1)
+                own = adapted if adapted.dim() == 3 else adapted.view(*s.input_ids_BS.shape, -1)
+                out[i] = s.flat(own)[None]
         return torch.cat(out, 1)
 
     def _stacked(self, x_1NC: Tensor, p: Pass) -> Tensor:

@@ -185,7 +185,7 @@ class Pack:
                 return own_forward(**arguments)
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             context = PassContext(ComputeState.now(), body.training, checkpointing)
-            size = arguments["input_ids"].numel()
+            size = self.passes.tokens_of(arguments, context)
             output = self.hub.ask(job, context, size, 0, arguments)
             return own_forward(**arguments) if output is None else output
 

@@ -55,7 +55,8 @@ class Passes:
         self.tapes: dict[int, list[Tape]] = {}  # of each job's passes before their backward
         self.verification = Verification(verify if mode == "exact" else 0, self.members)
         self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0,
-                       "shared forward": 0, "shared backward": 0}  # fmt: skip
+                       "shared forward": 0, "shared backward": 0,
+                       "tokens": 0, "padding left out": 0}  # fmt: skip
         self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
 
     def add(self, job: int, body: Any, base: Any) -> None:
@@ -94,17 +95,26 @@ class Passes:
     def report(self) -> dict[str, Any]:
         """Return the counts of passes, verifications and shared products so far, for run.json."""
         shared = self.counts["together"] / max(1, self.counts["products"])
+        left_out = self.counts["padding left out"] / max(1, self.counts["tokens"])
         return {
             "shared_passes": self.counts["shared forward"],
             "shared_backward_passes": self.counts["shared backward"],
             **self.verification.report(),
             "products_together": round(shared, 4),
+            "padding_left_out": round(left_out, 4),
         }
 
     def why_apart(self, training: bool) -> str | None:
         """Return why jobs share no pass while they train, or are evaluated; None: they do."""
         reasons = self.fused.why_apart.items() if self.fused is not None else ()
         return next((why for context, why in reasons if context.training == training), None)
+
+    def tokens_of(self, arguments: dict[str, Any], context: PassContext) -> int:
+        """Return how many tokens of a call of a body would be in a pass."""
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        leaves_out = self.fused is not None and self.fused.leaves_out_padding(context)
+        is_masked = leaves_out and mask is not None and mask.shape == ids.shape
+        return int(mask.sum() if is_masked else ids.numel())
 
     def serve(self, requests: list[Request]) -> list[Any]:
         """Answer requests with the same key; see `Server`."""
@@ -138,8 +148,7 @@ class Passes:
         result_of = dict(zip(distinct, results, strict=True))
         self.counts["forward"] += 1
         self.counts["most jobs"] = max(self.counts["most jobs"], len(distinct))
-        siblings: list[Tape] = []
-        answers = []
+        siblings, answers = list[Tape](), list[Any]()
         for i, (source, request) in enumerate(zip(sources, requests, strict=True)):
             output, reference = result_of[source]
             request.random = advanced[i].random
@@ -148,8 +157,9 @@ class Passes:
             # jobs that share a result may write into it
             answer = output if source == i else copy.deepcopy(output)
             answer = cut(answer, ends, leaves)
+            segments[i].kept = advanced[i].kept
             if ends:
-                self.trained_tokens[0] += advanced[i].tokens
+                self.trained_tokens[0] += advanced[i].own_tokens
                 siblings.append(Tape(siblings, segments[i], context, ends, leaves, reference))
                 self.tapes[request.job].append(siblings[-1])
             answers.append(answer)
@@ -173,6 +183,9 @@ class Passes:
                 check = self.verification.choose(context, p)
                 outputs = self.fused.forward(p)
                 self.counts["shared forward"] += len(outputs) > 1
+                self.counts["tokens"] += sum(s.own_tokens for s in p.segments)
+                left_out = (s.own_tokens - s.tokens for s in p.segments)
+                self.counts["padding left out"] += sum(left_out)
                 reference: list[list[Tensor] | None] = [None] * len(outputs)
                 if check is not None:
                     since = before[len(results) : len(results) + len(outputs)]
@@ -253,6 +266,9 @@ class Passes:
             for end, leaf in zip(t.ends or (), t.leaves, strict=True)
             if leaf.grad is not None
         ]
+        for s, gradient in ((t.segment, g) for t in tapes for g in t.gradients()):
+            if s.has_padding(gradient):
+                self.verification.record_difference(s.job, "its loss depends on padding")
         checked = [(t, t.reference) for t in tapes if t.reference is not None]
         earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:

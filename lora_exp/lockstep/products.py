@@ -19,18 +19,19 @@ Strategy = Callable[[list[int], Sizes, RowsOf], "list[Group]"]
 
 @dataclass(frozen=True)
 class Group:
-    """Segments that share a product; a single one is computed in its own shape."""
+    """Segments that share a product, or one that is computed in its own shape."""
 
     members: tuple[int, ...]  # their indices in the pass
     rows: int  # of the product; rows beyond those of the members are zeros
+    own_shape: bool = False  # whether the only member is computed as in a run alone
 
     def is_whole_pass(self, segments: Sequence[Any], rows: int) -> bool:
-        """Return whether this product is of all segments of a pass, of which there are several."""
-        return len(self.members) == len(segments) > 1 and self.rows == rows
+        """Return whether this product is of all tokens of a pass, side by side."""
+        return not self.own_shape and len(self.members) == len(segments) and self.rows == rows
 
 
 def group(
-    sizes: tuple[int, ...], total: int, class_of: Callable[[int], str | None]
+    sizes: Sizes, total: int, class_of: Callable[[int], str | None], own_sizes: Sizes | None = None
 ) -> tuple[Group, ...]:
     """Split the segments of a pass into few products of one layer, with the same bits as alone.
 
@@ -38,14 +39,18 @@ def group(
         sizes: each segment's number of rows.
         total: number of rows of the pass, its filling included.
         class_of: the class of a number of rows, which decides its bits; None: never shared.
+        own_sizes: each segment's number of rows in a run alone, if the pass leaves some out.
 
     Returns:
-        Groups that have each segment once: one group of all, with `total` rows, if possible.
+        Groups that have each segment once: one group of all, with `total` rows, if possible. None
+        at all if rows depend on each other, and those left out might matter.
     """
-    all_members = tuple(range(len(sizes)))
-    if len(sizes) == 1:
-        return (Group(all_members, sizes[0]),)
-    classes = [class_of(size) for size in sizes]
+    all_members, own_sizes = tuple(range(len(sizes))), own_sizes or sizes
+    if len(sizes) == 1 and sizes == own_sizes:
+        return (Group(all_members, sizes[0], own_shape=True),)
+    classes = [class_of(size) for size in own_sizes]
+    if None in classes and sizes != own_sizes:
+        return ()
     if None not in classes and set(classes) == {class_of(total)}:
         return (Group(all_members, total),)
     groups: list[Group] = []
@@ -61,7 +66,10 @@ def group(
             [strategy(same_class, sizes, rows_of) for strategy in strategies], key=len
         )
         groups += fewest
-    return tuple(groups)
+    return tuple(
+        Group(g.members, own_sizes[g.members[0]], own_shape=True) if len(g.members) == 1 else g
+        for g in groups
+    )
 
 
 def _alone(same_class: list[int], sizes: Sizes, rows_of: RowsOf) -> list[Group]:

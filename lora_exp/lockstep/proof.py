@@ -21,8 +21,10 @@ from lora_exp.lockstep.rowwise import Unmeasured
 from lora_exp.lockstep.segment import CACHES, Pass, Segment
 from lora_exp.lockstep.state import PLAIN, ComputeState, RandomState
 
-# rows, tokens and padding of the jobs in a test pass; one token a row, as in generation, is in it
-SHAPES = [(2, 9, 3), (1, 40, 0), (3, 21, 5), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
+# rows, tokens and padding of the jobs in a test pass: on the left of the first row, where a mask is
+# needed, and on the right of the last. One token a row, as in generation, is in it, and in all so
+# much padding that it is left out where it may be
+SHAPES = [(2, 9, 4), (1, 40, 0), (3, 21, 9), (1, 1, 0), (16, 1, 0), (5, 2, 1)]
 # operations whose result for one number depends on that number alone, rounded as IEEE 754 says
 ONE_BY_ONE = frozenset(
     {
@@ -69,7 +71,7 @@ def difference(fused: Any) -> str | None:
         s.random.restore()
         with _embeddings(fused) as embedded:
             output = fused.reference(**s.arguments)
-        expected.append((output, *_gradients([output], embedded)))
+        expected.append((output, *_gradients([s], [output], embedded)))
     with OneByOne(fused):  # its results may differ: autocast acts in other places
         fused.forward(Pass([copy.copy(segments[0])], 0, None))
     for s, own in zip(segments, expected, strict=True):
@@ -86,7 +88,7 @@ def _shared_difference(
     copies = [copy.copy(s) for s in segments]
     with _embeddings(fused) as embedded:
         outputs = [output for p in fused.passes(copies) for output in fused.forward(p)]
-    gradients = _gradients(outputs, embedded)
+    gradients = _gradients(segments, outputs, embedded)
     for i, (s, output) in enumerate(zip(segments, outputs, strict=True)):
         if not _equal(s, output, expected[i][0], fused.mode):
             return "a pass over several jobs' random tokens differs from the body's own forward"
@@ -125,16 +127,27 @@ def _embeddings(fused: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _gradients(outputs: list[Any], embedded: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the gradients of random sums of all outputs; none where gradients are off."""
+def _gradients(
+    segments: list[Segment], outputs: list[Any], embedded: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of random sums of all outputs but those of padding.
+
+    Returns:
+        The gradients of the embeddings; none where gradients are off.
+    """
     if not embedded:
         return ()
-    tensors = [x for output in outputs for x in tensors_of(output) if x.requires_grad]
-    drawn = [torch.Generator(x.device).manual_seed(x.numel()) for x in tensors]
-    weights = [
-        torch.randn(x.shape, generator=g, device=x.device).to(x.dtype)
-        for x, g in zip(tensors, drawn, strict=True)
-    ]
+    tensors, weights = [], []
+    for s, output in zip(segments, outputs, strict=True):
+        for x in tensors_of(output):
+            if not x.requires_grad:
+                continue
+            drawn = torch.Generator(x.device).manual_seed(x.numel())
+            weight = torch.randn(x.shape, generator=drawn, device=x.device).to(x.dtype)
+            if s.attention_mask is not None and x.shape[:2] == s.attention_mask.shape:
+                weight[s.attention_mask == 0] = 0
+            tensors.append(x)
+            weights.append(weight)
     modes = ComputeState.now()
     PLAIN.restore()  # backward runs outside autocast
     try:
@@ -154,7 +167,8 @@ def _segment(fused: Any, job: int, b: int, length: int, padding: int) -> Segment
     device, config = fused.reference.device, fused.reference.config.get_text_config()
     ids = torch.randint(config.vocab_size, (b, length), device=device)
     mask = torch.ones_like(ids)
-    mask[0, :padding] = 0  # on the left, where a mask is needed
+    mask[0, :padding] = 0
+    mask[-1, length - padding :] = 0
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     arguments["use_cache"] = not fused.context.compute_state.grad
     if hasattr(config, "output_router_logits"):  # of a mixture of experts, for its balance loss

@@ -103,7 +103,7 @@ class Rowwise(Replacement):
         undivided = not self.divisible or heads_first
         if len(p.segments) > 1 and undivided:
             raise Unmeasured(f"{type(self.base).__name__} is given {dtype}")
-        return tuple(Group((i,), s.tokens) for i, s in enumerate(p.segments))
+        return tuple(Group((i,), s.own_tokens, own_shape=True) for i, s in enumerate(p.segments))
 
     def _grouped(
         self, x_1NC: Tensor, p: Pass, groups: tuple[Group, ...], flat: bool
@@ -111,11 +111,12 @@ class Rowwise(Replacement):
         parts = split(x_1NC, p.sizes)
         out = parts[:]
         for g in groups:
-            if len(g.members) == 1:
+            if g.own_shape:
                 (i,) = g.members
                 s = p.segments[i]
                 y = self.base(s.rows(parts[i][0] if flat else parts[i]))
-                out[i] = y.reshape(1, s.tokens, *y.shape[1 if flat else 2 :])
+                own = y.view(*s.input_ids_BS.shape, *y.shape[1:]) if flat else y
+                out[i] = s.flat(own)[None]
                 continue
             inputs = [parts[i] for i in g.members]
             filling = g.rows - sum(p.sizes[i] for i in g.members)

@@ -1,6 +1,7 @@
 """A pass: the rows of several jobs, how they are computed, and which products they share.
 
 Shapes: N tokens of all jobs; B rows, S tokens a row of one job; H heads, D head size; C channels.
+Where a pass leaves out the padding of a job's rows, N has fewer of its tokens than B S.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_exp.lockstep.padding import Kept
 from lora_exp.lockstep.products import Group
 from lora_exp.lockstep.state import ComputeState, RandomState
 
@@ -39,6 +41,7 @@ class Segment:
     job: int
     arguments: dict[str, Any]  # of the call of the job's body
     random: RandomState  # the job's stream, from which its dropout draws
+    kept: Kept | None = None  # the tokens that the pass has; None: all
 
     @property
     def input_ids_BS(self) -> Tensor:
@@ -62,10 +65,19 @@ class Segment:
         names = [name for name in CACHES if self.arguments.get(name) is not None]
         return self.arguments | dict.fromkeys(names, past)
 
-    @cached_property
+    @property
     def tokens(self) -> int:
-        """Return how many tokens the rows have."""
+        """Return how many tokens of the rows the pass has."""
+        return self.own_tokens if self.kept is None else len(self.kept.tokens_N)
+
+    @property
+    def own_tokens(self) -> int:
+        """Return how many tokens the rows have, padding included: those of a run alone."""
         return self.input_ids_BS.numel()
+
+    def leave_out_padding(self) -> None:
+        """Let the pass have only the tokens that are no padding."""
+        self.kept = Kept.of(self.attention_mask, self.input_ids_BS.shape)
 
     def equals_request(self, other: Segment) -> bool:
         """Return whether the other segment has the same inputs, and no cache."""
@@ -84,15 +96,28 @@ class Segment:
         )
 
     def rows(self, x_1NC: Tensor) -> Tensor:
-        """Return this segment's tokens in the shape of its own job: [B, S, C], or [B S, C]."""
-        if x_1NC.dim() == 2:
-            return aligned(x_1NC)
-        return aligned(x_1NC).view(*self.input_ids_BS.shape, *x_1NC.shape[2:])
+        """Return this segment's tokens in the shape of its own job: [B, S, C], or [B S, C].
+
+        Padding that the pass has left out is zero.
+        """
+        is_flat = x_1NC.dim() == 2
+        if self.kept is None:
+            x = aligned(x_1NC)
+        else:
+            x = self.kept.padded(x_1NC if is_flat else x_1NC[0])
+        return x if is_flat else x.view(*self.input_ids_BS.shape, *x_1NC.shape[2:])
+
+    def has_padding(self, gradient: Tensor | None) -> bool:
+        """Return whether a gradient of hidden states has one of padding that the pass left out."""
+        if self.kept is None or gradient is None or gradient.shape[:2] != self.input_ids_BS.shape:
+            return False
+        return bool(gradient.flatten(0, 1)[self.kept.padding].any())
 
     def flat(self, x_BS: Tensor) -> Tensor:
-        """Return values of this segment's tokens, or of one row for all, side by side, [B S]."""
+        """Return values of this segment's tokens, or of one row for all, side by side, [N]."""
         b, length = self.input_ids_BS.shape
-        return x_BS.expand(b, length, *x_BS.shape[2:]).reshape(b * length, *x_BS.shape[2:])
+        x_M = x_BS.expand(b, length, *x_BS.shape[2:]).reshape(b * length, *x_BS.shape[2:])
+        return x_M if self.kept is None else self.kept.unpadded(x_M)
 
 
 @dataclass(frozen=True)
@@ -130,7 +155,7 @@ class Pass:
 
     def products_of(self, index: int) -> set[tuple[int, int]]:
         """Return the pairs (rows of a segment, rows of a product that it is part of)."""
-        rows = self.segments[index].tokens
+        rows = self.segments[index].own_tokens
         distinct = {id(s): s for s in self.layer_groups or () if s is not None}.values()
         groups = (g for s in distinct for g in s.groups if index in g.members)
         return {(rows, g.rows) for g in groups} or {(rows, rows)}
@@ -178,13 +203,14 @@ class Pass:
             return PerSegment(tuple(values))
         if all(v.dim() == 3 and v.shape[:2] == s.input_ids_BS.shape for v, s in self._with(values)):
             return self.side_by_side(values)
-        if all(v.dim() == 2 and v.shape[0] == s.tokens for v, s in self._with(values)):
-            return self.side_by_side([v[None] for v in values])[0]
+        if all(v.dim() == 2 and v.shape[0] == s.own_tokens for v, s in self._with(values)):
+            own = [v.view(*s.input_ids_BS.shape, -1) for v, s in self._with(values)]
+            return self.side_by_side(own)[0]
         return PerSegment(tuple(values))
 
     def side_by_side(self, values: Sequence[Tensor]) -> Tensor:
-        """Return values of each segment's tokens as those of the pass, [1, N, ...]."""
-        parts = [v.reshape(1, s.tokens, *v.shape[2:]) for v, s in self._with(values)]
+        """Return values of each segment's own tokens, [B, S, ...], as those of the pass."""
+        parts = [s.flat(v)[None] for v, s in self._with(values)]
         if self.filling:
             parts.append(parts[0].new_zeros(1, self.filling, *parts[0].shape[2:]))
         return torch.cat(parts, 1)

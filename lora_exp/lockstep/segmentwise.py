@@ -82,7 +82,7 @@ def _products(body: Any, answers: list[Any]) -> list[Tensor | None]:
         return alone
     parts: list[Tensor] = [answer.rows for answer in answers]
     for x, s in zip(parts, p.segments, strict=True):
-        in_shape = x.shape[:-1] in (s.input_ids_BS.shape, (s.tokens,))
+        in_shape = x.shape[:-1] in (s.input_ids_BS.shape, (s.own_tokens,))
         # another kernel may compute the product of rows that do not lie side by side in memory
         if not in_shape or not x.is_contiguous() or x.dtype != parts[0].dtype:
             return alone

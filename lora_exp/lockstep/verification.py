@@ -109,7 +109,7 @@ class Verification:
         new = [i for i, own in enumerate(keys) if not own <= self._verified_keys]
         first = not any(context == verified for verified, _ in self._verified_keys)
         index = new[0] if new else drawn
-        cost = self._tokens[1] + p.segments[index].tokens
+        cost = self._tokens[1] + p.segments[index].own_tokens
         if not (due or first or (new and cost <= BUDGET * self._tokens[0])):
             return None
         past = p.segments[index].past
@@ -140,7 +140,7 @@ class Verification:
             log.info("lockstep: a pass is not verified: %s", error)
             return None
         self.verified += 1
-        self._tokens[1] += s.tokens
+        self._tokens[1] += s.own_tokens
         self._verified_keys |= check.keys
         pairs = list(zip(tensors_of(output), alone, strict=True))
         differing = [
@@ -151,12 +151,12 @@ class Verification:
         if differing:
             count, total = differing[0]
             fused.classes.forget()
-            self._record_difference(s.job, f"{count} of {total} hidden values differ")
+            self.record_difference(s.job, f"{count} of {total} hidden values differ")
             try:
                 where = _first_layer(check, before, self.members[s.job], context, fused)
             except Exception as error:  # the difference is already recorded
                 where = f"its layer is not known ({error})"
-            self._record_difference(s.job, where)
+            self.record_difference(s.job, where)
             return None
         return [t for t in alone if t.requires_grad] or None
 
@@ -193,10 +193,10 @@ class Verification:
             if expected is not None and (count := count_differences(trained[name].grad, expected)):
                 fused.classes.forget()
                 text = f"{count} of {expected.numel()} gradients of {name} differ"
-                self._record_difference(job, f"{text}, those of later layers do not")
+                self.record_difference(job, f"{text}, those of later layers do not")
                 return
 
-    def _record_difference(self, job: int, what: str) -> None:
+    def record_difference(self, job: int, what: str) -> None:
         """Record that a pass differs from the run alone; the job shares no further pass."""
         self.excluded.add(job)
         self.differences.append(f"pass {self.passes}: {what}")
@@ -236,7 +236,9 @@ def _first_layer(
     def compare(name: str, output: Tensor) -> None:
         reference = expected.pop(name, None)
         if reference is not None and not differing and output.shape[:2] == (1, sum(p.sizes)):
-            part = split(output, p.sizes)[check.index]
+            part, own = split(output, p.sizes)[check.index], p.segments[check.index]
+            if reference.shape[:2] == own.input_ids_BS.shape:
+                reference = own.flat(reference)
             if part.numel() == reference.numel() and count_differences(
                 part.reshape(reference.shape), reference
             ):

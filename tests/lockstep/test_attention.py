@@ -16,11 +16,12 @@ from tests.lockstep.test_segment import segments
 
 def test_a_jobs_heads_lie_in_memory_as_in_a_run_alone() -> None:
     x_1NHD = torch.randn(1, 10, 4, 16)  # as projected: the tokens come first
-    heads = _own_heads(x_1NHD.transpose(1, 2), 2, 5)
+    (s,) = segments((2, 5))
+    heads = _own_heads(x_1NHD.transpose(1, 2), s)
     alone = x_1NHD.view(2, 5, 4, 16).transpose(1, 2)
     assert torch.equal(heads, alone)
     assert heads.stride() == alone.stride()
-    contiguous = _own_heads(x_1NHD.transpose(1, 2).contiguous(), 2, 5)
+    contiguous = _own_heads(x_1NHD.transpose(1, 2).contiguous(), s)
     assert torch.equal(contiguous, alone)
     assert contiguous.is_contiguous()
 

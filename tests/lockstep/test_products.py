@@ -34,12 +34,26 @@ def test_a_pass_that_is_filled_up_keeps_its_filling() -> None:
 
 
 def test_a_single_segment_is_its_own_product() -> None:
-    assert group((5,), 5, lambda _: None) == (Group((0,), 5),)
+    assert group((5,), 5, lambda _: None) == (Group((0,), 5, own_shape=True),)
 
 
 def test_a_segment_without_a_class_is_computed_alone() -> None:
     groups = group((13, 16, 16), 45, lambda rows: "a" if rows % 4 == 0 else None)
-    assert groups == (Group((0,), 13), Group((1, 2), 32))
+    assert groups == (Group((0,), 13, own_shape=True), Group((1, 2), 32))
+
+
+def test_padding_is_left_out_in_the_class_that_the_rows_have_with_it() -> None:
+    bands = [(1, "few"), (37, "a"), (192, "many")]
+    groups = group((20, 30), 56, lambda rows: class_of(bands, rows), own_sizes=(60, 70))
+    assert groups == (Group((0, 1), 56),)
+    (alone,) = group((20,), 40, lambda rows: class_of(bands, rows), own_sizes=(60,))
+    assert alone == Group((0,), 40)
+    (alone,) = group((20,), 20, lambda rows: class_of(bands, rows), own_sizes=(60,))
+    assert alone == Group((0,), 60, own_shape=True)
+
+
+def test_padding_stays_where_rows_depend_on_each_other() -> None:
+    assert group((20, 30), 56, lambda _: None, own_sizes=(60, 70)) == ()
 
 
 def test_two_classes_are_two_products() -> None:
