@@ -113,8 +113,8 @@ class Passes:
         """Return how many tokens of a call of a body would be in a pass."""
         ids, mask = arguments["input_ids"], arguments.get("attention_mask")
         leaves_out = self.fused is not None and self.fused.leaves_out_padding(context)
-        is_masked = leaves_out and mask is not None and mask.shape == ids.shape
-        return int(mask.sum() if is_masked else ids.numel())
+        is_masked = mask is not None and mask.shape == ids.shape
+        return int(mask.sum() if leaves_out and mask is not None and is_masked else ids.numel())
 
     def serve(self, requests: list[Request]) -> list[Any]:
         """Answer requests with the same key; see `Server`."""
