@@ -30,11 +30,12 @@ class Kept:
         """
         if mask is None or mask.shape != shape:
             return None
-        mask_M = mask.reshape(-1) != 0
+        mask_M = (mask.reshape(-1) != 0).cpu()  # the device is waited for once
         tokens_N, padding = mask_M.nonzero()[:, 0], (~mask_M).nonzero()[:, 0]
         if not len(padding) or not len(tokens_N):
             return None
-        return cls(tokens_N, (mask_M.cumsum(0) - 1).clamp_(min=0), padding)
+        sources_M = (mask_M.cumsum(0) - 1).clamp_(min=0)
+        return cls(*(t.to(mask.device) for t in (tokens_N, sources_M, padding)))
 
     def padded(self, x: Tensor) -> Tensor:
         """Return tokens, [N, ...], in their places in the job's own shape, [M, ...]; else zeros."""

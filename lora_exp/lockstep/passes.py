@@ -20,7 +20,7 @@ from lora_exp.lockstep.eligibility import described
 from lora_exp.lockstep.hub import Request, out_of_memory
 from lora_exp.lockstep.outputs import cut, snapshot
 from lora_exp.lockstep.rowwise import Unmeasured
-from lora_exp.lockstep.segment import PassContext, Segment
+from lora_exp.lockstep.segment import PassContext, Segment, jobs_that_read_padding
 from lora_exp.lockstep.state import PLAIN
 from lora_exp.lockstep.verification import Member, Verification
 
@@ -266,9 +266,8 @@ class Passes:
             for end, leaf in zip(t.ends or (), t.leaves, strict=True)
             if leaf.grad is not None
         ]
-        for s, gradient in ((t.segment, g) for t in tapes for g in t.gradients()):
-            if s.has_padding(gradient):
-                self.verification.record_difference(s.job, "its loss depends on padding")
+        for job in jobs_that_read_padding((t.segment, g) for t in tapes for g in t.gradients()):
+            self.verification.record_difference(job, "its loss depends on padding")
         checked = [(t, t.reference) for t in tapes if t.reference is not None]
         earlier = [self.members[t.segment.job].gradients() for t, _ in checked]
         try:

@@ -6,7 +6,7 @@ Where a pass leaves out the padding of a job's rows, N has fewer of its tokens t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,12 +106,6 @@ class Segment:
         else:
             x = self.kept.padded(x_1NC if is_flat else x_1NC[0])
         return x if is_flat else x.view(*self.input_ids_BS.shape, *x_1NC.shape[2:])
-
-    def has_padding(self, gradient: Tensor | None) -> bool:
-        """Return whether a gradient of hidden states has one of padding that the pass left out."""
-        if self.kept is None or gradient is None or gradient.shape[:2] != self.input_ids_BS.shape:
-            return False
-        return bool(gradient.flatten(0, 1)[self.kept.padding].any())
 
     def flat(self, x_BS: Tensor) -> Tensor:
         """Return values of this segment's tokens, or of one row for all, side by side, [N]."""
@@ -217,6 +211,23 @@ class Pass:
 
     def _with(self, values: Sequence[Any]) -> list[tuple[Any, Segment]]:
         return list(zip(values, self.segments, strict=True))
+
+
+def jobs_that_read_padding(gradients: Iterable[tuple[Segment, Tensor | None]]) -> list[int]:
+    """Return the jobs whose hidden states have a gradient at padding that the pass left out.
+
+    Args:
+        gradients: of segments' hidden states, [B, S, C]; others are passed over.
+    """
+    found = [
+        (s.job, g.flatten(0, 1)[s.kept.padding].any())
+        for s, g in gradients
+        if s.kept is not None and g is not None and g.shape[:2] == s.input_ids_BS.shape
+    ]
+    if not found:
+        return []
+    flags = torch.stack([flag for _, flag in found]).tolist()  # the device is waited for once
+    return [job for (job, _), flag in zip(found, flags, strict=True) if flag]
 
 
 def aligned(x: Tensor) -> Tensor:
