@@ -23,7 +23,8 @@ class Response:
     ids: list[int]  # prompt and answer
     prompt_length: int  # how many of them are the prompt
     logits_TV: Tensor  # before each next token; float32
-    effect: float = 0.0  # the adapter's: the largest difference to the logits without it
+    effect: float = 0.0  # the adapter's: the largest difference to the logits without it, whose
+    # tokens go to the same experts
     routing: Routing = field(default_factory=Routing)  # of the pass that computed the logits
 
     @property
@@ -73,7 +74,7 @@ def respond(
         adapter_off = model.disable_adapter
     if reference is None and adapter_off is not None:
         with adapter_off():
-            effect = float((forced.logits_TV - _logits(model, response)).abs().max())
+            effect = float((forced.logits_TV - force(model, forced).logits_TV).abs().max())
     return replace(forced, ids=output, effect=effect)
 
 

@@ -9,7 +9,6 @@ import torch
 
 from lora_exp.after.difference import Response, compare, force
 
-DRAWS = 2
 TIMES = 4  # the largest of other draws, and of other tokens
 
 
@@ -26,11 +25,8 @@ def rounding_effect(model: Any, responses: Sequence[Response], dtype: torch.dtyp
         dtype: of the merged weights.
     """
     unit = torch.finfo(dtype).eps / 2  # the largest relative error of a rounded number
-    largest, generator = 0.0, torch.Generator(model.device).manual_seed(0)
-    for _ in range(DRAWS):
-        for parameter in model.parameters():
-            error = torch.empty_like(parameter).uniform_(-unit, unit, generator=generator)
-            parameter.mul_(1 + error)
-        for response in responses:
-            largest = max(largest, compare(response, force(model, response)).largest)
-    return largest
+    generator = torch.Generator(model.device).manual_seed(0)
+    for parameter in model.parameters():
+        error = torch.empty_like(parameter).uniform_(-unit, unit, generator=generator)
+        parameter.mul_(1 + error)
+    return max(compare(response, force(model, response)).largest for response in responses)

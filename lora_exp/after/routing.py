@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_exp.errors import AdapterError
 
 aten = torch.ops.aten
 CHOICES = {aten.topk.default, aten.max.dim, aten.argmax.default}
@@ -15,6 +17,7 @@ COMPARISONS = {
     getattr(getattr(aten, name), kind) for name in ("gt", "ge", "lt", "le")
     for kind in ("Tensor", "Scalar")
 }  # fmt: skip
+Decision = tuple[Any, Tensor]  # the operation, and its indices or the result of its comparison
 
 
 class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -26,46 +29,73 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     logits depend continuously on the weights; the scores of what was chosen are the model's own.
     """
 
-    def __init__(self, replayed: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, replayed: Sequence[Decision] = ()) -> None:
         """Record decisions.
 
         Args:
-            replayed: the `decisions` of another model on the same tokens, taken instead of the
-                model's own; one of another shape is not.
+            replayed: the `decisions` of another model on the same tokens, which are taken instead
+                of the model's own; none: the model's own are.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.decisions: list[Tensor] = []  # as taken: indices, or the results of comparisons
-        self.chosen = 0  # replayed indices
+        self.decisions: list[Decision] = []  # as they were taken
+        self.chosen = 0  # replayed indices, of choices that could have been others
         self.same = 0  # of these, those that the model would have chosen, too
-        self._replayed: Iterator[Tensor] = iter(replayed or ())
+        self._replayed = replayed
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Carry out an operation; of a decision, return the replayed one."""
         output = function(*args, **(kwargs or {}))
-        is_choice = function in CHOICES
-        if not (is_choice or function in COMPARISONS) or not args[0].is_floating_point():
+        decides = function in CHOICES or function in COMPARISONS
+        if not decides or not args[0].is_floating_point():
             return output
         own = output[1] if isinstance(output, tuple) else output
-        other = next(self._replayed, None)
-        if other is None or other.shape != own.shape:
-            self.decisions.append(own)
+        taken = self._taken(function, own) if self._replayed else own
+        self.decisions.append((function, taken.clone()))  # the model may write into its own
+        if taken is own:
             return output
-        self.decisions.append(other)
-        if not is_choice:
-            return other
-        self.chosen += own.numel()
+        if function in COMPARISONS:
+            return taken
+        self._count(function, args, own, taken)
+        if own is output:
+            return taken
+        dim = args[2] if len(args) > 2 and function is aten.topk.default else -1
+        if function is aten.max.dim:
+            return _scores(args[0], taken, *args[1:]), taken
+        return args[0].gather(dim, taken), taken
+
+    def _taken(self, function: Any, own: Tensor) -> Tensor:
+        """Return a copy of the replayed decision that is the next one.
+
+        Raises:
+            AdapterError: the other model has decided something else there.
+        """
+        number = len(self.decisions)
+        if number < len(self._replayed):
+            operation, taken = self._replayed[number]
+            if operation is function and taken.shape == own.shape:
+                return taken.to(own.device, copy=True)
+        text = "it decides otherwise on the way to its logits than the adapter on its base"
+        raise AdapterError(f"the merged model is another one: {text} (decision {number + 1})")
+
+    def _count(self, function: Any, args: Any, own: Tensor, taken: Tensor) -> None:
+        """Count the choices that are equal; not those of all there is, or among masked ones."""
+        scores = args[0]
         if function is not aten.topk.default:
-            self.same += int((own == other).sum())
-            return other if own is output else (_values(args[0], other, *args[1:]), other)
+            self.chosen += own.numel()
+            self.same += int((own == taken).sum())
+            return
         dim = args[2] if len(args) > 2 else -1
-        is_chosen = torch.zeros_like(args[0], dtype=torch.bool).scatter(dim, other, True)
-        self.same += int(is_chosen.gather(dim, own).sum())
-        return args[0].gather(dim, other), other
+        if own.shape[dim] == scores.shape[dim]:
+            return
+        among_taken = torch.zeros_like(scores, dtype=torch.bool).scatter(dim, taken, True)
+        finite = scores.gather(dim, own).isfinite()
+        self.chosen += int(finite.sum())
+        self.same += int((among_taken.gather(dim, own) & finite).sum())
 
 
-def _values(scores: Tensor, indices: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+def _scores(scores: Tensor, indices: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     """Return the scores at the indices that `max` returned along a dimension."""
     if keepdim:
         return scores.gather(dim, indices)

@@ -62,6 +62,8 @@ class FusedBody:
         self.modules = layers.modules
         # whether a layer mixes tokens by attention alone, which sees no padding
         self.attends_only = not layers.segmentwise
+        self.keeps_padding: set[PassContext] = set()  # where no proof has left it out
+        self.reads_padding: set[int] = set()  # jobs whose trainers may read hidden states of it
         self.layout = Layout(self)
         for module in self.modules:
             if hasattr(module, "gradient_checkpointing"):
@@ -126,8 +128,18 @@ class FusedBody:
 
     def leaves_out_padding(self, context: PassContext) -> bool:
         """Return whether passes in a context, which is proven, may leave out padding."""
-        exact = self.mode == "exact" and self.proven.get(context, False)
-        return exact and self.attends_only and not self.own_layers[context]
+        if self.mode != "exact" or not self.proven.get(context, False):
+            return False
+        is_shared = self.attends_only and not self.own_layers[context]
+        return is_shared and context not in self.keeps_padding
+
+    def tokens_of(self, job: int, arguments: dict[str, Any], context: PassContext) -> int:
+        """Return how many tokens of a call of a job's body would be in a pass."""
+        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+        keeps = not self.leaves_out_padding(context) or job in self.reads_padding
+        if keeps or mask is None or mask.shape != ids.shape:
+            return int(ids.numel())
+        return int((mask != 0).sum())
 
     def count_products(self, p: Pass) -> tuple[int, int]:
         """Return how many of the jobs' products a pass shares, and how many there are."""
@@ -151,6 +163,7 @@ class FusedBody:
     def detach(self, job: int) -> None:
         """Remove a job."""
         self.jobs.pop(job, None)
+        self.reads_padding.discard(job)
         for linear in self.linears.values():
             linear.adapters.pop(job, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ from lora_exp.lockstep.state import RandomState
 
 ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
 CAPTURING = "transformers.utils.output_capturing"
+# trainers whose losses and metrics mask padding: those of conf/algorithm
+MASKING = frozenset(
+    f"{name}Trainer" for name in ("SFT", "Reward", "DPO", "KTO", "GRPO", "RLOO", "PPO")
+)
 REQUIRES_GRAD = "make_inputs_require_grads"  # transformers' name of it
 
 
@@ -33,6 +38,13 @@ def base_obstacle(model: Any) -> str | None:
     if not any(isinstance(m, LINEAR) for layer in layers.values() for m in layer.modules()):
         return f"{type(next(iter(layers.values()))).__name__} has no linear layer"
     return None
+
+
+def reads_padding(trainer: Any) -> bool:
+    """Return whether a trainer may read hidden states of padding: unknown ones may."""
+    modules = {c.__module__.partition(".")[0] for c in type(trainer).__mro__}
+    known = modules <= {"lora_exp", "trl", "transformers", *sys.stdlib_module_names}
+    return not known or not any(c.__name__ in MASKING for c in type(trainer).__mro__)
 
 
 def fused_kinds(body: Any) -> dict[str, str]:

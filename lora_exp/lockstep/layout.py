@@ -47,16 +47,20 @@ class Layout:
 
     def _without_padding(self, segments: list[Segment]) -> Pass | None:
         """Return one pass that leaves out padding; None: it may not, or saves little."""
-        if not self.body.attends_only or self.body.own_layers[self.body.context]:
+        context = self.body.context
+        may = self.body.attends_only and not self.body.own_layers[context]
+        if not may or context in self.body.keeps_padding:
             return None
         for s in segments:
-            s.leave_out_padding()
+            if s.job not in self.body.reads_padding:
+                s.leave_out_padding()
         most = MOST_KEPT * sum(s.own_tokens for s in segments)
         p = self._shared(segments) if sum(s.tokens for s in segments) <= most else None
-        if p is None:
-            for s in segments:
-                s.kept = None
-        return p
+        if p is not None and p.most_rows <= most:
+            return p
+        for s in segments:
+            s.kept = None
+        return None
 
     def _shared(self, segments: list[Segment]) -> Pass | None:
         """Return one pass for segments of the current context; None: a norm would not be exact."""

@@ -27,6 +27,7 @@ from lora_exp.lockstep.eligibility import (
     described,
     fused_kinds,
     hooked,
+    reads_padding,
 )
 from lora_exp.lockstep.hub import Hub, out_of_memory
 from lora_exp.lockstep.passes import Passes
@@ -100,7 +101,7 @@ class Pack:
             try:
                 loss = loss_bytes(trainer)
                 self.job_bytes[job] = training_bytes(trainer) - loss
-                self.passes.add(job, body, self._base.model.base_model)
+                self.passes.add(job, body, self._base.model.base_model, reads_padding(trainer))
             except Exception as error:
                 if out_of_memory(error):
                     raise
@@ -185,7 +186,8 @@ class Pack:
                 return own_forward(**arguments)
             checkpointing = grad and any(m.gradient_checkpointing and m.training for m in layers)
             context = PassContext(ComputeState.now(), body.training, checkpointing)
-            size = self.passes.tokens_of(arguments, context)
+            assert self.passes.fused is not None
+            size = self.passes.fused.tokens_of(job, arguments, context)
             output = self.hub.ask(job, context, size, 0, arguments)
             return own_forward(**arguments) if output is None else output
 

@@ -59,18 +59,21 @@ class Passes:
                        "tokens": 0, "padding left out": 0}  # fmt: skip
         self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
 
-    def add(self, job: int, body: Any, base: Any) -> None:
+    def add(self, job: int, body: Any, base: Any, reads_padding: bool) -> None:
         """Add a job.
 
         Args:
             job: the job's number.
             body: the job's model without its output head, with its adapters.
             base: the body that all jobs share.
+            reads_padding: whether its trainer may read hidden states of padding.
         """
         if self.fused is None:
             self.fused = FusedBody(base, self.mode)
         self.members[job] = Member(body, body.forward, adapters(body))
         self.fused.attach(job, body, body.forward)
+        if reads_padding:
+            self.fused.reads_padding.add(job)
         self.tapes[job] = []
 
     def drop_tapes(self, job: int) -> None:
@@ -108,13 +111,6 @@ class Passes:
         """Return why jobs share no pass while they train, or are evaluated; None: they do."""
         reasons = self.fused.why_apart.items() if self.fused is not None else ()
         return next((why for context, why in reasons if context.training == training), None)
-
-    def tokens_of(self, arguments: dict[str, Any], context: PassContext) -> int:
-        """Return how many tokens of a call of a body would be in a pass."""
-        ids, mask = arguments["input_ids"], arguments.get("attention_mask")
-        leaves_out = self.fused is not None and self.fused.leaves_out_padding(context)
-        is_masked = mask is not None and mask.shape == ids.shape
-        return int(mask.sum() if leaves_out and mask is not None and is_masked else ids.numel())
 
     def serve(self, requests: list[Request]) -> list[Any]:
         """Answer requests with the same key; see `Server`."""

@@ -70,7 +70,7 @@ class Rowwise(Replacement):
         rows = sum(p.sizes)
         heads_first = x_1NC.dim() == 4 and x_1NC.shape[1] != rows == x_1NC.shape[2]
         if x_1NC.dim() < 3 or not (heads_first or x_1NC.shape[:2] == (1, rows)):
-            if len(p.segments) > 1:
+            if not p.is_alone:
                 raise Unmeasured(f"{type(self.base).__name__} is given {list(x_1NC.shape)}")
             output: Tensor = self.base(x_1NC)
             return output
@@ -101,7 +101,7 @@ class Rowwise(Replacement):
         if self.body.mode == "bmm":
             return (Group(tuple(range(len(p.segments))), sum(p.sizes)),)
         undivided = not self.divisible or heads_first
-        if len(p.segments) > 1 and undivided:
+        if undivided and not p.is_alone:
             raise Unmeasured(f"{type(self.base).__name__} is given {dtype}")
         return tuple(Group((i,), s.own_tokens, own_shape=True) for i, s in enumerate(p.segments))
 

@@ -76,8 +76,9 @@ class Segment:
         return self.input_ids_BS.numel()
 
     def leave_out_padding(self) -> None:
-        """Let the pass have only the tokens that are no padding."""
-        self.kept = Kept.of(self.attention_mask, self.input_ids_BS.shape)
+        """Let the pass have only the tokens that are no padding; with a cache, all."""
+        mask = None if self.past is not None else self.attention_mask
+        self.kept = Kept.of(mask, self.input_ids_BS.shape)
 
     def equals_request(self, other: Segment) -> bool:
         """Return whether the other segment has the same inputs, and no cache."""
@@ -147,12 +148,29 @@ class Pass:
         tuple[LayerGroups | None, ...] | None
     )  # by layer; None: each job's rows by themselves
 
-    def products_of(self, index: int) -> set[tuple[int, int]]:
-        """Return the pairs (rows of a segment, rows of a product that it is part of)."""
-        rows = self.segments[index].own_tokens
+    @property
+    def is_alone(self) -> bool:
+        """Return whether it has the rows that one job has alone, and no others."""
+        return len(self.segments) == 1 and not self.filling and self.segments[0].kept is None
+
+    def products_of(self, index: int) -> set[tuple[int, int, bool]]:
+        """Return the products that a segment is part of.
+
+        Returns:
+            The rows of the segment in a run alone, those of the product, and whether padding was
+            left out.
+        """
+        s = self.segments[index]
+        rows, leaves_out = s.own_tokens, s.kept is not None
         distinct = {id(s): s for s in self.layer_groups or () if s is not None}.values()
         groups = (g for s in distinct for g in s.groups if index in g.members)
-        return {(rows, g.rows) for g in groups} or {(rows, rows)}
+        return {(rows, g.rows, leaves_out) for g in groups} or {(rows, rows, leaves_out)}
+
+    @cached_property
+    def most_rows(self) -> int:
+        """Return the most rows that one of its layers computes, those of filling included."""
+        by_layer = {id(g): g.groups for g in self.layer_groups or () if g is not None}
+        return max(sum(g.rows for g in groups) for groups in by_layer.values())
 
     @cached_property
     def sizes(self) -> list[int]:

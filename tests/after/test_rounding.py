@@ -113,6 +113,9 @@ def test_a_merge_that_rounding_alone_explains_says_which_dtype_rounds_less() -> 
     assert "NOT the same model: bfloat16 rounds too much; --dtype float32 does not" in shown(off)
     assert not proof_of(dtype="bfloat16", rounding=0.1, max_difference=3.0).rounded_off
     assert not proof_of(dtype="float32", rounding=1.0, max_difference=3.0).rounded_off
+    router = {"dtype": "bfloat16", "max_difference": 0.2, "rounding": 0.1, "same_experts": 0.5}
+    assert not proof_of(**router).holds
+    assert not proof_of(**router).rounded_off
 
 
 def proof_of(**values: Any) -> Proof:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
 from lora_exp.after.routing import Routing
+from lora_exp.errors import AdapterError
 
 SCORES = torch.tensor([[0.5, 0.4, 0.1, 0.0], [0.2, 0.1, 0.9, 0.3]])
 OTHERS = torch.tensor([[0.5, 0.0, 0.1, 0.4], [0.2, 0.1, 0.9, 0.3]])  # one token's second choice
@@ -65,11 +66,36 @@ def test_comparisons_with_a_threshold_are_replayed_and_those_of_integers_left_al
     assert routing.chosen == 0
 
 
-def test_decisions_of_another_shape_are_ones_own() -> None:
-    (_, indices), routing = chosen_by(lambda s: s.topk(2), OTHERS, SCORES[:1])
-    assert indices.tolist() == [[0, 3], [2, 3]]
-    assert routing.chosen == 0
-    assert routing.decisions[0].tolist() == indices.tolist()
+def test_choices_of_all_there_is_and_among_masked_ones_do_not_count() -> None:
+    """As an indexer of sparse attention makes them, which would hide a wrong router."""
+    _, routing = chosen_by(lambda s: (s.topk(4), s.topk(2)), OTHERS, SCORES)
+    assert (routing.same, routing.chosen) == (3, 4)
+    masked = torch.tensor([[0.5, -torch.inf, -torch.inf, -torch.inf]])
+    _, routing = chosen_by(lambda s: s.topk(3), masked, masked)
+    assert (routing.same, routing.chosen) == (1, 1)
+
+
+def test_what_a_model_writes_into_its_choice_is_not_recorded() -> None:
+    (indices, mask), _ = chosen_by(
+        lambda s: (s.topk(2).indices.add_(4), (s > 0.15).logical_not_()), SCORES, SCORES
+    )
+    assert indices.tolist() == [[4, 5], [6, 7]]
+    assert mask.tolist() == (SCORES <= 0.15).tolist()
+
+
+@pytest.mark.parametrize("other", [lambda s: s[:1].topk(2), lambda s: s > 0, lambda _: None])
+def test_a_model_that_decides_otherwise_on_its_way_is_another_one(other: Any) -> None:
+    with Routing() as recorded:
+        other(SCORES)
+        SCORES.topk(2)
+    with pytest.raises(AdapterError, match="it decides otherwise on the way to its logits"):
+        chosen_again(recorded)
+
+
+def chosen_again(recorded: Routing) -> None:
+    with Routing(recorded.decisions):
+        SCORES.topk(2)
+        SCORES.topk(3)
 
 
 @pytest.fixture
@@ -88,23 +114,60 @@ def mixture(tmp_path: Path, base: Any) -> Path:
     return tmp_path / "base"
 
 
-def test_a_mixture_merged_in_bfloat16_is_proven_and_a_wrong_merge_of_it_is_not(
-    mixture: Path, tmp_path: Path
-) -> None:
-    adapter, rows = tmp_path / "adapter", [{"prompt": f"red {n} green blue"} for n in range(12)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+def adapter_on(mixture: Path, folder: Path, scale: float) -> Path:
+    """Save an adapter with random weights."""
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "o_proj"])
     torch.manual_seed(1)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(mixture), config).save_pretrained(adapter)
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    get_peft_model(model, config).save_pretrained(folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    scaled = {k: scale * value if "lora_B" in k else value for k, value in weights.items()}
+    save_file(scaled, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"red {n} green blue"} for n in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "prompts.jsonl"
+
+
+def test_a_mixture_merged_in_bfloat16_is_proven_and_a_wrong_merge_of_it_is_not(
+    mixture: Path, prompts: Path, tmp_path: Path
+) -> None:
+    adapter = adapter_on(mixture, tmp_path / "adapter", 1.0)
     merged = merge([adapter], tmp_path / "merged")
-    proof = prove(merged, [adapter], prompts=tmp_path / "prompts.jsonl")
+    proof = prove(merged, [adapter], prompts=prompts)
     assert proof.dtype == "bfloat16"
     assert proof.same_experts is not None
     assert 0.97 < proof.same_experts < 1  # so some would have gone to other experts
     assert proof.rounding == 0  # not needed
     assert proof.holds
+    assert not prove(merged, [adapter_on(mixture, tmp_path / "half", 0.5)], prompts=prompts).holds
 
-    weights = load_file(adapter / "adapter_model.safetensors")
-    off = {name: 0.5 * value if "lora_B" in name else value for name, value in weights.items()}
-    save_file(off, adapter / "adapter_model.safetensors", {"format": "pt"})
-    assert not prove(merged, [adapter], prompts=tmp_path / "prompts.jsonl").holds
+
+def test_the_base_alone_is_no_merge_of_a_weak_adapter(
+    mixture: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """The few tokens that it sends to other experts are not taken for its effect."""
+    weak = adapter_on(mixture, tmp_path / "weak", 0.003)
+    proof = prove(mixture, [weak], prompts=prompts)
+    assert proof.effect == pytest.approx(proof.max_difference, rel=0.5)
+    assert not proof.holds
+
+
+def test_another_router_is_found_by_its_choices(
+    mixture: Path, prompts: Path, tmp_path: Path
+) -> None:
+    adapter = adapter_on(mixture, tmp_path / "adapter", 1.0)
+    merged = merge([adapter], tmp_path / "merged")
+    weights = load_file(merged / "model.safetensors")
+    routers = {k: v[[1, 2, 3, 0]] for k, v in weights.items() if k.endswith("mlp.gate.weight")}
+    assert len(routers) == 2
+    save_file(weights | routers, merged / "model.safetensors", {"format": "pt"})
+    proof = prove(merged, [adapter], prompts=prompts)
+    assert proof.same_experts is not None
+    assert proof.same_experts < 0.8
+    assert not proof.holds
+    assert not proof.rounded_off

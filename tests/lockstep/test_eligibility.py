@@ -8,14 +8,24 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
+import trl
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
+from lora_exp.algorithm.ppo import PPOTrainer
 from lora_exp.lockstep import proof
 from lora_exp.lockstep.body import FusedBody
-from lora_exp.lockstep.eligibility import adapter_obstacle, base_obstacle, fused_kinds, hooked
+from lora_exp.lockstep.eligibility import (
+    adapter_obstacle,
+    base_obstacle,
+    fused_kinds,
+    hooked,
+    reads_padding,
+)
 from lora_exp.lockstep.segment import PassContext
 from lora_exp.lockstep.state import PLAIN, ComputeState
+from lora_exp.training.checkpoint import checkpointed
 from tests.lockstep.kinds import KINDS, small_model
 
 TRAINING = PassContext(PLAIN, True, False)
@@ -113,3 +123,14 @@ def test_hooks_that_capture_outputs_are_no_obstacle() -> None:
     assert hooked(model.base_model, base.base_model) == ""
     model.base_model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert "layers.0.mlp has the hook" in hooked(model.base_model, base.base_model)
+
+
+def test_trainers_of_the_algorithms_mask_padding_and_others_may_not() -> None:
+    class Own(trl.SFTTrainer):  # type: ignore[misc]
+        pass
+
+    for name in ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer", "RLOOTrainer"):
+        assert not reads_padding(object.__new__(checkpointed(getattr(trl, name))))
+    assert not reads_padding(object.__new__(checkpointed(PPOTrainer)))
+    assert reads_padding(object.__new__(checkpointed(Own)))
+    assert reads_padding(object.__new__(transformers.Trainer))

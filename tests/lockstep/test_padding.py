@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from trl import SFTTrainer
 
+from lora_exp.lockstep import eligibility
 from lora_exp.lockstep.padding import Kept
 from lora_exp.lockstep.segment import Pass
 from tests.lockstep.runs import outputs, run_alone, run_packed
@@ -50,6 +52,13 @@ def test_the_gradient_of_padding_is_zero() -> None:
 )  # fmt: skip
 def test_nothing_is_left_out(mask: Tensor | None) -> None:
     assert Kept.of(mask, torch.Size((2, 3))) is None
+
+
+def test_nothing_is_left_out_with_a_cache() -> None:
+    (s,) = segments((2, 3))
+    s.arguments |= {"attention_mask": MASK, "past_key_values": DynamicCache()}
+    s.leave_out_padding()
+    assert s.kept is None
 
 
 def test_rows_are_padded_again_in_a_jobs_own_shape() -> None:
@@ -105,6 +114,18 @@ def test_a_pass_of_one_job_leaves_out_its_padding_too(tmp_path: Path, rows: str)
     (alone,) = run_alone(JOBS[:1], tmp_path, *common)
     assert outputs(packed) == outputs(alone)
     assert pack.passes.counts["padding left out"] > 0
+
+
+def test_an_unknown_trainer_keeps_padding(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metrics may read hidden states of padding."""
+    common = ["data=jsonl", f"data.path={rows}", "data.eval_path=null", "train.max_steps=2"]
+    monkeypatch.setattr(eligibility, "MASKING", {"DPOTrainer"})
+    results, pack = run_packed(JOBS, tmp_path / "pack", *common)
+    for packed, alone in zip(results, run_alone(JOBS, tmp_path, *common), strict=True):
+        assert outputs(packed) == outputs(alone)
+    assert pack.passes.counts["padding left out"] == 0
 
 
 def test_a_loss_that_depends_on_padding_is_found(

@@ -40,6 +40,8 @@ def test_a_pass_lists_the_products_of_a_segment() -> None:
     first = LayerGroups(torch.float32, (Group((0, 1), 16), Group((2,), 4)))
     second = LayerGroups(torch.float32, (Group((0,), 6), Group((1, 2), 16)))
     p = Pass(segments((1, 6), (2, 5), (1, 4)), 0, (first, second, first, None))
-    assert p.products_of(0) == {(6, 16), (6, 6)}
-    assert p.products_of(2) == {(4, 4), (4, 16)}
-    assert Pass(p.segments, 0, None).products_of(1) == {(10, 10)}
+    assert p.products_of(0) == {(6, 16, False), (6, 6, False)}
+    assert p.products_of(2) == {(4, 4, False), (4, 16, False)}
+    assert Pass(p.segments, 0, None).products_of(1) == {(10, 10, False)}
+    assert p.is_alone is Pass(p.segments[:1], 1, None).is_alone is False
+    assert Pass(p.segments[:1], 0, None).is_alone
