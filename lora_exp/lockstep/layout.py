@@ -13,7 +13,9 @@ from lora_exp.lockstep.segment import LayerGroups, Pass, PassContext, Segment
 Groupings = tuple[LayerGroups | None, ...]  # by layer
 MAX_GROUPINGS = 1000  # combinations of numbers of rows whose groups are cached
 MAX_TOTALS = 64  # different lengths of passes; beyond these, lengths are rounded up to a grid
-MOST_KEPT = 0.9  # of the tokens of a pass: else its padding stays, since moving rows costs time
+# of the tokens of a pass: else its padding stays, since moving rows costs time, and in bodies that
+# are narrower than WIDE as much as their products
+MOST_KEPT, MOST_KEPT_NARROW, WIDE = 0.9, 0.7, 512
 
 
 class Layout:
@@ -27,6 +29,8 @@ class Layout:
     def __init__(self, body: Any) -> None:
         """Create it for a `FusedBody`, whose context it reads."""
         self.body = body
+        width = body.body.config.get_text_config().hidden_size
+        self.most_kept = MOST_KEPT if width >= WIDE else MOST_KEPT_NARROW
         # by context and numbers of rows: the filling, and the groups of each layer
         self.groupings: dict[tuple[PassContext, Sizes, Sizes], tuple[int, Groupings]] = {}
         self.totals: set[int] = set()
@@ -54,7 +58,8 @@ class Layout:
         for s in segments:
             if s.job not in self.body.reads_padding:
                 s.leave_out_padding()
-        most = MOST_KEPT * sum(s.own_tokens for s in segments)
+        is_proof = segments[0].job < 0  # it leaves out what it can
+        most = (1 if is_proof else self.most_kept) * sum(s.own_tokens for s in segments)
         p = self._shared(segments) if sum(s.tokens for s in segments) <= most else None
         if p is not None and p.most_rows <= most:
             return p
