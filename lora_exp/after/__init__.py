@@ -13,6 +13,7 @@ routing       another model's choices of experts
 difference    two models on one prompt
 weighted_sum  several LoRAs' updates, from their files
 rounding      what rounded weights change in logits
+tolerance     how far a merge may be
 proof         a merge compared with its adapter
 soundness     whether a whole model is usable
 completion    answers to a file of prompts

@@ -76,8 +76,22 @@ class Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operation, taken = self._replayed[number]
             if operation is function and taken.shape == own.shape:
                 return taken.to(own.device, copy=True)
+        raise self._lost()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """End the pass.
+
+        Raises:
+            AdapterError: the other model has decided more.
+        """
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if kind is None and len(self.decisions) < len(self._replayed):
+            raise self._lost()
+
+    def _lost(self) -> AdapterError:
         text = "it decides otherwise on the way to its logits than the adapter on its base"
-        raise AdapterError(f"the merged model is another one: {text} (decision {number + 1})")
+        number = len(self.decisions) + 1
+        return AdapterError(f"the merged model is another one: {text} (decision {number})")
 
     def _count(self, function: Any, args: Any, own: Tensor, taken: Tensor) -> None:
         """Count the choices that are equal; not those of all there is, or among masked ones."""

@@ -19,7 +19,7 @@ from lora_exp import compose
 from lora_exp.adapter.attach import attach
 from lora_exp.after.loading import load_adapter
 from lora_exp.after.merging import merge
-from lora_exp.after.proof import Proof, prove
+from lora_exp.after.proof import prove
 from lora_exp.after.saved import find
 from lora_exp.after.soundness import check_model
 from lora_exp.errors import AdapterError, ConfigError, SavedError
@@ -416,21 +416,3 @@ def test_the_proof_refuses_a_model_of_another_vocabulary(trained: Trained, tmp_p
     tokenizer.save_pretrained(tmp_path / "wider")
     with pytest.raises(AdapterError, match=rf"is another one: it has {rows + 8} .* base {rows}"):
         prove(tmp_path / "wider", [trained("peft=lora")])
-
-
-@pytest.mark.parametrize(
-    ("dtype", "agreement", "experts", "holds"),
-    [
-        ("float32", 0.9, None, False), ("float32", 1.0, None, True), ("bfloat16", 0.96, None, True),
-        ("float32", 1.0, 0.99, False), ("bfloat16", 1.0, 0.0, False), ("bfloat16", 1.0, 0.95, True),
-    ],
-)  # fmt: skip
-def test_a_merge_that_generates_other_tokens_or_takes_other_experts_is_not_proven(
-    dtype: str, agreement: float, experts: float | None, holds: bool
-) -> None:
-    proof = Proof(
-        prompts=1, tokens=10, max_difference=0, mean_difference=0, kl=0, top1_agreement=agreement,
-        same_text=1, same_experts=experts, largest_logit=10, effect=1, dtype=dtype, rounding=0,
-        computed_in="float64", reference="it",
-    )  # fmt: skip
-    assert proof.holds == holds

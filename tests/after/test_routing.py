@@ -83,10 +83,17 @@ def test_what_a_model_writes_into_its_choice_is_not_recorded() -> None:
     assert mask.tolist() == (SCORES <= 0.15).tolist()
 
 
-@pytest.mark.parametrize("other", [lambda s: s[:1].topk(2), lambda s: s > 0, lambda _: None])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda s: s[:1].topk(2), lambda s: s > 0, lambda _: None,
+        lambda s: (s.topk(2), s.topk(3)),
+    ],
+)  # fmt: skip
 def test_a_model_that_decides_otherwise_on_its_way_is_another_one(other: Any) -> None:
     with Routing() as recorded:
         other(SCORES)
+        SCORES.topk(2)
         SCORES.topk(2)
     with pytest.raises(AdapterError, match="it decides otherwise on the way to its logits"):
         chosen_again(recorded)
@@ -96,6 +103,7 @@ def chosen_again(recorded: Routing) -> None:
     with Routing(recorded.decisions):
         SCORES.topk(2)
         SCORES.topk(3)
+        SCORES.topk(2)
 
 
 @pytest.fixture
