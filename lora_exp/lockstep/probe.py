@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_exp.lockstep.products import APART
+
 DISTINCT = 4  # different rows, for a layer whose weight the probe does not choose
 COUNTS = (2, 40, 150)  # numbers of rows with which independence of rows is tested
 SPREAD = 12  # the terms of a sum are from 2^-12 to 2^12
@@ -70,8 +72,8 @@ class Probe:
         """Return the class of a number of rows: equal for numbers computed with the same bits.
 
         Returns:
-            A hash; None if equal rows give unequal results, if rows depend on each other, or if no
-            rounding error shows the order.
+            A hash; `APART` if equal rows give unequal results, or if no rounding error shows the
+            order; None if rows depend on each other, or the layer is not known.
         """
         if not self.independent:
             return None
@@ -83,7 +85,7 @@ class Probe:
                 if not torch.equal(out, first.expand_as(out)) or self._has_no_rounding_error(
                     first, i
                 ):
-                    return None
+                    return APART
                 digest.update(first.view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 STEP, STEPS = 8, 32  # the smallest step of the grid, and the steps from one power of 2 to the next
 MAX_FILLING = 1.25  # a product has at most so many times the rows needed, or one grid step more
+APART = "apart"  # the class of numbers of rows that share no product: bits depend on a row's place
 Sizes = tuple[int, ...]
 RowsOf = Callable[[list[int]], int | None]
 Strategy = Callable[[list[int], Sizes, RowsOf], "list[Group]"]
@@ -38,12 +39,13 @@ def group(
     Args:
         sizes: each segment's number of rows.
         total: number of rows of the pass, its filling included.
-        class_of: the class of a number of rows, which decides its bits; None: never shared.
+        class_of: the class of a number of rows, which decides its bits; None: rows depend on each
+            other.
         own_sizes: each segment's number of rows in a run alone, if the pass leaves some out.
 
     Returns:
-        Groups that have each segment once: one group of all, with `total` rows, if possible. None
-        at all if rows depend on each other, and those left out might matter.
+        Groups that have each segment once: one group of all, with `total` rows, if possible. No
+        groups if rows depend on each other, and those left out might matter.
     """
     all_members, own_sizes = tuple(range(len(sizes))), own_sizes or sizes
     if len(sizes) == 1 and sizes == own_sizes:
@@ -51,7 +53,7 @@ def group(
     classes = [class_of(size) for size in own_sizes]
     if None in classes and sizes != own_sizes:
         return ()
-    if None not in classes and set(classes) == {class_of(total)}:
+    if not {None, APART} & {*classes} and {*classes} == {class_of(total)}:
         return (Group(all_members, total),)
     groups: list[Group] = []
     for row_class in dict.fromkeys(classes):
@@ -59,7 +61,7 @@ def group(
             (i for i in all_members if classes[i] == row_class), key=lambda i: (sizes[i], i)
         )
         strategies: list[Strategy] = (
-            [_alone] if row_class is None else [_most_first, _largest_first]
+            [_alone] if row_class in (None, APART) else [_most_first, _largest_first]
         )
         rows_of = partial(_product_rows, row_class=row_class, class_of=class_of)
         fewest: list[Group] = min(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_exp.lockstep.probe import Probe
+from lora_exp.lockstep.products import APART
 from lora_exp.model.loading import bnb_4bit, bnb_8bit
 from tests.conftest import tiny
 from tests.lockstep.processors import (
@@ -37,7 +38,7 @@ def test_random_rows_do_not_show_what_the_probe_shows(by_place: bool) -> None:
         alone, together = layer(x[:, :30]), layer(x)[:, :30]
         assert (alone != together).sum() <= 1  # of 1440 numbers
         alone_class, together_class = (probe_of(layer).class_of(rows) for rows in (30, 45))
-    assert alone_class is None or alone_class != together_class
+    assert alone_class == APART or alone_class != together_class
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (128, 64), (65, 33)])
@@ -52,10 +53,10 @@ def test_a_band_of_rows_is_a_class_of_its_own(shape: tuple[int, int], grad: bool
     assert classes[36] != classes[37]
 
 
-def test_rows_that_depend_on_their_position_have_no_class() -> None:
+def test_rows_whose_bits_depend_on_their_place_share_no_product() -> None:
     probe = probe_of(SimulatedLinear(64, 96, in_band, by_place=True))
-    assert probe.class_of(40) is not None
-    assert probe.class_of(43) is None
+    assert probe.class_of(40) not in (None, APART)
+    assert probe.class_of(43) == APART
 
 
 def test_a_difference_in_the_gradient_only_is_shown() -> None:
@@ -97,13 +98,14 @@ def test_a_bias_that_is_added_first_is_another_class() -> None:
         assert probe.class_of(20) == probe.class_of(8) != probe.class_of(21)
 
 
-def test_a_layer_without_rounding_errors_has_no_class() -> None:
+def test_a_layer_without_rounding_errors_shares_no_product() -> None:
     class Exact(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return LINEAR(x.double(), self.weight.double()).to(x.dtype) * 0
 
     assert (
-        probe_of(Exact(64, 96, bias=False).requires_grad_(False), torch.float32).class_of(8) is None
+        probe_of(Exact(64, 96, bias=False).requires_grad_(False), torch.float32).class_of(8)
+        == APART
     )
 
 

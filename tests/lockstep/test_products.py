@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lora_exp.lockstep.products import MAX_FILLING, Group, group, on_grid
+from lora_exp.lockstep.products import APART, MAX_FILLING, Group, group, on_grid
 
 # as measured on a processor with AMX in bfloat16: (from this number of rows on, this class)
 AMX = {
@@ -54,6 +54,17 @@ def test_padding_is_left_out_in_the_class_that_the_rows_have_with_it() -> None:
 
 def test_padding_stays_where_rows_depend_on_each_other() -> None:
     assert group((20, 30), 56, lambda _: None, own_sizes=(60, 70)) == ()
+
+
+def test_segments_whose_bits_depend_on_places_are_computed_as_alone_with_and_without_padding() -> None:
+    odd = lambda rows: "a" if rows % 8 == 0 else APART  # noqa: E731
+    expected = Group((0,), 13, own_shape=True), Group((1, 2), 32)
+    assert group((13, 16, 16), 48, odd) == expected
+    assert group((5, 16, 10), 32, odd, own_sizes=(13, 24, 32)) == expected
+    assert group((5, 5), 10, odd, own_sizes=(10, 10)) == (
+        Group((0,), 10, own_shape=True),
+        Group((1,), 10, own_shape=True),
+    )
 
 
 def test_two_classes_are_two_products() -> None:
