@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lora_exp.lockstep import layout
 from lora_exp.lockstep.body import FusedBody
+from lora_exp.lockstep.classes import LayerSignature
 from lora_exp.lockstep.products import on_grid
 from lora_exp.lockstep.segment import PassContext
 from lora_exp.lockstep.state import ComputeState
@@ -64,3 +67,28 @@ def test_lengths_are_rounded_up_once_there_are_many(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(layout, "MAX_TOTALS", len(body.layout.totals))
         (p,) = body.passes(segments((2, 20), (1, 34)))
         assert sum(p.sizes) == 80
+
+
+def test_padding_stays_where_products_in_the_jobs_own_shape_would_compute_it_anyway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A product whose class no smaller number of rows has computes all padding."""
+    body, (s,) = body_of("qwen3"), segments((2, 60))
+    s.arguments["attention_mask"] = torch.ones(s.input_ids_BS.shape)
+    s.arguments["attention_mask"][:, 20:] = 0
+    linear = next(layer for layer in body.layers if layer.divisible)
+    assert body.context is not None
+    signature, class_of = linear.signatures[body.context], body.classes.class_of
+
+    def own_class(measured: LayerSignature, layer: Any, rows: int) -> str | None:
+        return str(rows) if measured == signature else class_of(measured, layer, rows)
+
+    with torch.no_grad():
+        monkeypatch.setattr(body.classes, "class_of", own_class)
+        (p,) = body.passes([s])
+        assert s.kept is None
+        assert p.sizes == [120]
+        monkeypatch.setattr(body.classes, "class_of", class_of)
+        body.layout.groupings.clear()
+        (p,) = body.passes([s])
+        assert s.tokens == 40
