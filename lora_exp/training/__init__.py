@@ -4,6 +4,7 @@ interruption    SIGTERM and Ctrl-C: save, then stop
 guards          stops on NaN and missing gradients
 housekeeping    saves repeated work in each step
 row_losses      the loss of each held-out row
+longest_first   the order of held-out rows
 averages        evaluations as means over tokens
 best            which evaluation was the best
 manifest        a checkpoint's hashes; the newest intact

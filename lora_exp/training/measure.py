@@ -28,6 +28,7 @@ from lora_exp.record.metrics import grouped_metrics
 from lora_exp.record.run import Record
 from lora_exp.training.answers import Answer, HeldOut, answered, exact_match_rates
 from lora_exp.training.best import saved_step
+from lora_exp.training.longest_first import LongestFirst
 from lora_exp.training.place import Place
 from lora_exp.training.row_losses import row_losses_at
 from lora_exp.training.untrained import Measured, content
@@ -208,17 +209,21 @@ def preferences(model: Any, tokenizer: Any, pairs: Sequence[Row], args: Any) -> 
     """
     training = model.training
     model.eval()
-    preferred: list[bool] = []
+    keys = ("chosen", "rejected")
+    encodings = [[encoded(row, key, tokenizer) for key in keys] for row in pairs]
+    lengths = [max(len(ids) for ids, _ in pair) for pair in encodings]
+    order, preferred = list(LongestFirst(lengths)), [False] * len(pairs)
     size = max(1, args.per_device_eval_batch_size // 2)
     for i in range(0, len(pairs), size):
-        batch = pairs[i : i + size]
-        both = [encoded(row, key, tokenizer) for key in ("chosen", "rejected") for row in batch]
+        batch = order[i : i + size]
+        both = [encodings[n][j] for j in range(len(keys)) for n in batch]
         vocab_size = model.get_output_embeddings().weight.shape[0]
         longest = max(len(ids) for ids, _ in both) - min(start for _, start in both) + 1
         rows = max(1, LOGITS // (vocab_size * longest))
         parts = [both[j : j + rows] for j in range(0, len(both), rows)]
         total = torch.cat([_likelihoods(model, tokenizer, part) for part in parts])
-        preferred += (total[: len(batch)] > total[len(batch) :]).tolist()
+        for n, higher in zip(batch, total[: len(batch)] > total[len(batch) :], strict=True):
+            preferred[n] = bool(higher)
     model.train(training)
     return preferred
 

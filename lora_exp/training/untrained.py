@@ -27,7 +27,7 @@ from lora_exp.training.answers import Answer
 Measured = tuple[dict[str, float], list[bool] | None, list[Answer]]
 Measure = Callable[[], Measured]
 Content = Callable[[], str | None]
-VERSION = 1  # of what is measured, and how; part of the key
+VERSION = 2  # of what is measured, and how; part of the key
 # settings of training that cannot change what is measured before it
 UNTRAINED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",

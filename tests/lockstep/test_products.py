@@ -56,8 +56,10 @@ def test_padding_stays_where_rows_depend_on_each_other() -> None:
     assert group((20, 30), 56, lambda _: None, own_sizes=(60, 70)) == ()
 
 
-def test_segments_whose_bits_depend_on_places_are_computed_as_alone_with_and_without_padding() -> None:
-    odd = lambda rows: "a" if rows % 8 == 0 else APART  # noqa: E731
+def test_segments_whose_bits_depend_on_places_are_computed_as_alone_also_without_padding() -> None:
+    def odd(rows: int) -> str:
+        return "a" if rows % 8 == 0 else APART
+
     expected = Group((0,), 13, own_shape=True), Group((1, 2), 32)
     assert group((13, 16, 16), 48, odd) == expected
     assert group((5, 16, 10), 32, odd, own_sizes=(13, 24, 32)) == expected

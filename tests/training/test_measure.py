@@ -42,7 +42,11 @@ def test_the_model_prefers_answers_it_would_give(base: Any) -> None:
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in correct]
     assert preferences(base.model, base.tokenizer, correct, ARGS) == [True] * 3
     assert preferences(base.model, base.tokenizer, swapped, ARGS) == [False] * 3
-    assert preferences(base.model, base.tokenizer, [*correct, swapped[0]], ARGS)[3:] == [False]
+    mixed = [correct[2], *swapped[:2], correct[1]]  # neither from long to short nor back
+    expected = [True, False, False, True]
+    for rows in (2, 4, 8):
+        args = SimpleNamespace(per_device_eval_batch_size=rows)
+        assert preferences(base.model, base.tokenizer, mixed, args) == expected
 
 
 def test_plain_texts_are_compared_too(base: Any) -> None:
