@@ -32,6 +32,7 @@ SET_BY_LIBRARIES = {*vars(ABC), "_backward_cls"}
 # owner, name, and our files that call or override it
 PRIVATE = [
     (TRAINER, "_maybe_log_save_evaluate", "training/checkpoint.py"),
+    (TRAINER, "_get_eval_sampler", "training/averages.py"),
     (TRAINER, "_get_output_dir", "training/checkpoint.py"),
     (TRAINER, "set_initial_training_values", "training/checkpoint.py"),
     (TRAINER, "_save_checkpoint", "training/checkpoint.py"),
