@@ -15,7 +15,7 @@ from hydra.core.utils import configure_log
 from omegaconf import OmegaConf
 
 from lora_exp.child import end_with_parent
-from lora_exp.config.settled import frozen
+from lora_exp.config.frozen import frozen
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError, RewardError
 from lora_exp.files.redaction import redact_text
 from lora_exp.files.whole import write_whole

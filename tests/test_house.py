@@ -49,7 +49,7 @@ TESTED_ELSEWHERE = {
     # preparation: in every run; what it refuses, in model/test_packing.py and test_vocabulary.py
     "training": {"place", "loop", "processes", "preparation"},
     # whole packs in lockstep/test_contract.py run these, the launcher's tests the last
-    "lockstep": {"rowwise", "linear", "body", "passes", "seat", "fusing"},
+    "lockstep": {"linear", "body", "passes", "seat", "fusing"},
     # proofs are tested in test_merging.py, the others with their commands
     "after": {"proof", "soundness", "conversation", "endpoints", "pages", "verdict"},
 }

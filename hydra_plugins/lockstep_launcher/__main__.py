@@ -21,7 +21,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.utils import configure_log
 from hydra.types import HydraContext, RunMode
 
-from hydra_plugins.lockstep_launcher._composition import composed_job
+from hydra_plugins.lockstep_launcher._cells import Cells
 from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
 from lora_exp.__main__ import job as task
 from lora_exp.__main__ import raise_file_limit
@@ -85,11 +85,8 @@ def composed(values: dict[str, Any]) -> tuple[LockstepLauncher, list[Job]]:
     launcher = LockstepLauncher()
     context = HydraContext(config_loader=loader, callbacks=Callbacks())
     launcher.setup(hydra_context=context, task_function=task, config=config)
-    jobs = [
-        composed_job(launcher, overrides, int(number), True, values["exclude_keys"])
-        for number, overrides in values["jobs"].items()
-    ]
-    return launcher, jobs
+    cells = Cells(launcher, True, values["exclude_keys"])
+    return launcher, [cells.job(job, int(number)) for number, job in values["jobs"].items()]
 
 
 if __name__ == "__main__":

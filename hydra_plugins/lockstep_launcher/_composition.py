@@ -1,25 +1,18 @@
-"""The jobs of a launch, composed as every launcher does."""
+"""The jobs of a launch, and what they have in common."""
 
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import filter_overrides
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict, read_write
 
+from hydra_plugins.lockstep_launcher._cells import Cells
 from lora_exp.config.overrides import split_override
-from lora_exp.config.sweeping import too_long
-from lora_exp.config.validation import job_config
-from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.lockstep.plan import Job
 
-log = logging.getLogger(__name__)
 COLLECTED = 100  # jobs
 
 
@@ -38,7 +31,7 @@ def in_processes(launcher: Any, jobs: Sequence[Sequence[str]]) -> bool:
     loader = launcher.hydra_context.config_loader
     for job in presets.values():
         with suppress(HydraException):  # a job that cannot be composed says so itself
-            if loader.load_sweep_config(launcher.config, list(job)).parallel.processes != 1:
+            if loader.composed(launcher.config, list(job)).parallel.processes != 1:
                 return True
     return False
 
@@ -46,16 +39,17 @@ def in_processes(launcher: Any, jobs: Sequence[Sequence[str]]) -> bool:
 def composed_jobs(
     launcher: Any, job_overrides: Sequence[Sequence[str]], first: int, ours: bool
 ) -> list[Job]:
-    """Compose all jobs of a launch; see `composed_job`.
+    """Compose and settle all jobs of a launch; see `Cells.job`.
 
     Python's collector goes through all that is alive, again and again while thousands of configs
     come to it: here it goes once through those of `COLLECTED` jobs.
     """
-    common, jobs, collecting = common_keys(job_overrides), list[Job](), gc.isenabled()
+    cells, jobs = Cells(launcher, ours, common_keys(job_overrides)), list[Job]()
+    collecting = gc.isenabled()
     gc.disable()
     try:
         for number, overrides in enumerate(job_overrides, first):
-            jobs.append(composed_job(launcher, list(overrides), number, ours, common))
+            jobs.append(cells.job(overrides, number))
             if len(jobs) % COLLECTED == 0:
                 gc.collect()
                 gc.freeze()
@@ -64,27 +58,3 @@ def composed_jobs(
         if collecting:
             gc.enable()
     return jobs
-
-
-def composed_job(
-    launcher: Any, overrides: list[str], number: int, ours: bool, common: list[str]
-) -> Job:
-    """Compose a job as every launcher does, and settle its config as the job itself will."""
-    log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
-    config: DictConfig = launcher.hydra_context.config_loader.job(launcher.config, overrides)
-    with open_dict(config):
-        config.hydra.job.id = config.hydra.job.num = number
-        if ours:  # Hydra's list of keys that do not distinguish jobs
-            excluded = config.hydra.job.config.override_dirname.exclude_keys
-            excluded += [key for key in common if key not in excluded]
-    directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-    if faults := list(too_long(directory)):
-        raise ConfigError(faults)
-    with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
-        config.hydra.runtime.output_dir = str(directory.absolute())
-    try:
-        master = launcher.config.hydra
-        settled = job_config(config, config.hydra, master) if ours else None
-    except LoraExpError as error:  # the job itself raises it again, in its own directory
-        return Job(number, config, None, directory, tuple(overrides), error)
-    return Job(number, config, settled, directory, tuple(overrides))

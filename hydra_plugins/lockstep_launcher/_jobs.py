@@ -27,7 +27,6 @@ from lora_exp.record.standing import (
     is_unproven,
     mark_unproven,
     objective_value,
-    run_status,
     set_aside,
     write_status,
 )
@@ -115,7 +114,7 @@ class Jobs:
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
                 stop.check()
-                if any(self._is_interrupted(number) for part in work for number, _ in part.jobs):
+                if any(self._is_interrupted(job.number) for part in work for job in part.jobs):
                     raise Interrupted  # only the worker was asked to stop, and did
 
     def stopped(self) -> None:
@@ -126,8 +125,7 @@ class Jobs:
 
     def _set_aside(self, job: Job) -> None:
         """Set a job's directory aside if it is not proven equal and is to be trained anew."""
-        lockstep: Any = job.config.get("lockstep")
-        if lockstep and lockstep.on_difference == "retrain" and is_unproven(job.directory):
+        if _retrains(job) and is_unproven(job.directory):
             log.error(
                 "job %d is trained again, alone; the earlier run is now %s",
                 job.number, set_aside(job.directory),
@@ -236,7 +234,7 @@ class Jobs:
     def _set_unproven_aside(self, number: int) -> bool:
         """Set an ended or paused job aside if it is to be retrained; return whether it is."""
         job = self.jobs[number]
-        if job.config.lockstep.on_difference != "retrain":
+        if not _retrains(job):
             return False
         self._mark_unproven(number)
         self._set_aside(job)
@@ -263,10 +261,15 @@ class Jobs:
         self.report.refresh(after_rung=is_pruned)
 
 
+def _retrains(job: Job) -> bool:
+    """Return whether a job that is not proven equal is to be trained again."""
+    return job.values is not None and job.values.lockstep.on_difference == "retrain"
+
+
 def _set_aside_changed(job: Job) -> None:
     """Set aside the directory of an ended job that is trained again, if its files have changed."""
-    if job.settled is None or run_status(job.directory, job.settled) not in ("finished", "pruned"):
+    if job.status not in ("finished", "pruned"):
         return
-    if names := changed_files(job.directory, job.settled):
+    if names := changed_files(job.directory, job.settled):  # type: ignore[arg-type]
         text = "job %d is trained again, since %s changed; the earlier run is now %s"
         log.warning(text, job.number, ", ".join(names), set_aside(job.directory, CHANGED))

@@ -1,5 +1,6 @@
 """A config: composed, completed, validated; it never imports torch.
 
+references      keys that decide others' values
 signature       what a target takes, from source
 door            imports and calls of `_target_`
 initialization  how LoRA's weights begin
@@ -13,6 +14,7 @@ keep            the weights that a run saves
 naming          a run's name
 processes       how many, and their shares
 sharding        what processes share out
+frozen          settled values as a DictConfig
 settled         plain values, directory, fingerprint
 ranges          numbers that train nothing
 learning        settings under which nothing is learnt

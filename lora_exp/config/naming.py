@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_exp.config.overrides import split_override
-from lora_exp.files.redaction import redact_text
+from lora_exp.files.redaction import redact
 
 NAME_LENGTH = 48  # fits a column of a table
 NOT_IN_NAME = re.compile(
@@ -40,12 +40,12 @@ def run_name(
     method = {"lora": "", "none": "full"}.get(choices["peft"], choices["peft"])
     of_groups = {"peft": method, "peft.r": rank, "quant": choices["quant"], "targets": targets}
     parts = [(text, key in varied) for key, text in of_groups.items()]
-    ambiguous = []
-    for override in overrides:
+    ambiguous, overrides = [], list(overrides)
+    for override, shown in zip(overrides, redact(overrides), strict=True):
         key, value = split_override(override)
         if key in of_groups or NOT_IN_NAME.match(key) or key in (common or ()):
             continue
-        if redact_text(override) != override:
+        if shown != override:
             continue
         parts.append((_part(override, choices), key in varied))
         ambiguous += [override] if key in varied and "/" in value.rstrip("/") else []

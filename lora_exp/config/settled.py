@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
-import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,6 @@ NOT_COMPUTED = (
     "host", "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
-# of each shape the values that had it first, and their config: a sweep's jobs differ in few values,
-# and to create a config takes many times as long as to unpickle one
-_first: dict[Any, tuple[dict[str, Any], bytes]] = {}
 
 
 def product(*factors: float) -> float:
@@ -102,6 +98,16 @@ OmegaConf.register_new_resolver("run_dir", run_dir, use_cache=True, replace=True
 OmegaConf.register_new_resolver("hydra_subdir", hydra_subdir, replace=True)
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A composed config as plain values, and the options of its groups."""
+
+    values: dict[str, Any]
+    choices: dict[str, Any]
+    takes_goal: bool = False  # from its algorithm
+    is_resumed: bool = False
+
+
 def settled_values(
     cfg: DictConfig,
     choices: Mapping[str, Any],
@@ -119,13 +125,22 @@ def settled_values(
     Raises:
         ConfigError: a required value is missing, or an interpolation has no target.
     """
-    overrides, choices = list(overrides), with_trackers(cfg, choices)
+    overrides = list(overrides)
+    return completed(resolved(cfg, choices, overrides), overrides, common)
+
+
+def resolved(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> Resolved:
+    """Return a config's plain values; see `settled_values`, of which this is the first half.
+
+    Of the overrides only keys matter here, unless it resumes a run.
+    """
+    choices = with_trackers(cfg, choices)
     if cfg.trusted_targets and not any(o.startswith("trusted_targets=") for o in overrides):
         raise ConfigError(
             [("trusted_targets", "only the command line may trust a target, not a file")]
         )
     if resumed_path(cfg.resume):
-        return _resumed(cfg, choices, overrides)
+        return Resolved(_resumed(cfg, choices, overrides), choices, is_resumed=True)
     if missing_groups := [group for group in GROUPS if group not in choices]:
         text = "give one option, like {0}=NAME; several of them are a sweep: -m {0}=A,B"
         raise ConfigError((group, text.format(group)) for group in missing_groups)
@@ -137,8 +152,18 @@ def settled_values(
         raise ConfigError([(str(error.full_key), str(error).splitlines()[0])]) from error
     if _is_missing(values) and (missing := OmegaConf.missing_keys(cfg)):
         raise ConfigError((key, f"is required; give {key}=...") for key in sorted(missing))
-    values = with_processes(renamed(values)) | {"resume": None}
-    if OmegaConf.is_interpolation(cfg, "goal"):  # the algorithm's, which is its own objective's
+    return Resolved(values, choices, OmegaConf.is_interpolation(cfg, "goal"))
+
+
+def completed(
+    resolved: Resolved, overrides: Sequence[str], common: Iterable[str] | None
+) -> dict[str, Any]:
+    """Return the values of a run, with its choices and its name; see `settled_values`."""
+    if resolved.is_resumed:
+        return resolved.values
+    choices = resolved.choices
+    values = with_processes(renamed(resolved.values)) | {"resume": None}
+    if resolved.takes_goal:  # then it is its own objective's
         values["goal"] = goal_of(values["objective"]) or values["goal"]
     _check_consent(values, overrides)
     values = apply_keep(with_start_adapter(values, overrides), overrides)
@@ -189,37 +214,6 @@ def _resumed(
         text = "best, but the run saves no checkpoint of each evaluation, so the best may be lost"
         raise ConfigError([("keep", f"{text}; start a new run")])
     return values | current | {"trusted_targets": list(cfg.trusted_targets)}
-
-
-def frozen(values: dict[str, Any]) -> DictConfig:
-    """Return a settled config's values as a config that cannot be changed."""
-    shape = _shape(values)
-    if shape not in _first:
-        cfg = OmegaConf.create(values)
-        OmegaConf.set_struct(cfg, True)
-        OmegaConf.set_readonly(cfg, True)
-        _first[shape] = copy.deepcopy(values), pickle.dumps(cfg)
-    earlier, pickled = _first[shape]
-    copied: DictConfig = pickle.loads(pickled)
-    _fill(copied, values, earlier)
-    return copied
-
-
-def _shape(values: Any) -> Any:
-    """Return the keys of nested values; of a leaf None."""
-    if isinstance(values, dict):
-        return tuple((key, _shape(value)) for key, value in values.items())
-    return (list, *map(_shape, values)) if isinstance(values, list | tuple) else None
-
-
-def _fill(node: Any, values: Any, earlier: Any) -> None:
-    """Set the leaves of a config that differ from the values with which it was created."""
-    for key in values if isinstance(values, dict) else range(len(values)):
-        value, before = values[key], earlier[key]
-        if isinstance(value, dict | list | tuple):
-            _fill(node._get_node(key), value, before)
-        elif type(value) is not type(before) or value != before:
-            node._get_node(key)._val = value
 
 
 def _is_missing(values: Any) -> bool:

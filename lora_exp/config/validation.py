@@ -24,13 +24,14 @@ from lora_exp.config.door import (
     selected,
     untrusted,
 )
+from lora_exp.config.frozen import frozen
 from lora_exp.config.learning import learning_faults
 from lora_exp.config.named_files import named_file_faults
 from lora_exp.config.owned import OWNED, OWNED_IN_TRACKING, owned_faults
 from lora_exp.config.pairs import pair_faults
 from lora_exp.config.processes import process_faults
 from lora_exp.config.ranges import Fault, range_faults
-from lora_exp.config.settled import frozen, settled_values
+from lora_exp.config.settled import Resolved, completed, resolved, settled_values
 from lora_exp.config.sharding import sharding_faults
 from lora_exp.config.signature import fits, signature, texts_compared_with
 from lora_exp.config.start import adapter_config
@@ -41,7 +42,7 @@ from lora_exp.config.words import key_hint
 from lora_exp.data.shapes import SHAPES
 from lora_exp.errors import ConfigError, did_you_mean
 from lora_exp.files.paths import is_path
-from lora_exp.files.redaction import redact
+from lora_exp.files.redaction import secret_keys
 
 TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM")
 SECTIONS = (
@@ -79,17 +80,25 @@ def job_config(cfg: DictConfig, hydra: DictConfig, master: DictConfig | None = N
     Raises:
         ConfigError: the config has faults (all are listed).
     """
-    choices = OmegaConf.to_container(hydra.runtime.choices)
-    common = None
-    if hydra.mode == RunMode.MULTIRUN:
-        common = list(hydra.job.config.override_dirname.exclude_keys)  # set by a sweep's launcher
-    overrides = list(hydra.overrides.task)
-    with hidden(cfg, "hydra") as own:
-        values = settled_values(own, choices, overrides, common)  # type: ignore[arg-type]
+    values = completed(resolved_job(cfg, hydra), list(hydra.overrides.task), keys_in_common(hydra))
     check(values)
     if faults := list(sweep_faults(hydra, master, sections(values))):
         raise ConfigError(faults)
     return frozen(values)
+
+
+def resolved_job(cfg: DictConfig, hydra: DictConfig) -> Resolved:
+    """Return the plain values of a job that Hydra composed; see `job_config`."""
+    choices: Any = OmegaConf.to_container(hydra.runtime.choices)
+    with hidden(cfg, "hydra") as own:
+        return resolved(own, choices, list(hydra.overrides.task))
+
+
+def keys_in_common(hydra: DictConfig) -> list[str] | None:
+    """Return the keys that all jobs of a sweep share, as its launcher has set them; else None."""
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    return list(hydra.job.config.override_dirname.exclude_keys)
 
 
 def settle(cfg: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> DictConfig:
@@ -119,7 +128,7 @@ def check(values: dict[str, Any]) -> None:
         faults += [*_algorithm(cfg), *pair_faults(cfg), *stopping_faults(cfg)]
         faults += [*process_faults(cfg), *sharding_faults(cfg)]
         faults += [*named_file_faults(cfg), *tracking_faults(cfg)]
-        faults += _secrets(values, redact(values))
+        faults += _secrets(values)
     if faults:
         raise ConfigError(faults)
 
@@ -260,10 +269,7 @@ def _rewards(cfg: Section) -> Iterator[Fault]:
         yield "algorithm.args.reward_weights", text
 
 
-def _secrets(values: Any, redacted: Any, key: str = "") -> Iterator[Fault]:
+def _secrets(values: dict[str, Any]) -> Iterator[Fault]:
     """Refuse secrets: trainers pickle their arguments into every checkpoint."""
-    if isinstance(values, dict | list):
-        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            yield from _secrets(value, redacted[name], f"{key}.{name}".lstrip("."))
-    elif redacted is not values and redacted != values:  # NaN differs from itself
+    for key in secret_keys(values):
         yield key, "is a secret, and configs are saved; export it instead (HF_TOKEN, WANDB_API_KEY)"

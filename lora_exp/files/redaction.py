@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,28 @@ def redact_text(text: str) -> str:
     return _redacted_text(text, tuple(_environment()))
 
 
+def secret_keys(value: Any) -> list[str]:
+    """Return the dotted keys at which nested dicts and lists hold secrets."""
+    return list(_secret_keys(value, tuple(_environment()), ""))
+
+
+def _secret_keys(value: Any, secrets: tuple[str, ...], key: str) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            full_key = f"{key}.{name}" if key else str(name)
+            if isinstance(value, dict) and item and KEY.fullmatch(str(name)):
+                yield full_key
+            elif isinstance(item, str):
+                if _redacted_value(item, secrets) != item:
+                    yield full_key
+            elif isinstance(item, dict | list):
+                yield from _secret_keys(item, secrets, full_key)
+
+
 def _environment() -> list[str]:
     """Return the secrets in the environment, of which there are few: texts to redact are many."""
-    return [v for name, v in os.environ.items() if ENVIRONMENT.search(name) and len(v) >= 8]
+    values = (os.environ[name] for name in os.environ if ENVIRONMENT.search(name))
+    return [value for value in values if len(value) >= 8]
 
 
 def _redacted(value: Any, secrets: tuple[str, ...]) -> Any:

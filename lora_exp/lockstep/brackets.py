@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lora_exp.config.door import build, plain
+from lora_exp.config.door import build
 from lora_exp.config.resume import acting_limit
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.early_stopping.rules import Comparing
@@ -30,13 +30,18 @@ def brackets(jobs: Iterable[Job], failed: Mapping[int, bool]) -> dict[int, Brack
         failed: of the jobs that have ended, whether they failed.
     """
     groups: dict[str, list[Job]] = {}
+    compares: dict[str, bool] = {}  # by a rule's settings
     for job in jobs:
-        cfg: Any = job.settled
-        if cfg is not None and isinstance(build(cfg, "early_stopping"), Comparing):
+        cfg = job.values
+        if cfg is None or cfg.early_stopping is None:
+            continue
+        rule = json.dumps(cfg.early_stopping)
+        if rule not in compares:
+            compares[rule] = isinstance(build(job.settled, "early_stopping"), Comparing)  # type: ignore[arg-type]
+        if compares[rule]:
             # losses of two algorithms differ in scale
             judged = [cfg.objective, cfg.goal, cfg.choices.get("algorithm")]
-            key = json.dumps([plain(cfg.early_stopping), *judged])
-            groups.setdefault(key, []).append(job)
+            groups.setdefault(json.dumps([rule, *judged]), []).append(job)
     by_job: dict[int, Bracket] = {}
     for group in groups.values():
         by_job |= dict.fromkeys((job.number for job in group), _bracket(group, failed))
@@ -66,11 +71,11 @@ def stopped_before(jobs: Iterable[Job], earlier: Sequence[Job] = ()) -> set[int]
         jobs: of this launch.
         earlier: of earlier launches of the sweep.
     """
-    jobs = [job for job in jobs if job.settled is not None and job.error is None]
+    jobs = [job for job in jobs if job.values is not None and job.error is None]
     status = {job.number: how_ended(job.directory)[0] for job in (*earlier, *jobs)}
     failed = {job.number: status[job.number] in FAILED for job in earlier}
     for job in jobs:
-        retries = bool(job.settled.retry_failed)  # type: ignore[union-attr]
+        retries = bool(job.values.retry_failed)
         if status[job.number] == "finished" or (status[job.number] in FAILED and not retries):
             failed[job.number] = status[job.number] in FAILED
     by_job = brackets([*earlier, *jobs], failed)
@@ -135,7 +140,7 @@ def brackets_of(jobs: Iterable[Job], values: Iterable[Mapping[str, Any]]) -> dic
     jobs, by_job = list(jobs), dict[int, Bracket]()
     for each in values:
         # a job whose config is refused here says so when it begins
-        settled = [job for job in jobs if job.settled is not None]
+        settled = [job for job in jobs if job.values is not None]
         if not (theirs := [job for job in settled if job.number in each["jobs"]]):
             continue
         cfg: Any = theirs[0].settled
@@ -162,7 +167,7 @@ def _bracket(jobs: list[Job], failed: Mapping[int, bool]) -> Bracket:
 
 def _reports(job: Job, rule: Comparing) -> Iterator[tuple[int, float | None]]:
     """Yield rung and value of a job's reports, without those of another rule or another length."""
-    train: Any = job.settled.train  # type: ignore[union-attr]
+    train = job.values.train
     limit = acting_limit(train)
     if training_limits(job.directory).get(limit) != train[limit]:
         return

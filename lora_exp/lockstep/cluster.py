@@ -45,7 +45,7 @@ class Share:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.left = dict(work.jobs)  # not ended, nor paused
+        self.left = {job.number: job for job in work.jobs}  # not ended, nor paused
         self.id, self.state = "", State(True, "")  # of the submission
         self.events = EventReader(Path())
         self.in_vain, self.reached = 0, self.progress()  # times in a row, and the progress so far
@@ -54,7 +54,7 @@ class Share:
 
     def progress(self) -> tuple[int, int]:
         """Return a measure of what is saved: the jobs that have ended, then checkpoints' steps."""
-        folders = (_directory(config) / "checkpoints" for config in self.left.values())
+        folders = (job.directory / "checkpoints" for job in self.left.values())
         return -len(self.left), sum(max(checkpoints_by_step(f), default=0) for f in folders)
 
 
@@ -159,9 +159,9 @@ class Cluster:
         """Send what is left of a share again, unless that was in vain too often."""
         if stop.asked:
             share.is_over = True
-            for number, config in share.left.items():
-                if how_ended(_directory(config))[0] == "interrupted":
-                    launch.ended(number, failed(config, Interrupted()))
+            for number, job in share.left.items():
+                if how_ended(job.directory)[0] == "interrupted":
+                    launch.ended(number, failed(job.config, Interrupted()))
             return
         progress = share.progress()
         share.in_vain = 0 if progress > share.reached else share.in_vain + 1
@@ -188,18 +188,18 @@ class Cluster:
         recorded: str, rungs: int = 0,
     ) -> bool:  # fmt: skip
         """Take the end of a job; return False if its record is not visible here yet."""
-        config = share.left.get(number)
-        if config is None or how == "interrupted":  # it will be sent again
+        job = share.left.get(number)
+        if job is None or how == "interrupted":  # it will be sent again
             return True
-        directory = _directory(config)
-        if (how_ended(directory)[0], len(rung_reports(directory))) != (recorded, rungs):
+        present = how_ended(job.directory)[0], len(rung_reports(job.directory))
+        if present != (recorded, rungs):
             share.waits_since = share.waits_since or time.monotonic()
             if time.monotonic() - share.waits_since < VISIBLE_S:
                 return False
         share.waits_since = 0.0
         del share.left[number]
         _print(f"job {number}: {recorded or how}{f': {error}' if how == 'failed' else ''}")
-        launch.ended(number, _result(config, how, error, value))
+        launch.ended(number, _result(job.config, how, error, value))
         return True
 
     def _end_earlier(self) -> None:
@@ -218,26 +218,27 @@ class Cluster:
     def _check_secrets(self, shares: Iterable[Share]) -> None:
         """Refuse overrides that must not be written to a file."""
         for share in shares:
-            for config in share.left.values():
-                overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-                for override, shown in zip(overrides, redact(overrides), strict=True):
-                    if override != shown:
-                        text = "is a secret, and a share is a file; export it instead"
-                        raise ConfigError([(override.partition("=")[0], text)])
+            jobs = list(share.left.values())
+            overrides = [*jobs[0].config.hydra.overrides.hydra]
+            overrides += [override for job in jobs for override in job.overrides]
+            for override, shown in zip(overrides, redact(overrides), strict=True):
+                if override != shown:
+                    text = "is a secret, and a share is a file; export it instead"
+                    raise ConfigError([(override.partition("=")[0], text)])
 
 
 def _values(share: Share) -> dict[str, Any]:
     """Return a share as its file holds it; `__main__` of the launcher composes its jobs again."""
-    first: Any = next(iter(share.left.values())).hydra
+    first: Any = next(iter(share.left.values())).config.hydra
     sources = [(source.provider, source.path) for source in first.runtime.config_sources]
-    names = dict(zip((number for number, _ in share.work.jobs), share.work.names, strict=False))
+    names = dict(zip((job.number for job in share.work.jobs), share.work.names, strict=False))
     return {
         "conf": next((path for provider, path in sources if provider == "main"), str(CONF)),
         "config_dirs": [path for provider, path in sources if provider == "command-line"],
         "config_name": first.job.config_name,
         "overrides": [*first.overrides.hydra, f"hydra.sweep.dir={_quoted(first.sweep.dir)}"],
         "exclude_keys": list(first.job.config.override_dirname.exclude_keys),
-        "jobs": {n: list(config.hydra.overrides.task) for n, config in share.left.items()},
+        "jobs": {n: list(job.overrides) for n, job in share.left.items()},
         "names": {n: names[n] for n in share.left if n in names},
         "apart": share.work.mode is None,
         "brackets": bracket_values(share.work.brackets),
@@ -253,10 +254,6 @@ def _result(config: DictConfig, how: str, error: str, value: Any) -> JobReturn:
     if how == "paused":
         return failed(config, Paused(error))
     return failed(config, LoraExpError(error)) if how == "failed" else returned(config, value)
-
-
-def _directory(config: DictConfig) -> Path:
-    return Path(str(config.hydra.runtime.output_dir))
 
 
 def _jobs(share: Share) -> str:

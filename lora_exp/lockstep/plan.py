@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from lora_exp.config.door import plain, sections
+from lora_exp.config.frozen import frozen
 from lora_exp.config.initialization import rewrites_base
 from lora_exp.config.processes import process_count
 from lora_exp.errors import ConfigError, LoraExpError
@@ -49,16 +51,66 @@ APART = {
 LABEL = 60  # characters
 
 
-@dataclass(frozen=True)
 class Job:
-    """One cell of a sweep."""
+    """One cell of a sweep; its configs are made when they are first asked for."""
 
-    number: int
-    config: DictConfig  # as Hydra composed it, `hydra` included
-    settled: DictConfig | None  # None: not a run of ours, or one that will be refused
-    directory: Path
-    overrides: tuple[str, ...] = ()
-    error: LoraExpError | None = None  # why it will be refused, if it will
+    def __init__(
+        self,
+        number: int,
+        config: DictConfig | Callable[[], DictConfig],
+        settled: DictConfig | dict[str, Any] | None,
+        directory: Path,
+        overrides: tuple[str, ...] = (),
+        error: LoraExpError | None = None,
+        changes_process: bool = False,
+    ) -> None:
+        """Create it.
+
+        Args:
+            number: in the sweep.
+            config: as Hydra composed it, `hydra` included, or what composes it.
+            settled: the run's config or its values; None: not a run of ours, or one that will be
+                refused.
+            directory: the run's.
+            overrides: of the command line.
+            error: why it will be refused, if it will.
+            changes_process: whether Hydra gives it a directory or an environment of its own.
+        """
+        self.number, self.directory, self.overrides = number, directory, overrides
+        self.error, self.changes_process = error, changes_process
+        self._config, self._settled = config, settled
+
+    @cached_property
+    def config(self) -> DictConfig:
+        """The config as Hydra composed it, `hydra` included."""
+        return self._config if isinstance(self._config, DictConfig) else self._config()
+
+    @cached_property
+    def settled(self) -> DictConfig | None:
+        """The run's config; None: not a run of ours, or one that will be refused."""
+        return frozen(self._settled) if isinstance(self._settled, dict) else self._settled
+
+    @cached_property
+    def values(self) -> Any:
+        """The values of the run's config as sections, or None; a plan needs no more."""
+        is_config = isinstance(self._settled, DictConfig)
+        return sections(plain(self._settled) if is_config else self._settled)  # type: ignore[arg-type]
+
+    @property
+    def status(self) -> str | None:
+        """The status of the run in the directory; None: there is none.
+
+        Raises:
+            ConfigError: it is another run, or its record cannot be read.
+        """
+        has_run = self._settled is not None and (self.directory / "run.json").is_file()
+        return run_status(self.directory, self.settled) if has_run else None  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a worker gets: the configs themselves."""
+        made = {"_config": self.config, "_settled": self.settled}
+        state = {key: value for key, value in vars(self).items() if key != "values"}
+        return state | made | {"config": self.config, "settled": self.settled}
 
 
 @dataclass(frozen=True)
@@ -87,24 +139,27 @@ def plan(jobs: Iterable[Job], stopped: Container[int] = ()) -> Plan:
     packs: dict[str, list[Job]] = {}
     alone: list[tuple[Job, str]] = []
     for job in jobs:
-        job = replace(job, error=job.error or _directory_conflict(job))
-        if job.error or job.settled is None:
+        status = None
+        try:
+            status = job.status
+        except ConfigError as error:
+            job.error = job.error or error
+        cfg = job.values
+        if job.error or cfg is None:
             without_training.append((job, "refused, not run"))
-        elif is_unproven(job.directory) and job.settled.lockstep.on_difference == "retrain":
+        elif is_unproven(job.directory) and cfg.lockstep.on_difference == "retrain":
             alone.append((job, "not proven equal before, trained again"))
-        elif (status := run_status(job.directory, job.settled)) == "finished" and not changed_files(
-            job.directory, job.settled
-        ):
+        elif status == "finished" and not changed_files(job.directory, job.settled):  # type: ignore[arg-type]
             without_training.append((job, "finished before, not run again"))
         elif job.number in stopped:
             without_training.append((job, "stopped early before, not run again"))
-        elif status in FAILED and not job.settled.retry_failed:
+        elif status in FAILED and not cfg.retry_failed:
             text = f"{status} before, not run again; retry_failed=true does"
             without_training.append((job, text))
-        elif why := solitary(job, values := plain(job.settled)):
+        elif why := solitary(job):
             alone.append((job, why))
         else:
-            packs.setdefault(_base_key(values), []).append(job)
+            packs.setdefault(_base_key(cfg), []).append(job)
     for key, members in list(packs.items()):
         if len(members) == 1:
             alone.append((packs.pop(key)[0], "no other job to train with it"))
@@ -112,24 +167,9 @@ def plan(jobs: Iterable[Job], stopped: Container[int] = ()) -> Plan:
     return Plan(tuple(without_training), tuple(map(tuple, packs.values())), tuple(alone))
 
 
-def _directory_conflict(job: Job) -> ConfigError | None:
-    """Return the error of a directory that has another run, if it does."""
-    try:
-        if job.settled is not None:
-            run_status(job.directory, job.settled)
-    except ConfigError as error:
-        return error
-    return None
-
-
-def solitary(job: Job, values: dict[str, Any]) -> str | None:
-    """Return why a job needs a base to itself; None if it can share one.
-
-    Args:
-        job: one that trains.
-        values: of its settled config.
-    """
-    cfg = sections(values)
+def solitary(job: Job) -> str | None:
+    """Return why a job that trains needs a base to itself; None if it can share one."""
+    cfg = job.values
     peft = cfg.peft
     if (count := process_count(cfg)) > 1:
         return f"parallel={cfg.choices.parallel} trains it in {count} processes of its own"
@@ -162,8 +202,7 @@ def solitary(job: Job, values: dict[str, Any]) -> str | None:
         return "random_weights makes a base of its own"
     if cfg.lockstep.max_jobs == 1:
         return "lockstep.max_jobs=1"
-    hydra = job.config.hydra.job
-    if hydra.chdir or hydra.env_set:
+    if job.changes_process:
         return "hydra.job.chdir and env_set change what a process has only one of"
     return None
 
@@ -196,7 +235,7 @@ def show(planned: Plan, remarks: Iterable[tuple[list[int], str]] = ()) -> None:
 
     lines = list(_by_reason(planned.without_training).items())
     for pack in planned.packs:
-        first: Any = pack[0].settled
+        first = pack[0].values
         where = f"{first.model.path}, {first.choices.quant}".removesuffix(", none")
         lines.append((f"in lockstep ({first.lockstep.mode}) on {where}", list(pack)))
     lines += [(f"alone: {why}", jobs) for why, jobs in _by_reason(planned.alone).items()]

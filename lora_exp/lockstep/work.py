@@ -8,9 +8,6 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import count
 from operator import itemgetter
-from typing import Any
-
-from omegaconf import DictConfig
 
 from lora_exp.early_stopping.bracket import Bracket
 from lora_exp.files.paths import asset
@@ -25,19 +22,18 @@ EPOCH_ROWS = 1000  # only the ratio between jobs matters
 class Work:
     """Jobs that share a base, and in which mode; None: each has the process to itself."""
 
-    jobs: tuple[tuple[int, DictConfig], ...]
+    jobs: tuple[Job, ...]
     mode: str | None
     max_jobs: int | None
     names: tuple[str, ...] = ()
     verify: float = 0.0
     brackets: Mapping[int, Bracket] = field(default_factory=dict)  # of jobs that are compared
     memory_share: float = 1.0  # of the free memory; the rest is for other workers
-    settled: Mapping[int, DictConfig] = field(default_factory=dict)  # configs, without `hydra`
 
     @property
     def labelled(self) -> list[tuple[int, str]]:
         """The jobs' numbers and names; without names the numbers stand for them."""
-        numbers = [number for number, _ in self.jobs]
+        numbers = [job.number for job in self.jobs]
         return [*zip(numbers, self.names or map(str, numbers), strict=True)]
 
 
@@ -70,7 +66,7 @@ def dealt(
     names = labels([job for part in [*parts, alone] for job in part])
     work = [*(together(part, brackets, names) for part in parts)]
     work += [replace(apart([job], brackets), names=(names[job.number],)) for job in alone]
-    work.sort(key=lambda part: -sum(costs[number] for number, _ in part.jobs))  # the longest first
+    work.sort(key=lambda part: -sum(costs[job.number] for job in part.jobs))  # the longest first
     return [replace(part, memory_share=memory_share(workers)) for part in work]
 
 
@@ -97,7 +93,7 @@ def costs_of(jobs: Sequence[Job]) -> dict[int, float]:
 
     Only the ratio matters: if a base is not on this machine, all count as equally large.
     """
-    paths = {job.number: str(job.settled.model.path) for job in jobs}  # type: ignore[union-attr]
+    paths = {job.number: str(job.values.model.path) for job in jobs}
     sizes = {path: _bytes(path) for path in set(paths.values())}
     if not all(sizes.values()):
         sizes = dict.fromkeys(sizes, 1)
@@ -112,7 +108,7 @@ def _bytes(path: str) -> int:
 
 def rows(job: Job) -> float:
     """Return how many rows a job trains on; of epochs, as if the data had a thousand rows."""
-    train: Any = job.settled.train  # type: ignore[union-attr]
+    train = job.values.train
     if train.max_steps <= 0:
         return float(train.num_train_epochs * EPOCH_ROWS)
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -129,29 +125,20 @@ def together(
         brackets: those of these and other jobs.
         names: of jobs, by number, for the table.
     """
-    lockstep: Any = jobs[0].config.lockstep
+    lockstep = jobs[0].values.lockstep
     return Work(
-        _configs(jobs),
+        tuple(jobs),
         lockstep.mode,
         lockstep.get("max_jobs"),
         tuple(names[job.number] for job in jobs),
         lockstep.verify,
         _of(jobs, brackets),
-        settled=_settled(jobs),
     )
 
 
 def apart(jobs: Sequence[Job], brackets: Mapping[int, Bracket]) -> Work:
     """Return jobs that run one after the other, each with a base of its own."""
-    return Work(_configs(jobs), None, None, brackets=_of(jobs, brackets), settled=_settled(jobs))
-
-
-def _configs(jobs: Sequence[Job]) -> tuple[tuple[int, DictConfig], ...]:
-    return tuple((job.number, job.config) for job in jobs)
-
-
-def _settled(jobs: Sequence[Job]) -> dict[int, DictConfig]:
-    return {job.number: job.settled for job in jobs if job.settled is not None}
+    return Work(tuple(jobs), None, None, brackets=_of(jobs, brackets))
 
 
 def _of(jobs: Sequence[Job], brackets: Mapping[int, Bracket]) -> dict[int, Bracket]:

@@ -26,6 +26,7 @@ from lora_exp.errors import DivergedError, Interrupted, LoraExpError, Paused
 from lora_exp.lockstep.events import EventFile
 from lora_exp.lockstep.job import failed, run_in_pack
 from lora_exp.lockstep.link import Link
+from lora_exp.lockstep.plan import Job
 from lora_exp.lockstep.work import Work
 from lora_exp.record.standing import how_ended
 from lora_exp.training.interruption import stop
@@ -117,11 +118,10 @@ def _train_apart(work: Work, report: _Report) -> None:
     rows = [Row(*pair) for pair in work.labelled]
     feed = Feed(rows, [0], report.link.send) if report.feeds else None
     with feed.open() if feed else nullcontext():
-        for row, (number, config) in zip(rows, work.jobs, strict=True):
-            bracket, settled = work.brackets.get(number), work.settled.get(number)
-            board = FedRow(row, feed) if feed else None
-            here.set(Alone(number, bracket, report.link.news, settled=settled, board=board))
-            result = report.run(number, config)
+        for row, job in zip(rows, work.jobs, strict=True):
+            bracket, board = work.brackets.get(job.number), FedRow(row, feed) if feed else None
+            here.set(Alone(job.number, bracket, report.link.news, settled=job.settled, board=board))
+            result = report.run(job)
             if feed:
                 feed.ended(row, *_ended(result))
 
@@ -134,8 +134,9 @@ class _Report:
     brackets: Mapping[int, Bracket]
     feeds: bool
 
-    def run(self, number: int, config: DictConfig, in_pack: bool = False) -> JobReturn:
+    def run(self, job: Job, in_pack: bool = False) -> JobReturn:
         """Run one job as every launcher does, and send the result."""
+        number, config = job.number, job.config
         if stop.asked:
             return failed(config, Interrupted())  # it has not begun
         self.link.send("began", number)
@@ -187,17 +188,17 @@ def _train_pack(work: Work, report: _Report) -> None:
     if report.feeds:
         table = Feed(rows, tokens, report.link.send)
 
-    def job(index: int, number: int, config: DictConfig) -> Callable[[], None]:
+    def seated(index: int, job: Job) -> Callable[[], None]:
         def run() -> None:
-            bracket, settled = work.brackets.get(number), work.settled.get(number)
-            here.set(Seat(pack, index, rows[index], number, bracket, settled))
-            result = report.run(number, config, in_pack=True)
+            bracket = work.brackets.get(job.number)
+            here.set(Seat(pack, index, rows[index], job.number, bracket, job.settled))
+            result = report.run(job, in_pack=True)
             table.ended(rows[index], *_ended(result))
 
         return run
 
     def report_difference(indices: list[int], difference: str) -> None:
-        report.link.send("unproven", [work.jobs[index][0] for index in indices], difference)
+        report.link.send("unproven", [work.jobs[index].number for index in indices], difference)
 
     pack.passes.verification.on_difference = report_difference
 
@@ -207,7 +208,7 @@ def _train_pack(work: Work, report: _Report) -> None:
 
     pack.hub.tick, pack.hub.news = tick, report.link.news
     with table.open():
-        pack.hub.run(job(index, *arguments) for index, arguments in enumerate(work.jobs))
+        pack.hub.run(seated(index, job) for index, job in enumerate(work.jobs))
 
 
 def _ended(result: JobReturn) -> tuple[str, str]:

@@ -163,7 +163,7 @@ class Workers:
         rows = [Row(*pair) for part in self._queue for pair in part.labelled]
         all_known = all(part.mode is not None for part in self._queue)
         tokens = [0] * len(self._queue) if all_known else None
-        self._places = {part.jobs[0][0]: place for place, part in enumerate(self._queue)}
+        self._places = {part.jobs[0].number: place for place, part in enumerate(self._queue)}
         self._table = Table(f"in {len(self.workers)} workers", rows, tokens)
         with self._table.open():
             yield
@@ -204,7 +204,7 @@ class Workers:
         elif kind == "shown":
             assert self._table is not None
             assert worker.work is not None
-            self._table.take(values[0], self._places[worker.work.jobs[0][0]], values[1])
+            self._table.take(values[0], self._places[worker.work.jobs[0].number], values[1])
         else:
             if kind == "began":
                 worker.running.add(values[0])

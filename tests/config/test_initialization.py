@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lora_exp import compose
-from lora_exp.config.door import plain
 from lora_exp.config.initialization import (
     NEEDS_FLOATS,
     NEEDS_PREPARATION,
@@ -125,8 +124,7 @@ SOLITARY = {
 @pytest.mark.parametrize(("override", "method"), SOLITARY.items())
 def test_a_job_trains_alone_only_if_it_rewrites_the_base(override: str, method: str | None) -> None:
     cfg = compose("tracking=none", override)
-    hydra = OmegaConf.create({"hydra": {"job": {"chdir": False, "env_set": {}}}})
-    reason = solitary(Job(0, hydra, cfg, Path("multirun/0")), plain(cfg))
+    reason = solitary(Job(0, OmegaConf.create(), cfg, Path("multirun/0")))
     assert reason == (method and f"{method} starts from weights of its own")
 
 

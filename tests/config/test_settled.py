@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -13,7 +11,7 @@ from omegaconf.errors import ReadonlyConfigError
 
 from lora_exp import compose
 from lora_exp.config.door import renamed
-from lora_exp.config.settled import GROUPS, fingerprint, frozen, product, run_dir, settled_values
+from lora_exp.config.settled import GROUPS, fingerprint, product, run_dir, settled_values
 from lora_exp.errors import ConfigError
 
 
@@ -120,23 +118,3 @@ def test_settling_needs_no_environment_variables() -> None:
     plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
     chosen = dict.fromkeys(GROUPS, "none")
     assert settled_values(plain, {"hydra/launcher": "basic"} | chosen, [])["choices"] == chosen
-
-
-def test_a_config_that_is_made_from_an_earlier_ones_copy_has_the_types_of_its_own_values() -> None:
-    many: list[dict[str, Any]] = [
-        {"a": 1, "b": {"c": [1, None], "d": ""}, "e": {}},
-        {"a": True, "b": {"c": [1.0, "x"], "d": None}, "e": {}},
-        {"a": 1.0, "b": {"c": ["${x}", 2], "d": math.nan}, "e": {}},
-        {"a": 1, "b": {"c": [1], "d": "1"}, "e": {}},
-        {"a": 1, "b": {"c": [1, None], "d": ""}, "e": []},
-    ]
-    for values in many * 2:
-        cfg = frozen(values)
-        created = OmegaConf.create(values)
-        assert repr(OmegaConf.to_container(cfg)) == repr(OmegaConf.to_container(created))
-        assert OmegaConf.is_interpolation(cfg.b.c, 0) == OmegaConf.is_interpolation(created.b.c, 0)
-        assert cfg.b._get_full_key("c") == "b.c"
-        with pytest.raises(ReadonlyConfigError):
-            cfg.b.d = 2
-    many[0]["b"]["c"].append(3)
-    assert frozen(many[1]).b.c == [1.0, "x"]

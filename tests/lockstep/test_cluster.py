@@ -167,7 +167,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Work:
             "job": {"name": "run", "config_name": "config"},
         }
         hydra["job"]["config"] = {"override_dirname": {"exclude_keys": []}}
-        jobs.append((number, OmegaConf.create({"hydra": hydra})))
+        config = OmegaConf.create({"hydra": hydra})
+        jobs.append(Job(number, config, None, tmp_path / str(number), ("a=1",)))
     return Work(tuple(jobs), None, None)
 
 
@@ -216,7 +217,7 @@ def test_a_slurm_job_that_saves_something_is_sent_again_more_often_than_one_that
 
 def test_a_secret_is_not_written_to_a_share(work: Work) -> None:
     secret = "train.hub_token=hf_" + "a" * 34
-    work.jobs[0][1].hydra.overrides.task.append(secret)
+    work.jobs[0].overrides += (secret,)
     with pytest.raises(ConfigError, match=r"train.hub_token: is a secret, and a share is a file"):
         executor().run([work], Launch())
     assert not Path("sweep").exists()

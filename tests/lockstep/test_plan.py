@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +87,11 @@ def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], expec
     assert len(planned.alone) == 2
 
 
+def test_a_job_with_a_directory_of_its_own_in_the_process_runs_alone() -> None:
+    jobs = [Job(n, HYDRA, compose(), Path("x"), changes_process=True) for n in range(2)]
+    assert "chdir and env_set" in plan(jobs).alone[0][1]
+
+
 def test_finished_and_refused_jobs_are_not_trained(tmp_path: Path) -> None:
     done = job(0, "peft.r=4", folder=tmp_path)
     write_finished(done)
@@ -125,7 +129,7 @@ def test_a_finished_job_is_trained_again_if_its_start_has_changed(tmp_path: Path
     weights.write_bytes(b"one")
     done = job(0, "data=corpus", folder=tmp_path)
     settled = OmegaConf.merge(done.settled, {"adapter": str(start)})
-    done = replace(done, settled=settled)
+    done = Job(0, HYDRA, settled, done.directory)
     write_finished(done, data={}, adapters={str(start): f"sha256:{sha256(weights)}"})
     assert not plan([done]).alone
     weights.write_bytes(b"two")

@@ -1,0 +1,131 @@
+"""Jobs of a launch are settled after earlier ones, and each as by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from hydra_plugins.lockstep_launcher._cells import Cells
+from hydra_plugins.lockstep_launcher._loading import SweepLoader
+from lora_exp.config.door import CONF, plain
+from lora_exp.config.validation import job_config
+from lora_exp.lockstep.plan import Job
+
+SWEEP = ["tracking=none", "hydra.sweep.dir=sweep"]
+KINDS = [
+    ["peft.r={}", "seed={}"],
+    ["seed={}", "peft.r={}"],  # another shape: the order is part of a name
+    ["targets=qv", "peft.r={}", "+train.neftune_noise_alpha={}"],
+    ["rate.peft={}", "model.path=x{}"],  # decides the learning rate; a fault of each
+    ["algorithm=dpo", "algorithm.learning_rate={}", "algorithm.args.beta=0.{}"],
+    ["early_stopping=halving", "early_stopping.eta={}", "train.max_steps={}00"],
+    ["goal=minimize", "objective=eval/loss", "seed={}"],
+    ["name=a{}", "report=null"],
+    ["lockstep.max_jobs={}", "train.per_device_train_batch_size={}"],
+    ["tracking=none", "quant=n{}"],  # there is no such option
+    ["name='a b ${{seed}} {}'", "samples.rows={}"],
+    ["peft.target_modules=[q_proj]", "seed={}"],
+    ["~train.optim", "seed={}"],
+    ["experiment=demo_grpo", "seed={}", "algorithm.args.num_generations={}"],
+    ["train.max_steps=1", "train.max_steps={}"],
+]
+VALUES = ["4", "8", "true", "4.0", "null", "0", "-1", "abc", "1e-4"]
+
+
+@pytest.fixture(scope="module")
+def loader() -> Iterator[Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        yield hydra.config_loader
+
+
+def launcher(loader: Any, *arguments: str) -> Any:
+    master = loader.load_configuration("config", [*SWEEP, *arguments], RunMode.MULTIRUN)
+    context = SimpleNamespace(config_loader=SweepLoader(loader))
+    return SimpleNamespace(hydra_context=context, config=master)
+
+
+def by_itself(launched: Any, overrides: list[str], number: int) -> Job:
+    """Return a job without any that came before it."""
+    return Cells(launched, True, ["tracking"]).job(overrides, number)
+
+
+def outcome(job: Job) -> tuple[Any, ...]:
+    return (
+        repr(job.values), str(job.error), job.directory, job.overrides, job.changes_process,
+        repr(job.settled and plain(job.settled)), OmegaConf.to_yaml(job.config),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_a_job_is_the_same_whatever_came_before_it(loader: Any, kind: list[str]) -> None:
+    launched = launcher(loader)
+    cells = Cells(launched, True, ["tracking"])
+    for turn in range(2):
+        for number, value in enumerate(VALUES if turn else VALUES[::-1]):
+            overrides = [*SWEEP[:1], *(word.format(value) for word in kind)]
+            try:
+                alone = by_itself(launched, overrides, number)
+            except HydraException as error:
+                with pytest.raises(type(error)):
+                    cells.job(overrides, number)
+                continue
+            job = cells.job(overrides, number)
+            assert outcome(job) == outcome(alone), overrides
+            if job.error is None:
+                settled = job_config(alone.config, alone.config.hydra, launched.config.hydra)
+                assert repr(plain(settled)) == repr(job.values)
+
+
+def test_most_jobs_of_a_sweep_are_not_resolved_by_themselves(
+    loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, resolved = Cells(launcher(loader), True, []), []
+    first = cells._first
+
+    def counted(*arguments: Any) -> Job:
+        resolved.append(arguments[1])
+        return first(*arguments)
+
+    monkeypatch.setattr(cells, "_first", counted)
+    for number in range(12):
+        job = cells.job([f"seed={number}", f"rate.peft={number % 3 + 1}", "peft.r=8"], number)
+        assert job.values.seed == number
+        rate = job.values.algorithm.learning_rate * (number % 3 + 1) * job.values.rate.model
+        assert job.values.train.learning_rate == pytest.approx(rate)
+        assert job.config.hydra.job.num == number
+        assert job.config.hydra.runtime.output_dir == str(Path(f"sweep/{number}").absolute())
+    assert len(resolved) == 3  # one of each rate
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["hydra.sweep.subdir=${hydra.job.override_dirname}"],
+        ["+report_to=${now:%Y}"],
+    ],
+)
+def test_jobs_that_depend_on_more_than_their_values_are_resolved_by_themselves(
+    loader: Any, arguments: list[str]
+) -> None:
+    launched = launcher(loader, *arguments)
+    launched.config.hydra.overrides.hydra = [*SWEEP[1:], *arguments[:1]]
+    if arguments[0].startswith("+"):
+        launched.config.hydra.overrides.hydra = SWEEP[1:]
+    cells = Cells(launched, True, [])
+    for number in range(3):
+        overrides = [f"seed={number}", *(a for a in arguments if a.startswith("+"))]
+        job, alone = cells.job(overrides, number), by_itself(launched, overrides, number)
+        assert job.directory == alone.directory
+        assert repr(job.values) == repr(alone.values)
+    assert not any(cells._settled.values())
