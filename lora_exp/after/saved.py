@@ -146,9 +146,10 @@ def find(path: str | Path) -> Saved:
         raise SavedError(f"{path} does not exist{near}")
     if jobs(folder):
         return _of_sweep(folder)
-    names = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) if folder.is_dir() else "a file"
+    names = ", ".join(sorted(p.name for p in folder.glob("*"))[:8])
+    found = f"it has {names}" if names else "it is empty" if folder.is_dir() else "it is a file"
     text = "is no adapter (adapter_config.json), model (config.json) or run (run.json)"
-    raise SavedError(f"{path} {text}; there is {names or 'nothing'}")
+    raise SavedError(f"{path} {text}; {found}")
 
 
 def find_all(paths: Iterable[str | Path]) -> list[Saved]:

@@ -82,6 +82,8 @@ def run_dir(resume: Any) -> str:
         if Path(resume).is_dir() and (run / "config.yaml").is_file():
             text = f"{resume} is a checkpoint; resume={run} goes on from the run's newest"
             raise ConfigError([("resume", text)])
+        if Path(resume).is_file():
+            raise ConfigError([("resume", f"{resume} is a file; give the directory of a run")])
         near = near_names(Path(resume))
         raise ConfigError([("resume", f"no run in {resume}: it has no config.yaml{near}")])
     return resume or f"outputs/{datetime.now():%Y-%m-%d/%H-%M-%S-%f}"

@@ -235,7 +235,8 @@ def _parse(raw: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        column = min(error.pos, len(text.rstrip())) + 1  # the line's end is white space
+        raise DataError(f"{where}: not JSON: {error.msg} at column {column}") from error
     except ValueError as error:  # Python reads integers of at most 4300 digits
         raise DataError(f"{where}: a number cannot be read: {error}") from error
     except RecursionError as error:

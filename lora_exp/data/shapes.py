@@ -79,11 +79,14 @@ def reshape(rows: Sequence[Row], format: str, shape: str) -> Sequence[Row]:
     convert = CONVERSIONS.get((source_shape, shape))
     if convert is None or (shape == "prompt" and format == "text"):
         fields = ", ".join(sorted(rows[0])) if rows else "nothing"
+        is_located = bool(rows) and isinstance(rows[0], LocatedRow)
+        where = f"{location_of(rows[0]).rpartition(':')[0]}: " if is_located else ""
         usable = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
+        needed = f"rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))})"
         raise DataError(
-            f"the algorithm needs rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))}), but"
-            f" these were read as {format} with the fields {fields}; formats that would do:"
-            f" {', '.join(usable)}"
+            f"{where}the algorithm needs {needed}, but these were read as {format}"
+            f" with the fields {fields}; formats that would do:"
+            f" {', '.join(usable)} (data.columns={{its name: yours}} renames fields)"
             + LABELLED
             * (shape == "unpaired_preference" and format == "prompt_completion")
         )

@@ -43,7 +43,9 @@ def is_scratch(path: Path) -> bool:
 
 
 def near_names(path: Path, pattern: str = "*") -> str:
-    """Return ` (did you mean a, b?)`: the nearest names in the folder of a path that is missing."""
+    """Return ` (did you mean a, b?)`: the nearest names in the folder of a missing path."""
+    if path.exists() and pattern == "*":
+        return ""
     return did_you_mean(path.name, (sibling.name for sibling in path.parent.glob(pattern)))
 
 

@@ -75,6 +75,8 @@ class Pack:
         # the first job measures the base for all; the others begin afterwards
         self.passes = Passes(mode, verify)
         self.hub = Hub(self.passes, 1, MAX_TOKENS[device().partition(":")[0]])
+        # of a job's passes, in training or not
+        self.least_tokens: dict[tuple[int, bool], int] = {}
         self.job_bytes: dict[int, int] = {}  # estimated bytes of each job, without the base
         self.loss_bytes = 0  # bytes of one job's loss while it is computed
         self.free_bytes, self.admitting, self.memory_share = 0, False, memory_share
@@ -143,13 +145,19 @@ class Pack:
         """Return why a job shared no pass, or none while it trained; None if it shared them."""
         if job in self.obstacles:
             return self.obstacles[job]
-        training, evaluation = map(self.passes.why_apart, (True, False))
+        training, evaluation = (self._why_apart(job, part) for part in (True, False))
         if training and evaluation and training != evaluation:
             return f"in training: {training}; in evaluation: {evaluation}"
         if training and evaluation:
             return training
         part = "training" if training else "evaluation"
         return f"in {part}: {training or evaluation}" if training or evaluation else None
+
+    def _why_apart(self, job: int, training: bool) -> str | None:
+        least, most = self.least_tokens.get((job, training), 0), self.hub.capacity
+        if job not in self.passes.sharing[training] and 2 * least > most:
+            return f"its batches have {least:,} tokens or more, and a pass at most {most:,}"
+        return self.passes.why_apart(training)
 
     def widen(self) -> None:
         """Admit as many jobs as memory has room for, if all were as large as the largest so far."""
@@ -188,6 +196,8 @@ class Pack:
             context = PassContext(ComputeState.now(), body.training, checkpointing)
             assert self.passes.fused is not None
             size = self.passes.fused.tokens_of(job, arguments, context)
+            key = job, context.training
+            self.least_tokens[key] = min(size, self.least_tokens.get(key, size))
             output = self.hub.ask(job, context, size, 0, arguments)
             return own_forward(**arguments) if output is None else output
 

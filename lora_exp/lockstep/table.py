@@ -258,22 +258,29 @@ class Table:
         return table
 
     def _summary(self) -> str:
-        steps = sum(row.step for row in self.rows)
-        total = sum(row.steps for row in self.rows)
+        begun = [row for row in self.rows if row.steps]
         ended = sum(row.has_ended for row in self.rows)
-        text = f"{ended} of {len(self.rows)} jobs done, step {steps:,} of {total:,}"
+        text = f"{ended} of {len(self.rows)} jobs done"
+        if not begun:
+            return f"{text}, none trains yet: rows are read, and the base is measured"
+        total = sum(row.steps for row in begun) + self._expected(begun)
+        text += f", step {sum(row.step for row in begun):,} of {total:,}"
         if self.trained_tokens is not None:
             speed = sum(self.trained_tokens) / (time.perf_counter() - self.began)
             text += f", {speed:,.0f} tokens/s together"
         return f"{text}{self._left()}"
+
+    def _expected(self, begun: list[Row]) -> int:
+        """Return the steps of jobs that have not begun: each has as many as others."""
+        waiting = sum(row.status == "waits" and not row.steps for row in self.rows)
+        return waiting * sum(row.steps for row in begun) // max(len(begun), 1)
 
     def _left(self) -> str:
         """Return the expected time of the remaining steps; a waiting job has as many as others."""
         begun = [row for row in self.rows if row.steps]
         done = sum(row.step - row.first for row in begun)
         left = sum(row.steps - row.step for row in begun if row.status == "trains")
-        if waiting := sum(row.status == "waits" for row in self.rows):
-            left += waiting * sum(row.steps for row in begun) // max(len(begun), 1)
+        left += self._expected(begun)
         if not done or not left:
             return ""
         seconds = round((time.perf_counter() - self.began) / done * left)

@@ -47,6 +47,9 @@ from lora_exp.model.weights import (
 )
 from lora_exp.parallel.world import world
 
+# transformers' mark of having warned that a text is longer than the base's context
+LONG = "sequence-length-is-longer-than-the-specified-maximum"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -169,6 +172,7 @@ def load(
         if gguf_file and quantization:
             check_gguf(Path(source), gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(source, **options, **gguf)
+        tokenizer.deprecation_warnings[LONG] = True  # as if warned: long rows are cut, and counted
         config = AutoConfig.from_pretrained(source, **options, **gguf)
         form = None if gguf_file or random_weights else saved_form(config)
         attention = attention_of(attn_implementation)

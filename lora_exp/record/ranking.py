@@ -95,5 +95,6 @@ def _caption(rows: list[dict[str, Any]]) -> str | None:
     if len(judged) > 1:
         lines.append(f"not compared with each other: jobs judged by {', '.join(judged)}")
     if any(str(r.get("place")).startswith("lockstep") for r in rows):
-        lines.append("seconds in lockstep: a job's own share, which add up to the pack's")
+        text = "a job's own share, the first with what all share; they add up to the pack's"
+        lines.append(f"seconds in lockstep: {text}")
     return "\n".join(lines) or None

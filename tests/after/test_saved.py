@@ -53,7 +53,7 @@ def test_an_error_names_what_is_at_the_path(trained: Trained, tmp_path: Path) ->
     run = copy_run(trained("peft=lora"), tmp_path / "run")
     with pytest.raises(SavedError, match=r"does not exist \(did you mean run\?\)"):
         find(tmp_path / "rum")
-    with pytest.raises(SavedError, match=r"is no adapter .*there is run"):
+    with pytest.raises(SavedError, match=r"is no adapter .*it has run"):
         find(tmp_path)
     (run / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(SavedError, match="has no weights"):

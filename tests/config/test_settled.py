@@ -118,3 +118,11 @@ def test_settling_needs_no_environment_variables() -> None:
     plain = OmegaConf.create({"resume": None, "adapter": None, "trusted_targets": [], "name": "x"})
     chosen = dict.fromkeys(GROUPS, "none")
     assert settled_values(plain, {"hydra/launcher": "basic"} | chosen, [])["choices"] == chosen
+
+
+def test_resuming_a_file_or_an_empty_folder_says_so_and_suggests_neither(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rows.jsonl is a file; give the directory of a run$"):
+        run_dir(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ConfigError, match=r"it has no config.yaml$"):
+        run_dir(str(tmp_path))

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_exp import compose, run
 from lora_exp.errors import DivergedError
+from lora_exp.lockstep import pack as pack_file
 from lora_exp.lockstep import proof
 from lora_exp.lockstep.pack import Pack
 from lora_exp.lockstep.seat import Seat
@@ -239,6 +240,20 @@ def test_a_base_whose_proof_fails_is_still_shared_and_the_reason_is_kept(
     record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
     reason = "RuntimeError: broken on purpose"
     assert record["why_apart"] == (f"in training: {reason}" if training_only else reason)
+
+
+def test_batches_that_fill_a_pass_are_computed_apart_and_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [["peft.r=2"], ["peft.r=4"]]
+    monkeypatch.setattr(pack_file, "MAX_TOKENS", {"cpu": 20})
+    results, pack = run_packed(jobs, tmp_path / "pack")
+    assert pack.passes.counts["shared backward"] == 0  # answers are shared, a token at a time
+    for packed, alone in zip(results, run_alone(jobs, tmp_path), strict=True):
+        assert outputs(packed) == outputs(alone)
+        record = json.loads((packed.directory / "run.json").read_text())["lockstep"]
+        expected = r"^in training: its batches have \d+ tokens or more, and a pass at most 20"
+        assert re.search(expected, record["why_apart"]), record
 
 
 MEMORY = """

@@ -29,8 +29,13 @@ def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
     parts = ("peft.r=8", "5/10", "1.2345", "2.00e-04", "loss 2.5", "trains", "peft.r=16", "waits")
     for part in parts:
         assert part in text
-    assert "0 of 2 jobs done, step 5 of 10" in text
+    assert "0 of 2 jobs done, step 5 of 20" in text  # the other has as many
     assert "tokens/s together" in text
+
+
+def test_before_the_first_job_trains_it_says_what_is_done() -> None:
+    table, _ = table_and_output(terminal=True)
+    assert table._summary().startswith("0 of 2 jobs done, none trains yet: rows are read")
 
 
 def test_the_time_left_counts_steps_done_here_and_jobs_that_wait() -> None:
@@ -86,9 +91,9 @@ def test_rows_of_several_workers_are_in_one_table() -> None:
     table.take([Row(1, "b", "trains", 0, 5, 10)], 0, 250)
     assert output.getvalue().split("\n") == ["job 0 (a): pruned: halving", ""]
     table.began -= 10
-    assert table._summary().startswith("1 of 3 jobs done, step 9 of 14, 75 tokens/s together")
+    assert table._summary().startswith("1 of 3 jobs done, step 9 of 21, 75 tokens/s together")
     table.trained_tokens = None
-    assert table._summary().startswith("1 of 3 jobs done, step 9 of 14, 0:00:")
+    assert table._summary().startswith("1 of 3 jobs done, step 9 of 21, 0:00:")
 
 
 def test_a_job_that_trains_by_itself_sends_its_row() -> None:
