@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -25,6 +26,7 @@ from lora_exp.lockstep.plan import Job
 
 log = logging.getLogger(__name__)
 NUMBER = "${hydra.job.num}"  # the default of hydra.sweep.subdir
+NOW = re.compile(r"\$\{now:[^${}]*\}")  # in that of hydra.sweep.dir; the same for all jobs
 DECIDES = "tracking"  # its option is named after its keys, without an interpolation
 
 
@@ -113,7 +115,7 @@ class Cells:
             parent, _, last = name.rpartition(".")
             _section(resolved.values, parent)[last] = value
         directory = Path(self._folder) / str(number)
-        return self._checked(settled, resolved, overrides, compose, directory, number)
+        return self._checked(settled, resolved, overrides, overrides, compose, directory, number)
 
     def _first(
         self,
@@ -139,25 +141,28 @@ class Cells:
         if settled is not None:
             key = settled.decided_by(self._loader.values(overrides))
             settled.resolved[key] = pickle.dumps(resolved)
-        one = settled or Settled.of(config)
-        return self._checked(one, resolved, overrides, compose, directory, number)
+        one, task = settled or Settled.of(config), list(config.hydra.overrides.task)
+        return self._checked(one, resolved, overrides, task, compose, directory, number)
 
     def _keepable(self, shape: Shape, config: DictConfig, resolved: Resolved) -> Settled | None:
         """Return what is kept of the first job of a shape; None: others depend on more than that.
 
-        Such are runs that are resumed, whose values come from a file, and folders with other
-        names than the jobs' numbers.
+        Such are runs that are resumed, whose values come from a file, folders with other names
+        than the jobs' numbers, and a section of Hydra's that refers to keys of the config.
         """
-        sweep, own_dir = OmegaConf.to_container(config.hydra.sweep), config.hydra.sweep.dir
-        assert isinstance(sweep, dict)
+        hydra: Any = OmegaConf.to_container(config.hydra)
+        job, sweep = hydra["job"], hydra["sweep"]
+        folder = NOW.sub("", str(sweep["dir"]))
+        decides = [job["chdir"], job["env_set"], job["config"], hydra["mode"], folder]
         with hidden(config, "hydra") as own:
             referred_to = references(OmegaConf.to_container(own))
         if (
             referred_to is None
+            or references([*decides, hydra["sweeper"], hydra["launcher"]]) != frozenset()
             or resolved.is_resumed
-            or "resume" in shape.names
+            or {"resume", "trusted_targets"} & {*shape.names}
             or sweep["subdir"] != NUMBER
-            or own_dir != self._folder
+            or config.hydra.sweep.dir != self._folder
             or not all(_holds_plain(resolved.values, name) for name in shape.names)
         ):
             return None
@@ -168,13 +173,14 @@ class Cells:
         settled: Settled,
         resolved: Resolved,
         overrides: list[str],
+        task: list[str],  # the same, with their interpolations resolved
         compose: Callable[[], DictConfig],
         directory: Path,
         number: int,
     ) -> Job:
         values, error = None, None
         try:
-            values = settled.checked(resolved, overrides, self._hydra)
+            values = settled.checked(resolved, task, self._hydra)
         except LoraExpError as caught:
             error = caught
         return Job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import MISSING, AnyNode, DictConfig, OmegaConf
 
@@ -54,16 +56,17 @@ class SweepLoader:
     def load_sweep_config(
         self, master_config: DictConfig, sweep_overrides: list[str]
     ) -> DictConfig | None:
-        """Validate a job that a sweeper will launch: the first of a shape is composed for it.
+        """Return what Hydra's own loader returns.
 
         Returns:
-            What Hydra's own loader returns; None where it is known that the job can be composed.
+            None where Hydra's sweepers only ask whether the job can be composed, and it is known
+            that it can: they throw the config away.
 
         Raises:
             HydraException: overrides that cannot be applied.
         """
-        shape = self.shape(master_config, sweep_overrides)
-        if shape in self._first:
+        is_known = self.shape(master_config, sweep_overrides) in self._first
+        if is_known and sys._getframe(1).f_code is Sweeper.validate_batch_is_legal.__code__:
             return None
         config = self.composed(master_config, sweep_overrides)
         self._validated[tuple(sweep_overrides)] = config
@@ -79,7 +82,7 @@ class SweepLoader:
         return self.composed(master_config, overrides) if validated is None else validated
 
     def shape(self, master_config: DictConfig, overrides: list[str]) -> Shape | None:
-        """Return the shape of a job; None: it sets what is no plain value, or deletes a key.
+        """Return the shape of a job; None: it sets a section or a list, or one key twice.
 
         Raises:
             HydraException: an override that cannot be parsed.
@@ -89,6 +92,8 @@ class SweepLoader:
         if not all(map(_is_plain, settings)):
             return None
         keys = [_signed(o) for o in settings]
+        if len({key.lstrip("+") for key in keys}) < len(keys):
+            return None  # whether one may be added depends on the value that it has by then
         return Shape(self._options(master_config, parsed), tuple(keys))
 
     def values(self, overrides: list[str]) -> dict[str, Any]:

@@ -235,8 +235,10 @@ def _parse(raw: bytes, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        column = min(error.pos, len(text.rstrip())) + 1  # the line's end is white space
-        raise DataError(f"{where}: not JSON: {error.msg} at column {column}") from error
+        at = f"column {min(error.pos, len(text.rstrip())) + 1}"  # a line's end is white space
+        if "\n" in text.rstrip():
+            at = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{where}: not JSON: {error.msg} at {at}") from error
     except ValueError as error:  # Python reads integers of at most 4300 digits
         raise DataError(f"{where}: a number cannot be read: {error}") from error
     except RecursionError as error:

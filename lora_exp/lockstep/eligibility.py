@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from lora_exp.lockstep.attention import PASTS, own_function
 from lora_exp.lockstep.layers import LINEAR, layers_of
 from lora_exp.lockstep.segment import CACHES
 from lora_exp.lockstep.state import RandomState
+from lora_exp.training.longest_first import is_shipped
 
 ACTIVATIONS = tuple({c[0] if isinstance(c, tuple) else c for c in ACT2CLS.values()})
 CAPTURING = "transformers.utils.output_capturing"
@@ -42,9 +42,7 @@ def base_obstacle(model: Any) -> str | None:
 
 def reads_padding(trainer: Any) -> bool:
     """Return whether a trainer may read hidden states of padding: unknown ones may."""
-    modules = {c.__module__.partition(".")[0] for c in type(trainer).__mro__}
-    known = modules <= {"lora_exp", "trl", "transformers", *sys.stdlib_module_names}
-    return not known or not any(c.__name__ in MASKING for c in type(trainer).__mro__)
+    return not is_shipped(trainer, MASKING)
 
 
 def fused_kinds(body: Any) -> dict[str, str]:

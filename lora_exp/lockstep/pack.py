@@ -75,8 +75,7 @@ class Pack:
         # the first job measures the base for all; the others begin afterwards
         self.passes = Passes(mode, verify)
         self.hub = Hub(self.passes, 1, MAX_TOKENS[device().partition(":")[0]])
-        # of a job's passes, in training or not
-        self.least_tokens: dict[tuple[int, bool], int] = {}
+        self.least_tokens: dict[int, int] = {}  # of a job's passes in training
         self.job_bytes: dict[int, int] = {}  # estimated bytes of each job, without the base
         self.loss_bytes = 0  # bytes of one job's loss while it is computed
         self.free_bytes, self.admitting, self.memory_share = 0, False, memory_share
@@ -154,10 +153,14 @@ class Pack:
         return f"in {part}: {training or evaluation}" if training or evaluation else None
 
     def _why_apart(self, job: int, training: bool) -> str | None:
-        least, most = self.least_tokens.get((job, training), 0), self.hub.capacity
-        if job not in self.passes.sharing[training] and 2 * least > most:
-            return f"its batches have {least:,} tokens or more, and a pass at most {most:,}"
-        return self.passes.why_apart(training)
+        why = self.passes.why_apart(training)
+        if why or not training or job in self.passes.sharing or job not in self.least_tokens:
+            return why
+        least, most = self.least_tokens[job], self.hub.capacity
+        others = [tokens for other, tokens in self.least_tokens.items() if other != job]
+        if least + min(others, default=0) <= most:
+            return None  # no other was there at the same time
+        return f"its batches have {least:,} tokens or more, and a pass at most {most:,}"
 
     def widen(self) -> None:
         """Admit as many jobs as memory has room for, if all were as large as the largest so far."""
@@ -196,8 +199,8 @@ class Pack:
             context = PassContext(ComputeState.now(), body.training, checkpointing)
             assert self.passes.fused is not None
             size = self.passes.fused.tokens_of(job, arguments, context)
-            key = job, context.training
-            self.least_tokens[key] = min(size, self.least_tokens.get(key, size))
+            if context.training:
+                self.least_tokens[job] = min(size, self.least_tokens.get(job, size))
             output = self.hub.ask(job, context, size, 0, arguments)
             return own_forward(**arguments) if output is None else output
 

@@ -57,8 +57,7 @@ class Passes:
         self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0,
                        "shared forward": 0, "shared backward": 0,
                        "tokens": 0, "padding left out": 0}  # fmt: skip
-        # jobs that have shared a pass: in evaluation, in training
-        self.sharing: tuple[set[int], set[int]] = (set(), set())
+        self.sharing: set[int] = set()  # jobs that have shared a pass in training
         self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
 
     def add(self, job: int, body: Any, base: Any, reads_padding: bool) -> None:
@@ -180,9 +179,9 @@ class Passes:
             for p in self.fused.passes(segments):
                 check = self.verification.choose(context, p)
                 outputs = self.fused.forward(p)
-                if len(outputs) > 1:
-                    self.counts["shared forward"] += 1
-                    self.sharing[context.training].update(s.job for s in p.segments)
+                self.counts["shared forward"] += len(outputs) > 1
+                if len(outputs) > 1 and context.training:
+                    self.sharing |= {s.job for s in p.segments}
                 self.counts["tokens"] += sum(s.own_tokens for s in p.segments)
                 left_out = (s.own_tokens - s.tokens for s in p.segments)
                 self.counts["padding left out"] += sum(left_out)

@@ -261,7 +261,7 @@ class Table:
         begun = [row for row in self.rows if row.steps]
         ended = sum(row.has_ended for row in self.rows)
         text = f"{ended} of {len(self.rows)} jobs done"
-        if not begun:
+        if not begun and ended < len(self.rows):
             return f"{text}, none trains yet: rows are read, and the base is measured"
         total = sum(row.steps for row in begun) + self._expected(begun)
         text += f", step {sum(row.step for row in begun):,} of {total:,}"

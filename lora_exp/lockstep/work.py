@@ -125,7 +125,8 @@ def together(
         brackets: those of these and other jobs.
         names: of jobs, by number, for the table.
     """
-    lockstep = jobs[0].values.lockstep
+    # a job that is refused on this machine, not on the launcher's, has no values
+    lockstep = next((job.values for job in jobs if job.values), jobs[0].config).lockstep
     return Work(
         tuple(jobs),
         lockstep.mode,

@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from lora_exp.data.encoding import IGNORED
 from lora_exp.data.tokens import virtual_tokens
 from lora_exp.parallel.world import world
-from lora_exp.training.longest_first import LongestFirst, tokens_of
+from lora_exp.training.longest_first import LongestFirst, may_be_ordered, tokens_of
 from lora_exp.training.row_losses import RowLosses
 
 Weighted = list[tuple[float, int]]  # a batch's mean, and the number of its tokens or rows
@@ -46,12 +46,9 @@ class Averages:
         return self._dealt or loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Return the trainer's sampler; the longest rows come first where it has no order.
-
-        Padding-free batches have no padding to save, and would be of very different sizes.
-        """
+        """Return the trainer's sampler; the longest rows come first where any order will do."""
         sampler = super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
-        if type(sampler) is not SequentialSampler or getattr(self, "padding_free", False):
+        if type(sampler) is not SequentialSampler or not may_be_ordered(self):
             return sampler
         tokens = tokens_of(eval_dataset)
         return sampler if tokens is None else LongestFirst(tokens)

@@ -16,6 +16,7 @@ from tests.data.test_rows import CHAT, INSTRUCTION_ROW, read_rows, write_lines
     [
         ([{"text": "x"}, "{broken"], r"rows.jsonl:2: not JSON: .* at column 2"),
         ([{"text": "x"}, '{"text": "y"'], r"rows.jsonl:2: not JSON: .* at column 13"),
+        (["[", '  {"text": "x"},', '  {"text": "y",}', "]"], r"not JSON: .* at line 3, column \d"),
         (["[]" + "x"], r"rows.jsonl row|not JSON"),
         (['"text"'], r"rows.jsonl:1: a row is an object"),
         ([{"text": "x"}, {"txt": "y"}], r"rows.jsonl:2: field 'text' is missing \(read as text\)"),

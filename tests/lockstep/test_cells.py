@@ -20,7 +20,7 @@ from lora_exp.config.door import CONF, plain
 from lora_exp.config.validation import job_config
 from lora_exp.lockstep.plan import Job
 
-SWEEP = ["tracking=none", "hydra.sweep.dir=sweep"]
+SWEEP = ["tracking=none", "hydra.sweep.dir=sweep", "hydra.mode=MULTIRUN"]
 KINDS = [
     ["peft.r={}", "seed={}"],
     ["seed={}", "peft.r={}"],  # another shape: the order is part of a name
@@ -37,6 +37,9 @@ KINDS = [
     ["~train.optim", "seed={}"],
     ["experiment=demo_grpo", "seed={}", "algorithm.args.num_generations={}"],
     ["train.max_steps=1", "train.max_steps={}"],
+    ["train.eval_steps={}", "+train.eval_steps=5"],  # may be added to null only
+    ["rate.peft='${{seed}}'", "seed={}"],  # part of the name
+    ["++trusted_targets={}"],
 ]
 VALUES = ["4", "8", "true", "4.0", "null", "0", "-1", "abc", "1e-4"]
 
@@ -56,7 +59,10 @@ def launcher(loader: Any, *arguments: str) -> Any:
 
 
 def by_itself(launched: Any, overrides: list[str], number: int) -> Job:
-    """Return a job without any that came before it."""
+    """Return a job without any that came before it, composed by Hydra's own loader."""
+    loader = launched.hydra_context.config_loader
+    loader._first.clear()
+    loader._validated[tuple(overrides)] = loader._by_hydra(launched.config, overrides)
     return Cells(launched, True, ["tracking"]).job(overrides, number)
 
 
@@ -69,13 +75,13 @@ def outcome(job: Job) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_a_job_is_the_same_whatever_came_before_it(loader: Any, kind: list[str]) -> None:
-    launched = launcher(loader)
+    launched, apart = launcher(loader), launcher(loader)
     cells = Cells(launched, True, ["tracking"])
     for turn in range(2):
         for number, value in enumerate(VALUES if turn else VALUES[::-1]):
             overrides = [*SWEEP[:1], *(word.format(value) for word in kind)]
             try:
-                alone = by_itself(launched, overrides, number)
+                alone = by_itself(apart, overrides, number)
             except HydraException as error:
                 with pytest.raises(type(error)):
                     cells.job(overrides, number)
@@ -109,23 +115,43 @@ def test_most_jobs_of_a_sweep_are_not_resolved_by_themselves(
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "jobs"),
     [
-        ["hydra.sweep.subdir=${hydra.job.override_dirname}"],
-        ["+report_to=${now:%Y}"],
+        (["hydra.sweep.subdir=${hydra.job.override_dirname}"], ["seed=1", "seed=2"]),
+        (["hydra.sweep.dir=out/r${peft.r}"], ["peft.r=16", "peft.r=8"]),
+        (["hydra.job.chdir=${strict}"], ["strict=false", "strict=true"]),
+        (["+hydra.sweeper.direction=${goal}"], ["goal=minimize", "goal=maximize"]),
+        (
+            ["hydra.searchpath=[file://$DIR]"],
+            ["experiment=dated seed=1", "experiment=dated seed=2"],
+        ),
     ],
+    ids=str,
 )
 def test_jobs_that_depend_on_more_than_their_values_are_resolved_by_themselves(
-    loader: Any, arguments: list[str]
+    loader: Any, tmp_path: Path, arguments: list[str], jobs: list[str]
 ) -> None:
+    (tmp_path / "experiment").mkdir()
+    dated = "# @package _global_\nname: run-${now:%Y}\n"
+    (tmp_path / "experiment" / "dated.yaml").write_text(dated)
+    arguments = [word.replace("$DIR", str(tmp_path)) for word in arguments]
     launched = launcher(loader, *arguments)
-    launched.config.hydra.overrides.hydra = [*SWEEP[1:], *arguments[:1]]
-    if arguments[0].startswith("+"):
-        launched.config.hydra.overrides.hydra = SWEEP[1:]
-    cells = Cells(launched, True, [])
-    for number in range(3):
-        overrides = [f"seed={number}", *(a for a in arguments if a.startswith("+"))]
-        job, alone = cells.job(overrides, number), by_itself(launched, overrides, number)
-        assert job.directory == alone.directory
-        assert repr(job.values) == repr(alone.values)
-    assert not any(cells._settled.values())
+    cells = Cells(launched, True, ["tracking"])
+    for number, job in enumerate(jobs):
+        overrides = ["tracking=none", *job.split()]
+        assert outcome(cells.job(overrides, number)) == outcome(
+            by_itself(launcher(loader, *arguments), overrides, number)
+        )
+    assert list(cells._settled.values()) == [None]
+
+
+def test_a_job_with_a_directory_or_an_environment_of_its_own_says_so(loader: Any) -> None:
+    for argument, expected in (
+        ("hydra.job.chdir=false", False),
+        ("hydra.job.chdir=true", True),
+        ("+hydra.job.env_set.X=1", True),
+    ):
+        cells = Cells(launcher(loader, argument), True, [])
+        jobs = [cells.job([f"seed={number}"], number) for number in range(2)]
+        assert [job.changes_process for job in jobs] == [expected] * 2
+        assert all(job.error is None for job in jobs)

@@ -57,7 +57,7 @@ def test_a_preset_may_train_its_jobs_in_processes_of_their_own() -> None:
         count = 2 if "experiment=two" in words else 1
         return SimpleNamespace(parallel=SimpleNamespace(processes=count))
 
-    loader = SimpleNamespace(load_sweep_config=load)
+    loader = SimpleNamespace(composed=load)
     launcher = SimpleNamespace(
         config=load(SimpleNamespace(), []), hydra_context=SimpleNamespace(config_loader=loader)
     )

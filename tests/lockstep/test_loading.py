@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -68,3 +70,17 @@ def test_a_validated_job_is_not_composed_again_when_it_is_launched(loader: Any) 
     again = fast.job(master, ["peft.r=4"])  # of a later launch
     assert again is not validated
     assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(validated)
+
+
+def test_hydras_sweepers_ask_only_whether_a_job_of_a_known_shape_can_be_composed(
+    loader: Any,
+) -> None:
+    master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+    fast = SweepLoader(loader)
+    sweeper: Any = SimpleNamespace(config=master, config_loader=fast)
+    Sweeper.validate_batch_is_legal(sweeper, [["peft.r=4"], ["peft.r=8"]])
+    assert list(fast._validated) == [("peft.r=4",)]
+    second = fast.load_sweep_config(master, ["peft.r=8"])  # by others, who may use it
+    assert second is not None
+    theirs = loader.load_sweep_config(master, ["peft.r=8"])
+    assert OmegaConf.to_yaml(second) == OmegaConf.to_yaml(theirs)

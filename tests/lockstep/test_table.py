@@ -36,6 +36,9 @@ def test_a_row_for_each_job_with_step_loss_and_rate() -> None:
 def test_before_the_first_job_trains_it_says_what_is_done() -> None:
     table, _ = table_and_output(terminal=True)
     assert table._summary().startswith("0 of 2 jobs done, none trains yet: rows are read")
+    for row in table.rows:
+        row.end("failed")
+    assert table._summary().startswith("2 of 2 jobs done, step 0 of 0")
 
 
 def test_the_time_left_counts_steps_done_here_and_jobs_that_wait() -> None:

@@ -10,7 +10,7 @@ import pytest
 from lora_exp import compose
 from lora_exp.lockstep import work as work_file
 from lora_exp.lockstep.plan import Job
-from lora_exp.lockstep.work import Work, costs_of, dealt, rows
+from lora_exp.lockstep.work import Work, costs_of, dealt, rows, together
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,10 @@ def test_a_row_costs_more_on_a_larger_base(tmp_path: Path) -> None:
     assert numbers(dealt(packs, [], {}, workers=2)) == [[3, 4], [0, 1, 2]]
     unknown = [*packs[0], of_base(5, "some/model"), *packs[1]]
     assert set(costs_of(unknown).values()) == {160.0}
+
+
+def test_a_pack_may_begin_with_a_job_that_is_refused_on_this_machine() -> None:
+    cfg = compose("lockstep.verify=0.5")
+    refused = Job(0, cfg, None, Path("0"))
+    assert together([refused], {}, {0: "a"}).verify == 0.5
+    assert together([refused, Job(1, cfg, cfg, Path("1"))], {}, {0: "a", 1: "b"}).verify == 0.5
