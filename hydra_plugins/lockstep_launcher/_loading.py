@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,9 @@ class SweepLoader:
             HydraException: overrides that cannot be applied.
         """
         is_known = self.shape(master_config, sweep_overrides) in self._first
-        if is_known and sys._getframe(1).f_code is Sweeper.validate_batch_is_legal.__code__:
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_code if frame is not None and frame.f_back is not None else None
+        if is_known and caller is Sweeper.validate_batch_is_legal.__code__:
             return None
         config = self.composed(master_config, sweep_overrides)
         self._validated[tuple(sweep_overrides)] = config
