@@ -11,6 +11,7 @@ prompt                `prompt`, and `answer` if it is known
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ SHAPES: dict[str, set[str]] = {
     "prompt": {"prompt"},
 }
 LABELLED = "; a column label of 0 and 1 is read with data.format=unpaired_preference"
+PLACE = re.compile(r"(:| row )\d+$")  # of a row in its file
 MAX_LISTED = 5  # faulty rows that an error lists
 
 
@@ -80,7 +82,7 @@ def reshape(rows: Sequence[Row], format: str, shape: str) -> Sequence[Row]:
     if convert is None or (shape == "prompt" and format == "text"):
         fields = ", ".join(sorted(rows[0])) if rows else "nothing"
         is_located = bool(rows) and isinstance(rows[0], LocatedRow)
-        where = f"{location_of(rows[0]).rpartition(':')[0]}: " if is_located else ""
+        where = f"{PLACE.sub('', location_of(rows[0]))}: " if is_located else ""
         usable = [f for f in FORMATS if (shape_of(f), shape) in CONVERSIONS or shape_of(f) == shape]
         needed = f"rows of shape {shape} ({', '.join(sorted(SHAPES[shape]))})"
         raise DataError(

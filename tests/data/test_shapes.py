@@ -59,6 +59,13 @@ def test_rows_that_cannot_be_converted_are_refused_with_both_shapes() -> None:
     assert shape_of("alpaca") == "completion"
 
 
+@pytest.mark.parametrize("where", ["C:/a b.jsonl:12", "C:/a b.jsonl row 12"])
+def test_rows_of_another_shape_name_their_file(where: str) -> None:
+    row = LocatedRow({"text": "x"}, where)
+    with pytest.raises(DataError, match=r"^C:/a b\.jsonl: the algorithm needs"):
+        reshape([row], "text", "preference")
+
+
 def test_rows_keep_their_location_in_a_new_shape() -> None:
     pair = LocatedRow({"prompt": "q", "chosen": "a", "rejected": "b"}, "rows.jsonl:7")
     unpaired = reshape([pair], "preference", "unpaired_preference")

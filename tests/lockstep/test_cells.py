@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.lockstep_launcher._cells import Cells
 from hydra_plugins.lockstep_launcher._loading import SweepLoader
-from lora_exp.config.door import CONF, plain
+from lora_exp.config.door import plain
 from lora_exp.config.validation import job_config
 from lora_exp.lockstep.plan import Job
 
@@ -42,14 +39,6 @@ KINDS = [
     ["++trusted_targets={}"],
 ]
 VALUES = ["4", "8", "true", "4.0", "null", "abc", "-1", "4"]
-
-
-@pytest.fixture(scope="module")
-def loader() -> Iterator[Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        yield hydra.config_loader
 
 
 def launcher(loader: Any, *arguments: str) -> Any:

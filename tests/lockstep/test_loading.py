@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hydra_plugins.lockstep_launcher._loading import SweepLoader
-from lora_exp.config.door import CONF
 
 JOBS = [
     ["peft.r=4"],
@@ -29,14 +25,6 @@ JOBS = [
     ["peft=none"],
 ]
 MISTAKES = [["peft.rank=4"], ["targets=qvv"], ["~train.nothing"], ["+peft.r=4"], ["++peft=lora"]]
-
-
-@pytest.fixture(scope="module")
-def loader() -> Iterator[Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        yield hydra.config_loader
 
 
 def test_a_jobs_config_is_that_of_hydras_own_loader(loader: Any) -> None:
