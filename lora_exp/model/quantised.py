@@ -139,8 +139,8 @@ def misread(model: Any) -> str | None:
             continue
         as_one_row = copy(state)
         as_one_row.shape = torch.Size([math.prod(state.shape)])
-        read = functional.dequantize_4bit(weight.data, state).flatten()
-        if not torch.equal(read, functional.dequantize_4bit(weight.data, as_one_row)):
+        read, meant = (functional.dequantize_4bit(weight.data, s) for s in (state, as_one_row))
+        if not torch.equal(read.flatten(), meant.flatten()):
             text = f"bitsandbytes misreads rows that are no whole blocks of 64 weights ({name})"
             return f"quant: {text} on this processor; elsewhere the base differs"
     return None
