@@ -32,6 +32,7 @@ from lora_exp.files.redaction import redact
 from lora_exp.files.whole import whole
 from lora_exp.model.determinism import explained, switched
 from lora_exp.model.loading import Base
+from lora_exp.model.sharded import gathered
 from lora_exp.parallel.launch import check_single_process
 from lora_exp.parallel.world import world
 from lora_exp.record.card import model_card
@@ -187,13 +188,14 @@ def _save_artifacts(
 ) -> Path:
     """Write what was trained, each folder completely or not at all."""
     folder = record.directory / ("adapter" if adapted.method else "model")
+    weights = gathered(adapted.model) if world.in_step and not adapted.method else None
     if not world.is_first:
         return folder
     if hasattr(trainer.model, "ppo_value"):
         with whole(record.directory / "value") as staged:
             save_value(trainer.model, base, staged)
     with whole(folder) as staged:
-        save(adapted, base, staged, model_card(cfg, record.values))
+        save(adapted, base, staged, model_card(cfg, record.values), weights)
     if adapted.method:
         try:
             record.write_json("updates.json", norms(folder))

@@ -88,6 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             own_data = any(override.startswith("data=") for override in overrides)
             quick = [key for key in QUICK if not (own_data and key.startswith("data."))]
             longer = ["train.max_steps=12", "train.learning_rate=3e-3"]
+            longer += ["train.per_device_train_batch_size=4"]
             cfg = compose("tracking=none", *quick, *longer, *overrides)
             directories[overrides] = run(cfg, tmp_path_factory.mktemp("trained") / "run").directory
         return directories[overrides]

@@ -61,6 +61,7 @@ class Adapted:
     callbacks: tuple[TrainerCallback, ...] = ()  # of the method
     left_out: Mapping[str, str] = field(default_factory=dict)  # layer that cannot be adapted -> why
     config: Any = None  # of a whole model, to be saved: trainers change the model's own
+    reference: Any = None  # a frozen copy of a whole model, where its trainer compares with one
 
 
 def attach(base: Base, cfg: DictConfig, directory: Path) -> Adapted:
@@ -240,14 +241,23 @@ def _save_start(model: Any, config: Any, folder: Path) -> None:
     config.init_lora_weights = method
 
 
-def save(adapted: Adapted, base: Base, folder: Path, card: str) -> None:
+def save(
+    adapted: Adapted, base: Base, folder: Path, card: str, weights: Mapping[str, Any] | None = None
+) -> None:
     """Write what was trained, the tokenizer and the model card; equal runs write equal bytes.
 
     PiSSA and OLoRA are written as plain LoRA of twice the rank, which fits the original base.
+
+    Args:
+        adapted: what was trained.
+        base: its base.
+        folder: where to.
+        card: the text of the model card.
+        weights: of a whole model that does not have all of its own; None: it has.
     """
     if adapted.method is None:
         adapted.model.config = adapted.config
-        adapted.model.save_pretrained(str(folder))
+        adapted.model.save_pretrained(str(folder), state_dict=weights)
     else:
         config = adapted.model.peft_config["default"]
         config.base_model_name_or_path = base.path  # not the folder on this machine

@@ -64,6 +64,7 @@ class PPOTrainer(RolloutTrainer):
     """Train policy and critic with clipped losses on rollouts sampled from the policy."""
 
     loss_is_scaled_for_ga = False
+    saved_apart = ("ppo_value.",)  # weights that `_save` writes to a file of their own
 
     def _add_parts(self, model: Any) -> None:
         """Add the critic to the policy and its reference."""

@@ -44,17 +44,20 @@ def _zero_faults(cfg: Section) -> Iterator[Fault]:
     if cfg.peft is not None and cfg.peft._target_ == "peft.AdaLoraConfig":
         text = "adalora needs the gradients after a step, and DeepSpeed has removed them"
         yield "parallel", f"zero2: {text}; parallel=ddp"
-    if cfg.train.optim not in ELEMENTWISE:
-        text = f"{cfg.train.optim} does not update each number by itself, so it cannot be shared"
-        yield "train.optim", f"{text} out with zero2; give {' or '.join(ELEMENTWISE)}"
+    yield from _optimizer_faults(cfg, "zero2")
     if cfg.train.get("fp16"):
         yield "train.fp16", "zero2 does not scale the loss; give train.bf16=true"
 
 
+def _optimizer_faults(cfg: Section, kind: str) -> Iterator[Fault]:
+    if cfg.train.optim not in ELEMENTWISE:
+        text = f"{cfg.train.optim} does not update each number by itself, so it cannot be shared"
+        yield "train.optim", f"{text} out with {kind}; give {' or '.join(ELEMENTWISE)}"
+
+
 def _fsdp_faults(cfg: Section) -> Iterator[Fault]:
     if cfg.peft is None:
-        text = "shares out the frozen layers of a base, and peft=none freezes none"
-        yield "parallel", f"fsdp {text}; parallel=zero2 or ddp"
+        yield from _whole_faults(cfg)
     elif cfg.peft.get("target_parameters") or "experts" in str(cfg.peft.get("target_modules")):
         text = "adapters of whole parameters need them outside of their layer's pass"
         yield "parallel", f"fsdp: {text}; parallel=ddp"
@@ -67,3 +70,18 @@ def _fsdp_faults(cfg: Section) -> Iterator[Fault]:
     if cfg.algorithm.task_type == "SEQ_2_SEQ_LM":
         text = "encoder and decoder make passes of their own, and only whole ones are in step"
         yield "parallel", f"fsdp: {text}; parallel=ddp"
+
+
+def _whole_faults(cfg: Section) -> Iterator[Fault]:
+    """Yield a fault for what needs whole weights in full fine-tuning."""
+    if cfg.algorithm.trainer._target_ == "lora_exp.algorithm.ppo.PPOTrainer":
+        yield "parallel", "fsdp with peft=none: ppo trains two models; parallel=ddp"
+    elif cfg.algorithm.shape == "prompt" and cfg.algorithm.args.get("beta"):
+        text = f"{cfg.choices.algorithm} loads its reference whole; algorithm.args.beta=0"
+        yield "parallel", f"fsdp with peft=none: {text}, or parallel=ddp"
+    if cfg.algorithm.args.get("sync_ref_model"):
+        text = "a reference that is updated cannot be saved by fsdp; parallel=ddp"
+        yield "algorithm.args.sync_ref_model", text
+    yield from _optimizer_faults(cfg, "fsdp")
+    if cfg.train.get("fp16"):
+        yield "train.fp16", "fsdp with peft=none does not scale the loss; give train.bf16=true"

@@ -26,7 +26,7 @@ from lora_exp.model.identity import identity_of
 from lora_exp.model.mixture import without_router_logits
 from lora_exp.model.padding import sees_padding
 from lora_exp.model.placement import check_fits, device, device_map, too_small
-from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16
+from lora_exp.model.precision import dtype_of, is_quantised, lacks_bfloat16, slow_products
 from lora_exp.model.prequantised import (
     SavedForm,
     dequantised_copy,
@@ -189,7 +189,7 @@ def load(
         share = quantised_share(model)
     _prepare(model, tokenizer, task_type, add_tokens)
     sha256, *warnings = identity_of(config, path, revision, gguf_file)
-    warnings.append(misread(model))
+    warnings += [misread(model), slow_products(model)]
     is_made = task_type == "SEQ_CLS" and type(config) in MADE
     kind = text_of(model, config), None if is_made else model_class.__name__
     return Base(model, tokenizer, path, sha256, tuple(filter(None, warnings)), form, *kind, share)

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from lora_exp.files.paths import asset
 from lora_exp.model.mixture import expert_count
+from lora_exp.model.processor import processor
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
 
@@ -61,9 +62,9 @@ def is_quantised(model: Any) -> bool:
 def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None:
     """Return the 16-bit dtype that products on a base are computed in.
 
-    A quantised base computes in bfloat16, or in float16 where its config or the GPU requires it;
-    bfloat16 weights in bfloat16; float32 weights as they are, unless all of them train on a GPU
-    that has bfloat16.
+    A quantised base computes in bfloat16, or in float16 where its config or the GPU requires it,
+    or as it is where a 4-bit config says float32; bfloat16 weights in bfloat16; float32 weights as
+    they are, unless all of them train on a GPU that has bfloat16.
 
     Args:
         model: the base, with or without adapters.
@@ -73,12 +74,36 @@ def autocast_dtype(model: Any, trains_whole: bool = False) -> torch.dtype | None
         The dtype for autocast; None: products are computed in the dtype of the weights.
     """
     if is_quantised(model):
-        configured = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
+        quantization = model.config.quantization_config
+        configured = getattr(quantization, "bnb_4bit_compute_dtype", None)
+        if configured == torch.float32 and getattr(quantization, "load_in_4bit", False):
+            return None
         half = configured == torch.float16 or lacks_bfloat16()
         return torch.float16 if half else torch.bfloat16
     if model.dtype == torch.bfloat16 or (trains_whole and has_bfloat16()):
         return torch.bfloat16
     return None
+
+
+def slow_products(model: Any) -> str | None:
+    """Return a warning if the processor has no instructions for a base's products in bfloat16.
+
+    torch then computes them term by term: a run of the embedded model in 4 bits took 6 times as
+    long as in float32.
+    """
+    flags = processor().get("flags", "").split()
+    if autocast_dtype(model) != torch.bfloat16 or model.device.type != "cpu":
+        return None
+    if "avx2" not in flags or "avx512bw" in flags:
+        return None
+    if not is_quantised(model):
+        key, cure = "model", "model.dtype=float32"
+    elif getattr(model.config.quantization_config, "load_in_4bit", False):
+        key, cure = "quant", "quant.compute_dtype=float32"
+    else:
+        key, cure = "quant", "quant=none"
+    text = "this processor has no AVX-512, and computes in bfloat16 many times slower than in"
+    return f"{key}: {text} float32; {cure}"
 
 
 def autocast(model: Any) -> torch.autocast:

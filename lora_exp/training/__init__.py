@@ -9,6 +9,7 @@ averages        evaluations as means over tokens
 best            which evaluation was the best
 manifest        a checkpoint's hashes; the newest intact
 checkpoint      complete or absent; the best kept
+saved_weights   a checkpoint's, by their own names
 rotation        old checkpoints are deleted
 rollouts        answers still learnt from, in checkpoints
 resumption      intervals and rate of new arguments
@@ -23,7 +24,9 @@ processes       starts several, waits for them
 draws           each process its own
 measure         held-out rows before and after
 early_stopping  measured at rungs, stopped there
+shares          each process saves its own
 zero            the optimizer's state, shared out
+fsdp            all weights that train, shared out
 trainer         the algorithm's trainer, built and guarded
 loop            from a checkpoint to the end
 """

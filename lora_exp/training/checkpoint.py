@@ -8,15 +8,13 @@ logged yet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -32,13 +30,13 @@ from lora_exp.training.interruption import stop
 from lora_exp.training.manifest import PREFIX, flaw, owner, seal
 from lora_exp.training.rollouts import load_rollout, save_rollout
 from lora_exp.training.rotation import rotate
+from lora_exp.training.saved_weights import SavedWeights
 from lora_exp.training.unlogged import restore_loss, restore_metrics, save_unlogged
 
 log = logging.getLogger("lora_exp")
-TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 
 
-class Checkpoints:
+class Checkpoints(SavedWeights):
     """A mixin for trainers: complete checkpoints, the best kept, a stop at the end of a step."""
 
     owner = ""  # the run whose checkpoints these are
@@ -218,17 +216,8 @@ class Checkpoints:
         best = Path(self.state.best_model_checkpoint)
         if reason := flaw(best, self.owner):
             raise CheckpointError(f"{best}, the best, {reason}; its weights are not loaded")
-        if self._trains_prompts():
-            self._load_trained(best)
-        else:
-            super()._load_best_model()  # type: ignore[misc]
+        super()._load_best_model()
         self._holds_best = True
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._trains_prompts():
-            self._load_trained(Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
@@ -237,9 +226,7 @@ class Checkpoints:
             self._find_best(Path(checkpoint).parent)
             load_rollout(self, Path(checkpoint))
             restore_metrics(self, Path(checkpoint))
-            if self._updates_reference():
-                reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
-                _fill(reference.named_parameters(), Path(checkpoint) / REFERENCE)
+            self._load_reference(Path(checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with numbers_only(checkpoint, CheckpointError):
@@ -247,48 +234,12 @@ class Checkpoints:
         if checkpoint is not None:
             restore_loss(self, Path(checkpoint))
 
-    def _trains_prompts(self) -> bool:
-        """Return whether prompts are trained: peft saves their encoder's output, not itself."""
-        return hasattr(self.model, "prompt_encoder")
-
-    def _updates_reference(self) -> bool:
-        return bool(getattr(self.args, "sync_ref_model", False))
-
-    def _trained(self) -> list[tuple[str, torch.Tensor]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    def _load_trained(self, folder: Path) -> None:
-        _fill(self._trained(), folder / TRAINED)
-
-    def _save_extra_weights(self, folder: Path) -> None:
-        """Save other weights that the next step uses: prompt encoders, an updated reference."""
-        if self._trains_prompts():
-            save_file({n: p.detach().contiguous() for n, p in self._trained()}, folder / TRAINED)
-        if self._updates_reference():
-            reference = self.accelerator.unwrap_model(self.ref_model)  # type: ignore[attr-defined]
-            parameters = reference.named_parameters()
-            save_file({n: p.detach().contiguous() for n, p in parameters}, folder / REFERENCE)
-
 
 @contextmanager
 def _staged(final: Path) -> Iterator[Path]:
     """Yield a checkpoint's temporary folder, the same in all processes of the run."""
     with whole(final) if world.is_first else nullcontext(final) as staged:
         yield world.shared(staged)
-
-
-def _fill(parameters: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
-    """Copy saved tensors into parameters of the same names.
-
-    Raises:
-        CheckpointError: the file, or a parameter in it, is missing.
-    """
-    saved = load_file(path) if path.is_file() else {}
-    for name, parameter in parameters:
-        if name not in saved:
-            text = f"{path.parent} does not hold {name}, which trains; start a new run"
-            raise CheckpointError(text)
-        parameter.data.copy_(saved[name])
 
 
 @cache

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from lora_exp.errors import AdapterError, ConfigError, DivergedError, RewardError
 from lora_exp.model.mixture import expert_count
+from lora_exp.model.sharded import own_part
 from lora_exp.parallel.world import world
 
 log = logging.getLogger("lora_exp")
@@ -81,7 +82,7 @@ def check_finite(named_parameters: Iterable[tuple[str, Any]], step: int) -> None
         DivergedError: a trained tensor is not finite; it names the step and the tensor.
     """
     trained = {name: p for name, p in named_parameters if p.requires_grad}
-    finite = _each([torch.isfinite(p).all() for p in trained.values()])
+    finite = _each([torch.isfinite(own_part(p)).all() for p in trained.values()])
     for name in (name for name, is_finite in zip(trained, finite, strict=True) if not is_finite):
         text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
         raise DivergedError(f"{text}; the checkpoints before it are kept")
@@ -101,7 +102,8 @@ def check_alike(parameters: Iterable[Any], step: int) -> None:
     """
     if world.size == 1:
         return
-    sums = [p.detach().double().sum().item() for p in parameters if p.requires_grad]
+    trained = (p.detach() for p in parameters if p.requires_grad)
+    sums = [p.double().sum().item() for p in trained if own_part(p) is p]  # of others no copies
     if any(others != sums for others in world.gathered(sums)):
         text = f"the processes of the run have different weights at step {step}: gradients were not"
         raise DivergedError(f"{text} averaged over all of them; give parallel=none")
@@ -159,8 +161,9 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
                     " (peft.target_modules, peft.modules_to_save), or choose another method"
                 )
             return
-        changes = _each([gradient.any() for gradient in gradients.values()])
+        changes = _each([own_part(gradient).any() for gradient in gradients.values()])
         changed = {name for name, any_ in zip(gradients, changes, strict=True) if any_}
+        changed = set().union(*world.gathered(changed))  # each may have a part of a gradient
         unchanged = [name for name in trained if name not in changed]
         if unchanged:
             log.warning(

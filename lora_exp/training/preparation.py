@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import set_seed
 
 from lora_exp.adapter.attach import Adapted, attach
 from lora_exp.config.sharding import sharding
+from lora_exp.config.signature import signature
 from lora_exp.data.examples import unending
 from lora_exp.data.rows import Rows
 from lora_exp.data.template import prepare
@@ -19,7 +21,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.model.loading import Base
 from lora_exp.model.packing import keeps_rows_apart
 from lora_exp.model.padding import sees_padding
-from lora_exp.model.sharded import share_layers
+from lora_exp.model.sharded import share_layers, share_weights
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
 from lora_exp.parallel.world import world
@@ -57,9 +59,9 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     _check_trainable(cfg, base)
     hashes = _begin(cfg, record, rows, base)
     set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
-    adapted = attach(base, cfg, record.directory)
+    adapted = _with_reference(cfg, attach(base, cfg, record.directory))
     if world.in_step:
-        share_layers(adapted.model)
+        _share_out(adapted)
         base.model.sees_padding = sees_padding(base.model)
         _check_padding(cfg, base)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
@@ -68,6 +70,24 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
         data = inputs.tokens(shaped, base, adapted.model)
     rows, shaped = _without_refused(rows, shaped, data, base)
     return Prepared(base, adapted, rows, shaped, data, inputs.held_out(rows, base), hashes)
+
+
+def _with_reference(cfg: DictConfig, adapted: Adapted) -> Adapted:
+    """Return a whole model with its untrained copy, where the algorithm's trainer takes one."""
+    trainer = signature(cfg.algorithm.trainer._target_)
+    if adapted.method or trainer is None or "ref_model" not in trainer.arguments:
+        return adapted
+    reference = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    return replace(adapted, reference=reference)
+
+
+def _share_out(adapted: Adapted) -> None:
+    if adapted.method:
+        share_layers(adapted.model)
+        return
+    for model in (adapted.model, adapted.reference):
+        if model is not None:
+            share_weights(model)
 
 
 def _check_trainable(cfg: DictConfig, base: Base) -> None:

@@ -6,7 +6,6 @@ Its class is subclassed for checkpoints; `evaluate`, the prompt sampler and the 
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -38,6 +37,7 @@ from lora_exp.rewards import rewards
 from lora_exp.training.best import Watched
 from lora_exp.training.checkpoint import checkpointed
 from lora_exp.training.draws import OwnDraws
+from lora_exp.training.fsdp import Fsdp
 from lora_exp.training.guards import FiniteLoss, GradientCheck
 from lora_exp.training.housekeeping import avoid_module_walks
 from lora_exp.training.resumption import Resumption
@@ -75,7 +75,7 @@ def trainer_of(
         trainer = build(
             cfg,
             "algorithm.trainer",
-            through=partial(checkpointed, mixins=(Zero,) if sharding(cfg) == "zero2" else ()),
+            through=partial(checkpointed, mixins=_mixins(cfg)),
             model=adapted.model,
             args=_training_arguments(cfg, base, held_out, record),
             train_dataset=train.dataset,
@@ -96,6 +96,12 @@ def trainer_of(
     return trainer
 
 
+def _mixins(cfg: DictConfig) -> tuple[type, ...]:
+    """Return what else than checkpoints the trainer of a run does in another way."""
+    kind = sharding(cfg)
+    return (Zero,) if kind == "zero2" else (Fsdp,) if kind == "fsdp" and cfg.peft is None else ()
+
+
 def _prepare_experts(cfg: DictConfig, base: Base) -> None:
     """Set what TRL reads of experts; refuse to balance routers that the base does not have."""
     if cfg.algorithm.args.get("router_aux_loss_coef") and not has_routers(base.model):
@@ -113,12 +119,10 @@ def _rewards_and_reference(
 ) -> dict[str, Any]:
     """Return the arguments `reward_funcs` and `ref_model`, where the algorithm takes them."""
     arguments: dict[str, Any] = {}
-    trainer_signature = signature(cfg.algorithm.trainer._target_)
-    parameters = trainer_signature.arguments if trainer_signature else {}
     if "rewards" in cfg.algorithm:
         arguments["reward_funcs"] = rewards(cfg, base, adapted.model, rows)
-    if "ref_model" in parameters and adapted.method is None:
-        arguments["ref_model"] = copy.deepcopy(adapted.model).eval().requires_grad_(False)
+    if adapted.reference is not None:
+        arguments["ref_model"] = adapted.reference
     return arguments
 
 
@@ -144,9 +148,10 @@ def _correct(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> 
         adapted: what trains.
         trained: its parameters, and their values before trl cast them.
     """
-    if adapted.method is None and getattr(trainer, "ref_model", None) is not None:
+    loaded = getattr(trainer, "ref_model", None)
+    if adapted.method is None and adapted.reference is None and loaded is not None:
         # trl loads it anew, without a revision
-        trainer.ref_model.load_state_dict(adapted.model.state_dict())
+        loaded.load_state_dict(adapted.model.state_dict())
     without_router_logits(trainer.model)
     if hasattr(trainer, "_get_train_sampler"):
         trainer._get_train_sampler = _resumable(trainer._get_train_sampler)
@@ -154,6 +159,8 @@ def _correct(trainer: Any, adapted: Adapted, trained: list[tuple[Any, Any]]) -> 
     avoid_module_walks(trainer.model)
     if isinstance(trainer, Zero):
         trainer.use_autocast()
+    if isinstance(trainer, Fsdp):
+        trainer.leave_wrapping()
     trainer.evaluate = _with_own_random_state(trainer.evaluate)
     if adapted.method is not None:
         # trl casts to bfloat16 on quantised bases: docs/decisions/0003

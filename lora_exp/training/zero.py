@@ -11,18 +11,16 @@ import logging
 import math
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from accelerate.utils.operations import convert_outputs_to_fp32
 
-from lora_exp.errors import CheckpointError, ConfigError, LoraExpError
+from lora_exp.errors import ConfigError, LoraExpError
 from lora_exp.model.mixture import expert_count
-from lora_exp.parallel.world import world
+from lora_exp.training.shares import Shares
 
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 BUCKET = 50_000_000  # gradients that are reduced at a time
 MASKED = -1.0  # DeepSpeed's norm of gradients that are not finite
 
@@ -42,14 +40,12 @@ def deepspeed_config() -> dict[str, Any]:
     }
 
 
-class Zero:
+class Zero(Shares):
     """A mixin for trainers: the optimizer's state is shared out."""
 
     model: Any
     args: Any
     accelerator: Any
-    optimizer: Any
-    lr_scheduler: Any
 
     @property
     def is_deepspeed_enabled(self) -> bool:
@@ -88,26 +84,16 @@ class Zero:
         norm: float = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
         return math.nan if norm == MASKED else norm
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def share(self) -> dict[str, Any]:
+        """Return this process's share of what DeepSpeed updates."""
         share = self.optimizer.optimizer  # DeepSpeed's, in accelerate's
-        saved = {
-            "weights": share.single_partition_of_fp32_groups,
-            "state": share.optimizer.state_dict(),
-        }
-        torch.save(saved, Path(output_dir) / world.own(OPTIMIZER))
-        if world.is_first:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        weights = share.single_partition_of_fp32_groups
+        return {"weights": weights, "state": share.optimizer.state_dict()}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        path, share = Path(checkpoint) / world.own(OPTIMIZER), self.optimizer.optimizer
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; start a new run")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    def take_share(self, saved: dict[str, Any]) -> None:
+        """Go on from a share that this process has saved."""
+        share = self.optimizer.optimizer
         weights = share.single_partition_of_fp32_groups
         for tensor, saved_tensor in zip(weights, saved["weights"], strict=True):
             tensor.data.copy_(saved_tensor)
         share.optimizer.load_state_dict(saved["state"])
-        path = Path(checkpoint) / SCHEDULER
-        self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))

@@ -32,7 +32,7 @@ SETTINGS: dict[str, list[str]] = {
     "rloo": GROUPS,
     "ppo": [*GENERATED, "algorithm.args.num_iterations=2", "algorithm.args.num_minibatches=2"],
 }
-COMMON = ["data=demo_pairs", "data.rows=64", "data.eval_rows=8", "train.max_steps=3"]
+COMMON = ["data=demo_pairs", "data.rows=64", "data.eval_rows=4", "train.max_steps=3"]
 COMMON += ["train.per_device_train_batch_size=4", "train.per_device_eval_batch_size=8"]
 COMMON += ["samples.rows=2", "samples.max_new_tokens=8", "tracking=none"]
 

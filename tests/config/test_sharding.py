@@ -57,7 +57,15 @@ def test_what_cannot_be_shared_out_is_refused(overrides: list[str], key: str, me
     [
         (["quant=nf4"], "quant", "nf4 with fsdp gives wrong numbers (bitsandbytes issue 1945)"),
         (["quant=int8"], "quant", "keeps all weights (accelerate PR 3987); parallel=ddp"),
-        (["peft=none"], "parallel", "peft=none freezes none; parallel=zero2 or ddp"),
+        (["peft=none", "experiment=demo_ppo"], "parallel", "peft=none: ppo trains two models"),
+        (["peft=none", "experiment=demo_grpo"], "parallel", "grpo loads its reference whole"),
+        (["peft=none", "train.optim=adafactor"], "train.optim", "does not update each number"),
+        (
+            ["peft=none", "experiment=demo_dpo", "+algorithm.args.sync_ref_model=true"],
+            "algorithm.args.sync_ref_model",
+            "a reference that is updated cannot be saved",
+        ),
+        (["peft=none", "+train.fp16=true"], "train.fp16", "does not scale the loss"),
         (["targets=experts"], "parallel", "adapters of whole parameters need them outside"),
         (["peft=adalora"], "parallel", "fsdp: adalora changes weights outside of a pass"),
         (["algorithm=seq2seq"], "parallel", "encoder and decoder make passes of their own"),

@@ -90,7 +90,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         [],
         ["train.gradient_checkpointing=true", "model.dtype=bfloat16"],
-        ["quant=nf4"],
+        ["quant=nf4", "quant.compute_dtype=float32"],
         ["quant=int8"],
     ],
     ids="+".join,

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from lora_exp import compose
 from lora_exp.after.loading import Loaded
+from lora_exp.model import precision
 from lora_exp.model.loading import Base, base_of, bnb_4bit
 from lora_exp.model.precision import (
     autocast_dtype,
@@ -20,6 +21,7 @@ from lora_exp.model.precision import (
     has_bfloat16,
     is_quantised,
     lacks_bfloat16,
+    slow_products,
     stored_dtype,
 )
 from lora_exp.rewards import AdapterReward
@@ -32,7 +34,7 @@ PRECISIONS = [
     (["model.dtype=float16"], None),
     (["quant=nf4"], torch.float16 if lacks_bfloat16() else torch.bfloat16),
     (["quant=nf4", "quant.compute_dtype=float16"], torch.float16),
-    (["quant=nf4", "quant.compute_dtype=float32", "model.dtype=float32"], torch.bfloat16),
+    (["quant=nf4", "quant.compute_dtype=float32", "model.dtype=float32"], None),
     (["quant=int8"], torch.float16 if lacks_bfloat16() else torch.bfloat16),
 ]
 IDS = [",".join(overrides) for overrides, _ in PRECISIONS]
@@ -122,3 +124,28 @@ def test_whether_a_class_computes_in_float64_is_tried(fresh_base: Any) -> None:
     assert model.dtype == torch.float32
     rounds.remove()
     assert computes_in_float64(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of bases on a processor")
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["quant=nf4"], "quant.compute_dtype=float32"),
+        (["quant=int8"], "quant=none"),
+        (["model.dtype=bfloat16"], "model.dtype=float32"),
+        (["quant=nf4", "quant.compute_dtype=float32"], None),
+        ([], None),
+    ],
+)
+def test_a_processor_without_products_in_bfloat16_is_named_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], cure: str | None
+) -> None:
+    model = base_of(compose("tracking=none", *overrides)).model
+    for flags in ("fma avx2 avx512f avx512bw", ""):
+        monkeypatch.setattr(precision, "processor", lambda flags=flags: {"flags": flags})
+        assert slow_products(model) is None
+    monkeypatch.setattr(precision, "processor", lambda: {"flags": "fma avx2"})
+    warning = slow_products(model)
+    assert (
+        (warning is None) if cure is None else warning.endswith(f"slower than in float32; {cure}")
+    )

@@ -105,6 +105,7 @@ def test_a_base_has_that_warning(
     folder_of: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(GPT2)
+    monkeypatch.setattr(loading_file, "slow_products", lambda _: None)
     assert load(folder, "quant=nf4").warnings == ()
     monkeypatch.setattr(loading_file, "misread", lambda model: type(model).__name__)
     assert load(folder, "quant=nf4").warnings == ("GPT2LMHeadModel",)

@@ -304,16 +304,6 @@ def test_a_reference_that_cannot_be_synced_is_refused() -> None:
         compose(*pairs, "peft=none", "+algorithm.args.precompute_ref_log_probs=true")
 
 
-def test_an_encoder_missing_from_a_checkpoint_is_named(quick_run: Callable[..., Any]) -> None:
-    cut = quick_run(*EVERY_STEP, "peft=p_tuning", "train.max_steps=2")
-    folder = cut.directory / "checkpoints/checkpoint-2"
-    (folder / "trained.safetensors").unlink()
-    seal(folder, owner_of(cut.directory), 2)
-    mark_killed(cut.directory)
-    with pytest.raises(CheckpointError, match=r"does not hold .*prompt_encoder.*; start a new run"):
-        run(compose(f"resume={cut.directory}"))
-
-
 class Failing(TrainerCallback):  # type: ignore[misc]
     """Raises in the middle of step 4."""
 
