@@ -24,6 +24,7 @@ from lora_exp.config.door import build
 from lora_exp.config.learning import check_rows
 from lora_exp.config.processes import process_count
 from lora_exp.config.settled import run_dir
+from lora_exp.config.sharding import shares_all
 from lora_exp.config.trackers import sent_config, tracker_keys
 from lora_exp.data.examples import recounted
 from lora_exp.data.template import template_hash
@@ -188,7 +189,7 @@ def _save_artifacts(
 ) -> Path:
     """Write what was trained, each folder completely or not at all."""
     folder = record.directory / ("adapter" if adapted.method else "model")
-    weights = gathered(adapted.model) if world.in_step and not adapted.method else None
+    weights = gathered(adapted.model) if shares_all(cfg) else None
     if not world.is_first:
         return folder
     if hasattr(trainer.model, "ppo_value"):

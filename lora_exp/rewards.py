@@ -30,7 +30,9 @@ from lora_exp.data.turns import Row
 from lora_exp.errors import AdapterError, ConfigError, DataError, RewardError
 from lora_exp.files.paths import is_path
 from lora_exp.model.loading import Base, base_of
+from lora_exp.model.placement import device
 from lora_exp.model.precision import autocast
+from lora_exp.parallel.world import world
 
 Function = Callable[..., list[float | None]]
 # arguments that a trainer passes to reward functions, beside the rows' columns
@@ -244,6 +246,8 @@ def _second_base(cfg: DictConfig) -> Any:
     import peft
 
     base: Base = base_of(cfg)
+    if world.in_step:  # then a base is loaded to be shared out, which this one is not
+        base.model.to(device())
     return peft.get_peft_model(base.model, peft.LoraConfig(r=1, target_modules="all-linear"))
 
 

@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 ROOT = Path(__file__).parent.parent
 QUICK = ["train.max_steps=3", "samples.rows=4", "samples.max_new_tokens=8", "data.max_rows=64"]
 QUICK += ["data.max_eval_rows=16", "report=null"]
+QUICK += ["train.per_device_train_batch_size=4"]  # some processors compute bfloat16 slowly
 
 # absl closes its stream whenever logging is configured, but not this one; else it is pytest's own
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -88,7 +89,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             own_data = any(override.startswith("data=") for override in overrides)
             quick = [key for key in QUICK if not (own_data and key.startswith("data."))]
             longer = ["train.max_steps=12", "train.learning_rate=3e-3"]
-            longer += ["train.per_device_train_batch_size=4"]
             cfg = compose("tracking=none", *quick, *longer, *overrides)
             directories[overrides] = run(cfg, tmp_path_factory.mktemp("trained") / "run").directory
         return directories[overrides]

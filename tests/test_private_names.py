@@ -43,6 +43,7 @@ PRIVATE = [
     ),
     (TRAINER, "_issue_warnings_after_load", "training/saved_weights.py, training/fsdp.py"),
     (TRAINER, "_move_model_to_device", "training/fsdp.py"),
+    (TRAINER, "_defer_fsdp_gradient_reduction", "training/fsdp.py"),
     (MODEL, "_keys_to_ignore_on_save", "training/saved_weights.py"),
     (TRAINER, "_load_rng_state", "training/checkpoint.py"),
     (TRAINER, "_tr_loss", "training/unlogged.py"),

@@ -22,6 +22,7 @@ from lora_exp.config.initialization import saved_as_plain_lora
 from lora_exp.config.pairs import QUANTISATIONS
 from lora_exp.config.processes import divided, process_count
 from lora_exp.config.settled import fingerprint
+from lora_exp.config.sharding import sharding, shares_all
 from lora_exp.config.validation import validate
 from lora_exp.errors import ConfigError
 from lora_exp.files.paths import asset
@@ -203,12 +204,17 @@ def need(cfg: DictConfig, config: Any) -> Need:
     size = 4 if cfg.peft is not None else dtype_of(cfg.model.dtype).itemsize
     counts = [p.numel() for p in trained]
     trained_bytes = size * sum(counts)
+    parts = process_count(cfg)
+    of_state = parts if shares_all(cfg) or sharding(cfg) == "zero2" else 1
+    of_weights = parts if shares_all(cfg) else 1
+    copies = 2 if several and of_weights == 1 else 1  # of gradients: one of them is averaged
+    weights = frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes
     return Need(
         trainable=sum(counts),
         saved=trained_bytes if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
-        weights=frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes,
-        gradients=trained_bytes * (2 if several else 1),  # a copy of them is averaged
-        optimizer=sum(state_bytes(count, cfg.train.optim, size) for count in counts),
+        weights=weights // of_weights,
+        gradients=trained_bytes * copies // of_weights,
+        optimizer=sum(state_bytes(n, cfg.train.optim, size) for n in counts) // of_state,
         activations=step_bytes(config, _step(cfg, config)) + dequantised,
     )
 

@@ -94,7 +94,8 @@ def estimate(
 ) -> None:
     """Estimate what a run would train and its memory; only its config is downloaded.
 
-    Not counted: PPO's critic, the reference model of DPO with peft=none, and the process itself.
+    Not counted: PPO's critic, the reference model of DPO with peft=none, the process itself, and
+    that fsdp shares out frozen layers.
     """
     libraries.load(training=False, freeze=True)
     from lora_exp.after import pages

@@ -21,7 +21,7 @@ THREADS = "OMP_NUM_THREADS"
 COMPARING = ("lora_exp.early_stopping.rules.Halving", "lora_exp.early_stopping.rules.Median")
 # what processes share out, besides the rows of a step
 SHARED = {"zero2": "optimizer's state", "fsdp": "frozen layers"}
-ALL = "weights and the optimizer's state"  # in full fine-tuning by fsdp
+SHARED_IN_FULL = SHARED | {"fsdp": "weights and the optimizer's state"}  # where all of them train
 # arguments of trainers under which the rows of a step would no longer be those of one process
 APART = {
     "auto_find_batch_size": "begins again with another batch",
@@ -106,8 +106,8 @@ def shares_text(cfg: DictConfig) -> str:
     rows, passes = shares.values()
     whole = cfg.train.per_device_train_batch_size * cfg.train.gradient_accumulation_steps
     times = f" in {passes} passes" if passes > 1 else ""
-    shared = SHARED.get(str(cfg.parallel.get("sharding")))
-    shared = ALL if shared == SHARED["fsdp"] and cfg.peft is None else shared
+    kinds = SHARED_IN_FULL if cfg.peft is None else SHARED
+    shared = kinds.get(str(cfg.parallel.get("sharding")))
     share = f", and has a share of the {shared}" if shared else ""
     nodes = f" on {node_count(cfg)} nodes" if node_count(cfg) > 1 else ""
     return f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"

@@ -22,6 +22,11 @@ def sharding(cfg: Any) -> str | None:
     return str(kind) if kind and process_count(cfg) > 1 else None
 
 
+def shares_all(cfg: Any) -> bool:
+    """Return whether a settled config's processes share all weights out: they all train."""
+    return sharding(cfg) == "fsdp" and cfg.peft is None
+
+
 def sharding_faults(cfg: Section) -> Iterator[Fault]:
     """Yield a fault for each setting with which nothing can be shared out."""
     parallel = cfg.get("parallel")
@@ -56,6 +61,9 @@ def _optimizer_faults(cfg: Section, kind: str) -> Iterator[Fault]:
 
 
 def _fsdp_faults(cfg: Section) -> Iterator[Fault]:
+    if cfg.algorithm.args.get("precompute_ref_log_probs"):
+        key = "algorithm.args.precompute_ref_log_probs"
+        yield key, "needs whole weights, which fsdp does not have; parallel=ddp"
     if cfg.peft is None:
         yield from _whole_faults(cfg)
     elif cfg.peft.get("target_parameters") or "experts" in str(cfg.peft.get("target_modules")):

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from lora_exp.files.paths import asset
 from lora_exp.model.mixture import expert_count
+from lora_exp.model.placement import device
 from lora_exp.model.processor import processor
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names
@@ -92,7 +93,7 @@ def slow_products(model: Any) -> str | None:
     long as in float32.
     """
     flags = processor().get("flags", "").split()
-    if autocast_dtype(model) != torch.bfloat16 or model.device.type != "cpu":
+    if autocast_dtype(model) != torch.bfloat16 or device() != "cpu":
         return None
     if "avx2" not in flags or "avx512bw" in flags:
         return None

@@ -6,12 +6,14 @@ optimizer's state are shared out, too. Weights are gathered to be saved.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from lora_exp.model.sharded import from_whole, gathered, own_part, part_of
+from lora_exp.parallel.world import world
 from lora_exp.training.shares import Shares
 
 
@@ -24,6 +26,10 @@ class Fsdp(Shares):
     def leave_wrapping(self) -> None:
         """Let accelerate not wrap the model, whose gradients come averaged."""
         self.is_distributed_loading_by_transformers = True  # its word for such a model
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Reduce each pass's gradients: until the last one, whole ones would fill the memory."""
+        return nullcontext()
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """Do nothing: each part is on its device."""
@@ -42,8 +48,9 @@ class Fsdp(Shares):
 
     def _load_weights(self, folder: Path) -> None:
         saved: dict[str, Any] = {}
-        for path in folder.glob("model*.safetensors"):
-            saved |= load_file(path)
+        if world.is_first:
+            for path in sorted(folder.glob("model*.safetensors")):
+                saved |= load_file(path)
         result = from_whole(self.model, saved)
         self._issue_warnings_after_load(result)  # type: ignore[attr-defined]
 

@@ -83,7 +83,8 @@ def check_finite(named_parameters: Iterable[tuple[str, Any]], step: int) -> None
     """
     trained = {name: p for name, p in named_parameters if p.requires_grad}
     finite = _each([torch.isfinite(own_part(p)).all() for p in trained.values()])
-    for name in (name for name, is_finite in zip(trained, finite, strict=True) if not is_finite):
+    infinite = [name for name, is_finite in zip(trained, finite, strict=True) if not is_finite]
+    for name in (name for names in world.gathered(infinite) for name in names):
         text = f"{name} is not finite at step {step}; try a lower train.learning_rate"
         raise DivergedError(f"{text}; the checkpoints before it are kept")
 

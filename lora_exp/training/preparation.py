@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from transformers import set_seed
 
 from lora_exp.adapter.attach import Adapted, attach
-from lora_exp.config.sharding import sharding
+from lora_exp.config.sharding import sharding, shares_all
 from lora_exp.config.signature import signature
 from lora_exp.data.examples import unending
 from lora_exp.data.rows import Rows
@@ -21,6 +22,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.model.loading import Base
 from lora_exp.model.packing import keeps_rows_apart
 from lora_exp.model.padding import sees_padding
+from lora_exp.model.precision import autocast_dtype
 from lora_exp.model.sharded import share_layers, share_weights
 from lora_exp.model.special_tokens import set_end_tokens
 from lora_exp.model.vocabulary import missing_embeddings
@@ -61,7 +63,7 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
     adapted = _with_reference(cfg, attach(base, cfg, record.directory))
     if world.in_step:
-        _share_out(adapted)
+        _share_out(cfg, adapted)
         base.model.sees_padding = sees_padding(base.model)
         _check_padding(cfg, base)
     prepare(base.tokenizer, rows.chat_template, date.fromisoformat(record.values["date"]))
@@ -81,13 +83,15 @@ def _with_reference(cfg: DictConfig, adapted: Adapted) -> Adapted:
     return replace(adapted, reference=reference)
 
 
-def _share_out(adapted: Adapted) -> None:
-    if adapted.method:
+def _share_out(cfg: DictConfig, adapted: Adapted) -> None:
+    if not shares_all(cfg):
         share_layers(adapted.model)
         return
+    asked, dtype = cfg.train.bf16, autocast_dtype(adapted.model, trains_whole=True)
+    computed_in = dtype if asked is None else torch.bfloat16 if asked else None
     for model in (adapted.model, adapted.reference):
         if model is not None:
-            share_weights(model)
+            share_weights(model, computed_in)
 
 
 def _check_trainable(cfg: DictConfig, base: Base) -> None:

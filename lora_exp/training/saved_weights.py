@@ -18,10 +18,11 @@ TRAINED, REFERENCE = "trained.safetensors", "reference.safetensors"
 
 
 class SavedWeights:
-    """A mixin for trainers: nothing that trains is missing in a checkpoint, or taken from another.
+    """A mixin for trainers: a checkpoint holds all that trains, or is refused.
 
-    peft saves the output of a prompt's encoder, not the encoder; transformers renames and divides
-    weights as they were first published (those of experts, for one), and reads past them.
+    peft saves the output of a prompt's encoder, not the encoder. transformers saves some weights by
+    the names and in the shapes in which they were first published, those of experts for one, and
+    skips them when it loads the checkpoint.
     """
 
     model: Any
@@ -34,10 +35,10 @@ class SavedWeights:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint without some of the weights; transformers would only warn.
+        """Refuse a checkpoint with other weights than the model's; transformers would only warn.
 
         Raises:
-            CheckpointError: it names one of them.
+            CheckpointError: it names one that is missing, or that the model does not have.
         """
         tensors = self.model.state_dict(keep_vars=True)
         missing = set(load_result.missing_keys)
@@ -45,8 +46,12 @@ class SavedWeights:
         apart = (*getattr(self, "saved_apart", ()), *(self.model._keys_to_ignore_on_save or ()))
         for name in load_result.missing_keys:
             if id(tensors[name]) not in loaded and not name.startswith(apart):
-                text = f"the checkpoint does not hold {name}, which trains; start a new run"
-                raise CheckpointError(text)
+                raise CheckpointError(f"the checkpoint does not hold {name}; start a new run")
+        if load_result.unexpected_keys:
+            text = (
+                f"the checkpoint holds {load_result.unexpected_keys[0]}, which the model does not"
+            )
+            raise CheckpointError(f"{text} have; start a new run")
 
     def _load_best_model(self) -> None:
         if self._trains_prompts():

@@ -20,7 +20,7 @@ from lora_exp.adapter.attach import Adapted
 from lora_exp.adapter.several import copy_to
 from lora_exp.config.door import build, plain
 from lora_exp.config.processes import divided
-from lora_exp.config.sharding import sharding
+from lora_exp.config.sharding import sharding, shares_all
 from lora_exp.config.signature import signature
 from lora_exp.data.rows import Rows
 from lora_exp.data.tokens import Tokens
@@ -97,9 +97,10 @@ def trainer_of(
 
 
 def _mixins(cfg: DictConfig) -> tuple[type, ...]:
-    """Return what else than checkpoints the trainer of a run does in another way."""
-    kind = sharding(cfg)
-    return (Zero,) if kind == "zero2" else (Fsdp,) if kind == "fsdp" and cfg.peft is None else ()
+    """Return the mixins of a trainer whose processes share out what trains."""
+    if shares_all(cfg):
+        return (Fsdp,)
+    return (Zero,) if sharding(cfg) == "zero2" else ()
 
 
 def _prepare_experts(cfg: DictConfig, base: Base) -> None:

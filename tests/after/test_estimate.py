@@ -171,6 +171,7 @@ def test_the_total_is_near_the_measured_peak_when_rows_have_full_length(tmp_path
     overrides = [
         "tracking=none", "algorithm=pretrain", "data=jsonl", f"data.path={rows}", "quant=nf4",
         "train.max_steps=2", "samples.rows=0", "train.save_strategy=no", "data.max_eval_rows=1",
+        "train.per_device_train_batch_size=4",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path / "run"), *overrides],

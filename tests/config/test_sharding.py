@@ -65,6 +65,11 @@ def test_what_cannot_be_shared_out_is_refused(overrides: list[str], key: str, me
             "algorithm.args.sync_ref_model",
             "a reference that is updated cannot be saved",
         ),
+        (
+            ["experiment=demo_dpo", "+algorithm.args.precompute_ref_log_probs=true"],
+            "algorithm.args.precompute_ref_log_probs",
+            "needs whole weights",
+        ),
         (["peft=none", "+train.fp16=true"], "train.fp16", "does not scale the loss"),
         (["targets=experts"], "parallel", "adapters of whole parameters need them outside"),
         (["peft=adalora"], "parallel", "fsdp: adalora changes weights outside of a pass"),

@@ -18,7 +18,7 @@ from lora_exp.lockstep.table import Row
 from tests.conftest import QUICK
 
 COMMON = ["tracking=none", *QUICK, "train.max_steps=6", "train.logging_steps=1"]
-COMMON += ["train.save_strategy=no", "train.per_device_train_batch_size=4", "samples.rows=2"]
+COMMON += ["train.save_strategy=no", "samples.rows=2"]
 # jobs that differ in nearly every setting
 DIVERSE_JOBS = [
     ["peft.r=8"],

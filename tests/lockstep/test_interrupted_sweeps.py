@@ -21,7 +21,7 @@ from tests.test_main import cli
 from tests.warm import Process, python
 
 FORTY = [*STEPS[:-1], "train.max_steps=40", "train.save_strategy=steps", "train.save_steps=10"]
-FORTY += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+FORTY += ["peft.lora_dropout=0.1"]
 
 
 def start_sweep(command: list[str], folder: Path, output: TextIO) -> Process:
@@ -254,7 +254,7 @@ worker._train_pack = on_changing_processor
 from lora_exp.__main__ import main
 main()
 """
-ONE_SIZE = [*STEPS, "train.max_steps=8", "train.per_device_train_batch_size=4", "data.max_rows=4"]
+ONE_SIZE = [*STEPS, "train.max_steps=8", "data.max_rows=4"]
 ONE_SIZE += ["train.eval_strategy=no"]
 
 

@@ -23,7 +23,7 @@ from tests.test_experiment import digest
 from tests.training.test_interruption import count_lines, status_of, wait_for
 from tests.warm import Process, python
 
-RUN = ["tracking=none", *QUICK, "train.max_steps=12", "train.per_device_train_batch_size=4"]
+RUN = ["tracking=none", *QUICK, "train.max_steps=12"]
 RUN += ["train.logging_steps=1", "samples.rows=2", "train.eval_strategy=no"]
 # 16 held-out rows in batches of 5: four, of which the last has one row
 RUN += ["train.per_device_eval_batch_size=5", "train.save_strategy=steps", "train.save_steps=4"]

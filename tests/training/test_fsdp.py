@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lora_exp.training.manifest import seal
 from tests.model.test_sharded import RUN
 from tests.parallel.test_launch import killed_stopped_and_resumed
 from tests.test_experiment import digest
+from tests.training.test_checkpoint import owner_of
 from tests.warm import python
 
 
@@ -36,18 +40,35 @@ def test_full_fine_tuning_is_resumed_and_has_the_bits_of_copies(tmp_path: Path) 
     sizes = [sum(one["exp_avg"].numel() for one in state.values()) for state in states]
     assert sum(sizes) == ours["counts"]["trainable_parameters"]
     assert abs(sizes[0] - sizes[1]) < 0.01 * sum(sizes)
+    tensors = load_file(last / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, last / "model.safetensors", {"format": "pt"})
+    seal(last, owner_of(tmp_path / "run"), 12)
+    command = ["resume=run", "train.max_steps=16"]
+    refused = python("-m", "tests.parallel.forked", *command, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "does not hold model.layers.1.mlp.up_proj.weight; start a new run" in refused.stderr
 
 
-def test_the_best_weights_of_all_processes_are_saved(tmp_path: Path) -> None:
+def test_several_passes_in_bfloat16_and_clipped_are_near_those_of_copies_and_the_best_is_saved(
+    tmp_path: Path,
+) -> None:
     options = ["peft=none", "algorithm=dpo", "data=demo_pairs", "train.max_steps=4", "keep=best"]
     options += ["train.eval_strategy=steps", "train.eval_steps=1"]
     options += ["train.learning_rate=0.05", "train.warmup_steps=0", "parallel.processes=2"]
     base = [o for o in RUN if not o.startswith(("data.", "train.max", "train.save", "train.eval"))]
     for kind in ("ddp", "fsdp"):
-        command = [*base, *options, f"parallel={kind}", "train.max_grad_norm=0"]
-        command += [f"hydra.run.dir={kind}"]
+        command = [*base, *options, f"parallel={kind}", f"hydra.run.dir={kind}"]
+        command += ["train.gradient_accumulation_steps=4", "train.bf16=true"]
         done = python("-m", "tests.parallel.forked", *command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "fsdp/run.json").read_text())
-    assert record["saved_step"] < 4
-    assert weights_of(tmp_path / "fsdp") == weights_of(tmp_path / "ddp")
+    ours, theirs = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("fsdp", "ddp"))
+    assert ours["saved_step"] == theirs["saved_step"] < 4
+    for name, rounding in (("before/loss", 0.01), ("eval/loss", 0.05)):
+        assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=rounding)
+    saved, kept = (
+        load_file(tmp_path / "fsdp" / folder / "model.safetensors")
+        for folder in ("model", ours["best"]["checkpoint"])
+    )
+    assert all(torch.equal(saved[name], kept[name]) for name in saved)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
