@@ -29,7 +29,7 @@ from tests.warm import Process
 
 HALVING = ["early_stopping=halving", "early_stopping.eta=2", "early_stopping.first_rung=0.25"]
 STEPS = ["tracking=none", *QUICK, "samples.rows=0", "train.logging_steps=1", "train.max_steps=8"]
-STEPS += ["train.save_strategy=no", "train.per_device_train_batch_size=4", "peft.r=4"]
+STEPS += ["train.save_strategy=no", "peft.r=4"]
 
 
 def read_records(sweep: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from tests.test_main import cli
 from tests.warm import Process, python
 
 STEPS = ["tracking=none", *QUICK, "samples.rows=0", "train.max_steps=16", "train.save_steps=2"]
-STEPS += ["train.save_strategy=steps", "train.per_device_train_batch_size=4"]
+STEPS += ["train.save_strategy=steps"]
 STEPS += ["train.eval_strategy=no", "data.max_rows=16", "data.max_eval_rows=4", "lockstep.verify=0"]
 SWEEP = ["-m", "peft.r=2,4", "seed=1,2", *STEPS, "hydra.sweep.dir=a/b"]
 SITE = """\

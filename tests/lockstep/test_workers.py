@@ -19,7 +19,7 @@ from tests.warm import Process
 
 GRID = ["peft.r=2,4", "train.learning_rate=1e-4,3e-3"]
 SETTINGS = ["tracking=none", *QUICK, "samples.rows=0", "train.max_steps=8"]
-SETTINGS += ["train.save_strategy=no", "train.per_device_train_batch_size=4"]
+SETTINGS += ["train.save_strategy=no"]
 SWEEP = ["-m", *GRID, *SETTINGS, "early_stopping=halving", "early_stopping.eta=2"]
 SWEEP += ["early_stopping.first_rung=0.25", "hydra.launcher.workers=2", "hydra.sweep.dir=a/b"]
 ADAPTER = "adapter/adapter_model.safetensors"

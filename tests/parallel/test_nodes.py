@@ -22,7 +22,7 @@ from tests.conftest import QUICK
 ROOT = Path(__file__).parents[2]
 RUN = ["tracking=none", *QUICK, "samples.rows=0", "train.max_steps=10", "parallel.processes=2"]
 RUN += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_limit=20"]
-RUN += ["train.per_device_train_batch_size=4", "peft.lora_dropout=0.1"]
+RUN += ["peft.lora_dropout=0.1"]
 
 
 def submitted(directory: Path, *overrides: str) -> subprocess.Popen[str]:
