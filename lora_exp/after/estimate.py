@@ -207,13 +207,13 @@ def need(cfg: DictConfig, config: Any) -> Need:
     parts = process_count(cfg)
     of_state = parts if shares_all(cfg) or sharding(cfg) == "zero2" else 1
     of_weights = parts if shares_all(cfg) else 1
-    copies = 2 if several and of_weights == 1 else 1  # of gradients: one of them is averaged
+    copies = 2 if several and of_state == 1 else 1  # of gradients: one of them is averaged
     weights = frozen_bytes if cfg.peft is None else frozen_bytes + trained_bytes
     return Need(
         trainable=sum(counts),
         saved=trained_bytes if cfg.peft is None else _adapter_bytes(adapted.model, cfg),
         weights=weights // of_weights,
-        gradients=trained_bytes * copies // of_weights,
+        gradients=trained_bytes * copies // of_state,
         optimizer=sum(state_bytes(n, cfg.train.optim, size) for n in counts) // of_state,
         activations=step_bytes(config, _step(cfg, config)) + dequantised,
     )

@@ -95,7 +95,7 @@ def estimate(
     """Estimate what a run would train and its memory; only its config is downloaded.
 
     Not counted: PPO's critic, the reference model of DPO with peft=none, the process itself, and
-    that fsdp shares out frozen layers.
+    what fsdp gathers: with adapters its frozen layers count as if they were not shared out.
     """
     libraries.load(training=False, freeze=True)
     from lora_exp.after import pages

@@ -61,5 +61,9 @@ def _hidden(model: Any, ids_A: Tensor, positions_A: Tensor) -> Tensor:
         "cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
         "max_length_q": longest, "max_length_k": longest,
     }  # fmt: skip
-    hidden_TH: Tensor = model.base_model(**rows, use_cache=False)[0][0, -TOKENS:].float()
+    if getattr(model, "_is_fsdp_managed_module", False):  # its body alone lacks the embeddings
+        states = model(**rows, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    else:
+        states = model.base_model(**rows, use_cache=False)[0]
+    hidden_TH: Tensor = states[0, -TOKENS:].float()
     return hidden_TH

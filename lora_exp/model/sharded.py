@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_exp.errors import ConfigError
+from lora_exp.model.mixture import expert_count
 from lora_exp.model.placement import device
 from lora_exp.model.precision import is_quantised
 from lora_exp.parallel.world import world
@@ -55,7 +56,8 @@ def share_weights(model: Any, computed_in: torch.dtype | None = None) -> None:
     Args:
         model: a whole one, on the CPU.
         computed_in: the 16-bit dtype of products: a layer is gathered in it, since autocast would
-            keep a copy of each weight until the backward pass. None: that of the weights.
+            keep a copy of each weight until the backward pass. None: that of the weights, as for a
+            model that says which of its weights have to be float32.
 
     Raises:
         ConfigError: it is quantised, does not say which modules are its layers, or has weights that
@@ -63,8 +65,11 @@ def share_weights(model: Any, computed_in: torch.dtype | None = None) -> None:
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    layers, mesh = _layers(model), _mesh()
+    layers = _layers(model)
     _check_parts(model, layers)
+    mesh = _mesh()
+    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        computed_in = None  # rounded, they would compute something else
     policy = MixedPrecisionPolicy(
         param_dtype=computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -74,6 +79,8 @@ def share_weights(model: Any, computed_in: torch.dtype | None = None) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for tensor in model.buffers():
         tensor.data = tensor.data.to(device())
+    if expert_count(model.config) is not None:  # each process may have used others
+        model.set_reduce_scatter_unused_params(True)
     model._is_fsdp_managed_module = True
 
 
@@ -172,6 +179,9 @@ def _layers(base: Any) -> list[Any]:
     if is_quantised(base):
         text = "is quantised, and fsdp cannot share its weights out; parallel=ddp"
         raise ConfigError([("model.path", text)])
+    if getattr(base.config, "layerdrop", 0):
+        text = f"{type(base).__name__} leaves layers out at random (layerdrop), each process others"
+        raise ConfigError([("parallel", f"fsdp: {text}; parallel=ddp")])
     names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in names]
     within = {inner for layer in layers for inner in layer.modules() if inner is not layer}

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from lora_exp.adapter.several import changes_nothing, is_adapted
 from lora_exp.config.door import plain
+from lora_exp.config.sharding import shares_all
 from lora_exp.data.template import template_of
 from lora_exp.data.turns import Row
 from lora_exp.files.paths import results_dir
@@ -27,7 +28,7 @@ from lora_exp.training.answers import Answer
 Measured = tuple[dict[str, float], list[bool] | None, list[Answer]]
 Measure = Callable[[], Measured]
 Content = Callable[[], str | None]
-VERSION = 2  # of what is measured, and how; part of the key
+VERSION = 3  # of what is measured, and how; part of the key
 # settings of training that cannot change what is measured before it
 UNTRAINED = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs",
@@ -53,7 +54,9 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     sections = ("model", "quant", "algorithm", "data", "samples", "adapter")
     train = {name: value for name, value in values["train"].items() if name not in UNTRAINED}
     head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None  # its weights are random
-    return {name: values[name] for name in sections} | {"train": train, "head": head}
+    rounded = shares_all(cfg)  # in bfloat16, in another way than where each process has all weights
+    own = {"train": train, "head": head, "shares_all": rounded}
+    return {name: values[name] for name in sections} | own
 
 
 def content(

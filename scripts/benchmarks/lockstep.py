@@ -43,23 +43,35 @@ def equality(scratch: Path) -> None:
 
 
 def makespan(scratch: Path, batches: list[str]) -> None:
-    """16 jobs in processes of their own, one by one in one process, and in lockstep."""
-    print("| batch | 16 processes, s | one process, s | lockstep, s | to processes | to one |")
-    print("|---|---|---|---|---|---|", flush=True)
+    """16 jobs in processes of their own, one by one in one process, and in lockstep in two workers.
+
+    With one thread a process, so that all have the same bits; a quarter of the processes is run
+    with as many threads as there are cores, too, and counted four times, and so is one process.
+    """
+    print("| batch | 16 processes, s | all threads | one process, s | all threads |", end="")
+    print(" lockstep, s | to each |\n|---|---|---|---|---|---|---|", flush=True)
     for batch in batches:
         steps = ["train.max_steps=50", f"train.per_device_train_batch_size={batch}"]
-        basic, jobs = sweep(scratch / f"basic{batch}", *SWEEP, *steps, "hydra/launcher=basic")
-        times = [sweep(scratch / f"lockstep{batch}", *SWEEP, *steps)[0]]
-        alone = 0.0
+        two = [*SWEEP, *steps, "hydra.launcher.workers=2"]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        times = [sweep(scratch / f"lockstep{batch}", *two)[0]]
+        alone = threaded = 0.0
         for i, (r, rate) in enumerate(itertools.product(RANKS, RATES)):
             one = [f"peft.r={r}", f"train.learning_rate={rate}", *steps, "tracking=none"]
             alone += run(scratch / f"alone{batch}-{i}", *one)[0]
-        times.append(sweep(scratch / f"again{batch}", *SWEEP, *steps)[0])
+            if i % 4 == 1:
+                del os.environ["OMP_NUM_THREADS"]
+                threaded += 4 * run(scratch / f"threaded{batch}-{i}", *one)[0]
+                os.environ["OMP_NUM_THREADS"] = "1"
+        basic = sweep(scratch / f"basic{batch}", *SWEEP, *steps, "hydra/launcher=basic")[0]
+        times.append(sweep(scratch / f"again{batch}", *two)[0])
+        del os.environ["OMP_NUM_THREADS"]
+        both = sweep(scratch / f"both{batch}", *SWEEP, *steps, "hydra/launcher=basic")[0]
         assert weights(scratch / f"lockstep{batch}") == weights(scratch / f"basic{batch}")
-        assert len(jobs) == 16
-        ours = statistics.mean(times)
-        row = f"| {batch} | {alone:.0f} | {basic:.0f} | {times[0]:.0f}, {times[1]:.0f} |"
-        print(f"{row} {alone / ours:.1f}x | {basic / ours:.2f}x |", flush=True)
+        others, ours = (alone, threaded, basic, both), statistics.mean(times)
+        row = f"| {batch} | {' | '.join(f'{seconds:.0f}' for seconds in others)} |"
+        ratios = ", ".join(f"{seconds / ours:.2f}x" for seconds in others)
+        print(f"{row} {times[0]:.0f}, {times[1]:.0f} | {ratios} |", flush=True)
 
 
 def memory(scratch: Path, model: list[str]) -> None:

@@ -79,7 +79,7 @@ def test_adapters_of_different_layers_become_the_sum_of_their_updates(
             first_update, second_update = (updates[i][name] for i in order)
             expected = start[name] + 0.5 * first_update - 2.0 * second_update
             assert torch.allclose(weights[name].double(), expected, atol=1e-5), name
-        assert prove(out, folders, base=TINY, max_new_tokens=4).holds
+    assert prove(out, folders, base=TINY, max_new_tokens=4).holds
 
 
 @pytest.mark.parametrize("method", ["ties", "svd", "linear", "dare_linear"])

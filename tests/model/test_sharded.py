@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
 
 from lora_exp import compose, load_adapter
 from lora_exp.errors import ConfigError
-from lora_exp.model.sharded import share_layers
+from lora_exp.model.sharded import share_layers, share_weights
 from tests.conftest import ROOT
 from tests.parallel.test_launch import RUN as LAUNCHED
 from tests.parallel.test_launch import killed_stopped_and_resumed
@@ -82,6 +84,44 @@ def test_a_base_that_names_no_layers_is_refused(fresh_base: Any) -> None:
     fresh_base.model._no_split_modules = None
     with pytest.raises(ConfigError, match="LlamaForCausalLM does not say which modules are its"):
         share_layers(model)
+
+
+def with_a_number(model: Any) -> None:
+    model.model.layers[0].scale = torch.nn.Parameter(torch.tensor(1.0))
+
+
+def with_a_weight_twice(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+
+
+def with_a_weight_outside(model: Any) -> None:
+    model.model.layers[0].embedding = model.model.embed_tokens
+
+
+def with_two_dtypes(model: Any) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().bfloat16())
+
+
+def with_layerdrop(model: Any) -> None:
+    model.config.layerdrop = 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_a_number, "has a weight that is one number"),
+        (with_a_weight_twice, "two layers of LlamaForCausalLM share a weight"),
+        (with_a_weight_outside, "is in a layer and elsewhere"),
+        (with_two_dtypes, "of one dtype, and these are bfloat16 and float32; give float32"),
+        (with_layerdrop, "leaves layers out at random"),
+    ],
+)
+def test_weights_that_torch_cannot_share_out_are_refused(
+    fresh_base: Any, change: Callable[[Any], None], message: str
+) -> None:
+    change(fresh_base.model)
+    with pytest.raises(ConfigError, match=message):
+        share_weights(fresh_base.model)
 
 
 # of three batches to evaluate the second process counts one, and makes another with the first

@@ -141,7 +141,7 @@ class Watching(Alone):
         trainer.add_callback(SignalAt(self.step))
 
 
-EPOCHS = ["tracking=none", *QUICK, "samples.rows=0", "data.max_rows=32", "train.max_steps=-1"]
+EPOCHS = ["tracking=none", *QUICK, "samples.rows=0", "data.max_rows=8", "train.max_steps=-1"]
 EPOCHS += ["train.num_train_epochs=3", "train.learning_rate=3e-3"]  # of two steps; the loss falls
 # a falling loss counts as bad, so that the second evaluation lowers the rate
 PLATEAU = ["train.lr_scheduler_type=reduce_lr_on_plateau"]
