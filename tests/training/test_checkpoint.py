@@ -177,7 +177,7 @@ def test_a_pickle_in_a_checkpoint_is_never_executed(
 def test_a_run_that_reached_its_last_step_is_not_trained_further(
     limit: str, last: int, quick_run: Callable[..., Any]
 ) -> None:
-    settings = [*SAVING, "train.lr_scheduler_type=constant", "data.max_rows=32"]
+    settings = [*SAVING, "train.lr_scheduler_type=constant", "data.max_rows=8"]
     settings += ["train.max_steps=-1", limit]  # the last override counts
     result = quick_run(*settings)
     steps = json.loads((result.directory / "run.json").read_text())["steps"]
