@@ -75,6 +75,7 @@ def test_grpo_is_refused_if_prompts_would_see_their_padding(
     quick_run: Callable[..., Any], rwkv: Path
 ) -> None:
     options = ["algorithm=grpo", "algorithm.rewards=[lora_exp.rewards.exact_match]"]
+    options += ["train.per_device_train_batch_size=8"]
     with pytest.raises(ConfigError, match="RwkvForCausalLM sees the padding of prompts"):
         quick_run("model=local", f"model.path={rwkv}", *options)
 
