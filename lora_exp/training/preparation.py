@@ -61,7 +61,7 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     _check_trainable(cfg, base)
     hashes = _begin(cfg, record, rows, base)
     set_seed(cfg.seed)  # the adapter's initial weights do not depend on who loaded the base
-    adapted = _with_reference(cfg, attach(base, cfg, record.directory))
+    adapted = with_reference(cfg, attach(base, cfg, record.directory))
     if world.in_step:
         _share_out(cfg, adapted)
         base.model.sees_padding = sees_padding(base.model)
@@ -74,7 +74,7 @@ def prepared(cfg: DictConfig, record: Record, place: Place) -> Prepared:
     return Prepared(base, adapted, rows, shaped, data, inputs.held_out(rows, base), hashes)
 
 
-def _with_reference(cfg: DictConfig, adapted: Adapted) -> Adapted:
+def with_reference(cfg: DictConfig, adapted: Adapted) -> Adapted:
     """Return a whole model with its untrained copy, where the algorithm's trainer takes one."""
     trainer = signature(cfg.algorithm.trainer._target_)
     if adapted.method or trainer is None or "ref_model" not in trainer.arguments:

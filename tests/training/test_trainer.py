@@ -18,6 +18,7 @@ from lora_exp.errors import ConfigError
 from lora_exp.record.run import Record
 from lora_exp.training.averages import Averages
 from lora_exp.training.checkpoint import Checkpoints
+from lora_exp.training.preparation import with_reference
 from lora_exp.training.trainer import _resumable, trainer_of
 from tests.conftest import tiny
 
@@ -27,7 +28,7 @@ PAIR = {"prompt": "q ", "chosen": "a", "rejected": "b"}
 def trainer_with(base: Any, folder: Path, *overrides: str) -> Any:
     cfg = compose("tracking=none", *overrides)
     rows = Rows([PAIR] * 4, [], "preference", {}, None)
-    adapted = attach(base, cfg, folder)
+    adapted = with_reference(cfg, attach(base, cfg, folder))
     data = raw(rows.train, "preference", base.tokenizer), None
     return trainer_of(cfg, base, adapted, rows, data, Record(folder, cfg), [])
 
