@@ -47,11 +47,9 @@ class SavedWeights:
         for name in load_result.missing_keys:
             if id(tensors[name]) not in loaded and not name.startswith(apart):
                 raise CheckpointError(f"the checkpoint does not hold {name}; start a new run")
-        if load_result.unexpected_keys:
-            text = (
-                f"the checkpoint holds {load_result.unexpected_keys[0]}, which the model does not"
-            )
-            raise CheckpointError(f"{text} have; start a new run")
+        for name in load_result.unexpected_keys:
+            text = f"the checkpoint holds {name}, and the model does not; start a new run"
+            raise CheckpointError(text)
 
     def _load_best_model(self) -> None:
         if self._trains_prompts():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_exp import compose
 from lora_exp.after.estimate import estimate, model_config, need, skeleton
+from lora_exp.config import sharding
 from lora_exp.errors import ConfigError, TargetError
 from lora_exp.model.loading import bnb_4bit
 from tests.after.test_chat import run_cli
@@ -55,6 +56,21 @@ def test_of_several_processes_each_holds_its_share_of_the_rows() -> None:
     assert each.activations == share.activations < whole.activations
     assert each.gradients == 2 * whole.gradients
     assert each.weights == whole.weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("ddp", (1, 0.5, 1)), ("zero2", (1, 4, 4)), ("fsdp", (4, 4, 4))]
+)
+def test_of_several_processes_each_holds_its_share_of_what_trains(
+    kind: str, shares: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "find_spec", lambda _: object())
+    cfg = compose("peft=none", f"parallel={kind}", "parallel.processes=4")
+    alone, each = (need(c, model_config(c)) for c in (compose("peft=none"), cfg))
+    found = [
+        getattr(alone, name) / getattr(each, name) for name in ("weights", "gradients", "optimizer")
+    ]
+    assert found == pytest.approx(shares, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def weights_of(run: Path) -> str:
 
 
 WHOLE = [*RUN, "peft=none", "parallel.processes=2", "train.max_grad_norm=0"]
+WHOLE += ["algorithm.args.packing=true", "algorithm.args.max_length=512"]  # 1,024 tokens a process
 
 
 def test_full_fine_tuning_is_resumed_and_has_the_bits_of_copies(tmp_path: Path) -> None:

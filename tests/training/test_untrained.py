@@ -80,6 +80,8 @@ def test_the_key_covers_what_decides_the_results_and_nothing_else(
         key("train.per_device_eval_batch_size=4"), key("model.random_weights=true"),
     ]  # fmt: skip
     assert dora == rate
+    whole = ["peft=none", "parallel.processes=2"]
+    assert key(*whole, "parallel=ddp") != key(*whole, "parallel=fsdp")  # rounded in another way
     monkeypatch.setenv("OMP_DYNAMIC", "false")
     others.append(key())
     monkeypatch.delenv("OMP_DYNAMIC")

@@ -57,6 +57,12 @@ def test_it_trains_what_copies_of_the_optimizer_do(whole: Path, tmp_path: Path) 
     adapter = Path("adapter/adapter_model.safetensors")
     # the factor of clipping is rounded in another way, which 12 steps of Adam magnify
     assert largest_difference(whole / adapter, copies / adapter) < 2e-4
+    unclipped = ["train.max_grad_norm=0", "train.max_steps=6", "train.save_strategy=no"]
+    runs = []
+    for number, kind in enumerate(("parallel=zero2", "parallel=ddp")):
+        (tmp_path / str(number)).mkdir()
+        runs.append(trained(tmp_path / str(number), kind, TWO[1], *unclipped))
+    assert largest_difference(*(run / adapter for run in runs)) == 0
     ours, theirs = (json.loads((run / "run.json").read_text()) for run in (whole, copies))
     assert ours["metrics"]["before/loss"] == theirs["metrics"]["before/loss"]
     assert ours["metrics"]["eval/loss"] == pytest.approx(theirs["metrics"]["eval/loss"], rel=1e-6)
