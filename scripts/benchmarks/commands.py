@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def sweep(folder: Path, *arguments: str) -> tuple[float, dict[str, dict]]:
     if done.returncode:
         sys.exit(done.stderr)
     return seconds, {job["job"]: job for job in json.loads((folder / "summary.json").read_text())}
+
+
+def in_processes(
+    folder: Path, cells: list[list[str]], settings: list[str], every: int
+) -> tuple[float, float]:
+    """Train jobs in processes of their own; return the seconds with one thread, and with all.
+
+    With all threads one of `every` jobs is trained, and counted so many times. One thread is what
+    later commands have, too.
+    """
+    alone = threaded = 0.0
+    for i, cell in enumerate(cells):
+        arguments = [*cell, *settings, "tracking=none"]
+        if i % every == 1:
+            os.environ.pop("OMP_NUM_THREADS", None)
+            threaded += every * run(folder / f"threaded{i}", *arguments)[0]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        alone += run(folder / f"alone{i}", *arguments)[0]
+    return alone, threaded
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.commands import ROOT, run, sweep, weights
+from benchmarks.commands import ROOT, in_processes, sweep, weights
 
 RANKS, RATES = (4, 8, 16, 32), ("5e-4", "1e-3", "2e-3", "4e-3")
 SWEEP = ["peft.r=" + ",".join(map(str, RANKS)), "train.learning_rate=" + ",".join(RATES)]
@@ -48,6 +48,8 @@ def makespan(scratch: Path, batches: list[str]) -> None:
     With one thread a process, so that all have the same bits; a quarter of the processes is run
     with as many threads as there are cores, too, and counted four times, and so is one process.
     """
+    pairs = itertools.product(RANKS, RATES)
+    cells = [[f"peft.r={r}", f"train.learning_rate={rate}"] for r, rate in pairs]
     print("| batch | 16 processes, s | all threads | one process, s | all threads |", end="")
     print(" lockstep, s | to each |\n|---|---|---|---|---|---|---|", flush=True)
     for batch in batches:
@@ -55,14 +57,7 @@ def makespan(scratch: Path, batches: list[str]) -> None:
         two = [*SWEEP, *steps, "hydra.launcher.workers=2"]
         os.environ["OMP_NUM_THREADS"] = "1"
         times = [sweep(scratch / f"lockstep{batch}", *two)[0]]
-        alone = threaded = 0.0
-        for i, (r, rate) in enumerate(itertools.product(RANKS, RATES)):
-            one = [f"peft.r={r}", f"train.learning_rate={rate}", *steps, "tracking=none"]
-            alone += run(scratch / f"alone{batch}-{i}", *one)[0]
-            if i % 4 == 1:
-                del os.environ["OMP_NUM_THREADS"]
-                threaded += 4 * run(scratch / f"threaded{batch}-{i}", *one)[0]
-                os.environ["OMP_NUM_THREADS"] = "1"
+        alone, threaded = in_processes(scratch / f"single{batch}", cells, steps, every=4)
         basic = sweep(scratch / f"basic{batch}", *SWEEP, *steps, "hydra/launcher=basic")[0]
         times.append(sweep(scratch / f"again{batch}", *two)[0])
         del os.environ["OMP_NUM_THREADS"]

@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.commands import ROOT, run, sweep, timed, weights
+from benchmarks.commands import ROOT, in_processes, run, sweep, timed, weights
 
 GRIDS = {  # 27 cells each, of 54 steps: halving compares at steps 6 and 18
     "ranks, targets, rates": [
@@ -54,6 +54,7 @@ def halved_makespan(scratch: Path, batches: list[str]) -> None:
     """
     grid = GRIDS["ranks, targets, rates"]
     values = [[f"{key}={v}" for v in text.split(",")] for key, text in (g.split("=") for g in grid)]
+    cells = [list(cell) for cell in itertools.product(*values)]
     print("| batch | 27 processes, s | all threads, s | one process, s | halved, s | to each |")
     print("|---|---|---|---|---|---|", flush=True)
     for batch in batches:
@@ -61,14 +62,7 @@ def halved_makespan(scratch: Path, batches: list[str]) -> None:
         stopping = [*grid, *steps, "early_stopping=halving", "hydra.launcher.workers=2"]
         os.environ["OMP_NUM_THREADS"] = "1"
         times = [sweep(scratch / f"halved{batch}", *stopping)[0]]
-        alone = threaded = 0.0
-        for i, cell in enumerate(itertools.product(*values)):
-            arguments = [*cell, *steps, "tracking=none"]
-            alone += run(scratch / f"cell{batch}-{i}", *arguments)[0]
-            if i % 3 == 1:
-                del os.environ["OMP_NUM_THREADS"]
-                threaded += 3 * run(scratch / f"threaded{batch}-{i}", *arguments)[0]
-                os.environ["OMP_NUM_THREADS"] = "1"
+        alone, threaded = in_processes(scratch / f"single{batch}", cells, steps, every=3)
         basic = sweep(scratch / f"one{batch}", *grid, *steps, "hydra/launcher=basic")[0]
         times.append(sweep(scratch / f"again{batch}", *stopping)[0])
         ours = statistics.mean(times)
