@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Cells:
         """
         overrides = list(overrides)
         log.info("#%d : %s", number, " ".join(filter_overrides(overrides)))
-        compose = cache(partial(self._composed, overrides, number))
+        compose = partial(self._composed, overrides, number)
         shape = self._loader.shape(self._master, overrides) if self._ours else None
         settled = self._settled.get(shape) if shape is not None else None
         if settled is None:
@@ -142,7 +142,7 @@ class Cells:
             key = settled.decided_by(self._loader.values(overrides))
             settled.resolved[key] = pickle.dumps(resolved)
         one, task = settled or Settled.of(config), list(config.hydra.overrides.task)
-        return self._checked(one, resolved, overrides, task, compose, directory, number)
+        return self._checked(one, resolved, overrides, task, config, directory, number)
 
     def _keepable(self, shape: Shape, config: DictConfig, resolved: Resolved) -> Settled | None:
         """Return what is kept of the first job of a shape; None: others depend on more than that.
@@ -174,7 +174,7 @@ class Cells:
         resolved: Resolved,
         overrides: list[str],
         task: list[str],  # the same, with their interpolations resolved
-        compose: Callable[[], DictConfig],
+        config: DictConfig | Callable[[], DictConfig],
         directory: Path,
         number: int,
     ) -> Job:
@@ -184,7 +184,7 @@ class Cells:
         except LoraExpError as caught:
             error = caught
         return Job(
-            number, compose, values, directory, tuple(overrides), error, settled.changes_process
+            number, config, values, directory, tuple(overrides), error, settled.changes_process
         )
 
     def _composed(self, overrides: list[str], number: int) -> DictConfig:

@@ -254,10 +254,10 @@ class Jobs:
             self.paused.add(number)
             return
         self.returns[number] = result
-        self.launcher.hydra_context.callbacks.on_job_end(
-            config=self.jobs[number].config, job_return=result
-        )
-        is_pruned = how_ended(self.jobs[number].directory)[0] == "pruned"
+        job = self.jobs[number]
+        self.launcher.hydra_context.callbacks.on_job_end(config=job.config, job_return=result)
+        job.forget_config()
+        is_pruned = how_ended(job.directory)[0] == "pruned"
         self.report.refresh(after_rung=is_pruned)
 
 

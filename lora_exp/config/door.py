@@ -127,12 +127,12 @@ def is_trusted(target: str, trusted: Iterable[str] = ()) -> bool:
 
 
 def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the key and value of every `_target_` in a config, at any depth."""
-    children = node.items() if isinstance(node, Mapping) else enumerate(node)
+    """Yield the key and value of every `_target_` in nested values, at any depth."""
+    children = node.items() if isinstance(node, dict) else enumerate(node)
     for name, child in children:
         if name == "_target_":
             yield key, child
-        elif isinstance(child, Mapping | list | tuple):
+        elif isinstance(child, (dict, list)):
             yield from every_target(child, f"{key}.{name}" if key else str(name))
 
 

@@ -56,8 +56,13 @@ def _secret_keys(value: Any, secrets: tuple[str, ...], key: str) -> Iterator[str
 
 def _environment() -> list[str]:
     """Return the secrets in the environment, of which there are few: texts to redact are many."""
-    values = (os.environ[name] for name in os.environ if ENVIRONMENT.search(name))
+    values = (os.environ[name] for name in os.environ if _names_secret(name))
     return [value for value in values if len(value) >= 8]
+
+
+@lru_cache(maxsize=4096)  # the environment is read for every text
+def _names_secret(variable: str) -> bool:
+    return ENVIRONMENT.search(variable) is not None
 
 
 def _redacted(value: Any, secrets: tuple[str, ...]) -> Any:

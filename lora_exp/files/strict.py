@@ -9,7 +9,10 @@ from typing import Any
 
 def dumps(value: Any, **options: Any) -> str:
     """Return `json.dumps` of a value, with null for NaN and infinite numbers."""
-    return json.dumps(finite(value), allow_nan=False, **options)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # rare, and to look at each number takes as long as to write them all
+        return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:

@@ -24,7 +24,7 @@ from lora_exp.lockstep.brackets import bracket_values
 from lora_exp.lockstep.engine import Engine, State
 from lora_exp.lockstep.events import EventReader
 from lora_exp.lockstep.job import failed, returned
-from lora_exp.lockstep.plan import ranges
+from lora_exp.lockstep.plan import Job, ranges
 from lora_exp.lockstep.work import Work
 from lora_exp.lockstep.workers import DiedError, Launch
 from lora_exp.record.console import console
@@ -122,12 +122,15 @@ class Cluster:
     def _submit(self, shares: Sequence[Share]) -> None:
         """Write the shares' files, and submit them."""
         command = [sys.executable, "-u", "-m", PROGRAM]
+        launch = _launch_values(next(iter(shares[0].left.values())))
         for first in range(0, len(shares), self.engine.limit):
             part = shares[first : first + self.engine.limit]
             folder = next(f for n in self._numbers if not (f := self.folder / str(n)).exists())
             folder.mkdir(parents=True)
             for number, share in enumerate(part):
-                write_whole(folder / f"{number}.json", json.dumps(_values(share), indent=1) + "\n")
+                write_whole(
+                    folder / f"{number}.json", json.dumps(launch | _values(share), indent=1) + "\n"
+                )
                 share.events = EventReader(folder / f"{number}.jsonl")
             ids = self.engine.submit(command, folder, len(part))
             for each, share in zip(ids, part, strict=True):
@@ -217,27 +220,32 @@ class Cluster:
 
     def _check_secrets(self, shares: Iterable[Share]) -> None:
         """Refuse overrides that must not be written to a file."""
-        for share in shares:
-            jobs = list(share.left.values())
-            overrides = [*jobs[0].config.hydra.overrides.hydra]
-            overrides += [override for job in jobs for override in job.overrides]
-            for override, shown in zip(overrides, redact(overrides), strict=True):
-                if override != shown:
-                    text = "is a secret, and a share is a file; export it instead"
-                    raise ConfigError([(override.partition("=")[0], text)])
+        jobs = [job for share in shares for job in share.left.values()]
+        overrides = [override for job in jobs for override in job.overrides]
+        overrides += [*jobs[0].config.hydra.overrides.hydra] if jobs else []
+        for override, shown in zip(overrides, redact(overrides), strict=True):
+            if override != shown:
+                text = "is a secret, and a share is a file; export it instead"
+                raise ConfigError([(override.partition("=")[0], text)])
 
 
-def _values(share: Share) -> dict[str, Any]:
-    """Return a share as its file holds it; `__main__` of the launcher composes its jobs again."""
-    first: Any = next(iter(share.left.values())).config.hydra
-    sources = [(source.provider, source.path) for source in first.runtime.config_sources]
-    names = dict(zip((job.number for job in share.work.jobs), share.work.names, strict=False))
+def _launch_values(job: Job) -> dict[str, Any]:
+    """Return what all shares' files hold; `__main__` of the launcher composes the jobs again."""
+    hydra: Any = job.config.hydra
+    sources = [(source.provider, source.path) for source in hydra.runtime.config_sources]
     return {
         "conf": next((path for provider, path in sources if provider == "main"), str(CONF)),
         "config_dirs": [path for provider, path in sources if provider == "command-line"],
-        "config_name": first.job.config_name,
-        "overrides": [*first.overrides.hydra, f"hydra.sweep.dir={_quoted(first.sweep.dir)}"],
-        "exclude_keys": list(first.job.config.override_dirname.exclude_keys),
+        "config_name": hydra.job.config_name,
+        "overrides": [*hydra.overrides.hydra, f"hydra.sweep.dir={_quoted(hydra.sweep.dir)}"],
+        "exclude_keys": list(hydra.job.config.override_dirname.exclude_keys),
+    }
+
+
+def _values(share: Share) -> dict[str, Any]:
+    """Return what one share's file holds beside that."""
+    names = dict(zip((job.number for job in share.work.jobs), share.work.names, strict=False))
+    return {
         "jobs": {n: list(job.overrides) for n, job in share.left.items()},
         "names": {n: names[n] for n in share.left if n in names},
         "apart": share.work.mode is None,

@@ -85,6 +85,11 @@ class Job:
         """The config as Hydra composed it, `hydra` included."""
         return self._config if isinstance(self._config, DictConfig) else self._config()
 
+    def forget_config(self) -> None:
+        """Free the memory of a composed config; it is composed anew if it is asked for again."""
+        if not isinstance(self._config, DictConfig):
+            vars(self).pop("config", None)
+
     @cached_property
     def settled(self) -> DictConfig | None:
         """The run's config; None: not a run of ours, or one that will be refused."""

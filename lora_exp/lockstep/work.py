@@ -126,7 +126,7 @@ def together(
         names: of jobs, by number, for the table.
     """
     # a job that is refused on this machine, not on the launcher's, has no values
-    lockstep = next((job.values for job in jobs if job.values), jobs[0].config).lockstep
+    lockstep = (next((job.values for job in jobs if job.values), None) or jobs[0].config).lockstep
     return Work(
         tuple(jobs),
         lockstep.mode,

@@ -266,7 +266,8 @@ def _read_summary(path: Path) -> list[dict[str, Any]]:
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write summary.json with everything; summary.csv has a column for each override and metric."""
-    write_whole(folder / SUMMARY, dumps(rows, indent=1) + "\n")
+    jobs = ",\n".join(map(dumps, rows))  # a line for each: json indents slowly
+    write_whole(folder / SUMMARY, f"[\n{jobs}\n]\n")
     columns = [key for key in rows[0] if key not in ("metrics", "overrides")]
     override_keys = list(dict.fromkeys(key for r in rows for key in r["overrides"]))
     metric_names = sorted({name for r in rows for name in r["metrics"]})

@@ -38,6 +38,17 @@ def write_finished(done: Job, **record: Any) -> None:
     (done.directory / "run.json").write_text(json.dumps(record))
 
 
+def test_a_config_is_composed_once_and_again_after_it_was_forgotten() -> None:
+    made: list[Any] = []
+    one = Job(0, lambda: made.append(OmegaConf.create({"n": len(made)})) or made[-1], None, Path())
+    assert one.config is one.config is made[0]
+    one.forget_config()
+    assert one.config is one.config is made[1]
+    given = Job(0, HYDRA, None, Path())
+    given.forget_config()
+    assert given.config is HYDRA
+
+
 def test_jobs_on_one_base_share_a_pack_whatever_else_differs() -> None:
     jobs = [
         job(0, "peft.r=8"), job(1, "seed=3", "targets=qv"), job(2, "quant=nf4"),

@@ -86,6 +86,14 @@ def test_dealing_out_reads_each_job_once_however_many_workers_there_are(
     assert max(map(len, numbers(work))) <= 7
 
 
+def test_dealing_out_composes_no_config(configs: dict[int, Any]) -> None:
+    composed: list[int] = []
+    each = (lambda n=n: composed.append(n) for n in range(4))
+    pack = [Job(n, compose, configs[10], Path(str(n))) for n, compose in enumerate(each)]  # type: ignore[arg-type]
+    assert len(dealt([pack], [], {}, workers=2)) == 2
+    assert composed == []
+
+
 def of_base(number: int, path: Path | str) -> Job:
     cfg = compose("model=local", f"model.path={path}", "train.max_steps=10")
     return Job(number, cfg, cfg, Path(str(number)), (f"seed={number}",))
