@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from hydra.types import RunMode
@@ -185,10 +187,24 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             arguments |= {f"train.{k}": v for k, v in values["train"].items()}
             yield from owned_faults(target, arguments)
             arguments = {k: v for k, v in arguments.items() if k.rpartition(".")[2] not in OWNED}
-        yield from _unfit_arguments(target, key, arguments)
+        yield from _unfit_arguments(target, key, _Arguments(repr(arguments), arguments))
 
 
-def _unfit_arguments(target: str, key: str, arguments: dict[str, Any]) -> Iterator[Fault]:
+@dataclass(frozen=True)
+class _Arguments:
+    """Arguments of a target, compared by their text, in which 1, 1.0 and true differ."""
+
+    text: str
+    values: dict[str, Any] = field(compare=False)
+
+
+@lru_cache(maxsize=256)  # the jobs of a sweep have most of them in common
+def _unfit_arguments(target: str, key: str, arguments: _Arguments) -> tuple[Fault, ...]:
+    """Return a fault for each argument that does not fit."""
+    return tuple(_unfit(target, key, arguments.values))
+
+
+def _unfit(target: str, key: str, arguments: dict[str, Any]) -> Iterator[Fault]:
     target_signature = signature(target)
     if target_signature is None:
         yield f"{key}._target_", f"no class or function is called {target}"

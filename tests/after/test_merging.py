@@ -108,7 +108,7 @@ def on_saved_nf4(
     tmp_path: Path, quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> Path:
     """A run on a base that was saved in 4 bits."""
-    base = saved(tmp_path / "tiny-4bit", bnb_4bit("nf4", True, "auto"))
+    base = saved(tmp_path / "tiny-4bit", bnb_4bit("nf4", True, "float32"))
     overrides = ["model=local", f"model.path={base}", "train.learning_rate=3e-3"]
     directory: Path = quick_run(*overrides).directory
     assert "nf4, as saved" in capsys.readouterr().out

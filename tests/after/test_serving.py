@@ -236,9 +236,13 @@ def test_an_answer_ends_at_the_end_of_the_context(server: Server) -> None:
     assert completion.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("override", ["quant=nf4", "model.dtype=bfloat16"])
-def test_a_base_computes_in_its_runs_precision(trained: Trained, override: str) -> None:
-    saved = find(trained("peft=lora", override))
+@pytest.mark.parametrize(
+    "overrides", [("quant=nf4", "quant.compute_dtype=bfloat16"), ("model.dtype=bfloat16",)]
+)
+def test_a_base_computes_in_its_runs_precision(
+    trained: Trained, overrides: tuple[str, ...]
+) -> None:
+    saved = find(trained("peft=lora", *overrides))
     loaded = load(saved, load_base(saved))
     original_generate = loaded.model.generate
     arguments: dict[str, Any] = {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 1}

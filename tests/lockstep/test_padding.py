@@ -82,7 +82,7 @@ def test_rows_are_padded_again_in_a_jobs_own_shape() -> None:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Rows of which some are many times as long as others."""
     path, draw = tmp_path_factory.mktemp("rows") / "rows.jsonl", random.Random(0)
-    texts = [" ".join(["red", "green", "sea"] * draw.choice([1, 2, 3, 30])) for _ in range(40)]
+    texts = [" ".join(["red", "green", "sea"] * draw.choice([1, 2, 3, 12])) for _ in range(40)]
     lines = [json.dumps({"prompt": "Write:", "completion": f" {text}"}) for text in texts]
     path.write_text("\n".join(lines))
     return str(path)

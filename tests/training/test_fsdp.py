@@ -55,7 +55,8 @@ def test_several_passes_in_bfloat16_and_clipped_are_near_those_of_copies_and_the
     tmp_path: Path,
 ) -> None:
     options = ["peft=none", "algorithm=dpo", "data=demo_pairs", "train.max_steps=4", "keep=best"]
-    options += ["train.eval_strategy=steps", "train.eval_steps=1"]
+    options += ["data.rows=64", "data.eval_rows=8", "train.eval_strategy=steps"]
+    options += ["train.eval_steps=1"]
     options += ["train.learning_rate=0.05", "train.warmup_steps=0", "parallel.processes=2"]
     base = [o for o in RUN if not o.startswith(("data.", "train.max", "train.save", "train.eval"))]
     for kind in ("ddp", "fsdp"):
