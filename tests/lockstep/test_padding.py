@@ -16,12 +16,10 @@ from trl import SFTTrainer
 from lora_exp.lockstep import eligibility
 from lora_exp.lockstep.padding import Kept
 from lora_exp.lockstep.segment import Pass
-from lora_exp.model.processor import processor
+from tests.conftest import FLOAT32
 from tests.lockstep.runs import outputs, run_alone, run_packed
 from tests.lockstep.test_segment import segments
 
-# without it products in bfloat16 take minutes
-FAST = "avx512bw" in processor().get("flags", "").split()
 MASK = torch.tensor([[0, 1, 1], [1, 0, 0]])
 JOBS = [["peft.r=4", "peft.lora_dropout=0.1"], ["peft.r=8", "targets=qv", "seed=3"]]
 
@@ -82,7 +80,7 @@ def test_rows_are_padded_again_in_a_jobs_own_shape() -> None:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Rows of which some are many times as long as others."""
     path, draw = tmp_path_factory.mktemp("rows") / "rows.jsonl", random.Random(0)
-    texts = [" ".join(["red", "green", "sea"] * draw.choice([1, 2, 3, 12])) for _ in range(40)]
+    texts = [" ".join(["red", "green", "sea"] * draw.choice([1, 2, 3, 20])) for _ in range(40)]
     lines = [json.dumps({"prompt": "Write:", "completion": f" {text}"}) for text in texts]
     path.write_text("\n".join(lines))
     return str(path)
@@ -93,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         [],
         ["train.gradient_checkpointing=true", "model.dtype=bfloat16"],
-        ["quant=nf4", *([] if FAST else ["quant.compute_dtype=float32"])],
+        ["quant=nf4", FLOAT32],
         ["quant=int8"],
     ],
     ids="+".join,
@@ -107,7 +105,7 @@ def test_jobs_without_padding_equal_their_runs_alone(
     for packed, alone in zip(results, run_alone(JOBS, tmp_path, *common), strict=True):
         assert outputs(packed) == outputs(alone)
     record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
-    assert record["padding_left_out"] > 0.3
+    assert record["padding_left_out"] > 0.2
     assert pack.passes.counts["shared backward"] > 0
 
 
