@@ -26,6 +26,7 @@ from hydra_plugins.lockstep_launcher.launcher import LockstepLauncher
 from lora_exp.__main__ import job as task
 from lora_exp.__main__ import raise_file_limit
 from lora_exp.child import end_with_parent
+from lora_exp.config.overrides import quoted
 from lora_exp.errors import Interrupted
 from lora_exp.files.lock import in_use
 from lora_exp.lockstep import devices
@@ -78,15 +79,18 @@ def composed(values: dict[str, Any]) -> tuple[LockstepLauncher, list[Job]]:
     for folder in values["config_dirs"]:
         path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     loader = Hydra.create_main_hydra2("run", path).config_loader
-    first = next(iter(values["jobs"].values()))
-    overrides = [*values["overrides"], *first]
-    config = loader.load_configuration(values["config_name"], overrides, RunMode.MULTIRUN)
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    launcher = LockstepLauncher()
     context = HydraContext(config_loader=loader, callbacks=Callbacks())
-    launcher.setup(hydra_context=context, task_function=task, config=config)
-    cells = Cells(launcher, True, values["exclude_keys"])
-    return launcher, [cells.job(job, int(number)) for number, job in values["jobs"].items()]
+    launcher, jobs = LockstepLauncher(), dict[str, Job]()
+    for folder in dict.fromkeys(values["sweep_dirs"].values()):  # one, unless it refers to keys
+        own = {n: values["jobs"][n] for n, each in values["sweep_dirs"].items() if each == folder}
+        overrides = [*values["overrides"], f"hydra.sweep.dir={quoted(folder)}"]
+        overrides += next(iter(own.values()))
+        config = loader.load_configuration(values["config_name"], overrides, RunMode.MULTIRUN)
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        launcher.setup(hydra_context=context, task_function=task, config=config)
+        cells = Cells(launcher, True, values["exclude_keys"])
+        jobs |= {number: cells.job(job, int(number)) for number, job in own.items()}
+    return launcher, [jobs[number] for number in values["jobs"]]
 
 
 if __name__ == "__main__":

@@ -114,8 +114,11 @@ class Cells:
         for name, value in own.items():
             parent, _, last = name.rpartition(".")
             _section(resolved.values, parent)[last] = value
-        directory = Path(self._folder) / str(number)
-        return self._checked(settled, resolved, overrides, overrides, compose, directory, number)
+        make = partial(
+            Job, number, compose, directory=Path(self._folder) / str(number),
+            overrides=tuple(overrides), sweep_dir=self._folder,
+        )  # fmt: skip
+        return self._checked(settled, resolved, overrides, make)
 
     def _first(
         self,
@@ -126,15 +129,20 @@ class Cells:
     ) -> Job:
         """Compose and resolve a job, and keep its values for others."""
         config = compose()
-        directory = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+        folder = str(config.hydra.sweep.dir)
+        directory = Path(folder) / str(config.hydra.sweep.subdir)
         if faults := list(too_long(directory)):
             raise ConfigError(faults)
+        make = partial(
+            Job, number, compose, settled=None, directory=directory, overrides=tuple(overrides),
+            sweep_dir=folder,
+        )  # fmt: skip
         if not self._ours:
-            return Job(number, config, None, directory, tuple(overrides))
+            return make()
         try:
             resolved = resolved_job(config, config.hydra)
         except LoraExpError as error:  # the job itself raises it again, in its own directory
-            return Job(number, config, None, directory, tuple(overrides), error)
+            return make(error=error)
         if shape is not None and shape not in self._settled:
             self._settled[shape] = self._keepable(shape, config, resolved)
         settled = self._settled.get(shape) if shape is not None else None
@@ -142,7 +150,7 @@ class Cells:
             key = settled.decided_by(self._loader.values(overrides))
             settled.resolved[key] = pickle.dumps(resolved)
         one, task = settled or Settled.of(config), list(config.hydra.overrides.task)
-        return self._checked(one, resolved, overrides, task, config, directory, number)
+        return self._checked(one, resolved, task, make)
 
     def _keepable(self, shape: Shape, config: DictConfig, resolved: Resolved) -> Settled | None:
         """Return what is kept of the first job of a shape; None: others depend on more than that.
@@ -172,20 +180,15 @@ class Cells:
         self,
         settled: Settled,
         resolved: Resolved,
-        overrides: list[str],
-        task: list[str],  # the same, with their interpolations resolved
-        config: DictConfig | Callable[[], DictConfig],
-        directory: Path,
-        number: int,
+        overrides: list[str],  # with their interpolations resolved
+        make: Callable[..., Job],
     ) -> Job:
         values, error = None, None
         try:
-            values = settled.checked(resolved, task, self._hydra)
+            values = settled.checked(resolved, overrides, self._hydra)
         except LoraExpError as caught:
             error = caught
-        return Job(
-            number, config, values, directory, tuple(overrides), error, settled.changes_process
-        )
+        return make(settled=values, error=error, changes_process=settled.changes_process)
 
     def _composed(self, overrides: list[str], number: int) -> DictConfig:
         """Return a job's config, with its number and its directory."""

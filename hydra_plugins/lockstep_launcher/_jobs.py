@@ -249,12 +249,13 @@ class Jobs:
 
     def ended(self, number: int, result: JobReturn) -> None:
         """Keep a job's result and call Hydra's callbacks."""
+        job = self.jobs[number]
         self.running.discard(number)
         if isinstance(result._return_value, Paused):
             self.paused.add(number)
+            job.forget_config()
             return
         self.returns[number] = result
-        job = self.jobs[number]
         self.launcher.hydra_context.callbacks.on_job_end(config=job.config, job_return=result)
         job.forget_config()
         is_pruned = how_ended(job.directory)[0] == "pruned"

@@ -127,12 +127,18 @@ def is_trusted(target: str, trusted: Iterable[str] = ()) -> bool:
 
 
 def every_target(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the key and value of every `_target_` in nested values, at any depth."""
+    """Yield the key and value of every `_target_` in nested values, at any depth.
+
+    Raises:
+        TypeError: these are no plain dicts and lists, so targets might be passed over.
+    """
+    if not isinstance(node, (dict, list, tuple)):
+        raise TypeError(f"{type(node).__name__} is neither a dict nor a list")
     children = node.items() if isinstance(node, dict) else enumerate(node)
     for name, child in children:
         if name == "_target_":
             yield key, child
-        elif isinstance(child, (dict, list)):
+        elif isinstance(child, (dict, list, tuple)):
             yield from every_target(child, f"{key}.{name}" if key else str(name))
 
 

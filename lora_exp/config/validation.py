@@ -7,8 +7,8 @@ Checks arguments and files, and calls the other checks of this room; what needs 
 from __future__ import annotations
 
 import ast
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -187,32 +187,23 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
             arguments |= {f"train.{k}": v for k, v in values["train"].items()}
             yield from owned_faults(target, arguments)
             arguments = {k: v for k, v in arguments.items() if k.rpartition(".")[2] not in OWNED}
-        yield from _unfit_arguments(target, key, _Arguments(repr(arguments), arguments))
+        yield from _unfit(target, key, pickle.dumps(arguments))
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """Arguments of a target, compared by their text, in which 1, 1.0 and true differ."""
+@lru_cache(maxsize=256)
+def _unfit(target: str, key: str, pickled: bytes) -> list[Fault]:
+    """Return a fault for each argument that does not fit its target's signature.
 
-    text: str
-    values: dict[str, Any] = field(compare=False)
-
-
-@lru_cache(maxsize=256)  # the jobs of a sweep have most of them in common
-def _unfit_arguments(target: str, key: str, arguments: _Arguments) -> tuple[Fault, ...]:
-    """Return a fault for each argument that does not fit."""
-    return tuple(_unfit(target, key, arguments.values))
-
-
-def _unfit(target: str, key: str, arguments: dict[str, Any]) -> Iterator[Fault]:
+    The jobs of a sweep have most of them in common, and pickled they can be looked up.
+    """
     target_signature = signature(target)
     if target_signature is None:
-        yield f"{key}._target_", f"no class or function is called {target}"
-        return
+        return [(f"{key}._target_", f"no class or function is called {target}")]
+    faults: list[Fault] = []
     if target_signature.open:
         text = f"{target} takes any argument, so a misspelt one would go unnoticed"
-        yield f"{key}._target_", f"{text}; wrap it in a function"
-    accepted = target_signature.arguments
+        faults.append((f"{key}._target_", f"{text}; wrap it in a function"))
+    arguments, accepted = pickle.loads(pickled), target_signature.arguments
     for full_key, value in arguments.items():
         name = full_key.rpartition(".")[2]
         if name not in accepted:
@@ -220,9 +211,10 @@ def _unfit(target: str, key: str, arguments: dict[str, Any]) -> Iterator[Fault]:
             of_other_method = hint.startswith("peft.") and hint[5:].rstrip("=.") not in accepted
             use_hint = hint and not of_other_method
             near = f"; give {hint}" if use_hint else did_you_mean(name, accepted)
-            yield full_key, f"{target} has no such argument{near}"
+            faults.append((full_key, f"{target} has no such argument{near}"))
         elif (value is not None or full_key not in NULLS) and not fits(value, accepted[name]):
-            yield full_key, f"{value!r} {_type_text(value, accepted[name])}"
+            faults.append((full_key, f"{value!r} {_type_text(value, accepted[name])}"))
+    return faults
 
 
 def _type_text(value: Any, annotation: ast.expr | None) -> str:

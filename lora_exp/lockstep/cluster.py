@@ -128,9 +128,8 @@ class Cluster:
             folder = next(f for n in self._numbers if not (f := self.folder / str(n)).exists())
             folder.mkdir(parents=True)
             for number, share in enumerate(part):
-                write_whole(
-                    folder / f"{number}.json", json.dumps(launch | _values(share), indent=1) + "\n"
-                )
+                text = json.dumps(launch | _share_values(share), indent=1)
+                write_whole(folder / f"{number}.json", text + "\n")
                 share.events = EventReader(folder / f"{number}.jsonl")
             ids = self.engine.submit(command, folder, len(part))
             for each, share in zip(ids, part, strict=True):
@@ -222,7 +221,7 @@ class Cluster:
         """Refuse overrides that must not be written to a file."""
         jobs = [job for share in shares for job in share.left.values()]
         overrides = [override for job in jobs for override in job.overrides]
-        overrides += [*jobs[0].config.hydra.overrides.hydra] if jobs else []
+        overrides += [*jobs[0].config.hydra.overrides.hydra]
         for override, shown in zip(overrides, redact(overrides), strict=True):
             if override != shown:
                 text = "is a secret, and a share is a file; export it instead"
@@ -230,32 +229,31 @@ class Cluster:
 
 
 def _launch_values(job: Job) -> dict[str, Any]:
-    """Return what all shares' files hold; `__main__` of the launcher composes the jobs again."""
+    """Return what the files of all shares of a launch hold, from any of its jobs.
+
+    With it the command that carries out a share composes the jobs again.
+    """
     hydra: Any = job.config.hydra
     sources = [(source.provider, source.path) for source in hydra.runtime.config_sources]
     return {
         "conf": next((path for provider, path in sources if provider == "main"), str(CONF)),
         "config_dirs": [path for provider, path in sources if provider == "command-line"],
         "config_name": hydra.job.config_name,
-        "overrides": [*hydra.overrides.hydra, f"hydra.sweep.dir={_quoted(hydra.sweep.dir)}"],
+        "overrides": list(hydra.overrides.hydra),
         "exclude_keys": list(hydra.job.config.override_dirname.exclude_keys),
     }
 
 
-def _values(share: Share) -> dict[str, Any]:
-    """Return what one share's file holds beside that."""
+def _share_values(share: Share) -> dict[str, Any]:
+    """Return what the file of one share holds of its own."""
     names = dict(zip((job.number for job in share.work.jobs), share.work.names, strict=False))
     return {
         "jobs": {n: list(job.overrides) for n, job in share.left.items()},
+        "sweep_dirs": {n: job.sweep_dir for n, job in share.left.items()},
         "names": {n: names[n] for n in share.left if n in names},
         "apart": share.work.mode is None,
         "brackets": bracket_values(share.work.brackets),
     }
-
-
-def _quoted(text: Any) -> str:
-    escaped = str(text).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _result(config: DictConfig, how: str, error: str, value: Any) -> JobReturn:

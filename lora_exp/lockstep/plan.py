@@ -63,6 +63,7 @@ class Job:
         overrides: tuple[str, ...] = (),
         error: LoraExpError | None = None,
         changes_process: bool = False,
+        sweep_dir: str | None = None,
     ) -> None:
         """Create it.
 
@@ -75,9 +76,11 @@ class Job:
             overrides: of the command line.
             error: why it will be refused, if it will.
             changes_process: whether Hydra gives it a directory or an environment of its own.
+            sweep_dir: its `hydra.sweep.dir`, resolved; None: the parent of its directory.
         """
         self.number, self.directory, self.overrides = number, directory, overrides
         self.error, self.changes_process = error, changes_process
+        self.sweep_dir = str(directory.parent) if sweep_dir is None else sweep_dir
         self._config, self._settled = config, settled
 
     @cached_property

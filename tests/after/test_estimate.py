@@ -149,7 +149,7 @@ def test_pairs_and_longer_rows_take_more_memory() -> None:
 def test_an_earlier_run_of_the_same_config_gives_its_measured_peak(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trained("quant=nf4")
+    run = trained("quant=nf4", "quant.compute_dtype=auto", "train.max_steps=1")
     cfg = config_of(run)
     monkeypatch.chdir(tmp_path)
     assert not any(row["measured"] for row in estimate(cfg)["rows"])

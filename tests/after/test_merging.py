@@ -26,7 +26,7 @@ from lora_exp.errors import AdapterError, ConfigError, SavedError
 from lora_exp.model.loading import bnb_4bit
 from tests.after.copies import copy_run, copy_with_weights
 from tests.after.test_saved import ADALORA
-from tests.conftest import tiny
+from tests.conftest import computes_bfloat16_fast, tiny
 from tests.model.test_prequantised import saved
 from tests.model.test_text_part import llava, mllama
 
@@ -53,7 +53,11 @@ def test_a_merged_model_equals_the_adapter_on_its_base_for_every_method(
     ("method", "quant", "overrides"),
     [
         ("lora", "nf4", ()),
-        ("lora", "nf4", ("quant.double_quant=false", "model.dtype=bfloat16")),
+        (
+            "lora",
+            "nf4",
+            ("quant.double_quant=false", "model.dtype=bfloat16", "quant.compute_dtype=auto"),
+        ),
         ("dora", "nf4", ()),
         ("ia3", "nf4", ()),
         ("lora", "int8", ()),
@@ -108,7 +112,8 @@ def on_saved_nf4(
     tmp_path: Path, quick_run: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> Path:
     """A run on a base that was saved in 4 bits."""
-    base = saved(tmp_path / "tiny-4bit", bnb_4bit("nf4", True, "float32"))
+    computed = "auto" if computes_bfloat16_fast() else "float32"
+    base = saved(tmp_path / "tiny-4bit", bnb_4bit("nf4", True, computed))
     overrides = ["model=local", f"model.path={base}", "train.learning_rate=3e-3"]
     directory: Path = quick_run(*overrides).directory
     assert "nf4, as saved" in capsys.readouterr().out

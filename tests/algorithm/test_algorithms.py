@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_exp import compose, run
 from lora_exp.after.likeness import likeness
 from lora_exp.errors import ConfigError, DataError
-from tests.conftest import in_float32
+from tests.conftest import in_fast_dtype
 from tests.lockstep.runs import outputs, run_alone, run_packed
 from tests.test_experiment import copied, digest, mark_killed, rows_override
 
@@ -39,7 +39,7 @@ COMMON += ["samples.rows=2", "samples.max_new_tokens=8", "tracking=none"]
 
 
 def overrides_for(algorithm: str, *overrides: str) -> list[str]:
-    return [f"algorithm={algorithm}", *COMMON, *SETTINGS[algorithm], *in_float32(*overrides)]
+    return [f"algorithm={algorithm}", *COMMON, *SETTINGS[algorithm], *in_fast_dtype(*overrides)]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @cache
     def saved(*overrides: str) -> Path:
-        cfg = compose("data=demo_pairs", *COMMON, *in_float32(*overrides))
+        cfg = compose("data=demo_pairs", *COMMON, *in_fast_dtype(*overrides))
         return Path(run(cfg, tmp_path_factory.mktemp("shared") / "run").saved)
 
     return saved
@@ -343,7 +343,7 @@ def test_an_encoder_decoder_model_learns(t5: Path, tmp_path: Path, method: str) 
     rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"] * 8
     path = rows_override(tmp_path / "rows.jsonl", *rows)
     overrides = ["algorithm=seq2seq", "model=local", f"model.path={t5}", "data=jsonl", path]
-    overrides += in_float32(method)
+    overrides += in_fast_dtype(method)
     overrides += [
         "train.max_steps=60",
         "train.learning_rate=1e-2",

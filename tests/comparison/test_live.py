@@ -7,14 +7,16 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from hydra.core.utils import JobReturn
-from omegaconf import OmegaConf
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lockstep_launcher._jobs import Jobs
 from lora_exp.comparison import live
 from lora_exp.comparison.live import LiveReport
+from lora_exp.errors import Paused
 from lora_exp.lockstep.plan import Job
 from tests.comparison.sweeps import write_sweep
 
@@ -31,8 +33,11 @@ def sweep(tmp_path: Path) -> Path:
 
 def jobs_of(sweep: Path) -> Jobs:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}, "report": "now.html"})
-    context = SimpleNamespace(callbacks=SimpleNamespace(on_job_end=lambda **_: None))
-    state = Jobs(SimpleNamespace(config=config, hydra_context=context), ours=True)
+    context = SimpleNamespace(
+        callbacks=SimpleNamespace(on_job_start=lambda **_: None, on_job_end=lambda **_: None)
+    )
+    launcher = SimpleNamespace(config=config, hydra_context=context, task_function=None)
+    state = Jobs(launcher, ours=True)
     state.jobs[0] = Job(0, config, None, sweep / "0")
     return state
 
@@ -55,6 +60,19 @@ def test_a_job_that_ends_has_the_report_written_beside_the_training(
     state.stopped()
     assert state.report._process.returncode == -9  # so it will not overwrite the last report
     assert (sweep / "now.html").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("value", [0.5, Paused("at a rung")], ids=str)
+def test_a_job_that_has_ended_or_paused_keeps_no_config(sweep: Path, value: Any) -> None:
+    state, made = jobs_of(sweep), list[DictConfig]()
+    config = state.jobs[0].config
+    state.jobs[0] = Job(0, lambda: made.append(config) or config, None, sweep / "0")  # type: ignore[func-returns-value]
+    state.began(0)
+    result = JobReturn()
+    result.return_value, result.status = value, JobStatus.COMPLETED
+    state.ended(0, result)
+    assert made == [config]
+    assert state.jobs[0].config is made[1]
 
 
 def test_a_job_that_is_pruned_at_a_rung_has_the_report_written_at_once(sweep: Path) -> None:

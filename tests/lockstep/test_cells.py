@@ -54,8 +54,10 @@ def by_itself(launched: Any, overrides: list[str], number: int) -> Job:
     """
     loader = launched.hydra_context.config_loader
     loader._first.clear()
+    vars(loader).pop("job", None)
     if number == 1:
-        loader._validated[tuple(overrides)] = loader._by_hydra(launched.config, overrides)
+        config = loader._by_hydra(launched.config, overrides)
+        loader.job = lambda *_: config
     return Cells(launched, True, ["tracking"]).job(overrides, number)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from hydra_plugins.lockstep_launcher import __main__ as program_file
+from hydra_plugins.lockstep_launcher._cells import Cells
 from hydra_plugins.lockstep_launcher.config import SlurmConfig
 from lora_exp.errors import ConfigError
 from lora_exp.files.lock import Lock, in_use
@@ -29,6 +31,7 @@ from lora_exp.lockstep.workers import DiedError
 from lora_exp.runs.listing import select
 from tests.conftest import QUICK
 from tests.lockstep.programs import install, program
+from tests.lockstep.test_cells import launcher
 from tests.test_main import cli
 from tests.warm import Process, python
 
@@ -221,6 +224,28 @@ def test_a_secret_is_not_written_to_a_share(work: Work) -> None:
     with pytest.raises(ConfigError, match=r"train.hub_token: is a secret, and a share is a file"):
         executor().run([work], Launch())
     assert not Path("sweep").exists()
+
+
+def test_shares_hold_the_directories_of_their_jobs_and_one_config_is_made_for_all(
+    work: Work, loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = Cells(launcher(loader, "hydra.sweep.dir=out/r${peft.r}"), True, [])
+    compose, made = cells._composed, list[int]()
+    monkeypatch.setattr(cells, "_composed", lambda o, n: made.append(n) or compose(o, n))
+    jobs = [cells.job([f"peft.r={r}", "tracking=none"], n) for n, r in enumerate((16, 8, 8))]
+    shares = [Work(tuple(jobs[:2]), None, None), Work((jobs[2],), None, None)]
+    made.clear()
+    with pytest.raises(DiedError):
+        executor(retries=0).run(shares, Launch())
+    assert made == [0]
+    again: list[Job] = []
+    for path in sorted(Path("sweep/slurm/0").glob("*.json")):
+        monkeypatch.setattr(GlobalHydra.instance(), "hydra", None)  # as in a process of its own
+        again += program_file.composed(json.loads(path.read_text()))[1]
+    assert [str(job.directory) for job in again] == ["out/r16/0", "out/r8/1", "out/r8/2"]
+    assert [job.directory for job in again] == [job.directory for job in jobs]
+    for job in again:
+        assert job.config.hydra.runtime.output_dir == str(job.directory.absolute())
 
 
 def test_many_shares_are_looked_at_less_often(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

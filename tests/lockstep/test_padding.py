@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from lora_exp.lockstep import eligibility
 from lora_exp.lockstep.padding import Kept
 from lora_exp.lockstep.segment import Pass
-from tests.conftest import FLOAT32
+from tests.conftest import in_fast_dtype
 from tests.lockstep.runs import outputs, run_alone, run_packed
 from tests.lockstep.test_segment import segments
 
@@ -91,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         [],
         ["train.gradient_checkpointing=true", "model.dtype=bfloat16"],
-        ["quant=nf4", FLOAT32],
+        [*in_fast_dtype("quant=nf4")],
         ["quant=int8"],
     ],
     ids="+".join,

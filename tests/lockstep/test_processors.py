@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_exp.model.processor import processor
-from tests.conftest import ROOT, in_float32
+from tests.conftest import FLOAT32, ROOT, computes_bfloat16_fast, in_fast_dtype
 from tests.lockstep.processors import (
     Product,
     band_linear,
@@ -45,6 +45,7 @@ def shared_products(folder: Path, *settings: str) -> float:
     ("product", "setting"),
     [
         (band_linear, "model.dtype=bfloat16"),
+        (narrow_bands_linear, "model.dtype=bfloat16"),
         (narrow_bands_linear, "quant=nf4"),
         (narrow_bands_linear, "quant=none"),
         (last_rows_linear, "quant=none"),
@@ -56,7 +57,7 @@ def test_a_pack_keeps_the_contract_on_a_processor_with_bands(
     monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path / "cache"))  # apart from this processor's
     steps = 10 if product is narrow_bands_linear else 3  # ten reach the narrow bands
     with simulated_processor(product):
-        shared = shared_products(tmp_path, *in_float32(setting), f"train.max_steps={steps}")
+        shared = shared_products(tmp_path, *in_fast_dtype(setting), f"train.max_steps={steps}")
     assert shared > 0
 
 
@@ -70,7 +71,7 @@ from tests.lockstep.test_processors import shared_products
 
 gc.freeze()  # each of the many runs collects garbage three times
 for setting in sys.argv[2:]:
-    shared = shared_products(Path(sys.argv[1]) / setting, setting)
+    shared = shared_products(Path(sys.argv[1]) / setting, *setting.split())
     print(f"{torch.get_num_threads()} threads, {setting}: {shared:.0%} of products together")
 """
 ISAS = {
@@ -93,9 +94,9 @@ def test_a_pack_keeps_the_contract_under_every_setting_of_this_processor(
     if setting in ISAS and ISAS[setting] not in flags:
         pytest.skip(f"this processor has no {ISAS[setting]}")
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | SETTINGS[setting]
-    # MKL computes in float32, oneDNN in bfloat16, also 4-bit weights, and only with AVX-512
-    is_onednns = "avx512bw" in flags and "MKL_CBWR" not in SETTINGS[setting]
-    settings = ["quant=nf4"] if is_onednns else []
+    # nf4 computes in bfloat16, by oneDNN, and where that is slow in float32, by MKL as quant=none
+    nf4 = "quant=nf4" if computes_bfloat16_fast() else f"quant=nf4 {FLOAT32}"
+    settings = [] if "MKL_CBWR" in SETTINGS[setting] else [nf4]
     settings += ["model.dtype=bfloat16"] if setting in ISAS else ["quant=none"]
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path), *settings],

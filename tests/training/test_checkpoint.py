@@ -76,11 +76,15 @@ def test_any_damaged_file_is_named_once_and_the_previous_checkpoint_is_used(
         assert newest(folder, owner_of(saved_run))[1] == 2
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+@pytest.mark.parametrize(
+    "quant",
+    [["quant=none"], ["quant=nf4", "quant.compute_dtype=auto"], ["quant=int8"]],
+    ids=" ".join,
+)
 def test_a_run_resumed_before_a_damaged_checkpoint_equals_an_uninterrupted_one(
-    quick_run: Callable[..., Any], quant: str, tmp_path: Path
+    quick_run: Callable[..., Any], quant: list[str], tmp_path: Path
 ) -> None:
-    settings = [*SAVING, "train.max_steps=4", f"quant={quant}"]
+    settings = [*SAVING, "train.max_steps=4", *quant]
     uninterrupted = quick_run(*settings, name="undisturbed")
     cut = copied(uninterrupted, tmp_path / "cut")
     shutil.rmtree(cut.directory / "checkpoints/checkpoint-4")

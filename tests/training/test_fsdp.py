@@ -57,7 +57,8 @@ def test_several_passes_in_bfloat16_and_clipped_are_near_those_of_copies_and_the
     options = ["peft=none", "algorithm=dpo", "data=demo_pairs", "train.max_steps=4", "keep=best"]
     options += ["data.rows=64", "data.eval_rows=8", "train.eval_strategy=steps"]
     options += ["train.eval_steps=1"]
-    options += ["train.learning_rate=0.05", "train.warmup_steps=0", "parallel.processes=2"]
+    # so high that the loss grows from the first step on
+    options += ["train.learning_rate=0.2", "train.warmup_steps=0", "parallel.processes=2"]
     base = [o for o in RUN if not o.startswith(("data.", "train.max", "train.save", "train.eval"))]
     for kind in ("ddp", "fsdp"):
         command = [*base, *options, f"parallel={kind}", f"hydra.run.dir={kind}"]
@@ -65,7 +66,7 @@ def test_several_passes_in_bfloat16_and_clipped_are_near_those_of_copies_and_the
         done = python("-m", "tests.parallel.forked", *command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     ours, theirs = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("fsdp", "ddp"))
-    assert ours["saved_step"] == theirs["saved_step"] < 4
+    assert ours["saved_step"] == theirs["saved_step"] == 1
     for name, rounding in (("before/loss", 0.01), ("eval/loss", 0.05)):
         assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=rounding)
     saved, kept = (
