@@ -92,7 +92,7 @@ def run(
     """
     quiet()
     place, directory = place or Alone(), Path(directory or run_dir(cfg.resume))
-    with stop.listening(), switched(cfg.deterministic):
+    with stop.listening(), switched(cfg.deterministic, cfg.batch_invariant):
         if world.size == 1:
             check_single_process()
             if process_count(cfg) > 1:
@@ -162,7 +162,7 @@ def _facts(cfg: DictConfig, base: Base, trainer: Any) -> dict[str, Any]:
     dtypes, template = precision(cfg, base, trainer), template_hash(base.tokenizer)
     return base.facts | {
         "precision": dtypes, "template": template, "processes": world.size,
-        "deterministic": cfg.deterministic,
+        "deterministic": cfg.deterministic, "batch_invariant": cfg.batch_invariant,
     }  # fmt: skip
 
 

@@ -80,6 +80,7 @@ PRIVATE = [
     ("torch", "_C", "model/experts.py"),
     ("torch._C", "_autograd", "model/experts.py"),
     ("torch._C._autograd", "_top_saved_tensors_default_hooks", "model/experts.py"),
+    ("torch.library.Library", "_destroy", "model/invariance.py"),
     (BNB_4BIT, "_process_model_before_weight_loading", "model/experts.py"),
     (BNB_4BIT, "_process_model_after_weight_loading", "model/experts.py"),
     ("transformers.AutoModelForMultimodalLM", "_model_mapping", "model/text_part.py"),

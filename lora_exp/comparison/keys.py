@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_exp.config.settled import GROUPS, NOT_COMPUTED
+from lora_exp.config.settled import GROUPS, NOT_COMPUTED, SWITCHES
 from lora_exp.runs.run import SavedRun
 
 ABSENT = object()
 # what does not change the result, beside the seed, which is what groups are over
 NOT_COMPARED = {"seed", "early_stopping", *NOT_COMPUTED} - {"lockstep", "keep"}
 # which earlier versions did not write
-NOT_WRITTEN = (("parallel.processes", 1), ("deterministic", True))
+NOT_WRITTEN = (("parallel.processes", 1), *SWITCHES.items())
 PATIENCE = "early_stopping.patience"
 LOCKSTEP = re.compile(r"lockstep\.(?!mode$)")
 REPORTS_OR_PROCESSES = re.compile(r"train\.(logging|save)_|data\.num_proc$")

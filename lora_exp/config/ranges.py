@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 Fault = tuple[str, str]  # the key, and what is wrong with it
@@ -26,8 +27,12 @@ def range_faults(cfg: Any) -> Iterator[Fault]:
     yield from _algorithm_ranges(cfg)
     yield from _lockstep_ranges(cfg.lockstep)
     yield from _data_ranges(cfg.data)
-    if not isinstance(cfg.deterministic, bool):
-        yield "deterministic", f"{cfg.deterministic!r} is neither true nor false"
+    for name in ("deterministic", "batch_invariant"):
+        if not isinstance(cfg[name], bool):
+            yield name, f"{cfg[name]!r} is neither true nor false"
+    if cfg.batch_invariant is True and find_spec("megatron") is None:
+        text = 'needs the package megatron-core: pip install "lora-exp[batch-invariant]"'
+        yield "batch_invariant", text
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         yield "seed", f"{cfg.seed!r} is no seed; give a whole number from 0 and below 2**32"
     if not 0 < len(str(cfg.name)) <= 128 or "/" in str(cfg.name) or str(cfg.name).startswith("."):

@@ -44,6 +44,7 @@ NOT_COMPUTED = (
     "host", "trusted_targets", "report",
     "lockstep", "keep",  # hashed as lockstep_mode and train.load_best_model_at_end
 )  # fmt: skip
+SWITCHES = {"deterministic": True, "batch_invariant": False}  # which earlier versions did not write
 
 
 def product(*factors: float) -> float:
@@ -207,7 +208,7 @@ def _resumed(
     # keys that did not exist when the run was saved
     current |= {"adapter_base": values.get("adapter_base"), "host": values.get("host", False)}
     current["lockstep"] = {**plain(cfg.lockstep), **values["lockstep"]}
-    current["deterministic"] = values.get("deterministic", True)
+    current |= {name: values.get(name, usual) for name, usual in SWITCHES.items()}
     current["sweep_name"] = values.get("sweep_name")
     current["early_stopping"] = values.get("early_stopping")
     current["parallel"] = values.get("parallel")
@@ -245,8 +246,9 @@ def fingerprints(cfg: DictConfig, limits: Mapping[str, Any] | None = None) -> tu
     values["lockstep_mode"] = cfg.lockstep.mode
     if not has_patience(values):  # other rules only stop losers; earlier versions had none
         values.pop("early_stopping", None)
-    if values.get("deterministic", True):  # computes what a run of an earlier version does
-        values.pop("deterministic", None)
+    for name, usual in SWITCHES.items():  # computes what a run of an earlier version does
+        if values.get(name, usual) == usual:
+            values.pop(name, None)
     if process_count(values) == 1:  # computes what a run without processes does
         values.pop("parallel", None)
     else:

@@ -53,10 +53,10 @@ SECTIONS = (
 )  # fmt: skip
 KEYS = {
     "": (
-        "name", "sweep_name", "seed", "deterministic", "resume", "retry_failed", "report", "strict",
-        "host", "adapter", "adapter_base", "objective", "goal", "keep", "trusted_targets", "train",
-        "rate", "samples", "model", "quant", "peft", "targets", "algorithm", "data", "tracking",
-        "early_stopping", "parallel", "lockstep", "choices",
+        "name", "sweep_name", "seed", "deterministic", "batch_invariant", "resume", "retry_failed",
+        "report", "strict", "host", "adapter", "adapter_base", "objective", "goal", "keep",
+        "trusted_targets", "train", "rate", "samples", "model", "quant", "peft", "targets",
+        "algorithm", "data", "tracking", "early_stopping", "parallel", "lockstep", "choices",
     ),
     "rate": ("peft", "model"),
     "samples": ("rows", "max_new_tokens", "batch_size"),

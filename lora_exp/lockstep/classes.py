@@ -23,6 +23,7 @@ from lora_exp.lockstep import probe
 from lora_exp.lockstep.probe import Probe
 from lora_exp.lockstep.segment import PassContext
 from lora_exp.lockstep.state import ComputeState
+from lora_exp.model import invariance
 from lora_exp.model.processor import device_facts, kernel_settings, processor
 
 
@@ -153,6 +154,7 @@ def _conditions(device: str) -> dict[str, Any]:
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.mkldnn.enabled,
+            invariance.is_on(),
         ],
     }
     if device != "cpu":

@@ -218,8 +218,8 @@ def solitary(job: Job) -> str | None:
 def _base_key(values: dict[str, Any]) -> str:
     """Return a hash of what jobs of a pack have in common: base, head, settings of lockstep."""
     task_type = values["algorithm"]["task_type"]
-    shaping = [values["model"], values["quant"], values["lockstep"], task_type]
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    shaping = [values[key] for key in ("model", "quant", "lockstep", "batch_invariant")]
+    return hashlib.sha256(json.dumps([*shaping, task_type], sort_keys=True).encode()).hexdigest()
 
 
 def labels(jobs: Iterable[Job]) -> dict[int, str]:

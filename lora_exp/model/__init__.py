@@ -8,6 +8,7 @@ weights         all read, or drawn at random
 identity        what identifies a base's weights
 precision       what it computes in
 determinism     torch's switches, restored after runs
+invariance      products whatever the number of rows
 special_tokens  tokens that end and pad
 mixture         routers of mixtures of experts
 experts         where they are; in 4 bits

@@ -16,6 +16,7 @@ import torch
 from transformers.utils.import_utils import enable_tf32
 
 from lora_exp.errors import ConfigError
+from lora_exp.model import invariance
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # transformers' `full_determinism` sets them
@@ -76,14 +77,21 @@ def _backends() -> tuple[Any, ...]:
 
 
 @contextmanager
-def switched(deterministic: bool) -> Iterator[None]:
+def switched(deterministic: bool, batch_invariant: bool = False) -> Iterator[None]:
     """Let a run have the process's switches, and restore them when no run is left.
 
+    All jobs of a pack agree in both.
+
     Args:
-        deterministic: whether a GPU may only use kernels that add in the same order each time. All
-            jobs of a pack agree in it.
+        deterministic: whether a GPU may only use kernels that add in the same order each time.
+        batch_invariant: whether the bits of a product may not depend on its number of rows.
+
+    Raises:
+        ConfigError: the device has no kernels for that.
     """
     if Switches.running == 0:
+        if batch_invariant:
+            invariance.start()
         Switches.before = Switches.now()
         if torch.cuda.is_available():
             set_for_gpu(deterministic)
@@ -94,6 +102,7 @@ def switched(deterministic: bool) -> Iterator[None]:
         Switches.running -= 1
         if Switches.running == 0:
             Switches.before.restore()
+            invariance.stop()
 
 
 def set_for_gpu(deterministic: bool) -> None:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_exp.config.door import plain, renamed
 from lora_exp.config.keep import goal_of
 from lora_exp.config.resume import LIMITS, changes
-from lora_exp.config.settled import fingerprint
+from lora_exp.config.settled import SWITCHES, fingerprint
 from lora_exp.errors import ConfigError, DivergedError, LoraExpError, Paused
 from lora_exp.files.lock import Lock
 from lora_exp.files.redaction import redact, redact_text
@@ -96,7 +96,7 @@ class Record:
     def _check_changes(self) -> None:
         """Note the changes of a resumed run's config; a finished run needs a higher limit."""
         saved = OmegaConf.to_container(OmegaConf.load(self.directory / "config.yaml"))
-        changed = changes({"deterministic": True} | renamed(saved), self._config)
+        changed = changes(SWITCHES | renamed(saved), self._config)
         changed = {key: pair for key, pair in changed.items() if key not in NOT_COMPARED}
         if self.values.get("lockstep", {}).get("proven") is False and (
             self._config["lockstep"]["on_difference"] == "retrain"

@@ -56,6 +56,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None  # its weights are random
     rounded = shares_all(cfg)  # in bfloat16, in another way than where each process has all weights
     own = {"train": train, "head": head, "shares_all": rounded}
+    own |= {key: values[key] for key in ("deterministic", "batch_invariant")}
     return {name: values[name] for name in sections} | own
 
 

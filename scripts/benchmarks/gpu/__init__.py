@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu.bench import Bench, Case, Failed
 from benchmarks.gpu.checks import bases, checks, machine, tests
-from benchmarks.gpu.speed import determinism, memory, profiles, speed
+from benchmarks.gpu.speed import determinism, invariance, memory, profiles, speed
 
 SECONDS = {"quick": 330, "full": 1200}
 HEAD = "| part | case | result | s |\n|---|---|---|---|"
@@ -27,6 +27,7 @@ PARTS: dict[Callable[[Bench], Iterator[Case]], tuple[int, int, int]] = {
     profiles: (60, 120, 1),
     memory: (20, 60, 4),
     determinism: (30, 60, 1),
+    invariance: (30, 60, 1),
     tests: (0, 150, 1),
 }
 

@@ -1,12 +1,14 @@
-"""Makespan, where a step's time goes, memory, and the price of deterministic kernels."""
+"""Makespan, where a step's time goes, memory, and the price of kernels with equal bits."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu.bench import Bench, Case
+from benchmarks.gpu.bench import Bench, Case, Failed
 
 PROFILED = str(Path(__file__).with_name("profiled_steps.py"))
 # base, tokens of a job's step, jobs
@@ -90,6 +92,33 @@ def determinism(bench: Bench) -> Iterator[Case]:
         return f"{speeds[0]:.2f} steps/s with, {speeds[1]:.2f} without"
 
     yield f"{base}, {tokens} tokens", measure
+
+
+def invariance(bench: Bench) -> Iterator[Case]:
+    """What products that do not depend on the number of rows cost, and what jobs share by them."""
+    base, tokens, jobs = ("0.6B", 512, 4) if bench.on_gpu else ("small", 16, 2)
+
+    def measure() -> str:
+        if not find_spec("megatron"):
+            raise Failed("not measured: megatron-core is not installed")
+        if not bench.on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Failed("not measured: without a GPU it needs TRITON_INTERPRET=1")
+        found = []
+        for value in ("false", "true"):
+            words = [*_rows(bench, base, tokens), f"batch_invariant={value}"]
+            words += [f"train.max_steps={20 if bench.on_gpu else 1}"]
+            seeds = "seed=" + ",".join(map(str, range(jobs)))
+            (alone,) = bench.sweep(f"invariant-{value}-1", *words, "seed=0", alone=True)
+            pack = bench.sweep(f"invariant-{value}", *words, seeds)
+            seconds = sum(record["metrics"]["train/seconds"] for record in pack)
+            shared = pack[0]["lockstep"]["products_together"]
+            found.append((alone["metrics"]["train/seconds"], seconds, shared))
+        texts = (
+            f"alone {a:.1f} s, pack {p:.1f} s, {s:.0%} of products shared" for a, p, s in found
+        )
+        return "{} without; {} with".format(*texts)
+
+    yield f"{base}, {tokens} tokens, {jobs} jobs", measure
 
 
 def memory(bench: Bench) -> Iterator[Case]:
