@@ -92,18 +92,19 @@ def run(
     """
     quiet()
     place, directory = place or Alone(), Path(directory or run_dir(cfg.resume))
-    with stop.listening(), switched(cfg.deterministic, cfg.batch_invariant):
+    with stop.listening():
         if world.size == 1:
             check_single_process()
             if process_count(cfg) > 1:
                 return Result(**train_in_processes(cfg, directory, sweep, day))
         stop.check()
-        record = opened(directory, cfg, day)
-        try:
-            with record.outcome(), explained():
-                return _run(cfg, record, sweep, place)
-        finally:
-            place.leave()
+        with switched(cfg.deterministic, cfg.batch_invariant):
+            record = opened(directory, cfg, day)
+            try:
+                with record.outcome(), explained():
+                    return _run(cfg, record, sweep, place)
+            finally:
+                place.leave()
 
 
 def _run(cfg: DictConfig, record: Record, sweep: str | None, place: Place) -> Result:

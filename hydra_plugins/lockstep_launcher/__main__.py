@@ -81,8 +81,9 @@ def composed(values: dict[str, Any]) -> tuple[LockstepLauncher, list[Job]]:
     loader = Hydra.create_main_hydra2("run", path).config_loader
     context = HydraContext(config_loader=loader, callbacks=Callbacks())
     launcher, jobs = LockstepLauncher(), dict[str, Job]()
-    for folder in dict.fromkeys(values["sweep_dirs"].values()):  # one, unless it refers to keys
-        own = {n: values["jobs"][n] for n, each in values["sweep_dirs"].items() if each == folder}
+    folders = values["sweep_dirs"]
+    for folder in dict.fromkeys(folders.values()):  # one, unless it refers to keys of the jobs
+        own = {number: job for number, job in values["jobs"].items() if folders[number] == folder}
         overrides = [*values["overrides"], f"hydra.sweep.dir={quoted(folder)}"]
         overrides += next(iter(own.values()))
         config = loader.load_configuration(values["config_name"], overrides, RunMode.MULTIRUN)

@@ -100,7 +100,7 @@ def sections(values: Any) -> Any:
 def selected(values: Any, key: str) -> Any:
     """Return what nested values hold under a dotted key; None: there is nothing."""
     for part in key.split("."):
-        if isinstance(values, list):
+        if isinstance(values, (list, tuple)):
             values = values[int(part)]
         else:
             values = values.get(part) if isinstance(values, dict) else None

@@ -35,6 +35,11 @@ def pair_faults(cfg: Section) -> Iterator[Fault]:
             text = f"untrained weights cannot be loaded as {_quantisation(cfg)}; quant=none"
             yield "model.random_weights", text
     yield from _moving_reference(cfg)
+    if cfg.batch_invariant and cfg.train.get("torch_compile"):
+        yield (
+            "batch_invariant",
+            "torch_compile makes kernels of its own, with other bits; leave one out",
+        )
     if cfg.peft is None:
         return
     if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):

@@ -30,7 +30,7 @@ def range_faults(cfg: Any) -> Iterator[Fault]:
     for name in ("deterministic", "batch_invariant"):
         if not isinstance(cfg[name], bool):
             yield name, f"{cfg[name]!r} is neither true nor false"
-    if cfg.batch_invariant is True and find_spec("megatron") is None:
+    if cfg.batch_invariant is True and not (find_spec("megatron") and find_spec("megatron.core")):
         text = 'needs the package megatron-core: pip install "lora-exp[batch-invariant]"'
         yield "batch_invariant", text
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:

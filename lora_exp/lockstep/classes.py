@@ -154,9 +154,10 @@ def _conditions(device: str) -> dict[str, Any]:
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.mkldnn.enabled,
-            invariance.is_on(),
         ],
     }
+    if invariance.is_on():
+        conditions["libraries"] |= invariance.versions()
     if device != "cpu":
         gpu = torch.cuda.get_device_properties(device)
         conditions["gpu"] = {

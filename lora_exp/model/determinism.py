@@ -87,22 +87,26 @@ def switched(deterministic: bool, batch_invariant: bool = False) -> Iterator[Non
         batch_invariant: whether the bits of a product may not depend on its number of rows.
 
     Raises:
-        ConfigError: the device has no kernels for that.
+        ConfigError: the device has no kernels for that, or another run has the process without.
     """
+    if Switches.running and batch_invariant != invariance.is_on():
+        text = "another run in this process has another value, and the process has one; "
+        raise ConfigError([(invariance.KEY, f"{text}run one after the other")])
     if Switches.running == 0:
-        if batch_invariant:
-            invariance.start()
         Switches.before = Switches.now()
-        if torch.cuda.is_available():
-            set_for_gpu(deterministic)
     Switches.running += 1
     try:
+        if Switches.running == 1:
+            if batch_invariant:
+                invariance.start()
+            if torch.cuda.is_available():
+                set_for_gpu(deterministic)
         yield
     finally:
         Switches.running -= 1
         if Switches.running == 0:
-            Switches.before.restore()
             invariance.stop()
+            Switches.before.restore()
 
 
 def set_for_gpu(deterministic: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from lora_exp.errors import ConfigError
 
+KEY = "batch_invariant"
 KERNELS = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
+PACKAGES = ("megatron-core", "triton")
 CAPABILITY = (8, 0)  # the lowest with bfloat16
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels compute in
+# of the products that they compute. In float32 a GPU would round to TF32, and many have too little
+# shared memory for the blocks of float16; on a CPU Triton's interpreter has no bfloat16
+DTYPES = {"CUDA": torch.bfloat16, "CPU": torch.float32}
 _library: Any = None  # of the registrations, while they hold
 
 
@@ -27,29 +32,40 @@ def is_on() -> bool:
     return _library is not None
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that have the kernels, if these are in use."""
+    return {name: version(name) for name in PACKAGES} if is_on() else {}
+
+
 def start() -> None:
     """Use the kernels in this process from now on.
 
     Raises:
-        ConfigError: there is no GPU that can run them.
+        ConfigError: there is no GPU that can run them, or no package that has them.
     """
     global _library
     device = "CUDA" if torch.cuda.is_available() else "CPU"
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device == "CPU" and not is_interpreted:
-        raise ConfigError([("batch_invariant", "its kernels need a GPU; leave it out")])
+    if device == "CPU" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError([(KEY, "its kernels need a GPU; leave it out")])
     if device == "CUDA" and (found := torch.cuda.get_device_capability()) < CAPABILITY:
         text = (
             "its kernels need a GPU of compute capability {}.{}, and this has {}.{}; leave it out"
         )
-        raise ConfigError([("batch_invariant", text.format(*CAPABILITY, *found))])
-    kernels = import_module(KERNELS)
-    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        raise ConfigError([(KEY, text.format(*CAPABILITY, *found))])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        library.impl("mm", _product(kernels.mm_batch_invariant), device)
-        library.impl("addmm", _product_with_bias(kernels.addmm_batch_invariant), device)
-        if device == "CUDA":  # the interpreter has no such tensors
+        warnings.simplefilter("ignore")
+        try:
+            kernels = import_module(KERNELS)
+        except ImportError as error:
+            text = f"its kernels cannot be imported: {error}"
+            raise ConfigError(
+                [(KEY, f'{text}; pip install "lora-exp[batch-invariant]"')]
+            ) from error
+        library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        dtype = DTYPES[device]
+        library.impl("mm", _product(kernels.mm_batch_invariant, dtype), device)
+        library.impl("addmm", _product_with_bias(kernels.addmm_batch_invariant, dtype), device)
+        if device == "CUDA":  # the kernel refuses other tensors
             library.impl("mean.dim", _mean(kernels.mean_batch_invariant), device)
     _library = library
 
@@ -62,19 +78,21 @@ def stop() -> None:
         _library = None
 
 
-def _product(kernel: Any) -> Any:
+def _product(kernel: Any, dtype: torch.dtype) -> Any:
     def mm(a: Tensor, b: Tensor) -> Tensor:
-        if a.dtype in DTYPES and a.numel() and b.numel():
+        if a.dtype == b.dtype == dtype and a.numel() and b.numel():
             return kernel(a, b)  # type: ignore[no-any-return]
-        return torch.mm(a, b, out=a.new_empty(0))  # another operator: torch's own
+        return torch.mm(a, b, out=a.new_empty(0))  # another operator, and torch's own
 
     return mm
 
 
-def _product_with_bias(kernel: Any) -> Any:
+def _product_with_bias(kernel: Any, dtype: torch.dtype) -> Any:
     def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-        plain = bias.dim() == 1 and beta == alpha == 1 and a.numel() and b.numel()
-        if plain and a.dtype in DTYPES:
+        # the kernel reads as many numbers as there are columns, one after the other
+        is_row = bias.shape == b.shape[1:] and bias.is_contiguous()
+        has_rows = a.numel() and b.numel() and beta == alpha == 1
+        if is_row and has_rows and bias.dtype == a.dtype == b.dtype == dtype:
             return kernel(bias, a, b)  # type: ignore[no-any-return]
         return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(0))
 
@@ -83,7 +101,9 @@ def _product_with_bias(kernel: Any) -> Any:
 
 def _mean(kernel: Any) -> Any:
     def mean(x: Tensor, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
-        if dim and x.dtype in DTYPES and dtype in (None, x.dtype) and x.numel():
+        # the kernel adds in the dtype of its input, and counts numbers in 32 bits
+        is_one = dim is not None and len(dim) == 1 and 0 < x.numel() < 2**31
+        if is_one and x.dtype == torch.float32 and dtype in (None, torch.float32):
             return kernel(x, list(dim), keepdim)  # type: ignore[no-any-return]
         out = x.new_empty(0, dtype=dtype or x.dtype)
         return torch.mean(x, dim, keepdim, dtype=dtype, out=out)

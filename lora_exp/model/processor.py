@@ -26,7 +26,8 @@ CHOOSES_KERNELS = re.compile(
 # settings by which libraries choose their kernels
 PREFIXES = (
     "ONEDNN_", "DNNL_", "MKL_", "KMP_", "OMP_", "OPENBLAS_", "ATEN_", "CUBLAS", "CUDNN_",
-    "NVIDIA_TF32_", "TORCH_", "PYTORCH_", "DISABLE_ADDMM_",
+    "NVIDIA_TF32_", "TORCH_", "PYTORCH_", "DISABLE_ADDMM_", "TRITON_INTERPRET",
+    "TRITON_DEFAULT_FP_FUSION",
 )  # fmt: skip
 
 

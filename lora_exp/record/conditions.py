@@ -28,6 +28,7 @@ def conditions() -> dict[str, Any]:
     """Return the device, torch's threads, settings of libraries, and versions, of this process."""
     import torch
 
+    from lora_exp.model import invariance
     from lora_exp.model.placement import device
     from lora_exp.model.processor import device_facts, kernel_settings
 
@@ -35,7 +36,7 @@ def conditions() -> dict[str, Any]:
         "device": device_facts(device()),
         "threads": torch.get_num_threads(),
         "settings": kernel_settings(),
-        "versions": versions(),
+        "versions": versions() | invariance.versions(),
     }
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from lora_exp.adapter.several import changes_nothing, is_adapted
 from lora_exp.config.door import plain
+from lora_exp.config.settled import SWITCHES
 from lora_exp.config.sharding import shares_all
 from lora_exp.data.template import template_of
 from lora_exp.data.turns import Row
@@ -56,7 +57,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     head = cfg.seed if cfg.algorithm.task_type == "SEQ_CLS" else None  # its weights are random
     rounded = shares_all(cfg)  # in bfloat16, in another way than where each process has all weights
     own = {"train": train, "head": head, "shares_all": rounded}
-    own |= {key: values[key] for key in ("deterministic", "batch_invariant")}
+    own |= {key: values[key] for key, usual in SWITCHES.items() if values[key] != usual}
     return {name: values[name] for name in sections} | own
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.comparison.keys import canonical, columns, compared, differing, text_of, value_of
+from lora_exp.config.settled import SWITCHES
 from lora_exp.runs.run import SavedRun, read_run
 
 Write = Callable[..., Path]
@@ -29,7 +30,7 @@ def test_names_seeds_and_what_only_reports_do_not_differ(write_run: Write) -> No
     one, two = ({"parallel.processes": count} for count in (1, 2))
     assert chosen(write_run, none={}, one=one) == ([], [])  # earlier versions did not write it
     assert chosen(write_run, before={}, two=two) == (["parallel.processes"], [])
-    assert chosen(write_run, earlier={}, usual={"deterministic": True}) == ([], [])
+    assert chosen(write_run, earlier={}, usual=SWITCHES) == ([], [])
     other = {"lockstep.mode": "bmm", "keep": "best", "train.eval_accumulation_steps": 2}
     assert chosen(write_run, c={}, d=other) == (list(other), [])
 

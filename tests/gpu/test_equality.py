@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lora_exp import compose, run
 from lora_exp.after.merging import merge
 from lora_exp.after.proof import prove
+from lora_exp.model import invariance
 from lora_exp.model.determinism import WORKSPACE
 from tests.lockstep.runs import COMMON, DIVERSE_JOBS, outputs, run_alone, run_packed
 
@@ -31,11 +33,35 @@ def test_equal_runs_have_equal_bytes(tmp_path: Path) -> None:
     assert torch.cuda.get_device_name() in record
 
 
+needs_kernels = pytest.mark.skipif(not find_spec("megatron"), reason="needs megatron-core")
+
+
+@needs_kernels
+def test_products_and_means_have_the_same_bits_for_any_number_of_rows() -> None:
+    rows = torch.randn(700, 1024, device="cuda")
+    layer = torch.nn.Linear(1024, 3000, device="cuda", dtype=torch.bfloat16)
+    exact = rows.bfloat16().double() @ layer.weight.double().T + layer.bias.double()
+    invariance.start()
+    try:
+        products, means = layer(rows.bfloat16()), rows.pow(2).mean(-1, keepdim=True)
+        for n in (1, 2, 17, 129, 300):
+            assert torch.equal(layer(rows[:n].bfloat16()), products[:n])
+            assert torch.equal(rows[:n].pow(2).mean(-1, keepdim=True), means[:n])
+    finally:
+        invariance.stop()
+    assert (products - exact).abs().max() < exact.abs().max() / 100
+    assert torch.allclose(means, rows.pow(2).mean(-1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     "setting",
-    [["quant=none"], ["model.dtype=bfloat16"], ["quant=nf4"], ["quant=int8"], CHECKPOINTING],
+    [
+        ["quant=none"], ["model.dtype=bfloat16"], ["quant=nf4"], ["quant=int8"], CHECKPOINTING,
+        pytest.param(["batch_invariant=true", "model.dtype=bfloat16"], marks=needs_kernels),
+        pytest.param(["batch_invariant=true", "quant=nf4"], marks=needs_kernels),
+    ],
     ids=lambda setting: "+".join(setting),
-)
+)  # fmt: skip
 def test_jobs_of_a_pack_equal_their_runs_alone(tmp_path: Path, setting: list[str]) -> None:
     results, pack = run_packed(DIVERSE_JOBS, tmp_path / "pack", *setting)
     for packed, alone in zip(results, run_alone(DIVERSE_JOBS, tmp_path, *setting), strict=True):

@@ -98,6 +98,13 @@ def test_a_job_that_would_change_the_base_runs_alone(overrides: list[str], expec
     assert len(planned.alone) == 2
 
 
+def test_jobs_whose_products_have_other_bits_share_no_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_exp.config.ranges.find_spec", lambda name: name)
+    values = ["true", "false"] * 2
+    jobs = [job(n, f"batch_invariant={value}") for n, value in enumerate(values)]
+    assert [[j.number for j in pack] for pack in plan(jobs).packs] == [[0, 2], [1, 3]]
+
+
 def test_a_job_with_a_directory_of_its_own_in_the_process_runs_alone() -> None:
     jobs = [Job(n, HYDRA, compose(), Path("x"), changes_process=True) for n in range(2)]
     assert "chdir and env_set" in plan(jobs).alone[0][1]

@@ -72,12 +72,14 @@ def test_the_key_covers_what_decides_the_results_and_nothing_else(
         model = get_peft_model(layers, LoraConfig(target_modules=["0"], **dora))
         return content(cfg, model, base, [{"text": text}], record)
 
+    monkeypatch.setattr("lora_exp.config.ranges.find_spec", lambda name: name)
     plain = key()
     assert key("peft.r=2", "train.learning_rate=1e-3", "targets=qv", "seed=7") == plain
     dora, rate = key("peft=dora"), key("peft=dora", "train.learning_rate=1e-3")
     others = [
         key(text="b"), key("quant=nf4"), key("samples.rows=2"), dora, key("peft=dora", "seed=7"),
         key("train.per_device_eval_batch_size=4"), key("model.random_weights=true"),
+        key("deterministic=false"), key("batch_invariant=true"),
     ]  # fmt: skip
     assert dora == rate
     whole = ["peft=none", "parallel.processes=2"]
@@ -86,7 +88,7 @@ def test_the_key_covers_what_decides_the_results_and_nothing_else(
     others.append(key())
     monkeypatch.delenv("OMP_DYNAMIC")
     tokenizer.apply_chat_template = partial(print, chat_template="2")
-    assert len({plain, *others, key()}) == 10
+    assert len({plain, *others, key()}) == 12
     assert key("experiment=demo_grpo") is None  # answers are sampled
     base.revision = None
     assert key() is None
