@@ -126,7 +126,7 @@ class Pack:
                 tapes = self.passes.tapes[job]
                 if tapes:  # jobs of the same passes run backward together
                     batch_key = ("backward", *(id(tape.siblings) for tape in tapes))
-                    self.hub.ask(job, batch_key, tapes[-1].segment.tokens, 1, None)
+                    self.hub.ask(job, batch_key, tapes[-1].size, 1, None)
             finally:
                 self.passes.drop_tapes(job)
 

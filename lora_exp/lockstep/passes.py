@@ -37,6 +37,7 @@ class Tape:
     ends: list[Tensor] | None  # hidden states, router logits; None: the graph was dropped, the
     # pass must be repeated
     leaves: list[Tensor]  # detached copies, given to the job; where its own backward ends
+    size: int  # of the request; those of a pass that was served as one fit into one backward
     reference: list[Tensor] | None = None  # the same of the job's own model, if verified
 
     def gradients(self) -> list[Tensor | None]:
@@ -55,7 +56,7 @@ class Passes:
         self.tapes: dict[int, list[Tape]] = {}  # of each job's passes before their backward
         self.verification = Verification(verify if mode == "exact" else 0, self.members)
         self.counts = {"forward": 0, "backward": 0, "most jobs": 0, "products": 0, "together": 0,
-                       "shared forward": 0, "shared backward": 0,
+                       "shared forward": 0, "shared backward": 0, "repeated": 0,
                        "tokens": 0, "padding left out": 0}  # fmt: skip
         self.sharing: set[int] = set()  # jobs that have shared a pass in training
         self.trained_tokens = [0]  # of training passes so far; a list, which the table reads
@@ -157,7 +158,9 @@ class Passes:
             segments[i].kept = advanced[i].kept
             if ends:
                 self.trained_tokens[0] += advanced[i].own_tokens
-                siblings.append(Tape(siblings, segments[i], context, ends, leaves, reference))
+                siblings.append(
+                    Tape(siblings, segments[i], context, ends, leaves, request.size, reference)
+                )
                 self.tapes[request.job].append(siblings[-1])
             answers.append(answer)
         return answers
@@ -253,6 +256,7 @@ class Passes:
             batch = [t for t in dropped if t.context == context]
             self.fused.enter(context)
             parts = self.fused.passes([copy.copy(t.segment) for t in batch])
+            self.counts["repeated"] += len(parts)
             outputs = [output for p in parts for output in self.fused.forward(p)]
             torch.clear_autocast_cache()
             for tape, output in zip(batch, outputs, strict=True):

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from trl import SFTTrainer
 
 from lora_exp.lockstep import eligibility
+from lora_exp.lockstep.pack import MAX_TOKENS
 from lora_exp.lockstep.padding import Kept
 from lora_exp.lockstep.segment import Pass
 from tests.conftest import in_fast_dtype
@@ -107,6 +108,20 @@ def test_jobs_without_padding_equal_their_runs_alone(
     record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
     assert record["padding_left_out"] > 0.2
     assert pack.passes.counts["shared backward"] > 0
+
+
+def test_a_pass_that_keeps_its_padding_is_not_computed_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs' backwards are served together, although it has more tokens than were asked for."""
+    lines = [json.dumps({"prompt": "Write:", "completion": " red" * n}) for n in (6, 14) * 8]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    common = ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_share=0"]
+    monkeypatch.setitem(MAX_TOKENS, "cpu", 480)  # three batches, but not with their padding
+    _, trained = run_packed([["seed=1"], ["seed=2"], ["seed=3"]], tmp_path / "pack", *common)
+    assert trained.passes.counts["most jobs"] == 3
+    assert trained.passes.counts["padding left out"] == 0
+    assert trained.passes.counts["repeated"] == 0
 
 
 def test_a_pass_of_one_job_leaves_out_its_padding_too(tmp_path: Path, rows: str) -> None:
