@@ -85,6 +85,10 @@ def job(cfg: DictConfig) -> float:
             with read_write(settled):
                 settled.resume = str(directory)
                 settled.train.update(farthest_limits(directory, settled))
+        executor = hydra_config.launcher.get("executor")  # of our launcher
+        is_elsewhere = executor not in (None, "local") and "SLURM_JOB_ID" not in os.environ
+        if is_elsewhere and not in_sweep:
+            log.warning("hydra.launcher.executor=%s is for sweeps (-m): this trains here", executor)
         try:
             return _train(settled, directory, sweep)
         finally:

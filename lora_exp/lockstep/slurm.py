@@ -186,6 +186,12 @@ def _run(*command: str) -> str:
 
 
 def _reason(text: str) -> str:
-    """Return the line of Slurm's output that says what is wrong."""
-    lines = [line.partition("error: ")[2].strip() for line in text.splitlines()]
-    return next((line for line in lines if line), " ".join(text.split()))
+    """Return the line of Slurm's output that says what is wrong.
+
+    Mostly that is the first error; what follows it are consequences. Without munge or a
+    configuration the first ones are advice and attempts.
+    """
+    found = [re.search(r"(error|fatal): (.+)", line) for line in text.splitlines()]
+    lines = [(match[1], match[2].strip()) for match in found if match]
+    causes = [line for kind, line in lines if kind == "fatal" or line.startswith("Munge ")]
+    return next(iter([*causes, *(line for _, line in lines)]), " ".join(text.split()))

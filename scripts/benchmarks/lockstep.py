@@ -69,6 +69,19 @@ def makespan(scratch: Path, batches: list[str]) -> None:
         print(f"{row} {times[0]:.0f}, {times[1]:.0f} | {ratios} |", flush=True)
 
 
+def workers(scratch: Path) -> None:
+    """8 jobs on two bases in one worker with all threads, and in two with half of them each."""
+    jobs = ["model.dtype=float32,bfloat16", "peft.r=8,16", "train.learning_rate=1e-3,3e-3"]
+    jobs += ["train.max_steps=50"]
+    print("| workers | threads of each | s |\n|---|---|---|", flush=True)
+    for n, count in enumerate((1, 2, 2, 1)):
+        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        two = [f"hydra.launcher.workers={count}"]
+        seconds = sweep(scratch / f"workers{n}", *jobs, *two)[0]
+        print(f"| {count} | {threads} | {seconds:.0f} |", flush=True)
+
+
 def memory(scratch: Path, model: list[str]) -> None:
     """The peak of packs of 1, 2, 4 and 8 jobs on one nf4 base."""
     print("| jobs | peak, MiB | for each job beyond the first, MiB |")
@@ -112,7 +125,7 @@ def real(scratch: Path, model: list[str], threads_of: list[str]) -> None:
 
 
 def lockstep(*arguments: str) -> None:
-    """Equality, makespan and memory of packs."""
+    """Equality, makespan and memory of packs; `workers` and `real` where they are asked for."""
     model = [a for a in arguments if "=" in a]
     parts = [a for a in arguments if "=" not in a] or ["equality", "makespan", "memory"]
     with tempfile.TemporaryDirectory() as name:
@@ -121,6 +134,8 @@ def lockstep(*arguments: str) -> None:
             equality(scratch)
         if "makespan" in parts:
             makespan(scratch, [a for a in parts if a.isdigit()] or ["1", "4", "16"])
+        if "workers" in parts:
+            workers(scratch)
         if "memory" in parts:
             memory(scratch, model)
         if "real" in parts:

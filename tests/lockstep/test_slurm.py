@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ def test_slurms_refusal_is_one_line(
         Slurm(section()).submit(["train", "a b"], tmp_path / "log", 1)
     assert str(error.value) == "hydra.launcher.slurm: sbatch refuses: no such account"
     assert capfd.readouterr().err == ""
+    for cause in ("error: Munge encode failed: no socket", "fatal: no configuration source"):
+        lines = ["error: If munged is up, restart it", cause, "error: Batch job submission failed"]
+        program(programs, "sbatch", f"printf 'sbatch: %s\\n' {shlex.join(lines)} >&2; exit 1")
+        with pytest.raises(ConfigError, match=f"refuses: {cause.partition(': ')[2]}$"):
+            Slurm(section()).submit(["train", "a b"], tmp_path / "log", 1)
     program(programs, "squeue", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     with pytest.raises(LoraExpError, match="squeue: Unable to contact"):
         Slurm(section()).states()

@@ -61,6 +61,20 @@ def test_jobs_in_two_workers_meet_at_rungs_without_a_checkpoint(
     assert (alone.directory / ADAPTER).read_bytes() == weights
 
 
+def test_the_number_of_workers_changes_no_bit(tmp_path: Path, one_thread: None) -> None:
+    bases = ["-m", "model.dtype=float32,bfloat16", "peft.r=2,4", *SETTINGS, "train.max_steps=2"]
+    adapters = []
+    for workers in (1, 2, 3):
+        sweep = [f"hydra.launcher.workers={workers}", f"hydra.sweep.dir={workers}"]
+        done = cli(*bases, *sweep, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert workers == 1 or f"in {workers} workers, each with 1 thread" in done.stdout
+        paths = sorted((tmp_path / str(workers)).glob(f"*/{ADAPTER}"))
+        adapters.append([path.read_bytes() for path in paths])
+    assert len(adapters[0]) == 4
+    assert adapters[0] == adapters[1] == adapters[2]
+
+
 def test_one_workers_death_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as output:
         process = Process(

@@ -18,6 +18,7 @@ from lora_exp.errors import ConfigError, DivergedError, Interrupted, LoraExpErro
 from lora_exp.parallel import launch
 from lora_exp.parallel.launch import LOST, STOPPED, Processes, check_single_process, environment
 from lora_exp.training.manifest import checkpoints_by_step
+from tests.algorithm.test_algorithms import overrides_for
 from tests.conftest import QUICK, ROOT
 from tests.test_experiment import digest
 from tests.training.test_interruption import count_lines, status_of, wait_for
@@ -125,6 +126,18 @@ def test_killed_and_stopped_it_resumes_bit_for_bit(whole: Path, tmp_path: Path) 
     assert 4 <= last < 12
     assert digest(folder / "adapter") == digest(whole / "adapter")
     assert not [path for path in (folder / "checkpoints").iterdir() if "staged" in path.name]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_killed_and_stopped_within_a_rollout_it_resumes_bit_for_bit(
+    tmp_path: Path, algorithm: str
+) -> None:
+    options = [*overrides_for(algorithm), *TWO, "train.max_steps=12", "train.logging_steps=1"]
+    options += ["train.save_strategy=steps", "train.save_steps=4", "train.eval_strategy=no"]
+    done = python("-m", "tests.parallel.forked", *options, "hydra.run.dir=whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    killed_stopped_and_resumed(tmp_path, *options)
+    assert digest(tmp_path / "run/adapter") == digest(tmp_path / "whole/adapter")
 
 
 def test_another_number_of_processes_is_refused_on_resume(whole: Path) -> None:
