@@ -86,8 +86,8 @@ def job(cfg: DictConfig) -> float:
                 settled.resume = str(directory)
                 settled.train.update(farthest_limits(directory, settled))
         executor = hydra_config.launcher.get("executor")  # of our launcher
-        is_elsewhere = executor not in (None, "local") and "SLURM_JOB_ID" not in os.environ
-        if is_elsewhere and not in_sweep:
+        is_there = executor == "slurm" and "SLURM_JOB_ID" in os.environ
+        if not in_sweep and executor not in (None, "local") and not is_there:
             log.warning("hydra.launcher.executor=%s is for sweeps (-m): this trains here", executor)
         try:
             return _train(settled, directory, sweep)

@@ -82,8 +82,11 @@ def test_a_wrong_command_gets_one_clear_error(
 
 
 def test_a_run_works_in_an_empty_folder(tmp_path: Path) -> None:
-    done = started_anew("-m", "lora_exp", *QUICK, "peft.r=4", "tracking=none", cwd=tmp_path)
+    words = [*QUICK, "peft.r=4", "tracking=none", "hydra.launcher.executor=slurm"]
+    done = started_anew("-m", "lora_exp", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    expected = "hydra.launcher.executor=slurm is for sweeps (-m): this trains here"
+    assert expected in done.stdout + done.stderr
     (directory,) = (tmp_path / "outputs").glob("*/*")
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     assert (directory / ".hydra" / "overrides.yaml").is_file()

@@ -159,7 +159,8 @@ def _reasons(run: Path, record: Mapping[str, Any]) -> Iterator[str]:
     cfg = OmegaConf.load(run / "config.yaml")
     yield from (f"{name} has changed since" for name in changed_files(run, cfg))  # type: ignore[arg-type]
     # the number of threads is that of the sweep, whatever this process has
-    yield from condition_changes(record, conditions() | {"threads": record.get("threads")})
+    now = conditions(bool(record.get("batch_invariant"))) | {"threads": record.get("threads")}
+    yield from condition_changes(record, now)
     if (record.get("lockstep") or {}).get("proven") is False:
         yield "passes of a pack differed from those of runs alone"
     if record.get("date") not in (None, str(date.today())):

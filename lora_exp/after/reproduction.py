@@ -171,7 +171,8 @@ def _reasons(run: Path, record: Mapping[str, Any], cfg: DictConfig) -> Iterator[
     for name in changed_files(run, cfg):
         yield f"{name} has changed since"
     # the number of threads is that of the run, whatever this process has
-    yield from condition_changes(record, conditions() | {"threads": record.get("threads")})
+    now = conditions(bool(record.get("batch_invariant"))) | {"threads": record.get("threads")}
+    yield from condition_changes(record, now)
     if "bmm" in str(record.get("place")):
         yield "it was trained with lockstep.mode=bmm, which is about 1e-6 off runs alone"
     if (record.get("lockstep") or {}).get("proven") is False:

@@ -24,6 +24,7 @@ REFUSED: dict[str, dict[str, tuple[str, str]]] = {
     "dora": {"int8": ("bitsandbytes drops the scale that the weight's norm needs", "quant=nf4")},
     **{kind: dict.fromkeys(QUANTISATIONS, FLOAT_BASE) for kind in NEEDS_FLOATS},
 }
+COMPILES = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 PROMPTS = ("peft.PromptTuningConfig", "peft.PromptEncoderConfig", "peft.PrefixTuningConfig")
 
 
@@ -35,7 +36,7 @@ def pair_faults(cfg: Section) -> Iterator[Fault]:
             text = f"untrained weights cannot be loaded as {_quantisation(cfg)}; quant=none"
             yield "model.random_weights", text
     yield from _moving_reference(cfg)
-    if cfg.batch_invariant and cfg.train.get("torch_compile"):
+    if cfg.batch_invariant and any(cfg.train.get(key) for key in COMPILES):
         yield (
             "batch_invariant",
             "torch_compile makes kernels of its own, with other bits; leave one out",

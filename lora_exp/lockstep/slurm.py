@@ -191,7 +191,7 @@ def _reason(text: str) -> str:
     Mostly that is the first error; what follows it are consequences. Without munge or a
     configuration the first ones are advice and attempts.
     """
-    found = [re.search(r"(error|fatal): (.+)", line) for line in text.splitlines()]
+    found = [re.search(r"(error|fatal):\s+(\S.*)", line) for line in text.splitlines()]
     lines = [(match[1], match[2].strip()) for match in found if match]
     causes = [line for kind, line in lines if kind == "fatal" or line.startswith("Munge ")]
     return next(iter([*causes, *(line for _, line in lines)]), " ".join(text.split()))

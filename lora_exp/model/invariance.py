@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -33,8 +33,15 @@ def is_on() -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that have the kernels, if these are in use."""
-    return {name: version(name) for name in PACKAGES} if is_on() else {}
+    """Return the versions of the packages that have the kernels."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # or it is installed under another name
+        return "unknown"
 
 
 def start() -> None:
@@ -102,7 +109,8 @@ def _product_with_bias(kernel: Any, dtype: torch.dtype) -> Any:
 def _mean(kernel: Any) -> Any:
     def mean(x: Tensor, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
         # the kernel adds in the dtype of its input, and counts numbers in 32 bits
-        is_one = dim is not None and len(dim) == 1 and 0 < x.numel() < 2**31
+        is_one = dim is not None and len(dim) == 1 and -x.dim() <= dim[0] < x.dim()
+        is_one = is_one and 0 < x.numel() < 2**31
         if is_one and x.dtype == torch.float32 and dtype in (None, torch.float32):
             return kernel(x, list(dim), keepdim)  # type: ignore[no-any-return]
         out = x.new_empty(0, dtype=dtype or x.dtype)

@@ -24,19 +24,24 @@ def _version(name: str) -> str:
     return version(name)  # reads a file each time
 
 
-def conditions() -> dict[str, Any]:
-    """Return the device, torch's threads, settings of libraries, and versions, of this process."""
+def conditions(batch_invariant: bool = False) -> dict[str, Any]:
+    """Return the device, torch's threads, settings of libraries, and versions, of this process.
+
+    Args:
+        batch_invariant: whether to add the versions of those kernels, if they are not in use now.
+    """
     import torch
 
     from lora_exp.model import invariance
     from lora_exp.model.placement import device
     from lora_exp.model.processor import device_facts, kernel_settings
 
+    has_kernels = batch_invariant or invariance.is_on()
     return {
         "device": device_facts(device()),
         "threads": torch.get_num_threads(),
         "settings": kernel_settings(),
-        "versions": versions() | invariance.versions(),
+        "versions": versions() | (invariance.versions() if has_kernels else {}),
     }
 
 

@@ -132,7 +132,7 @@ def test_without_a_gpu_or_its_package_it_is_refused(
     with pytest.raises(
         ConfigError, match="batch_invariant: torch_compile makes kernels of its own"
     ):
-        compose("batch_invariant=true", "+train.torch_compile=true")
+        compose("batch_invariant=true", "+train.torch_compile_backend=inductor")
     usual = fingerprint(compose())
     assert fingerprint(cfg) != usual == fingerprint(compose("batch_invariant=false"))
 
