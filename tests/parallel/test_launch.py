@@ -135,7 +135,7 @@ def test_killed_and_stopped_within_a_rollout_it_resumes_bit_for_bit(
     options = [*overrides_for(algorithm), *TWO, "train.max_steps=12", "train.logging_steps=1"]
     options += ["train.save_strategy=steps", "train.save_steps=3", "train.eval_strategy=no"]
     if algorithm == "grpo":
-        options.append("algorithm.args.num_iterations=2")  # of ppo four steps are of one rollout
+        options.append("+algorithm.args.num_iterations=2")  # of ppo four steps are of one rollout
     done = python("-m", "tests.parallel.forked", *options, "hydra.run.dir=whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     saved = tmp_path / "whole/checkpoints/checkpoint-9"
