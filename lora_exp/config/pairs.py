@@ -36,11 +36,10 @@ def pair_faults(cfg: Section) -> Iterator[Fault]:
             text = f"untrained weights cannot be loaded as {_quantisation(cfg)}; quant=none"
             yield "model.random_weights", text
     yield from _moving_reference(cfg)
-    if cfg.batch_invariant and any(cfg.train.get(key) for key in COMPILES):
-        yield (
-            "batch_invariant",
-            "torch_compile makes kernels of its own, with other bits; leave one out",
-        )
+    arguments = cfg.train, cfg.algorithm.args
+    if cfg.batch_invariant and any(section.get(key) for section in arguments for key in COMPILES):
+        text = "torch_compile makes kernels of its own, with other bits; leave one out"
+        yield "batch_invariant", text
     if cfg.peft is None:
         return
     if cfg.peft._target_ == "peft.AdaLoraConfig" and cfg.train.get("load_best_model_at_end"):

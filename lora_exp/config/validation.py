@@ -191,14 +191,14 @@ def _arguments(values: dict[str, Any]) -> Iterator[Fault]:
 
 
 @lru_cache(maxsize=256)
-def _unfit(target: str, key: str, pickled: bytes) -> list[Fault]:
+def _unfit(target: str, key: str, pickled: bytes) -> tuple[Fault, ...]:
     """Return a fault for each argument that does not fit its target's signature.
 
     The jobs of a sweep have most of them in common, and pickled they can be looked up.
     """
     target_signature = signature(target)
     if target_signature is None:
-        return [(f"{key}._target_", f"no class or function is called {target}")]
+        return ((f"{key}._target_", f"no class or function is called {target}"),)
     faults: list[Fault] = []
     if target_signature.open:
         text = f"{target} takes any argument, so a misspelt one would go unnoticed"
@@ -214,7 +214,7 @@ def _unfit(target: str, key: str, pickled: bytes) -> list[Fault]:
             faults.append((full_key, f"{target} has no such argument{near}"))
         elif (value is not None or full_key not in NULLS) and not fits(value, accepted[name]):
             faults.append((full_key, f"{value!r} {_type_text(value, accepted[name])}"))
-    return faults
+    return tuple(faults)
 
 
 def _type_text(value: Any, annotation: ast.expr | None) -> str:

@@ -34,8 +34,7 @@ class Tape:
     siblings: list[Tape]  # the tapes of the same pass, whose graph they share
     segment: Segment  # before the pass drew random numbers
     context: PassContext
-    ends: list[Tensor] | None  # hidden states, router logits; None: the graph was dropped, the
-    # pass must be repeated
+    ends: list[Tensor] | None  # hidden states, router logits; None: dropped, to be computed again
     leaves: list[Tensor]  # detached copies, given to the job; where its own backward ends
     size: int  # of the request; those of a pass that was served as one fit into one backward
     reference: list[Tensor] | None = None  # the same of the job's own model, if verified
@@ -158,10 +157,9 @@ class Passes:
             segments[i].kept = advanced[i].kept
             if ends:
                 self.trained_tokens[0] += advanced[i].own_tokens
-                siblings.append(
-                    Tape(siblings, segments[i], context, ends, leaves, request.size, reference)
-                )
-                self.tapes[request.job].append(siblings[-1])
+                tape = Tape(siblings, segments[i], context, ends, leaves, request.size, reference)
+                siblings.append(tape)
+                self.tapes[request.job].append(tape)
             answers.append(answer)
         return answers
 

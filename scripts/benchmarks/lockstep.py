@@ -77,8 +77,8 @@ def workers(scratch: Path) -> None:
     for n, count in enumerate((1, 2, 2, 1)):
         threads = max(1, len(os.sched_getaffinity(0)) // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        two = [f"hydra.launcher.workers={count}"]
-        seconds = sweep(scratch / f"workers{n}", *jobs, *two)[0]
+        here = f"hydra.launcher.workers={count}"
+        seconds = sweep(scratch / f"workers{n}", *jobs, here)[0]
         print(f"| {count} | {threads} | {seconds:.0f} |", flush=True)
 
 

@@ -106,7 +106,8 @@ def test_jobs_without_padding_equal_their_runs_alone(
     for packed, alone in zip(results, run_alone(JOBS, tmp_path, *common), strict=True):
         assert outputs(packed) == outputs(alone)
     record = json.loads((results[0].directory / "run.json").read_text())["lockstep"]
-    assert record["padding_left_out"] > 0.2
+    # 8-bit layers keep it in evaluations
+    assert record["padding_left_out"] > (0.2 if "quant=int8" in settings else 0.3)
     assert pack.passes.counts["shared backward"] > 0
 
 

@@ -129,10 +129,9 @@ def test_without_a_gpu_or_its_package_it_is_refused(
         assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="batch_invariant: 1 is neither true nor false"):
         compose("batch_invariant=1")
-    with pytest.raises(
-        ConfigError, match="batch_invariant: torch_compile makes kernels of its own"
-    ):
-        compose("batch_invariant=true", "+train.torch_compile_backend=inductor")
+    for section in ("train", "algorithm.args"):
+        with pytest.raises(ConfigError, match="batch_invariant: torch_compile makes kernels"):
+            compose("batch_invariant=true", f"+{section}.torch_compile_backend=inductor")
     usual = fingerprint(compose())
     assert fingerprint(cfg) != usual == fingerprint(compose("batch_invariant=false"))
 
