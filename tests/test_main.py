@@ -251,6 +251,21 @@ def test_other_launchers_can_run_the_job_and_the_table_is_written(tmp_path: Path
     assert jobs == {("2", "finished"), ("4", "finished")}
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_with_processes_of_their_own_train_each_job_alone(
+    tmp_path: Path, launcher: str
+) -> None:
+    command = ["-m", "peft.r=2,4", "tracking=none", *QUICK, "samples.rows=0", "report=null"]
+    for folder, words in (("a/b", []), ("other", [f"hydra/launcher={launcher}"])):
+        done = cli(*command, *words, f"hydra.sweep.dir={folder}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    names = [f"{job}/adapter/adapter_model.safetensors" for job in (0, 1)]
+    first, other = ([(tmp_path / f / n).read_bytes() for n in names] for f in ("a/b", "other"))
+    assert first == other
+    rows = [(row["job"], row["status"], row["place"]) for row in read_rows(tmp_path / "other")]
+    assert sorted(rows) == [("0", "finished", "alone"), ("1", "finished", "alone")]
+
+
 def test_a_job_whose_data_changed_is_complete_under_other_launchers(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     command = ["-m", "hydra/launcher=basic", "peft.r=2", "tracking=none", *QUICK, "data=jsonl"]

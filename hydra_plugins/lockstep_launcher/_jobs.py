@@ -98,19 +98,12 @@ class Jobs:
                 workers.run(work, self)
             except DiedError as error:
                 stop.check()
-                lost = error.jobs
-                if not lost:  # it died before or between jobs: no job is the cause
-                    self.deaths += 1
-                if self.deaths > 1:
-                    raise
-                log.warning("%s; to be tried again, alone: jobs %s", error, lost)
-                for number in lost:
-                    write_status(self.jobs[number].directory, "interrupted", str(error))
+                self._check_cause(error)
+                log.warning("%s; to be tried again, alone: jobs %s", error, error.jobs)
+                for number, text in error.reasons.items():
+                    write_status(self.jobs[number].directory, "interrupted", text)
                 workers.replace()
-                for number in lost:
-                    self._retry_alone(number, workers)
-                    self.unproven_jobs = [n for n in self.unproven_jobs if n != number]
-                    stop.check()
+                self._retry_alone(error.jobs, workers)
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
                 stop.check()
@@ -131,19 +124,32 @@ class Jobs:
                 job.number, set_aside(job.directory),
             )  # fmt: skip
 
-    def _retry_alone(self, number: int, workers: Executor) -> None:
-        job = self.jobs[number]
-        if number in self.unproven_jobs:
-            mark_unproven(job.directory)
-        self._set_aside(job)
-        try:
-            workers.run([apart([job], self._brackets())], self)
-        except DiedError as error:
+    def _retry_alone(self, numbers: list[int], workers: Executor) -> None:
+        """Try jobs of dead workers once more, each in a worker that has nothing else."""
+        for number in numbers:
+            if number in self.unproven_jobs:
+                mark_unproven(self.jobs[number].directory)
+            self._set_aside(self.jobs[number])
+        self.unproven_jobs = [n for n in self.unproven_jobs if n not in numbers]
+        while left := [n for n in numbers if n not in self.returns and n not in self.paused]:
+            try:
+                workers.run([apart([self.jobs[n]], self._brackets()) for n in left], self)
+            except DiedError as error:
+                stop.check()
+                self._check_cause(error)
+                for number, reason in error.reasons.items():
+                    text = f"{reason}, also when it was tried again, alone"
+                    write_status(self.jobs[number].directory, "failed", text)
+                    failure = failed(self.jobs[number].config, LoraExpError(text))
+                    self.ended(number, failure)
+                workers.replace()
             stop.check()
-            text = f"{error}, also when it was tried again, alone"
-            write_status(job.directory, "failed", text)
-            self.ended(number, failed(job.config, LoraExpError(text)))
-            workers.replace()
+
+    def _check_cause(self, error: DiedError) -> None:
+        """Raise the second error of workers that died before or between jobs: none is the cause."""
+        self.deaths += not error.jobs
+        if self.deaths > 1:
+            raise error
 
     def _work(self, launch_plan: Plan, workers: int | None) -> list[Work]:
         """Return the jobs that have not ended, with what is known of those to compare them with.

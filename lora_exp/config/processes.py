@@ -110,7 +110,20 @@ def shares_text(cfg: DictConfig) -> str:
     shared = kinds.get(str(cfg.parallel.get("sharding")))
     share = f", and has a share of the {shared}" if shared else ""
     nodes = f" on {node_count(cfg)} nodes" if node_count(cfg) > 1 else ""
-    return f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
+    text = f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
+    return text if VISIBLE else f"{text}; {_threads_text(count // node_count(cfg))}"
+
+
+def threads_each(processes: int) -> str:
+    """Return OMP_NUM_THREADS for each of several processes on this CPU: what is set, or a share."""
+    return os.environ.get(THREADS) or str(max(1, thread_count() // processes))
+
+
+def _threads_text(processes: int) -> str:
+    each, cores = threads_each(processes), thread_count()
+    text = f"{each} thread{'s' * (each != '1')} each"
+    are_too_many = each.isdecimal() and processes * int(each) > cores
+    return f"{text}, {processes * int(each)} on {cores} cores" if are_too_many else text
 
 
 def process_faults(cfg: Section) -> Iterator[Fault]:

@@ -36,7 +36,12 @@ def sharding_faults(cfg: Section) -> Iterator[Fault]:
     if str(kind) not in SHARED:
         text = f"{kind!r} is none of {', '.join(SHARED)}{did_you_mean(str(kind), SHARED)}"
         yield "parallel.sharding", text
-    elif process_count(cfg) > 1:
+        return
+    if kind == "fsdp" and cfg.quant is not None:  # in one process, too: others may have more GPUs
+        text = f"{cfg.choices.quant} with fsdp gives wrong numbers (bitsandbytes issue 1945), or"
+        text = f"{text} every process keeps all weights (accelerate PR 3987); parallel=ddp"
+        yield "quant", text
+    if process_count(cfg) > 1:
         yield from _zero_faults(cfg) if kind == "zero2" else _fsdp_faults(cfg)
 
 
@@ -71,10 +76,6 @@ def _fsdp_faults(cfg: Section) -> Iterator[Fault]:
         yield "parallel", f"fsdp: {text}; parallel=ddp"
     elif cfg.peft._target_ == "peft.AdaLoraConfig":
         yield "parallel", "fsdp: adalora changes weights outside of a pass; parallel=ddp"
-    if cfg.quant is not None:
-        text = f"{cfg.choices.quant} with fsdp gives wrong numbers (bitsandbytes issue 1945), or"
-        text = f"{text} every process keeps all weights (accelerate PR 3987); parallel=ddp"
-        yield "quant", text
     if cfg.algorithm.task_type == "SEQ_2_SEQ_LM":
         text = "encoder and decoder make passes of their own, and only whole ones are in step"
         yield "parallel", f"fsdp: {text}; parallel=ddp"

@@ -38,6 +38,7 @@ LOOK_S, ASK_S = 1.0, 10.0  # between looks at the files, and questions to the en
 FILES_PER_S = 500  # looked at, at most: a shared disk serves others, too
 VISIBLE_S = 90.0  # a network file system may show an old record for this long
 GONE = State(False, "is gone")
+STOPPED = "has saved and stopped"
 
 
 class Share:
@@ -50,7 +51,13 @@ class Share:
         self.events = EventReader(Path())
         self.in_vain, self.reached = 0, self.progress()  # times in a row, and the progress so far
         self.waits_since = 0.0  # for a record to be visible
+        self.has_stopped = False  # its jobs have saved, since a signal has asked them to stop
         self.is_over = False
+
+    @property
+    def text(self) -> str:
+        """What is said of its state; an engine calls the exit code 75 a failure."""
+        return STOPPED if self.has_stopped and not self.state.in_queue else self.state.text
 
     def progress(self) -> tuple[int, int]:
         """Return a measure of what is saved: the jobs that have ended, then checkpoints' steps."""
@@ -99,9 +106,7 @@ class Cluster:
         finally:
             stop.forward = None
         if lost:
-            logs, why = lost[0].events.path.parent, lost[0].state.text
-            text = f"{self._name(lost[0])} (logs in {logs}) ended before its jobs: {why}"
-            raise DiedError(text, (number for share in lost for number in share.left))
+            raise DiedError([(self._end_of(share), share.left) for share in lost])
 
     def replace(self) -> None:
         """Start nothing: each share is a new submission."""
@@ -133,7 +138,7 @@ class Cluster:
                 share.events = EventReader(folder / f"{number}.jsonl")
             ids = self.engine.submit(command, folder, len(part))
             for each, share in zip(ids, part, strict=True):
-                share.id, share.state = each, State(True, "")
+                share.id, share.state, share.has_stopped = each, State(True, ""), False
                 _print(f"{self._name(share)}: {_jobs(share)}")
 
     def _ask(self, launch: Launch, lost: list[Share]) -> bool:
@@ -147,14 +152,14 @@ class Cluster:
         if stop.asked:  # again and again: one may only begin now
             self.engine.stop(share.id for share in self._active)
         for share in self._active:
-            state = states.get(share.id, GONE)
-            if state != share.state:
-                share.state, has_news = state, True
-                _print(f"{self._name(share)} ({_jobs(share)}): {state.text}")
+            state, jobs = states.get(share.id, GONE), _jobs(share)
             if not state.in_queue:
                 self._hear(share, launch)
-                if share.left and not share.waits_since:
-                    self._ended(share, launch, lost)
+            if state != share.state:
+                share.state, has_news = state, True
+                _print(f"{self._name(share)} ({jobs}): {share.text}")
+            if share.left and not (state.in_queue or share.waits_since):
+                self._ended(share, launch, lost)
         return has_news
 
     def _ended(self, share: Share, launch: Launch, lost: list[Share]) -> None:
@@ -180,6 +185,7 @@ class Cluster:
 
     def _hear(self, share: Share, launch: Launch) -> None:
         for kind, *values in share.events:
+            share.has_stopped &= kind != "began"  # Slurm may have begun it again by itself
             if kind == "ended" and not self._take_end(share, launch, *values):
                 return
             if kind == "unproven" or (kind == "began" and values[0] in share.left):
@@ -191,6 +197,7 @@ class Cluster:
     ) -> bool:  # fmt: skip
         """Take the end of a job; return False if its record is not visible here yet."""
         job = share.left.get(number)
+        share.has_stopped |= how == "interrupted"
         if job is None or how == "interrupted":  # it will be sent again
             return True
         present = how_ended(job.directory)[0], len(rung_reports(job.directory))
@@ -213,6 +220,10 @@ class Cluster:
             _print(f"{self.engine.unit}s {', '.join(left)} of an earlier launch save and end first")
             self.engine.stop(left)
             time.sleep(ASK_S)
+
+    def _end_of(self, share: Share) -> str:
+        logs = share.events.path.parent
+        return f"{self._name(share)} (logs in {logs}) ended before its jobs: {share.text}"
 
     def _name(self, share: Share) -> str:
         return f"{self.engine.unit} {share.id}"

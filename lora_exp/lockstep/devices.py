@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lora_exp.config.processes import CUDA, THREADS, VISIBLE, thread_count
+from lora_exp.config.processes import CUDA, THREADS, VISIBLE, threads_each
 from lora_exp.errors import ConfigError
 
 
@@ -26,8 +26,7 @@ def environments(workers: int | None) -> list[dict[str, str]]:
     if count == 1:
         return [{}]
     if not VISIBLE:
-        threads = os.environ.get(THREADS) or str(threads_each(count))
-        return [{THREADS: threads}] * count
+        return [{THREADS: threads_each(count)}] * count
     if count > len(VISIBLE):
         text = f"{count} workers need as many GPUs, and {CUDA} has {len(VISIBLE)}"
         raise ConfigError([("hydra.launcher.workers", text)])
@@ -56,11 +55,6 @@ def where(jobs: list[int], workers: list[dict[str, str]]) -> list[tuple[list[int
     threads = workers[0][THREADS]
     count = f"{threads} thread{'s' * (threads != '1')}"
     return [(jobs, f"{text} with {count}: bit for bit as runs with {THREADS}={threads}")]
-
-
-def threads_each(workers: int) -> int:
-    """Return how many of the CPU's threads each worker has."""
-    return max(1, thread_count() // workers)
 
 
 def memory_share(workers: int) -> float:

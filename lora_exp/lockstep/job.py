@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +50,54 @@ def run_in_pack(config: DictConfig, task: TaskFunction) -> JobReturn:
         instance.cfg = before
 
 
+class Result(JobReturn):
+    """A job's result. Its configs are made when they are asked for: those of many fill memory."""
+
+    def __init__(self, config: DictConfig, value: Any, status: JobStatus) -> None:
+        """Create what Hydra's `run_job` returns.
+
+        Args:
+            config: as composed, with `hydra`.
+            value: what the job returned or raised.
+            status: which of both.
+        """
+        self._cfg = _pickled(config, "hydra")
+        self._hydra_cfg = _pickled(config, *(str(key) for key in config if key != "hydra"))
+        self.overrides = list(config.hydra.overrides.task)
+        self.working_dir, self.task_name = str(Path.cwd()), config.hydra.job.name
+        self.return_value, self.status = value, status
+
+    @cached_property
+    def cfg(self) -> DictConfig:  # type: ignore[override]
+        """The config without `hydra`."""
+        return pickle.loads(self._cfg)  # type: ignore[no-any-return]
+
+    @cached_property
+    def hydra_cfg(self) -> DictConfig:  # type: ignore[override]
+        """The section `hydra` alone."""
+        return pickle.loads(self._hydra_cfg)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a launcher gets of a worker."""
+        return {k: v for k, v in vars(self).items() if k not in ("cfg", "hydra_cfg")}
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
     """Return a copy of a composed config without the `hydra` section."""
-    return _without(config, "hydra")
+    return pickle.loads(_pickled(config, "hydra"))  # type: ignore[no-any-return]
 
 
-def _without(config: DictConfig, *keys: str) -> DictConfig:
-    """Return a copy without sections, by pickle: many times faster than omegaconf's own copies."""
+def _pickled(config: DictConfig, *keys: str) -> bytes:
+    """Return a config without sections; pickle is many times faster than omegaconf's copies."""
     with hidden(config, *keys) as rest:
-        return pickle.loads(pickle.dumps(rest))  # type: ignore[no-any-return]
+        return pickle.dumps(rest)
 
 
 def failed(config: DictConfig, error: BaseException) -> JobReturn:
     """Return the result of a job that ended before Hydra could return one."""
-    return returned(config, error, JobStatus.FAILED)
+    return Result(config, error, JobStatus.FAILED)
 
 
-def returned(config: DictConfig, value: Any, status: JobStatus = JobStatus.COMPLETED) -> JobReturn:
+def returned(config: DictConfig, value: Any) -> JobReturn:
     """Return the result of a job that Hydra has not run."""
-    result = JobReturn()
-    result.cfg = without_hydra(config)
-    result.hydra_cfg = _without(config, *(str(key) for key in config if key != "hydra"))
-    result.overrides = list(config.hydra.overrides.task)
-    result.working_dir, result.task_name = str(Path.cwd()), config.hydra.job.name
-    result.return_value, result.status = value, status
-    return result
+    return Result(config, value, JobStatus.COMPLETED)

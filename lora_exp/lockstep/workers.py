@@ -39,11 +39,17 @@ class Launch(Protocol):
 
 
 class DiedError(LoraExpError):
-    """Workers died; `jobs` had begun and not ended."""
+    """Workers died; `reasons` has a text for each job that had begun and not ended."""
 
-    def __init__(self, text: str, jobs: Iterable[int]) -> None:
-        super().__init__(text)
-        self.jobs = sorted(jobs)
+    def __init__(self, deaths: Sequence[tuple[str, Iterable[int]]]) -> None:
+        """Create it from a text of each death, and the jobs that it has interrupted."""
+        super().__init__(deaths[0][0])
+        self.reasons = {job: text for text, jobs in deaths for job in sorted(jobs)}
+
+    @property
+    def jobs(self) -> list[int]:
+        """The jobs' numbers."""
+        return sorted(self.reasons)
 
 
 class Worker:
@@ -141,7 +147,7 @@ class Workers:
         """
         self._queue = deque(work)
         brackets = {id(b): b for part in self._queue for b in part.brackets.values()}
-        self._brackets, self._deaths = list(brackets.values()), list[DiedError]()
+        self._brackets, self._deaths = list(brackets.values()), list[tuple[str, set[int]]]()
         stop.forward = self._ask_to_stop  # the workers stop their jobs at the end of a step
         try:
             with self._shown():
@@ -149,8 +155,7 @@ class Workers:
         finally:
             stop.forward = None
         if self._deaths:
-            jobs = [job for death in self._deaths for job in death.jobs]
-            raise DiedError(str(self._deaths[0]), jobs)
+            raise DiedError(self._deaths)
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
@@ -231,7 +236,7 @@ class Workers:
     def _bury(self, worker: Worker) -> None:
         worker.process.join()
         text = f"a worker was {exit_reason(worker.process.exitcode or 0)}"
-        self._deaths.append(DiedError(text, worker.running))
+        self._deaths.append((text, worker.running))
         for row in self._table.rows if self._table is not None else ():
             if row.number in worker.running:
                 row.end("its worker died")

@@ -31,7 +31,7 @@ from lora_exp.config.processes import (
     VISIBLE,
     node_count,
     process_count,
-    thread_count,
+    threads_each,
 )
 from lora_exp.errors import ConfigError, Interrupted, LoraExpError
 
@@ -186,8 +186,7 @@ def environment(rank: int | None, count: int, each: int) -> dict[str, str]:
     values["DS_ACCELERATOR"] = "cuda" if VISIBLE else "cpu"  # DeepSpeed warns when it looks itself
     if VISIBLE:
         return {**os.environ, **values, CUDA: ",".join(VISIBLE[:each])}
-    share = max(1, thread_count() // each)
-    return {**os.environ, **values, THREADS: os.environ.get(THREADS) or str(share)}
+    return {**os.environ, **values, THREADS: threads_each(each)}
 
 
 @contextmanager

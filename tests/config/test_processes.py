@@ -68,6 +68,17 @@ def test_processes_divide_passes_first_then_their_rows(
     assert f"each takes {each * times} of the {rows * passes} rows" in shares_text(cfg)
 
 
+def test_the_header_says_how_many_threads_each_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(processes, "thread_count", lambda: 6)
+    assert shares_text(of(2)).endswith("8 of the 16 rows of a step; 3 threads each")
+    assert shares_text(of(8)).endswith("; 1 thread each, 8 on 6 cores")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert shares_text(of(2)).endswith("; 4 threads each, 8 on 6 cores")
+    monkeypatch.setattr(processes, "VISIBLE", [str(n) for n in range(8)])
+    assert shares_text(of(8)).endswith("2 of the 16 rows of a step")
+
+
 @pytest.mark.parametrize(
     ("count", "overrides", "message"),
     [

@@ -81,6 +81,12 @@ def test_what_needs_whole_layers_is_refused(overrides: list[str], key: str, mess
     assert message in faults("parallel=fsdp", "parallel.processes=2", *overrides)[key]
 
 
+def test_a_quantised_base_cannot_be_shared_out_in_one_process_either() -> None:
+    """The same command is refused on a laptop and on a node with eight GPUs."""
+    assert "nf4 with fsdp gives wrong numbers" in faults("parallel=fsdp", "quant=nf4")["quant"]
+    assert compose("parallel=fsdp").parallel.processes == 1
+
+
 def test_names_of_other_tools_have_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"parallel: .*zero3.*fsdp"):
         compose("parallel=zero3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -24,13 +25,15 @@ from lora_exp.errors import ConfigError
 from lora_exp.files.lock import Lock, in_use
 from lora_exp.lockstep import cluster as cluster_file
 from lora_exp.lockstep.cluster import PROGRAM, Cluster
-from lora_exp.lockstep.plan import Job
+from lora_exp.lockstep.plan import Job, ranges
 from lora_exp.lockstep.slurm import Slurm
 from lora_exp.lockstep.work import Work
 from lora_exp.lockstep.workers import DiedError
 from lora_exp.runs.listing import select
+from lora_exp.search.journal import JOURNAL
 from tests.conftest import QUICK
 from tests.lockstep.programs import install, program
+from tests.lockstep.test_brackets import HALVING, read_records
 from tests.lockstep.test_cells import launcher
 from tests.test_main import cli
 from tests.warm import Process, python
@@ -50,6 +53,10 @@ SLURM = ["hydra.launcher.executor=slurm", "hydra.launcher.workers=2"]
 def adapters(folder: Path) -> dict[str, bytes]:
     paths = sorted(folder.glob("a/b/*/adapter/adapter_model.safetensors"))
     return {path.parts[-3]: path.read_bytes() for path in paths}
+
+
+def shares(sweep: Path) -> list[Path]:
+    return sorted(sweep.glob("slurm/*/*.json"))
 
 
 def worker_of(share: str) -> int:
@@ -97,6 +104,73 @@ def test_a_sweep_on_slurm_ends_with_the_same_bytes_though_a_job_is_killed(
     assert {record["place"] for record in records} == {"lockstep, exact"}
     assert adapters(tmp_path / "there") == adapters(tmp_path / "here")
     assert len(adapters(tmp_path / "here")) == 4
+
+
+def test_a_search_that_stops_losers_is_on_slurm_what_it_is_here(
+    slurm: None, tmp_path: Path
+) -> None:
+    space = ["peft.r=2,4", "train.learning_rate=tag(log,interval(1e-4,3e-3))"]
+    search = ["-m", "hydra/sweeper=search", "hydra.sweeper.sampler=random", *space]
+    search += ["hydra.sweeper.trials=4", "hydra.sweeper.batch=4", *STEPS, *HALVING]
+    search += ["hydra.sweep.dir=a/b", "early_stopping.keep=true"]
+    for name, where in (("here", []), ("there", SLURM)):
+        (tmp_path / name).mkdir()
+        done = cli(*search, *where, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    sweeps = [tmp_path / name / "a/b" for name in ("here", "there")]
+    here, there = (
+        [(r["status"], r["steps"], r["rungs"], r.get("stopped")) for r in records]
+        for records in map(read_records, sweeps)
+    )
+    assert there == here
+    assert sorted((status, steps) for status, steps, *_ in here) == [
+        ("finished", 16), ("pruned", 4), ("pruned", 4), ("pruned", 8),
+    ]  # fmt: skip
+    journals = [(sweep / JOURNAL).read_bytes() for sweep in sweeps]
+    assert journals[0] == journals[1]
+    assert adapters(tmp_path / "there") == adapters(tmp_path / "here")
+    assert len(adapters(tmp_path / "here")) == 4
+    # at each rung the live jobs were sent again, to the same two Slurm jobs at most
+    assert 4 < len(shares(sweeps[1])) <= 6
+
+
+def test_a_cancelled_slurm_job_saves_and_one_that_is_put_back_goes_on(
+    slurm: None, tmp_path: Path
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    sweep = tmp_path / "there/a/b"
+    with (tmp_path / "out").open("w") as output:
+        words = ["-m", "lora_exp", *SWEEP, *SLURM]
+        process = Process(*words, cwd=tmp_path / "there", stdout=output, stderr=output)
+
+        def seen(pattern: str) -> re.Match[str]:
+            while not (found := re.search(pattern, (tmp_path / "out").read_text())):
+                assert process.poll() is None
+                time.sleep(0.02)
+            return found
+
+        job = seen(r"Slurm job (\d+)_1: ")[1]
+        commands = (["scancel"], ["scontrol", "requeue"])
+        for share, command in enumerate(commands):
+            first = next(iter(json.loads((sweep / f"slurm/0/{share}.json").read_text())["jobs"]))
+            while not list(sweep.glob(f"{first}/checkpoints/checkpoint-*")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            subprocess.run([*command, f"{job}_{share}"], check=True)
+        seen(rf"job {job}_1 .*: pending \(BeginTime\)")  # Slurm lets it wait for two minutes
+        subprocess.run(["scontrol", "update", f"JobId={job}_1", "StartTime=now"], check=True)
+        assert cli(*SWEEP, cwd=tmp_path / "here").returncode == 0
+        assert process.wait() == 0
+    assert adapters(tmp_path / "there") == adapters(tmp_path / "here")
+    text = (tmp_path / "out").read_text()
+    jobs = [ranges(map(int, json.loads(path.read_text())["jobs"])) for path in shares(sweep)]
+    assert f"Slurm job {job}_0 (jobs {jobs[0]}): has saved and stopped" in text
+    assert f"Slurm job {job}_0 has ended before jobs {jobs[0]}: sent again" in text
+    assert re.search(rf"Slurm job {job}_1 \(jobs {jobs[1]}\): runs on n.\n", text.split("Begin")[1])
+    assert jobs == [jobs[0], jobs[1], jobs[0]]  # only the first one's were submitted again
+    statuses = [[r["status"] for r in record["resumed"]] for record in read_records(sweep)]
+    assert sorted(statuses) == [["interrupted"]] * 4
 
 
 def test_jobs_whose_slurm_jobs_die_again_and_again_fail_with_the_reason(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_it_leaves_the_files_and_the_result_that_hydra_leaves(
             assert text[-8:] == theirs[-8:] == " a line\n"
         else:
             assert text == theirs, path
+
+
+def test_a_result_makes_its_configs_when_they_are_asked_for(composed: Any) -> None:
+    result = run_in_pack(composed("one"), lambda config: len(config))
+    sent = pickle.loads(pickle.dumps(result))
+    assert not {"cfg", "hydra_cfg"} & vars(sent).keys()
+    assert {name: getattr(sent, name) for name in FIELDS} == {
+        name: getattr(result, name) for name in FIELDS
+    }
+    assert sent.cfg is sent.cfg
 
 
 def test_a_task_that_raises_has_failed(composed: Any) -> None:

@@ -19,7 +19,7 @@ from lora_exp.parallel import launch
 from lora_exp.parallel.launch import LOST, STOPPED, Processes, check_single_process, environment
 from lora_exp.training.manifest import checkpoints_by_step
 from tests.algorithm.test_algorithms import overrides_for
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, in_fast_dtype
 from tests.test_experiment import digest
 from tests.training.test_interruption import count_lines, status_of, wait_for
 from tests.warm import Process, python
@@ -97,6 +97,22 @@ def test_two_processes_train_what_one_does(whole: Path, tmp_path: Path) -> None:
         for path in (whole / "metrics.jsonl", tmp_path / "alone/metrics.jsonl")
     ]
     assert len(losses[0]) == len(losses[1])
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_each_process_has_the_whole_quantised_base(tmp_path: Path, quant: str) -> None:
+    options = [*(o for o in RUN if "max_steps" not in o), *in_fast_dtype(f"quant={quant}")]
+    options += ["train.max_steps=4"]
+    command = [*options, *TWO, "hydra.run.dir=two"]
+    done = python("-m", "tests.parallel.forked", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = run(compose(*options), tmp_path / "one")
+    record = json.loads((tmp_path / "two/run.json").read_text())
+    assert record["metrics"]["before/loss"] == alone.metrics["before/loss"]  # the same base
+    assert record["metrics"]["train/loss"] == pytest.approx(alone.metrics["train/loss"], rel=1e-2)
+    one, two = (weights(tmp_path / name / "adapter") for name in ("one", "two"))
+    assert not torch.equal(one, two)
+    assert (one - two).norm() < 0.02 * one.norm()  # products are rounded to bfloat16
 
 
 def test_killed_and_stopped_it_resumes_bit_for_bit(whole: Path, tmp_path: Path) -> None:

@@ -25,22 +25,28 @@ RUN += ["train.save_strategy=steps", "train.save_steps=1", "train.save_total_lim
 RUN += ["peft.lora_dropout=0.1"]
 
 
-def submitted(directory: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start a Slurm job of two nodes, and wait until it has ended; its words go to a file."""
+def submitted(directory: Path, *overrides: str) -> str:
+    """Submit a Slurm job of two nodes, and return its number; its words go to a file."""
     words = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.run.dir={directory}"]
-    command = " ".join(f"'{word}'" for word in words)
-    script = directory.parent / "job.sh"
-    script.write_text(f"#!/bin/sh\nexec {command}\n")
-    options = ["--nodes=2", "--wait", f"--output={directory.parent}/job.out", "--parsable"]
-    return subprocess.Popen(
-        ["sbatch", *options, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    line = " ".join(f"'{word}'" for word in words)
+    folder = directory.parent
+    (folder / "job.code").unlink(missing_ok=True)
+    (folder / "job.sh").write_text(
+        f"#!/bin/sh\n{line}\necho $? > {folder}/code\nmv {folder}/code {folder}/job.code\n"
     )
+    options = ["--nodes=2", f"--output={folder}/job.out", "--parsable", str(folder / "job.sh")]
+    command = ["sbatch", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
-def ended(job: subprocess.Popen[str]) -> int:
-    """Wait until a Slurm job has ended, and return its exit code."""
-    job.communicate(timeout=240)
-    return job.returncode
+def ended(directory: Path) -> int:
+    """Wait for the end of a Slurm job, and return its exit code: `sbatch --wait` looks rarely."""
+    code, until = directory.parent / "job.code", time.monotonic() + 240
+    while not code.is_file():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return int(code.read_text())
 
 
 def wait_for_checkpoint(directory: Path, step: int) -> None:
@@ -69,18 +75,18 @@ def test_a_run_on_two_nodes_equals_two_processes_here_though_it_is_stopped_and_k
 ) -> None:
     here = run(compose(*RUN, "parallel=ddp"), tmp_path / "here").saved
     directory, log = tmp_path / "nodes", tmp_path / "job.out"
-    job = submitted(directory, *RUN, "parallel=ddp", "parallel.nodes=2")
-    number = job.stdout.readline().strip() if job.stdout else ""
+    number = submitted(directory, *RUN, "parallel=ddp", "parallel.nodes=2")
     wait_for_checkpoint(directory, 2)
     subprocess.run(["scancel", "--signal=TERM", f"{number}.0"], check=True)
-    assert ended(job) == 75, log.read_text()
+    assert ended(directory) == 75, log.read_text()
     assert "2 on 2 nodes, each takes 2 of the 4 rows of a step" in log.read_text()
-    job = submitted(directory, f"resume={directory}")
+    submitted(directory, f"resume={directory}")
     wait_for_checkpoint(directory, 6)
     os.kill(process_of(1), signal.SIGKILL)
-    assert ended(job) == 1, log.read_text()
+    assert ended(directory) == 1, log.read_text()
     assert "process 1 of 2 was killed by SIGKILL" in log.read_text()
-    assert ended(submitted(directory, f"resume={directory}")) == 0, log.read_text()
+    submitted(directory, f"resume={directory}")
+    assert ended(directory) == 0, log.read_text()
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     names = ("adapter_model.safetensors", "adapter_config.json")
     assert [(directory / "adapter" / n).read_bytes() for n in names] == [
