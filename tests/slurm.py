@@ -85,7 +85,9 @@ def kill(configuration: Path, node: str, whole: bool) -> None:
     victims = [int((configuration.parent / f"{node}.pid").read_text())]
     for environment in Path("/proc").glob("[0-9]*/environ") if whole else ():
         with suppress(OSError):  # it has just ended
-            if f"SLURMD_NODENAME={node}\0".encode() in environment.read_bytes():
+            values = environment.read_bytes().split(b"\0")
+            wanted = (f"SLURMD_NODENAME={node}", f"SLURM_CONF={configuration}")
+            if all(value.encode() in values for value in wanted):  # not of another cluster here
                 victims.append(int(environment.parent.name))
     for victim in reversed(victims):
         with suppress(ProcessLookupError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lora_exp.errors import Interrupted, LoraExpError, Paused
 from lora_exp.lockstep.brackets import brackets, stopped_before
 from lora_exp.lockstep.cluster import Cluster
 from lora_exp.lockstep.job import failed, returned
-from lora_exp.lockstep.plan import Job, Plan
+from lora_exp.lockstep.plan import Job, Plan, labels
 from lora_exp.lockstep.work import Work, apart, dealt
 from lora_exp.lockstep.workers import DiedError, Workers
 from lora_exp.record.contents import CHANGED, changed_files
@@ -98,17 +100,19 @@ class Jobs:
                 workers.run(work, self)
             except DiedError as error:
                 stop.check()
-                self._check_cause(error)
-                log.warning("%s; to be tried again, alone: jobs %s", error, error.jobs)
-                for number, text in error.reasons.items():
-                    write_status(self.jobs[number].directory, "interrupted", text)
+                lost = error.jobs
+                if not lost:  # it died before or between jobs: no job is the cause
+                    self.deaths += 1
+                if self.deaths > 1:
+                    raise
+                log.warning("%s%s", error, f"; to be tried again, alone: jobs {lost}" * bool(lost))
+                for number, reason in error.reasons.items():
+                    write_status(self.jobs[number].directory, "interrupted", reason)
                 workers.replace()
-                self._retry_alone(error.jobs, workers)
+                self._retry_alone(lost, workers)
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
-                stop.check()
-                if any(self._is_interrupted(job.number) for part in work for job in part.jobs):
-                    raise Interrupted  # only the worker was asked to stop, and did
+                self._check_interrupted(job.number for part in work for job in part.jobs)
 
     def stopped(self) -> None:
         """Mark the jobs that were running as interrupted, after the worker has ended."""
@@ -125,31 +129,33 @@ class Jobs:
             )  # fmt: skip
 
     def _retry_alone(self, numbers: list[int], workers: Executor) -> None:
-        """Try jobs of dead workers once more, each in a worker that has nothing else."""
+        """Try jobs of dead workers once more: where memory is shared one after the other."""
         for number in numbers:
             if number in self.unproven_jobs:
                 mark_unproven(self.jobs[number].directory)
             self._set_aside(self.jobs[number])
         self.unproven_jobs = [n for n in self.unproven_jobs if n not in numbers]
-        while left := [n for n in numbers if n not in self.returns and n not in self.paused]:
+        names = labels(self.jobs.values())
+        for batch in [[n] for n in numbers] if workers.shares_memory else [numbers]:
+            brackets = self._brackets()
+            work = [replace(apart([self.jobs[n]], brackets), names=(names[n],)) for n in batch]
             try:
-                workers.run([apart([self.jobs[n]], self._brackets()) for n in left], self)
+                workers.run(work, self)
             except DiedError as error:
                 stop.check()
-                self._check_cause(error)
-                for number, reason in error.reasons.items():
+                for number, reason in (error.reasons or dict.fromkeys(batch, str(error))).items():
                     text = f"{reason}, also when it was tried again, alone"
                     write_status(self.jobs[number].directory, "failed", text)
-                    failure = failed(self.jobs[number].config, LoraExpError(text))
-                    self.ended(number, failure)
+                    self.ended(number, failed(self.jobs[number].config, LoraExpError(text)))
                 workers.replace()
-            stop.check()
+            else:
+                self._check_interrupted(batch)
 
-    def _check_cause(self, error: DiedError) -> None:
-        """Raise the second error of workers that died before or between jobs: none is the cause."""
-        self.deaths += not error.jobs
-        if self.deaths > 1:
-            raise error
+    def _check_interrupted(self, numbers: Iterable[int]) -> None:
+        """Raise Interrupted if jobs of a round that is over were asked to stop."""
+        stop.check()
+        if any(self._is_interrupted(number) for number in numbers):
+            raise Interrupted  # only the worker was asked to stop, and did
 
     def _work(self, launch_plan: Plan, workers: int | None) -> list[Work]:
         """Return the jobs that have not ended, with what is known of those to compare them with.

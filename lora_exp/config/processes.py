@@ -111,7 +111,7 @@ def shares_text(cfg: DictConfig) -> str:
     share = f", and has a share of the {shared}" if shared else ""
     nodes = f" on {node_count(cfg)} nodes" if node_count(cfg) > 1 else ""
     text = f"{count}{nodes}, each takes {rows * passes} of the {whole} rows of a step{times}{share}"
-    return text if VISIBLE else f"{text}; {_threads_text(count // node_count(cfg))}"
+    return text if VISIBLE else f"{text}; {_threads_text(cfg)}"
 
 
 def threads_each(processes: int) -> str:
@@ -119,11 +119,14 @@ def threads_each(processes: int) -> str:
     return os.environ.get(THREADS) or str(max(1, thread_count() // processes))
 
 
-def _threads_text(processes: int) -> str:
-    each, cores = threads_each(processes), thread_count()
+def _threads_text(cfg: DictConfig) -> str:
+    count, nodes = process_count(cfg), node_count(cfg)
+    each, there = threads_each(count // nodes), thread_count()
     text = f"{each} thread{'s' * (each != '1')} each"
-    are_too_many = each.isdecimal() and processes * int(each) > cores
-    return f"{text}, {processes * int(each)} on {cores} cores" if are_too_many else text
+    # on nodes a process may have some of the CPUs to itself
+    if nodes > 1 or not each.isdecimal() or count * int(each) <= there:
+        return text
+    return f"{text}, {count * int(each)} in all, on {there} CPU{'s' * (there != 1)}"
 
 
 def process_faults(cfg: Section) -> Iterator[Fault]:
@@ -146,7 +149,7 @@ def process_faults(cfg: Section) -> Iterator[Fault]:
     if count == 1:
         return
     if cfg.choices.get("parallel", "none") == "none":
-        yield key, f"{count} processes train one run with parallel=ddp"
+        yield key, f"{count} processes need an option that says what they share; give parallel=ddp"
     yield from _undivided(cfg, count)
     if cfg.early_stopping is not None and cfg.early_stopping.get("_target_") in COMPARING:
         text = f"{cfg.choices.early_stopping} compares jobs, which one in several processes cannot"

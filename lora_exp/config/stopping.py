@@ -108,4 +108,5 @@ def warm_up_problem(first_rung: float, warmup_steps: float, steps: int) -> str |
         if first > warmup:
             return None
         where = f"step {first} is inside the warm-up of {warmup} steps"
-    return f"{where}, where jobs cannot be compared yet; give a later rung, or a shorter warm-up"
+    text = f"{where}, where jobs cannot be compared yet"
+    return f"{first_rung:.3g}: {text}; give a larger share of the steps, or a shorter warm-up"

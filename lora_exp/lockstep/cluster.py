@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
@@ -38,7 +38,6 @@ LOOK_S, ASK_S = 1.0, 10.0  # between looks at the files, and questions to the en
 FILES_PER_S = 500  # looked at, at most: a shared disk serves others, too
 VISIBLE_S = 90.0  # a network file system may show an old record for this long
 GONE = State(False, "is gone")
-STOPPED = "has saved and stopped"
 
 
 class Share:
@@ -51,13 +50,14 @@ class Share:
         self.events = EventReader(Path())
         self.in_vain, self.reached = 0, self.progress()  # times in a row, and the progress so far
         self.waits_since = 0.0  # for a record to be visible
-        self.has_stopped = False  # its jobs have saved, since a signal has asked them to stop
+        self.begun, self.saved = set[int](), set[int]()  # of those left; these were asked to stop
         self.is_over = False
 
     @property
     def text(self) -> str:
-        """What is said of its state; an engine calls the exit code 75 a failure."""
-        return STOPPED if self.has_stopped and not self.state.in_queue else self.state.text
+        """What is said of its state: an engine calls the exit code 75 a failure."""
+        has_saved = not self.state.in_queue and self.begun and not self.begun - self.saved
+        return f"{self.state.text}: its jobs have saved" if has_saved else self.state.text
 
     def progress(self) -> tuple[int, int]:
         """Return a measure of what is saved: the jobs that have ended, then checkpoints' steps."""
@@ -67,6 +67,8 @@ class Share:
 
 class Cluster:
     """A launch's submissions to an engine, used like `Workers`."""
+
+    shares_memory: ClassVar[bool] = False  # each has what it has asked for
 
     def __init__(self, engine: Engine, folder: Path, count: int | None) -> None:
         """Create it; nothing is submitted.
@@ -138,7 +140,7 @@ class Cluster:
                 share.events = EventReader(folder / f"{number}.jsonl")
             ids = self.engine.submit(command, folder, len(part))
             for each, share in zip(ids, part, strict=True):
-                share.id, share.state, share.has_stopped = each, State(True, ""), False
+                share.id, share.state, share.begun = each, State(True, ""), set()
                 _print(f"{self._name(share)}: {_jobs(share)}")
 
     def _ask(self, launch: Launch, lost: list[Share]) -> bool:
@@ -185,7 +187,9 @@ class Cluster:
 
     def _hear(self, share: Share, launch: Launch) -> None:
         for kind, *values in share.events:
-            share.has_stopped &= kind != "began"  # Slurm may have begun it again by itself
+            if kind == "began":  # Slurm may have begun it again by itself
+                share.begun.add(values[0])
+                share.saved.discard(values[0])
             if kind == "ended" and not self._take_end(share, launch, *values):
                 return
             if kind == "unproven" or (kind == "began" and values[0] in share.left):
@@ -197,8 +201,10 @@ class Cluster:
     ) -> bool:  # fmt: skip
         """Take the end of a job; return False if its record is not visible here yet."""
         job = share.left.get(number)
-        share.has_stopped |= how == "interrupted"
-        if job is None or how == "interrupted":  # it will be sent again
+        if job is None:
+            return True
+        if how == "interrupted":  # it will be sent again
+            share.saved.add(number)
             return True
         present = how_ended(job.directory)[0], len(rung_reports(job.directory))
         if present != (recorded, rungs):
@@ -207,6 +213,7 @@ class Cluster:
                 return False
         share.waits_since = 0.0
         del share.left[number]
+        share.begun.discard(number)
         _print(f"job {number}: {recorded or how}{f': {error}' if how == 'failed' else ''}")
         launch.ended(number, _result(job.config, how, error, value))
         return True

@@ -78,8 +78,10 @@ class Result(JobReturn):
         return pickle.loads(self._hydra_cfg)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a launcher gets of a worker."""
-        return {k: v for k, v in vars(self).items() if k not in ("cfg", "hydra_cfg")}
+        """Return what a launcher gets of a worker: configs as the task has left them, as bytes."""
+        state, names = vars(self).copy(), ("cfg", "hydra_cfg")
+        changed = {f"_{name}": pickle.dumps(state.pop(name)) for name in names if name in state}
+        return state | changed
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

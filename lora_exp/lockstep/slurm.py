@@ -40,6 +40,10 @@ TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # sbatch(1): minutes,
 GPUS = re.compile(r"(\w[\w.-]*:)?[01]")
 MEMORY = re.compile(r"\d+[KMGT]?")
 OPTION = re.compile(r"[a-z][a-z-]*")
+OF_KEYS = {  # what sbatch says -> the key that it is about
+    "partition": "partition", "account": "account", "gres": "gpus", "time limit": "time",
+    "memory": "memory",
+}  # fmt: skip
 OF_OURS = {"partition", "account", "time", "cpus-per-task", "gpus-per-node", "mem", "job-name"}
 
 
@@ -79,7 +83,9 @@ class Slurm:
                 os.environ |= {name: value for name, value in variables if name in OF_CLUSTER}
                 job = str(executor._submit_command(f"{shlex.join(command)} {file}").job_id)
         except (RuntimeError, OSError) as error:
-            raise ConfigError([(KEY, f"sbatch refuses: {_reason(str(error))}")]) from error
+            why = _reason(str(error))
+            key = next((f".{key}" for word, key in OF_KEYS.items() if word in why.lower()), "")
+            raise ConfigError([(f"{KEY}{key}", f"sbatch refuses: {why}")]) from error
         return [job] if count == 1 else [f"{job}_{n}" for n in range(count)]
 
     def states(self) -> dict[str, State]:

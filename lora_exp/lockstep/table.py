@@ -25,6 +25,7 @@ BORDERS = 8  # lines of a table that are no rows
 FIXED = 61  # characters of its columns but name, status and progress bar
 ROOMY, BARS_FROM = 100, 130  # characters of a screen: for long statuses, and for progress bars
 OPEN = ("waits", "trains", "ends")  # statuses of jobs that have not ended
+LOST = "its worker died"  # status of a job that is tried again
 
 
 @dataclass
@@ -259,7 +260,7 @@ class Table:
 
     def _summary(self) -> str:
         begun = [row for row in self.rows if row.steps]
-        ended = sum(row.has_ended for row in self.rows)
+        ended = sum(row.has_ended and row.status != LOST for row in self.rows)
         text = f"{ended} of {len(self.rows)} jobs done"
         if not begun and ended < len(self.rows):
             return f"{text}, none trains yet: rows are read, and the base is measured"

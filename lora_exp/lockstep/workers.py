@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from lora_exp.lockstep.table import Table
 
 
+log = logging.getLogger(__name__)
+
+
 class Launch(Protocol):
     """Receives the events of jobs, each named by its number."""
 
@@ -43,7 +47,8 @@ class DiedError(LoraExpError):
 
     def __init__(self, deaths: Sequence[tuple[str, Iterable[int]]]) -> None:
         """Create it from a text of each death, and the jobs that it has interrupted."""
-        super().__init__(deaths[0][0])
+        more = f" (and {len(deaths) - 1} more)" if len(deaths) > 1 else ""
+        super().__init__(f"{deaths[0][0]}{more}")
         self.reasons = {job: text for text, jobs in deaths for job in sorted(jobs)}
 
     @property
@@ -116,6 +121,8 @@ class Worker:
 
 class Workers:
     """The workers of a launch."""
+
+    shares_memory: ClassVar[bool] = True  # one that takes too much may end another
 
     def __init__(
         self,
@@ -237,9 +244,13 @@ class Workers:
         worker.process.join()
         text = f"a worker was {exit_reason(worker.process.exitcode or 0)}"
         self._deaths.append((text, worker.running))
-        for row in self._table.rows if self._table is not None else ():
-            if row.number in worker.running:
-                row.end("its worker died")
+        if self._table is not None:
+            from lora_exp.lockstep.table import LOST
+
+            lost = [row for row in self._table.rows if row.number in worker.running]
+            log.warning("%s; jobs %s wait for the others' end", text, sorted(worker.running))
+            for row in lost:
+                row.end(LOST)
         worker.work, worker.is_dead = None, True
 
     def replace(self) -> None:

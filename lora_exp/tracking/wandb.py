@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ from lora_exp.tracking.tracker import RunInfo
 
 log = logging.getLogger("lora_exp")
 PROJECT, GROUP_LENGTH, TAG_LENGTH, TIMEOUT = "lora-exp", 128, 64, 10
-STEP = "train/global_step"
+STEP, HEADER_BYTES = "train/global_step", 7  # of a file in which W&B has written nothing
 EXIT_CODES = {"failed": 1, "diverged": 1, "interrupted": 255}  # 255: W&B shows `killed`
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
@@ -27,11 +28,14 @@ _REFUSED: list[bool] = []  # not empty: a server has refused a run of this proce
 class Wandb:
     """One W&B run; in mode `auto` online if there is a key and a network, else offline.
 
-    Console output, argv, code, git state, host name and hardware are not sent.
+    Console output, argv, code, git state, host name and hardware are not sent. What was sent is
+    kept: W&B's own process may be ended by a signal to all processes of a job, before it has
+    written anything, and then the run is begun again.
     """
 
     label: ClassVar[str] = "W&B"
     live: ClassVar[int] = 0  # number of unfinished runs in this process
+    losses: ClassVar[int] = 0  # of W&B's own process
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class Wandb:
         self.directory, self.data_dir = run.directory, run.directory / "wandb"
         self.data_dir.mkdir(parents=True, exist_ok=True)
         all_tags = [str(tag).strip() for tag in (*(tags or ()), *env("WANDB_TAGS", "").split(","))]
-        options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "project": project or env("WANDB_PROJECT") or PROJECT,
             "entity": entity,
             "dir": str(run.directory),
@@ -66,33 +70,68 @@ class Wandb:
             "config": run.config,
             "reinit": "create_new",
         }
-        self.run, self.mode = _init_run(mode, options, system)
+        self.settings, self.sent = (mode, system), list[Callable[[], None]]()
+        self._begin()
         Wandb.live += 1
-        for pattern in ("train/*", "eval/*"):
-            self.run.define_metric(pattern, step_metric=STEP)
-        self.run.define_metric("before/*", hidden=True)  # one point, which is in the summary
         if self.mode == "offline":
             self.place = f"offline; to send it: lora-exp sync {run.directory}"
         else:  # W&B warns if an offline run is asked for its URL
             self.place = "none" if self.mode == "disabled" else str(self.run.url)
 
+    def _begin(self) -> None:
+        mode, system = self.settings
+        self.run, self.mode = _init_run(mode, dict(self.options), system)
+        self.loss = Wandb.losses
+        for pattern in ("train/*", "eval/*"):
+            self.run.define_metric(pattern, step_metric=STEP)
+        self.run.define_metric("before/*", hidden=True)  # one point, which is in the summary
+
+    def _send(self, send: Callable[[], None]) -> None:
+        """Send something; if W&B's process is gone, start another and send all of it again."""
+        self.sent.append(send)
+        try:
+            send()
+        except ConnectionError as error:
+            if self.loss == Wandb.losses:  # else another run of this process has noticed it
+                log.warning("W&B's process has ended (%s); its runs are logged anew", error)
+                Wandb.losses += 1
+                with suppress(ConnectionError):
+                    self.wandb.teardown()
+            part = Path(self.run.dir).parent
+            if all(file.stat().st_size <= HEADER_BYTES for file in part.glob("*.wandb")):
+                shutil.rmtree(part)  # nothing was written
+            self._begin()
+            for each in self.sent:
+                each()
+
     def describe(self, facts: dict[str, Any]) -> None:
         """Send what is known before training, as `run` of the config."""
-        self.run.config.update({"run": facts}, allow_val_change=True)
+        self._send(lambda: self.run.config.update({"run": facts}, allow_val_change=True))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""
-        self.run.log(metrics, step=step)
+        self._send(lambda: self.run.log(metrics, step=step))
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Send the answers before and after training as a table."""
-        table = self.wandb.Table(columns=list(COLUMNS))
-        for sample in samples:
-            table.add_data(*(sample.get(column) for column in COLUMNS))
-        self.run.log({"samples": table}, step=step)
+
+        def send() -> None:
+            table = self.wandb.Table(columns=list(COLUMNS))
+            for sample in samples:
+                table.add_data(*(sample.get(column) for column in COLUMNS))
+            self.run.log({"samples": table}, step=step)
+
+        self._send(send)
 
     def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         """Send the summary and the adapter, and close the run; a pruned one gets a tag."""
+        self._send(lambda: self._finish(summary, saved, ended))
+        Wandb.live -= 1
+        written = self.data_dir.glob("offline-run-*/*.wandb")
+        if self.mode == "offline" and not any(file.stat().st_size for file in written):
+            log.error("W&B wrote nothing to %s (too few open files? ulimit -n)", self.data_dir)
+
+    def _finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         if ended == "pruned":
             self.run.tags = (*(self.run.tags or ()), ended)
         self.run.summary.update(summary)
@@ -105,10 +144,6 @@ class Wandb:
                     artifact.add_file(str(path))
                 self.run.log_artifact(artifact)
             self.run.finish(exit_code=EXIT_CODES.get(ended, 0))
-        Wandb.live -= 1
-        written = self.data_dir.glob("offline-run-*/*.wandb")
-        if self.mode == "offline" and not any(file.stat().st_size for file in written):
-            log.error("W&B wrote nothing to %s (too few open files? ulimit -n)", self.data_dir)
 
 
 @contextmanager

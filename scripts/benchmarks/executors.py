@@ -11,16 +11,15 @@ from pathlib import Path
 
 from benchmarks.commands import QUIET, ROOT, spread, sweep, timed
 
-sys.path.insert(0, str(ROOT))
-from lora_exp.lockstep.cluster import PROGRAM
-from tests import slurm
-from tests.ray_nodes import two_nodes
-
+PROGRAM = "hydra_plugins.lockstep_launcher"
 PACK = ["peft.r=4,8", "train.max_steps=10", "report=null", *QUIET]
 
 
 def clusters(stack: ExitStack, scratch: Path) -> Iterator[str]:
     """Start the clusters that this machine can have, and yield their executors."""
+    sys.path.insert(0, str(ROOT))
+    from tests import slurm
+
     if why := slurm.obstacle():
         print(f"no Slurm: {why}")
     else:
@@ -30,6 +29,8 @@ def clusters(stack: ExitStack, scratch: Path) -> Iterator[str]:
     if find_spec("ray") is None:
         print('no Ray: pip install "lora-exp[ray]"')
     else:
+        from tests.ray_nodes import two_nodes
+
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-")))
         os.environ["RAY_ADDRESS"] = stack.enter_context(two_nodes(folder))[0]
         yield "ray"

@@ -48,14 +48,14 @@ def parallel(*words: str) -> None:
         if words and not any(word in case for word in words):
             continue
         with tempfile.TemporaryDirectory() as name:
-            found = trained(Path(name), case, "ddp")
-            cells = [f"{max(abs(tensor).max() for tensor in found.values()):.2g}"]
+            copies = trained(Path(name), case, "ddp")
+            cells = [f"{max(abs(tensor).max() for tensor in copies.values()):.2g}"]
             for option in OPTIONS:
                 if refused(case, option):
                     cells.append("")
                     continue
                 other = trained(Path(name), case, option)
-                difference = max(abs(found[key] - other[key]).max() for key in found)
+                difference = max(abs(copies[key] - other[key]).max() for key in copies)
                 cells.append(f"{difference:.0e}" if difference else "0")
         print(f"| {case} | {' | '.join(cells)} |", flush=True)
 

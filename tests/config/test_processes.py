@@ -72,9 +72,9 @@ def test_the_header_says_how_many_threads_each_process_has(monkeypatch: pytest.M
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(processes, "thread_count", lambda: 6)
     assert shares_text(of(2)).endswith("8 of the 16 rows of a step; 3 threads each")
-    assert shares_text(of(8)).endswith("; 1 thread each, 8 on 6 cores")
+    assert shares_text(of(8)).endswith("; 1 thread each, 8 in all, on 6 CPUs")
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert shares_text(of(2)).endswith("; 4 threads each, 8 on 6 cores")
+    assert shares_text(of(2)).endswith("; 4 threads each, 8 in all, on 6 CPUs")
     monkeypatch.setattr(processes, "VISIBLE", [str(n) for n in range(8)])
     assert shares_text(of(8)).endswith("2 of the 16 rows of a step")
 
@@ -100,7 +100,7 @@ def test_what_several_processes_cannot_train_is_refused(
 
 
 def test_several_processes_are_those_of_an_option() -> None:
-    with pytest.raises(ConfigError, match=r"2 processes train one run with parallel=ddp"):
+    with pytest.raises(ConfigError, match=r"2 processes need an option .*; give parallel=ddp"):
         compose("parallel.processes=2")
 
 

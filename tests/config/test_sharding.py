@@ -56,7 +56,7 @@ def test_what_cannot_be_shared_out_is_refused(overrides: list[str], key: str, me
     ("overrides", "key", "message"),
     [
         (["quant=nf4"], "quant", "nf4 with fsdp gives wrong numbers (bitsandbytes issue 1945)"),
-        (["quant=int8"], "quant", "keeps all weights (accelerate PR 3987); parallel=ddp"),
+        (["quant=int8"], "quant", "keeps all weights (accelerate PR 3987); give parallel=ddp"),
         (["peft=none", "experiment=demo_ppo"], "parallel", "peft=none: ppo trains two models"),
         (["peft=none", "experiment=demo_grpo"], "parallel", "grpo loads its reference whole"),
         (["peft=none", "train.optim=adafactor"], "train.optim", "does not update each number"),

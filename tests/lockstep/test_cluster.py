@@ -165,7 +165,8 @@ def test_a_cancelled_slurm_job_saves_and_one_that_is_put_back_goes_on(
     assert adapters(tmp_path / "there") == adapters(tmp_path / "here")
     text = (tmp_path / "out").read_text()
     jobs = [ranges(map(int, json.loads(path.read_text())["jobs"])) for path in shares(sweep)]
-    assert f"Slurm job {job}_0 (jobs {jobs[0]}): has saved and stopped" in text
+    assert f"Slurm job {job}_0 (jobs {jobs[0]}): cancelled" in text
+    assert text.count(": its jobs have saved\n") == 1
     assert f"Slurm job {job}_0 has ended before jobs {jobs[0]}: sent again" in text
     assert re.search(rf"Slurm job {job}_1 \(jobs {jobs[1]}\): runs on n.\n", text.split("Begin")[1])
     assert jobs == [jobs[0], jobs[1], jobs[0]]  # only the first one's were submitted again
@@ -180,6 +181,8 @@ def test_jobs_whose_slurm_jobs_die_again_and_again_fail_with_the_reason(
     done = cli("-m", "peft.r=2,4", *STEPS, *SLURM, *settings, cwd=tmp_path)
     assert done.returncode == 1
     assert "to be tried again, alone: jobs [0, 1]" in done.stdout + done.stderr
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    assert len([path for path in shares(sweep) if path.parent.name == "1"]) == 2  # both at once
     (summary,) = tmp_path.glob("multirun/*/*/summary.json")
     rows = {row["job"]: (row["status"], row["error"]) for row in json.loads(summary.read_text())}
     assert {status for status, _ in rows.values()} == {"failed"}
@@ -193,7 +196,7 @@ def test_an_unknown_partition_is_one_clear_line_and_nothing_is_submitted(
     slurm: None, tmp_path: Path
 ) -> None:
     done = cli(*SWEEP, *SLURM, "hydra.launcher.slurm.partition=nope", cwd=tmp_path)
-    expected = "hydra.launcher.slurm: sbatch refuses: invalid partition specified: nope"
+    expected = "hydra.launcher.slurm.partition: sbatch refuses: invalid partition specified: nope"
     assert (done.returncode, done.stderr) == (1, f"ConfigError: {expected}\n")
     assert not list(tmp_path.glob("a/b/slurm/*/*.jsonl"))
     queue = subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True)

@@ -58,6 +58,24 @@ def test_a_sweep_whose_worker_is_killed_has_the_same_results(
     assert adapter_hashes(sweep) == uninterrupted
 
 
+def test_a_worker_that_is_asked_to_stop_while_it_retries_a_job_ends_the_sweep(
+    tmp_path: Path, uninterrupted: dict[str, str]
+) -> None:
+    command = ["-m", "peft.r=2,4", *FORTY, "hydra.sweep.dir=multirun/a/b"]
+    with (tmp_path / "err").open("w") as output:
+        process = start_sweep(command, tmp_path, output)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        while "goes on from step" not in (tmp_path / "err").read_text():
+            time.sleep(0.02)
+            assert process.poll() is None
+        os.kill(int(children.read_text().split()[0]), signal.SIGTERM)
+        assert process.wait(60) == 75
+    done = cli("resume=multirun/a/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert adapter_hashes(tmp_path / "multirun/a/b") == uninterrupted
+
+
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_an_interrupted_sweep_saves_every_job_and_resumes_by_its_directory(
     whole_group: bool, tmp_path: Path, uninterrupted: dict[str, str]

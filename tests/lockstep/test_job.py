@@ -93,6 +93,8 @@ def test_a_result_makes_its_configs_when_they_are_asked_for(composed: Any) -> No
         name: getattr(result, name) for name in FIELDS
     }
     assert sent.cfg is sent.cfg
+    result.cfg.peft.r = 99  # by the task
+    assert pickle.loads(pickle.dumps(result)).cfg.peft.r == 99
 
 
 def test_a_task_that_raises_has_failed(composed: Any) -> None:

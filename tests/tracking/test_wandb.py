@@ -175,6 +175,55 @@ def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:
     assert '"train/loss"' in json.dumps(read_records(tmp_path))
 
 
+LOSING = """
+import glob, os, signal, sys
+from pathlib import Path
+from lora_exp.tracking.tracker import RunInfo
+from lora_exp.tracking.wandb import Wandb
+
+def end_service():
+    for file in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
+        for child in open(file).read().split():
+            os.kill(int(child), signal.SIGTERM)
+            os.waitpid(int(child), 0)
+
+runs = []
+for name in ("one", "two"):
+    info = RunInfo(Path(name), name, name, None, "sft", [], {"seed": 1})
+    runs.append(Wandb(None, None, "offline", None, False, run=info))
+for step in range(1, 6):
+    for run in runs:
+        run.log({"train/loss": 1 / step, "train/global_step": step}, step)
+    if step == 1:
+        runs[0].describe({"place": "alone"})
+    if step in (3, 4):
+        end_service()
+end_service()
+for run in runs:
+    run.finish({"eval/loss": 0.5}, None, "finished")
+"""
+
+
+def test_runs_whose_wandb_process_is_ended_by_a_signal_are_sent_again(tmp_path: Path) -> None:
+    """Of some schedulers SIGTERM reaches all processes of a job."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("WANDB_SERVICE", None)  # W&B's process of this one
+    command = [sys.executable, "-c", LOSING]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B's process has ended") == 3
+    assert "Traceback" not in done.stderr
+    for name in ("one", "two"):
+        records = read_records(tmp_path / name)
+        items = [record["history"]["item"] for record in records if record["type"] == "history"]
+        assert [(i["_step"], i["train/loss"]) for i in items] == [(n, 1 / n) for n in range(1, 6)]
+        assert ("alone" in json.dumps(records)) == (name == "one")
+        assert [record["type"] for record in records].count("exit") == 1
+        assert len(list((tmp_path / name / "wandb").glob("offline-run-*"))) == 1
+
+
 def test_a_pruned_run_is_finished_and_tagged(tmp_path: Path) -> None:
     rule = ["early_stopping=threshold", "early_stopping.upper=1", "samples.rows=0"]
     offline_run([*rule, "train.eval_strategy=steps", "train.eval_steps=1"], tmp_path)
