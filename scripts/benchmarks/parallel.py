@@ -9,9 +9,10 @@ from safetensors.numpy import load_file
 from benchmarks.commands import QUIET, run
 
 STEPS = [
-    "train.max_steps=6", "data.max_rows=32", "data.max_eval_rows=4", "tracking=none",
-    "train.per_device_train_batch_size=4", *QUIET,
+    "train.max_steps=6", "train.per_device_train_batch_size=4", *QUIET,
 ]  # fmt: skip
+ROWS = ["data.max_rows=32", "data.max_eval_rows=4"]
+PAIRS = ["data.rows=32", "data.eval_rows=4"]  # generated
 BFLOAT16 = "model.dtype=float32 +train.bf16=true"
 CASES = {
     "LoRA": "",
@@ -63,7 +64,8 @@ def parallel(*words: str) -> None:
 def trained(folder: Path, case: str, option: str) -> dict:
     """Train a case in two processes, or one, and return its weights."""
     shared = [] if option == "none" else [f"parallel={option}", "parallel.processes=2"]
-    run(folder / option, *CASES[case].split(), *STEPS, *shared)
+    rows = PAIRS if "experiment=" in CASES[case] else ROWS
+    run(folder / option, *CASES[case].split(), *STEPS, *rows, *shared)
     (file,) = [*folder.glob(f"{option}/adapter/*.safetensors")] or [
         *folder.glob(f"{option}/model/*.safetensors")
     ]
