@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,9 @@ class Jobs:
                 self._retry_alone(lost, workers)
                 self.brackets = {}  # what had paused is sent again, although nothing is new
             else:
-                self._check_interrupted(job.number for part in work for job in part.jobs)
+                stop.check()
+                if any(self._is_interrupted(job.number) for part in work for job in part.jobs):
+                    raise Interrupted  # only the worker was asked to stop, and did
 
     def stopped(self) -> None:
         """Mark the jobs that were running as interrupted, after the worker has ended."""
@@ -148,14 +149,7 @@ class Jobs:
                     write_status(self.jobs[number].directory, "failed", text)
                     self.ended(number, failed(self.jobs[number].config, LoraExpError(text)))
                 workers.replace()
-            else:
-                self._check_interrupted(batch)
-
-    def _check_interrupted(self, numbers: Iterable[int]) -> None:
-        """Raise Interrupted if jobs of a round that is over were asked to stop."""
-        stop.check()
-        if any(self._is_interrupted(number) for number in numbers):
-            raise Interrupted  # only the worker was asked to stop, and did
+            stop.check()
 
     def _work(self, launch_plan: Plan, workers: int | None) -> list[Work]:
         """Return the jobs that have not ended, with what is known of those to compare them with.
