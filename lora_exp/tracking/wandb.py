@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any, ClassVar, Literal
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -20,7 +22,9 @@ from lora_exp.tracking.tracker import RunInfo
 
 log = logging.getLogger("lora_exp")
 PROJECT, GROUP_LENGTH, TAG_LENGTH, TIMEOUT = "lora-exp", 128, 64, 10
-STEP, HEADER_BYTES = "train/global_step", 7  # of a file in which W&B has written nothing
+STEP = "train/global_step"
+HEADER_BYTES = 7  # of a file in which W&B has written nothing
+MEMORY = 2**20  # for what a run has sent, in bytes; the rest is in a temporary file
 EXIT_CODES = {"failed": 1, "diverged": 1, "interrupted": 255}  # 255: W&B shows `killed`
 _REFUSED: list[bool] = []  # not empty: a server has refused a run of this process
 
@@ -70,7 +74,8 @@ class Wandb:
             "config": run.config,
             "reinit": "create_new",
         }
-        self.settings, self.sent = (mode, system), list[Callable[[], None]]()
+        self.settings = mode, system
+        self.sent = SpooledTemporaryFile(MEMORY)  # noqa: SIM115  (closed by `finish`)
         self._begin()
         Wandb.live += 1
         if self.mode == "offline":
@@ -86,46 +91,59 @@ class Wandb:
             self.run.define_metric(pattern, step_metric=STEP)
         self.run.define_metric("before/*", hidden=True)  # one point, which is in the summary
 
-    def _send(self, send: Callable[[], None]) -> None:
+    def _send(self, send: Callable[..., None], *values: Any) -> None:
         """Send something; if W&B's process is gone, start another and send all of it again."""
-        self.sent.append(send)
+        pickle.dump((send.__name__, values), self.sent)
         try:
-            send()
+            send(*values)
         except ConnectionError as error:
             if self.loss == Wandb.losses:  # else another run of this process has noticed it
                 log.warning("W&B's process has ended (%s); its runs are logged anew", error)
                 Wandb.losses += 1
                 with suppress(ConnectionError):
                     self.wandb.teardown()
-            part = Path(self.run.dir).parent
-            if all(file.stat().st_size <= HEADER_BYTES for file in part.glob("*.wandb")):
-                shutil.rmtree(part)  # nothing was written
+            self._remove_empty_part()
             self._begin()
-            for each in self.sent:
-                each()
+            self.sent.seek(0)
+            with suppress(EOFError):
+                while True:
+                    name, values = pickle.load(self.sent)
+                    getattr(self, name)(*values)
+
+    def _remove_empty_part(self) -> None:
+        part = Path(self.run.dir).parent
+        files = [*part.glob("*.wandb")] if part.name.startswith("offline-run-") else []
+        if files and all(file.stat().st_size <= HEADER_BYTES for file in files):
+            shutil.rmtree(part)
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Send what is known before training, as `run` of the config."""
-        self._send(lambda: self.run.config.update({"run": facts}, allow_val_change=True))
+        self._send(self._describe, facts)
+
+    def _describe(self, facts: dict[str, Any]) -> None:
+        self.run.config.update({"run": facts}, allow_val_change=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of a step."""
-        self._send(lambda: self.run.log(metrics, step=step))
+        self._send(self._log, metrics, step)
+
+    def _log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step=step)
 
     def samples(self, samples: list[dict[str, Any]], step: int) -> None:
         """Send the answers before and after training as a table."""
+        self._send(self._samples, samples, step)
 
-        def send() -> None:
-            table = self.wandb.Table(columns=list(COLUMNS))
-            for sample in samples:
-                table.add_data(*(sample.get(column) for column in COLUMNS))
-            self.run.log({"samples": table}, step=step)
-
-        self._send(send)
+    def _samples(self, samples: list[dict[str, Any]], step: int) -> None:
+        table = self.wandb.Table(columns=list(COLUMNS))
+        for sample in samples:
+            table.add_data(*(sample.get(column) for column in COLUMNS))
+        self.run.log({"samples": table}, step=step)
 
     def finish(self, summary: dict[str, Any], saved: Path | None, ended: str) -> None:
         """Send the summary and the adapter, and close the run; a pruned one gets a tag."""
-        self._send(lambda: self._finish(summary, saved, ended))
+        self._send(self._finish, summary, saved, ended)
+        self.sent.close()
         Wandb.live -= 1
         written = self.data_dir.glob("offline-run-*/*.wandb")
         if self.mode == "offline" and not any(file.stat().st_size for file in written):

@@ -179,7 +179,10 @@ LOSING = """
 import glob, os, signal, sys
 from pathlib import Path
 from lora_exp.tracking.tracker import RunInfo
+from lora_exp.tracking import wandb
 from lora_exp.tracking.wandb import Wandb
+
+wandb.MEMORY = 100  # bytes: the rest is in a file
 
 def end_service():
     for file in glob.glob(f"/proc/{os.getpid()}/task/*/children"):
