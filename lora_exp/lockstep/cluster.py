@@ -187,7 +187,7 @@ class Cluster:
 
     def _hear(self, share: Share, launch: Launch) -> None:
         for kind, *values in share.events:
-            if kind == "began":  # Slurm may have begun it again by itself
+            if kind == "began" and values[0] in share.left:  # Slurm may begin it again by itself
                 share.begun.add(values[0])
                 share.saved.discard(values[0])
             if kind == "ended" and not self._take_end(share, launch, *values):

@@ -66,6 +66,7 @@ class Slurm:
             raise ExtraError('executor=slurm: submitit is missing: pip install "lora-exp[cluster]"')
         self.retries = int(section["retries"])
         self._parameters = _parameters(section)
+        self._given = {key for key, value in section.items() if value is not None}
 
     def submit(self, command: Sequence[str], folder: Path, count: int) -> list[str]:
         """Submit a command, several times as an array; see `Engine.submit`."""
@@ -84,8 +85,9 @@ class Slurm:
                 job = str(executor._submit_command(f"{shlex.join(command)} {file}").job_id)
         except (RuntimeError, OSError) as error:
             why = _reason(str(error))
-            key = next((f".{key}" for word, key in OF_KEYS.items() if word in why.lower()), "")
-            raise ConfigError([(f"{KEY}{key}", f"sbatch refuses: {why}")]) from error
+            keys = (key for word, key in OF_KEYS.items() if word in why.lower())
+            place = next((f"{KEY}.{key}" for key in keys if key in self._given), KEY)
+            raise ConfigError([(place, f"sbatch refuses: {why}")]) from error
         return [job] if count == 1 else [f"{job}_{n}" for n in range(count)]
 
     def states(self) -> dict[str, State]:

@@ -25,7 +25,6 @@ from lora_exp.training.interruption import stop
 if TYPE_CHECKING:
     from lora_exp.lockstep.table import Table
 
-
 log = logging.getLogger(__name__)
 
 
@@ -247,10 +246,11 @@ class Workers:
         if self._table is not None:
             from lora_exp.lockstep.table import LOST
 
-            lost = [row for row in self._table.rows if row.number in worker.running]
-            log.warning("%s; jobs %s wait for the others' end", text, sorted(worker.running))
-            for row in lost:
-                row.end(LOST)
+            if worker.running:
+                log.warning("%s; jobs %s wait for the others' end", text, sorted(worker.running))
+            for row in self._table.rows:
+                if row.number in worker.running:
+                    row.end(LOST)
         worker.work, worker.is_dead = None, True
 
     def replace(self) -> None:

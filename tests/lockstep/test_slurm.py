@@ -103,7 +103,7 @@ def test_slurms_refusal_is_one_line(
     program(programs, "sbatch", "echo 'sbatch: error: no such account' >&2; exit 1")
     with pytest.raises(ConfigError) as error:
         Slurm(section()).submit(["train", "a b"], tmp_path / "log", 1)
-    assert str(error.value) == "hydra.launcher.slurm.account: sbatch refuses: no such account"
+    assert str(error.value) == "hydra.launcher.slurm: sbatch refuses: no such account"
     assert capfd.readouterr().err == ""
     for cause in ("error: Munge encode failed: no socket", "fatal: no configuration source"):
         lines = ["error: If munged is up, restart it", cause, "error: Batch job submission failed"]
